@@ -1,0 +1,92 @@
+"""Rounds in which the workers of all ranks tell each other a few integers (int64 arrays)."""
+
+from collections.abc import Callable
+from typing import Protocol
+
+import numpy as np
+import torch
+import torch.distributed as dist
+
+
+class Exchange(Protocol):
+    """A round under way."""
+
+    def done(self) -> bool:
+        """Whether `result()` would return or raise at once."""
+        ...
+
+    def result(self) -> list[np.ndarray]:
+        """What every rank said, by rank. Call it when `done()`.
+
+        Raises:
+            Exception: the round failed; the ranks can agree on nothing any more.
+        """
+        ...
+
+
+class Agreement(Protocol):
+    """All ranks call the same methods with equally long messages in the same order; nothing ever blocks."""
+
+    def all_gather(self, message: np.ndarray, notify: Callable[[], None]) -> Exchange:
+        """Tell all ranks `message`, hear theirs; `notify` is called, on any thread, when the round is over."""
+        ...
+
+    def broadcast(self, message: np.ndarray | None, length: int, notify: Callable[[], None]) -> Exchange:
+        """Hear rank 0's message of `length` integers (the result's only entry); rank 0 gives it, others None."""
+        ...
+
+
+class LocalAgreement:
+    """The rounds of a single rank."""
+
+    def all_gather(self, message: np.ndarray, notify: Callable[[], None]) -> "_Said":
+        return _Said([message])
+
+    def broadcast(self, message: np.ndarray | None, length: int, notify: Callable[[], None]) -> "_Said":
+        assert message is not None
+        return _Said([message])
+
+
+class _Said:
+    def __init__(self, messages: list[np.ndarray]) -> None:
+        self._messages = messages
+
+    def done(self) -> bool:
+        return True
+
+    def result(self) -> list[np.ndarray]:
+        return self._messages
+
+
+class GlooAgreement:
+    """Rounds over a gloo group of the controller's own, which nothing else uses."""
+
+    def __init__(self, group: dist.ProcessGroup) -> None:
+        self._group = group
+        self._is_root = dist.get_rank(group) == 0
+
+    def all_gather(self, message: np.ndarray, notify: Callable[[], None]) -> "_GlooExchange":
+        mine = torch.from_numpy(message)
+        said = [torch.empty_like(mine) for _ in range(dist.get_world_size(self._group))]
+        return _GlooExchange(dist.all_gather(said, mine, group=self._group, async_op=True), said, notify)
+
+    def broadcast(self, message: np.ndarray | None, length: int, notify: Callable[[], None]) -> "_GlooExchange":
+        if self._is_root:
+            assert message is not None and len(message) == length
+        said = torch.empty(length, dtype=torch.int64) if message is None else torch.from_numpy(message)
+        return _GlooExchange(dist.broadcast(said, group=self._group, group_src=0, async_op=True), [said], notify)
+
+
+class _GlooExchange:
+    def __init__(self, work: dist.Work | None, said: list[torch.Tensor], notify: Callable[[], None]) -> None:
+        assert work is not None
+        self._work = work
+        self._said = said
+        self._work.get_future().add_done_callback(lambda _: notify())
+
+    def done(self) -> bool:
+        return self._work.is_completed()
+
+    def result(self) -> list[np.ndarray]:
+        self._work.wait()
+        return [message.numpy() for message in self._said]

@@ -1,0 +1,56 @@
+"""The small interface behind which experts travel between ranks."""
+
+from abc import ABC, abstractmethod
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+
+
+@dataclass(frozen=True)
+class Transfer:
+    """One expert's slab on its way, as one rank sees it.
+
+    Attributes:
+        source: the slab to read, uint8 ``[slot_bytes]``, or None if it is on another rank.
+        target: the slab to write, or None if it is on another rank.
+        peer: the other rank within the group; the own rank if both ends are here.
+    """
+
+    source: torch.Tensor | None
+    target: torch.Tensor | None
+    peer: int
+
+
+class TransferBatch(ABC):
+    """The transfers of one wave. Made by `Communicator.prepare()`; never blocks."""
+
+    @abstractmethod
+    def start(self) -> None:
+        """Begin. Every rank that prepared the wave starts it once, and all start their waves in the same order."""
+
+    @abstractmethod
+    def poll(self) -> bool:
+        """Push the transfers on; True when all that concern this rank have completed, as this host has seen.
+
+        Raises:
+            Exception: a transfer failed. The others may still write or read their slabs: see `is_dead()`.
+        """
+
+    @abstractmethod
+    def is_dead(self) -> bool:
+        """Whether no transfer of a batch that was given up can touch a slab any more."""
+
+
+class Communicator(ABC):
+    """Moves slabs between the ranks of a group, off the main thread. Used by one thread."""
+
+    name: str
+
+    @abstractmethod
+    def prepare(self, transfers: Sequence[Transfer]) -> TransferBatch:
+        """Do all of `transfers` that can fail for local reasons, above all get memory; nothing is sent or written yet.
+
+        Args:
+            transfers: those with an end on this rank. Those between any two ranks are in the same order on both.
+        """

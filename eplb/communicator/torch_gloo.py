@@ -1,0 +1,117 @@
+"""Slabs over gloo, staged through host memory (pinned, if the slots are on a GPU)."""
+
+from collections.abc import Sequence
+
+import torch
+import torch.distributed as dist
+
+from eplb.communicator.base import Communicator, Transfer, TransferBatch
+from eplb.communicator.local import LocalCommunicator
+from eplb.streams import DeviceStreams, EventLike
+
+
+class TorchGlooCommunicator(Communicator):
+    """Works beside anything: it shares neither GPU kernels nor connections with the forward's collectives.
+
+    One all-to-all a wave, because gloo's point-to-point works cannot be polled (their `is_completed()` stays False
+    until somebody blocks in `wait()`: measured with torch 2.13).
+
+    Args:
+        group: a gloo group of the controller's own; nothing else may use it.
+        streams: of the device that the slots are on.
+    """
+
+    name = "torch_gloo"
+
+    def __init__(self, group: dist.ProcessGroup, streams: DeviceStreams) -> None:
+        self.group = group
+        self.streams = streams
+        self.local = LocalCommunicator(streams)
+
+    def prepare(self, transfers: Sequence[Transfer]) -> "GlooBatch":
+        return GlooBatch(transfers, self)
+
+
+class GlooBatch(TransferBatch):
+    """Device → host (event) → gloo → host → device (event); each step begins when the one before is seen complete."""
+
+    def __init__(self, transfers: Sequence[Transfer], communicator: TorchGlooCommunicator) -> None:
+        self._group = communicator.group
+        self._streams = communicator.streams
+        num_ranks = dist.get_world_size(self._group)
+        here = [transfer for transfer in transfers if transfer.source is not None and transfer.target is not None]
+        self._local = communicator.local.prepare(here)
+        self._sources, self._outgoing, self._send_splits = _side_by_peer(
+            [(t.peer, t.source) for t in transfers if t.source is not None and t.target is None],
+            num_ranks,
+            self._pinned,
+        )
+        self._targets, self._incoming, self._receive_splits = _side_by_peer(
+            [(t.peer, t.target) for t in transfers if t.target is not None and t.source is None],
+            num_ranks,
+            self._pinned,
+        )
+        self._downloaded: EventLike | None = None
+        self._exchange: dist.Work | None = None
+        self._uploaded: EventLike | None = None
+        self._failed = False
+
+    @property
+    def _pinned(self) -> bool:
+        return self._streams.device.type != "cpu"
+
+    def start(self) -> None:
+        self._local.start()
+        self._streams.run(self._streams.side, self._download)
+        self._downloaded = self._streams.side.record_event()
+
+    def poll(self) -> bool:
+        if self._downloaded is None or not self._downloaded.query():
+            return False
+        if self._exchange is None:
+            self._exchange = dist.all_to_all_single(
+                self._incoming, self._outgoing, self._receive_splits, self._send_splits, self._group, async_op=True
+            )
+        assert self._exchange is not None
+        if not self._exchange.is_completed():
+            return False
+        if self._uploaded is None:
+            try:
+                self._exchange.wait()  # does not block: it raises what went wrong, if anything did
+            except BaseException:
+                self._failed = True
+                raise
+            self._streams.run(self._streams.side, self._upload)
+            self._uploaded = self._streams.side.record_event()
+        return self._uploaded.query() and self._local.poll()
+
+    def is_dead(self) -> bool:
+        # Until the upload begins gloo touches the staging buffers alone, and a batch given up is polled no more. What
+        # may still run is what was enqueued on the side stream.
+        enqueued = (self._downloaded, self._uploaded)
+        return all(event is None or event.query() for event in enqueued) and self._local.is_dead()
+
+    def _download(self) -> None:
+        for source, buffer in zip(self._sources, _split(self._outgoing, self._sources), strict=True):
+            buffer.copy_(source, non_blocking=True)
+
+    def _upload(self) -> None:
+        for target, buffer in zip(self._targets, _split(self._incoming, self._targets), strict=True):
+            target.copy_(buffer, non_blocking=True)
+
+
+def _side_by_peer(
+    ends: list[tuple[int, torch.Tensor | None]], num_ranks: int, pinned: bool
+) -> tuple[list[torch.Tensor], torch.Tensor, list[int]]:
+    """The slabs of one direction in the order of the peers, a host buffer for all of them, and each peer's bytes."""
+    ordered = sorted(ends, key=lambda end: end[0])
+    slabs = [slab for _, slab in ordered if slab is not None]
+    splits = [0] * num_ranks
+    for peer, slab in ordered:
+        assert slab is not None
+        splits[peer] += slab.numel()
+    return slabs, torch.empty(sum(splits), dtype=torch.uint8, pin_memory=pinned and sum(splits) > 0), splits
+
+
+def _split(buffer: torch.Tensor, slabs: list[torch.Tensor]) -> tuple[torch.Tensor, ...]:
+    return torch.split(buffer, [slab.numel() for slab in slabs])

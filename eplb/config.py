@@ -1,0 +1,94 @@
+"""`EplbConfig`: every knob of the rebalancer, its unit and its rule."""
+
+import logging
+from typing import Annotated, Any
+
+from pydantic import BaseModel, ConfigDict, Field, model_validator
+
+from eplb.communicator import COMMUNICATORS
+
+logger = logging.getLogger(__name__)
+
+PositiveSeconds = Annotated[float, Field(gt=0, allow_inf_nan=False)]
+
+
+class EplbConfig(BaseModel):
+    """How expert-parallel load balancing (EPLB) goes about its work.
+
+    Attributes:
+        step_interval: steps (calls of `EplbController.step()`) between two looks at the load.
+        window_size: steps before each look whose load counts; at most `step_interval`.
+        window_samples: sub-windows that the policy sees of each window, to tell drift from noise; at most `window_size`.
+        use_async: relocate in the background; False does the same inside `step()`, which is then collective.
+        policy: name of a registered policy, or an object with its `propose()`.
+        policy_options: keyword arguments of the named policy.
+        communicator: how experts travel: "torch_gloo", "torch_nccl", or "auto".
+        min_gain: what a rebalance must take off the imbalance (max/mean of the ranks' loads) of a layer to be worth
+            moving experts for, as a fraction of the mean; passed to policies that know it.
+        max_bytes_in_flight: bytes that all ranks together move in one wave; None for no bound but the free slots.
+        ranks_per_node: for policies that prefer to stay inside a node; None if all ranks are on one.
+        num_groups: groups of experts for node-limited routing; 1 if there are none.
+        num_redundant_experts: asserts what the registered layers were built with; None asserts nothing.
+        log_balancedness: whether rank 0 logs the balancedness (mean/max of the ranks' loads, averaged over layers).
+        log_balancedness_interval: steps between two such lines.
+        round_interval: seconds between two rounds of the workers while a relocation is under way.
+        heartbeat_interval: seconds between two rounds while none is; at least `round_interval`.
+        peer_timeout: seconds after which a rank that takes part in no round is shown as unreachable; more than
+            `heartbeat_interval`.
+        transfer_timeout: seconds after which a wave's transfers are given up and their slots quarantined.
+        grace_timeout: seconds after which a main thread that does not flip is shown as stalled.
+        quiesce_timeout: seconds that loading weights waits for relocations under way.
+        close_timeout: seconds that `close()` waits at most to tell the other ranks.
+        backoff, max_backoff: seconds to wait after a failure, doubled with each further one up to the maximum.
+    """
+
+    model_config = ConfigDict(frozen=True, extra="forbid", arbitrary_types_allowed=True)
+
+    step_interval: int = Field(default=3000, ge=1)
+    window_size: int = Field(default=1000, ge=1)
+    window_samples: int = Field(default=4, ge=1)
+    use_async: bool = True
+    policy: Any = "adaptive"
+    policy_options: dict[str, Any] = Field(default_factory=dict)
+    communicator: str = "auto"
+    min_gain: float = Field(default=0.02, ge=0, allow_inf_nan=False)
+    max_bytes_in_flight: int | None = Field(default=None, gt=0)
+    ranks_per_node: int | None = Field(default=None, ge=1)
+    num_groups: int = Field(default=1, ge=1)
+    num_redundant_experts: int | None = Field(default=None, ge=0)
+    log_balancedness: bool = False
+    log_balancedness_interval: int = Field(default=1000, ge=1)
+    round_interval: PositiveSeconds = 0.005
+    heartbeat_interval: PositiveSeconds = 0.2
+    peer_timeout: PositiveSeconds = 30.0
+    transfer_timeout: PositiveSeconds = 60.0
+    grace_timeout: PositiveSeconds = 30.0
+    quiesce_timeout: PositiveSeconds = 120.0
+    close_timeout: PositiveSeconds = 5.0
+    backoff: PositiveSeconds = 1.0
+    max_backoff: PositiveSeconds = 60.0
+
+    @model_validator(mode="after")
+    def _check_combinations(self) -> "EplbConfig":
+        _require(self, "window_size", "<=", "step_interval", "a window ends where the next interval begins")
+        _require(self, "window_samples", "<=", "window_size", "a sub-window has at least one step")
+        _require(self, "round_interval", "<=", "heartbeat_interval", "an idle worker speaks less often")
+        _require(self, "heartbeat_interval", "<", "peer_timeout", "a live peer must be heard in time")
+        _require(self, "backoff", "<=", "max_backoff", "the first delay is the shortest")
+        if self.communicator not in COMMUNICATORS:
+            raise ValueError(f"communicator must be one of {', '.join(COMMUNICATORS)}, got {self.communicator!r}")
+        if not isinstance(self.policy, str) and not callable(getattr(self.policy, "propose", None)):
+            raise ValueError(f"policy must be a name or an object with a method propose(), got {self.policy!r}")
+        if not isinstance(self.policy, str) and self.policy_options:
+            raise ValueError(f"policy_options go with a policy's name, but policy is an object: {self.policy!r}")
+        if "log_balancedness_interval" in self.model_fields_set and not self.log_balancedness:
+            raise ValueError(
+                f"log_balancedness_interval={self.log_balancedness_interval} needs log_balancedness=True: nothing is logged"
+            )
+        return self
+
+
+def _require(config: EplbConfig, name: str, relation: str, limit: str, reason: str) -> None:
+    value, bound = getattr(config, name), getattr(config, limit)
+    if not (value <= bound if relation == "<=" else value < bound):
+        raise ValueError(f"{name}={value} must be {relation} {limit}={bound}: {reason}")

@@ -1,0 +1,397 @@
+"""`EplbController`: what a model runner holds."""
+
+import atexit
+import functools
+import logging
+import threading
+import time
+import weakref
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, nullcontext
+from typing import Any, Protocol, TypeVar, runtime_checkable
+
+import torch.distributed as dist
+from torch import nn
+
+from eplb.agreement import Agreement, GlooAgreement, LocalAgreement
+from eplb.communicator import Communicator, choose_communicator, make_communicator
+from eplb.config import EplbConfig
+from eplb.fill import Handoff
+from eplb.groups import new_group_like
+from eplb.load_window import LoadWindowRecorder
+from eplb.policy import Topology, make_policy
+from eplb.protocol import Work
+from eplb.resident import ResidentExperts
+from eplb.streams import DeviceStreams, StreamLike
+from eplb.table import flip
+from eplb.worker import Clock, Health, Metrics, Worker
+
+logger = logging.getLogger(__name__)
+
+
+@runtime_checkable
+class RelocatableLayer(Protocol):
+    """What `register()` looks for among a model's modules: a layer whose experts it may move."""
+
+    resident: ResidentExperts
+    dispatch_backend: str
+    """What its forward dispatches with: "nccl", "gloo" or "local"."""
+
+    def why_not_relocatable(self) -> str | None:
+        """Why its experts must not move in the background, None if they may."""
+        ...
+
+
+class EplbController:
+    """Balances the experts of the registered models over the ranks of a group while they serve.
+
+    Composed into whatever runs the model: `register()` once, `step()` after each forward. In the background a worker
+    thread sums the load over ranks, plans, fills free slots and hands over new tables; `step()` flips them in.
+
+    Args:
+        config: the knobs; defaults if None.
+        process_group: the ranks that share the experts, the same as the layers'. None if all experts are on this rank.
+
+    Raises:
+        ValueError: a combination that cannot work.
+    """
+
+    def __init__(self, config: EplbConfig | None = None, process_group: dist.ProcessGroup | None = None) -> None:
+        self.config = config or EplbConfig()
+        self._process_group = process_group
+        self._policy = make_policy(self.config.policy, **self.config.policy_options)
+        self._layers: list[RelocatableLayer] = []
+        self._steps = 0
+        self._worker: Worker | None = None
+        self._thread: _WorkerThread | None = None
+        self._wake = threading.Event()
+        self._windows: dict[Work, LoadWindowRecorder] = {}
+        self._streams: DeviceStreams | None = None
+        self._proposals_due = 0
+        self._flip_error: str | None = None
+        self._closed = False
+
+    # ---- registering
+
+    def register(self, model: nn.Module) -> int:
+        """Register every MoE layer of `model`; returns how many it has, which may be none.
+
+        Call it on every rank for the same models in the same order, before the first `step()`.
+
+        Raises:
+            RuntimeError: the controller has begun to step, or is closed.
+            ValueError: a layer is registered already, lives on another group or device, has another number of redundant
+                experts than the config asserts, or cannot be relocated. Nothing is registered then.
+        """
+        if self._worker is not None or self._closed:
+            raise RuntimeError("register() must come before the first step() and before close()")
+        found = [module for module in model.modules() if isinstance(module, RelocatableLayer)]
+        for layer in found:
+            self._check(layer)
+        for layer in found:
+            layer.resident.controller = weakref.ref(self)
+            layer.resident.quiesced = self.quiesced
+        self._layers += found
+        return len(found)
+
+    def _check(self, layer: RelocatableLayer) -> None:
+        resident = layer.resident
+        first = self._layers[0].resident if self._layers else resident
+        num_ranks = dist.get_world_size(self._process_group) if self._process_group is not None else 1
+        if resident.controller is not None:
+            raise ValueError("a layer of the model is registered with a controller already")
+        if resident.num_ranks != num_ranks:
+            raise ValueError(
+                f"process_group has {num_ranks} ranks, but a layer of the model spreads its experts over {resident.num_ranks}"
+            )
+        if resident.streams.device != first.streams.device:
+            raise ValueError(
+                f"layers are on {first.streams.device} and on {resident.streams.device}; one device is needed"
+            )
+        asserted = self.config.num_redundant_experts
+        if asserted is not None and asserted != resident.num_redundant_experts:
+            raise ValueError(
+                f"num_redundant_experts={asserted} is asserted, but a layer of the model was built with "
+                f"{resident.num_redundant_experts}"
+            )
+        reason = layer.why_not_relocatable()
+        if reason is not None and self.config.use_async:
+            raise ValueError(f"use_async=True cannot relocate a layer of the model: {reason}")
+
+    def _start(self) -> Worker:
+        """Connect and start, together with the other ranks, at the first step."""
+        residents = [layer.resident for layer in self._layers]
+        streams = residents[0].streams
+        config = self.config
+        group = self._process_group if residents[0].num_ranks > 1 else None
+        communicator: Communicator
+        agreement: Agreement
+        if group is None:
+            agreement = LocalAgreement()
+            communicator = make_communicator("torch_gloo", None, streams)
+        else:
+            name = choose_communicator(
+                config.communicator,
+                streams.device,
+                dist.get_backend(group),
+                {layer.dispatch_backend for layer in self._layers},
+            )
+            agreement = GlooAgreement(new_group_like(group, "gloo"))
+            communicator = make_communicator(name, group, streams)
+        return self._start_with(agreement, communicator, time.monotonic)
+
+    def _start_with(self, agreement: Agreement, communicator: Communicator, clock: Clock) -> Worker:
+        residents = [layer.resident for layer in self._layers]
+        streams = self._streams = residents[0].streams
+        config = self.config
+        self._windows = {
+            Work.REBALANCE: LoadWindowRecorder(
+                residents,
+                streams,
+                interval=config.step_interval,
+                window_size=config.window_size,
+                num_samples=config.window_samples,
+            )
+        }
+        if config.log_balancedness:
+            interval = config.log_balancedness_interval
+            self._windows[Work.REPORT] = LoadWindowRecorder(
+                residents, streams, interval=interval, window_size=interval, num_samples=1
+            )
+        worker = self._worker = Worker(
+            layers=residents,
+            config=config,
+            policy=self._policy,
+            topology=Topology(residents[0].num_ranks, config.ranks_per_node, config.num_groups),
+            agreement=agreement,
+            communicator=communicator,
+            streams=streams,
+            windows=self._windows,
+            clock=clock,
+            notify=self._wake.set,
+        )
+        return worker
+
+    # ---- serving
+
+    def step(self) -> None:
+        """Call it after each forward, on the thread and stream that ran it.
+
+        Costs a counter and a poll: nothing is allocated, nobody is waited for. A new table that is ready is flipped in
+        here. While the stream is being captured into a CUDA graph it does nothing. With ``use_async=False`` a due
+        rebalance runs in here from end to end, and the call is collective.
+
+        Raises:
+            RuntimeError: no registered model has an MoE layer.
+        """
+        if self._closed:
+            return
+        worker = self._worker
+        if worker is None:
+            if not self._layers:
+                raise RuntimeError("step() without any MoE layer: register() a model that has one first")
+            worker = self._start()
+            if self.config.use_async:
+                self._thread = _WorkerThread(worker, self._layers[0].resident.streams, self._wake)
+                self._thread.start()
+                atexit.register(_close_if_alive, weakref.ref(self))
+        assert self._streams is not None
+        if self._streams.is_capturing():
+            return
+        self._adopt(worker)
+        self._steps += 1
+        for recorder in self._windows.values():
+            self._proposals_due += recorder.step(self._steps)
+        if not self.config.use_async:
+            self._rebalance_here(worker)
+
+    def _rebalance_here(self, worker: Worker) -> None:
+        """Run what is due from end to end on the calling thread; all ranks do so in the same step."""
+        while worker.num_proposals_heard < self._proposals_due or not worker.is_idle:
+            if worker.health.state in ("lost", "peer_left"):
+                return
+            self._wake.clear()
+            worker.tick()
+            self._adopt(worker)
+            if not worker.is_idle:
+                self._wake.wait(self.config.round_interval / 10)
+
+    def _adopt(self, worker: Worker) -> None:
+        """Flip a published version in, if there is one."""
+        handoff = worker.take_handoff()
+        if handoff is None:
+            return
+        try:
+            self._flip(handoff)
+        except Exception as error:
+            # The old tables stay in force, the slots that they name too, and the next step tries again (I6).
+            worker.give_back_handoff(handoff)
+            if self._flip_error != repr(error):
+                logger.exception("a flip could not be enqueued; serving goes on with the old tables")
+            self._flip_error = repr(error)
+
+    def _flip(self, handoff: Handoff) -> None:
+        assert self._streams is not None
+        stream = self._streams.current()
+        others = _other_streams(handoff, stream)
+        for other in others:
+            stream.wait_event(other.record_event())
+        if handoff.staged.is_recorded():
+            handoff.staged.wait(stream, timeout=0)
+        flip([layer.table for layer in handoff.layers], handoff.placements, handoff.version, stream)
+        flipped = stream.record_event()
+        for other in others:
+            other.wait_event(flipped)
+        handoff.flipped = flipped
+
+    @contextmanager
+    def quiesced(self) -> Iterator[None]:
+        """No relocation is under way inside, and none begins: for writing experts' weights. Collective.
+
+        The calling thread adopts published tables itself while it waits.
+
+        Raises:
+            TimeoutError: not within `quiesce_timeout`. Nothing may be written then.
+        """
+        worker = self._worker
+        if worker is None or self._closed:
+            yield
+            return
+        worker.hold(+1)
+        try:
+            deadline = time.monotonic() + self.config.quiesce_timeout
+            while not worker.is_held and worker.health.state not in ("lost", "peer_left", "closed"):
+                self._wake.set()
+                if self._thread is None:
+                    worker.tick()
+                time.sleep(self.config.round_interval / 10)
+                self._adopt(worker)
+                if time.monotonic() > deadline:
+                    raise TimeoutError(
+                        f"relocations did not come to rest within quiesce_timeout={self.config.quiesce_timeout} s: "
+                        f"{worker.health}"
+                    )
+            yield
+        finally:
+            worker.hold(-1)
+
+    @contextmanager
+    def warm_up(self) -> Iterator[None]:
+        """Forwards inside run as always, but are not counted as load. Works for graphs captured before or inside."""
+        for layer in self._layers:
+            layer.resident.load_increment_1.zero_()
+        try:
+            yield
+        finally:
+            for layer in self._layers:
+                layer.resident.load_increment_1.fill_(1)
+
+    # ---- looking in
+
+    def health(self) -> Health:
+        """How the rebalancer is; cheap, never blocks, never raises."""
+        if self._worker is None:
+            return Health("closed" if self._closed else "idle", 0, "IDLE")
+        health = self._worker.health
+        if self._closed:
+            return Health("closed", health.version, health.phase, last_error=health.last_error)
+        return health
+
+    def metrics(self) -> Metrics:
+        """What it has done so far; cheap, never blocks, never raises."""
+        return self._worker.metrics if self._worker is not None else Metrics()
+
+    def close(self) -> None:
+        """Stop, and tell the other ranks, at most `close_timeout` seconds long. Local; the layers go on serving.
+
+        May be called more than once, and is at exit.
+        """
+        if self._closed:
+            return
+        self._closed = True
+        if self._worker is not None:
+            if self._thread is not None:
+                self._thread.close(self.config.close_timeout)
+            self._adopt(self._worker)
+        for layer in self._layers:
+            layer.resident.controller = None
+            layer.resident.quiesced = nullcontext
+
+    def __enter__(self) -> "EplbController":
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        self.close()
+
+
+class _WorkerThread(threading.Thread):
+    """Calls `tick()` for ever."""
+
+    def __init__(self, worker: Worker, streams: DeviceStreams, wake: threading.Event) -> None:
+        super().__init__(name="eplb-worker", daemon=True)
+        self._worker = worker
+        self._streams = streams
+        self._wake = wake
+        self._stopping = False
+
+    def run(self) -> None:
+        adopted = False
+        while not self._stopping:
+            self._wake.clear()
+            if not adopted:
+                try:
+                    self._streams.adopt_thread()
+                    adopted = True
+                except Exception as error:
+                    self._worker.fail(error)
+            if adopted:
+                self._worker.tick()
+            self._wake.wait(self._worker.seconds_to_next_tick())
+
+    def close(self, timeout: float) -> None:
+        deadline = time.monotonic() + timeout
+        self._worker.leave()
+        while self.is_alive() and not self._worker.has_left and time.monotonic() < deadline:
+            self._wake.set()
+            time.sleep(0.001)
+        self._stopping = True
+        self._wake.set()
+        self.join(max(0.0, deadline - time.monotonic()))
+
+
+def _other_streams(handoff: Handoff, stream: StreamLike) -> list[StreamLike]:
+    others: list[StreamLike] = []
+    for layer in handoff.layers:
+        others += [seen for seen in layer.streams_seen() if seen != stream and seen not in others]
+    return others
+
+
+def _close_if_alive(reference: "weakref.ref[EplbController]") -> None:
+    controller = reference()
+    if controller is not None:
+        controller.close()
+
+
+Method = TypeVar("Method", bound=Callable[..., Any])
+
+
+def step_eplb_after(method: Method | None = None, *, attribute: str = "eplb") -> Any:
+    """Decorator for a runner's method that runs a forward: `step()` the runner's controller when it has returned.
+
+    Args:
+        method: the method (when used without arguments).
+        attribute: name of the runner's attribute that holds its `EplbController`, or None to step nothing.
+    """
+
+    def decorate(method: Method) -> Method:
+        @functools.wraps(method)
+        def stepping(self: Any, *args: Any, **kwargs: Any) -> Any:
+            result = method(self, *args, **kwargs)
+            controller = getattr(self, attribute)
+            if controller is not None:
+                controller.step()
+            return result
+
+        return stepping  # type: ignore[return-value]
+
+    return decorate(method) if method is not None else decorate

@@ -1,0 +1,77 @@
+"""`CpuGpuEvent`: hand work from one thread and stream to another thread and stream."""
+
+import threading
+from typing import Any
+
+from eplb.streams import StreamLike
+
+
+class CpuGpuEvent:
+    """An event that a host thread can wait for before it exists on the device.
+
+    A CUDA event that was not recorded yet counts as complete, so a second thread that waits for it too early waits
+    for nothing. This event couples a host flag to it: `wait()` blocks the host until another thread called
+    `record()`, and only then makes the stream wait for the device's part. One `record()` is consumed by one `wait()`;
+    then the event may be used again. Without a stream it works with no GPU at all.
+    """
+
+    def __init__(self) -> None:
+        self._condition = threading.Condition()
+        self._recorded = False
+        self._device_event: Any = None
+        self._error: BaseException | None = None
+
+    def is_recorded(self) -> bool:
+        """Whether `wait()` would find a record (or an error) at once. Never blocks on the device."""
+        with self._condition:
+            return self._recorded
+
+    def record(self, stream: StreamLike | None = None) -> None:
+        """Record the event: after all work queued on `stream` so far, or on the host alone without a stream.
+
+        Raises:
+            RuntimeError: an earlier record was not waited for yet. Nothing is overwritten.
+        """
+        self._set(stream, None)
+
+    def fail(self, error: BaseException) -> None:
+        """Record an error in place of the work: `wait()` raises it.
+
+        Raises:
+            RuntimeError: an earlier record was not waited for yet. Nothing is overwritten.
+        """
+        self._set(None, error)
+
+    def wait(self, stream: StreamLike | None = None, timeout: float | None = None) -> None:
+        """Block the host until the event is recorded, then make `stream` (not the host) wait for its device part.
+
+        Args:
+            stream: what shall wait for the device part; needed if the event was recorded on a stream.
+            timeout: seconds to wait for the record; None waits for ever, 0 polls.
+
+        Raises:
+            TimeoutError: nothing was recorded in time. The event is as it was.
+            RuntimeError: the event was recorded on a stream and none was given to wait with. The event is as it was.
+            BaseException: the error that `fail()` was given.
+        """
+        with self._condition:
+            if not self._condition.wait_for(lambda: self._recorded, timeout):
+                raise TimeoutError(f"CpuGpuEvent was not recorded within {timeout} s")
+            if self._device_event is not None and stream is None:
+                raise RuntimeError("CpuGpuEvent was recorded on a stream: wait() needs the stream that shall wait")
+            device_event, error = self._device_event, self._error
+            self._recorded, self._device_event, self._error = False, None, None
+        if error is not None:
+            raise error
+        if device_event is not None:
+            assert stream is not None
+            stream.wait_event(device_event)
+
+    def _set(self, stream: StreamLike | None, error: BaseException | None) -> None:
+        with self._condition:
+            if self._recorded:
+                raise RuntimeError("CpuGpuEvent recorded again before its last record was waited for")
+            self._device_event = stream.record_event() if stream is not None else None
+            self._error = error
+            self._recorded = True
+            self._condition.notify_all()

@@ -1,0 +1,17 @@
+"""Process groups of our own beside a user's."""
+
+from datetime import timedelta
+
+import torch.distributed as dist
+
+# Our deadlines are states that `health()` shows and that a late peer can still mend; a timeout of torch's own would
+# break the group for good. So the groups' timeout is out of reach.
+_NEVER = timedelta(days=7)
+
+
+def new_group_like(process_group: dist.ProcessGroup, backend: str) -> dist.ProcessGroup:
+    """A new group with the ranks of `process_group`, called by those ranks alone. Collective over them."""
+    ranks = dist.get_process_group_ranks(process_group)
+    group = dist.new_group(ranks, timeout=_NEVER, backend=backend, use_local_synchronization=True)
+    assert isinstance(group, dist.ProcessGroup)
+    return group

@@ -1,0 +1,123 @@
+"""Load windows: differences of stream-ordered snapshots of the layers' counters.
+
+Legend: N sub-windows of a window, A all layers' logical experts side by side.
+"""
+
+import threading
+from collections.abc import Sequence
+
+import numpy as np
+import torch
+
+from eplb.resident import ResidentExperts
+from eplb.streams import DeviceStreams, EventLike
+
+
+class LoadWindowRecorder:
+    """Takes snapshots on the main thread and brings finished windows to the host on the worker's.
+
+    A snapshot is a copy that the compute stream makes, so what it counts is what the forwards before it routed: neither
+    a late kernel nor a relocation can be attributed to the wrong window. Two sets of buffers take turns; if both are
+    taken (the worker is late), the older unread window gives way to the newer.
+
+    Args:
+        layers: whose counters to record.
+        interval: steps from the end of a window to the end of the next.
+        window_size: steps that a window covers, at most `interval`.
+        num_samples: N, sub-windows of a window, at most `window_size`.
+    """
+
+    def __init__(
+        self,
+        layers: Sequence[ResidentExperts],
+        streams: DeviceStreams,
+        *,
+        interval: int,
+        window_size: int,
+        num_samples: int,
+    ) -> None:
+        self._streams = streams
+        self._interval = interval
+        start = interval - window_size
+        self._sample_at = {start + window_size * sample // num_samples: sample for sample in range(num_samples + 1)}
+        self._counters = [layer.load_E for layer in layers]
+        sizes = [layer.num_experts for layer in layers]
+        shape = (num_samples + 1, sum(sizes))
+        self._snapshots = [torch.zeros(shape, dtype=torch.int64, device=streams.device) for _ in range(2)]
+        self._views = [[list(row.split(sizes)) for row in buffer] for buffer in self._snapshots]
+        self._host = torch.zeros(shape, dtype=torch.int64, pin_memory=streams.device.type == "cuda")
+        self._lock = threading.Lock()
+        self._writing = 0
+        self._begun = False  # whether the buffer being written has its first snapshot
+        self._ready: tuple[int, EventLike] | None = None
+        self._reading: int | None = None
+        self._downloaded: EventLike | None = None
+        if start == 0:
+            self._begin()
+
+    @property
+    def message_words(self) -> int:
+        """Length of a flattened window."""
+        rows, width = self._host.shape
+        return (rows - 1) * width
+
+    def step(self, step: int) -> bool:
+        """Main thread, after each forward: take the snapshot that is due, if any; True when a window is complete.
+
+        Args:
+            step: number of the step that has just run, from 1.
+        """
+        position = (step - 1) % self._interval + 1
+        sample = self._sample_at.get(position)
+        if sample == 0:
+            self._begin()
+        elif sample is not None and self._begun:
+            self._snapshot(sample)
+        if position < self._interval:
+            return False
+        complete, self._begun = self._begun, False
+        if complete:
+            with self._lock:
+                self._ready = (self._writing, self._streams.current().record_event())
+        if 0 in self._sample_at:
+            self._begin()  # this step ends one window and begins the next
+        return complete
+
+    def _begin(self) -> None:
+        with self._lock:
+            unread = self._ready[0] if self._ready is not None else None
+            # A buffer that nobody wants, or the unread one, but never the one that the worker reads.
+            self._writing = min((0, 1), key=lambda buffer: (buffer == self._reading, buffer == unread))
+            if self._writing == unread:
+                self._ready = None
+        self._begun = True
+        self._snapshot(0)
+
+    def _snapshot(self, sample: int) -> None:
+        views = self._views[self._writing][sample]
+        self._streams.run(self._streams.current(), lambda: torch._foreach_copy_(views, self._counters))
+
+    def poll(self) -> np.ndarray | None:
+        """Worker thread: the next finished window, int64 ``[N, A]``, once it is on the host; None otherwise."""
+        if self._downloaded is None:
+            with self._lock:
+                if self._ready is None:
+                    return None
+                (self._reading, ready), self._ready = self._ready, None
+            try:
+                self._downloaded = self._download(self._reading, ready)
+            except BaseException:
+                self._reading = None  # the window is lost, the buffer is not
+                raise
+        if not self._downloaded.query():
+            return None
+        window_NA = np.diff(self._host.numpy(), axis=0)
+        with self._lock:
+            self._downloaded, self._reading = None, None
+        return window_NA
+
+    def _download(self, buffer: int, ready: EventLike) -> EventLike:
+        side, snapshot = self._streams.side, self._snapshots[buffer]
+        side.wait_event(ready)
+        self._streams.run(side, lambda: self._host.copy_(snapshot, non_blocking=True))
+        return side.record_event()

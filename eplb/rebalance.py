@@ -1,0 +1,76 @@
+"""From load windows to a plan for all registered layers. Pure: arrays in, a plan out."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+
+import numpy as np
+
+from eplb.placement import Placement
+from eplb.plan import LayerUpdate, Plan, Wave, make_plan
+from eplb.policy import Policy, Topology
+
+
+@dataclass(frozen=True)
+class LayerFacts:
+    """What planning knows of one layer.
+
+    Attributes:
+        num_physical_per_rank: P.
+        pool: number of the pool that its slots come from.
+        slot_bytes: bytes that one move carries.
+    """
+
+    num_experts: int
+    num_physical_per_rank: int
+    pool: int
+    slot_bytes: int
+
+
+def plan_rebalance(
+    layers: Sequence[LayerFacts],
+    placements: Sequence[Placement],
+    load_NA: np.ndarray,
+    free_slots_GW: np.ndarray,
+    policy: Policy,
+    topology: Topology,
+    max_bytes_in_flight: int | None,
+) -> Plan:
+    """Ask the policy for each group of like layers, and put the groups' waves behind each other.
+
+    Args:
+        layers: facts of every registered layer.
+        placements: the live one of each.
+        load_NA: int64, N sub-windows of the load, the layers' logical experts side by side, summed over ranks.
+        free_slots_GW: free slots of every pool on every rank.
+    """
+    ends = np.cumsum([layer.num_experts for layer in layers])
+    loads_NE = np.split(load_NA, ends[:-1], axis=1)
+    groups: dict[tuple[int, int], list[int]] = {}
+    for index, layer in enumerate(layers):
+        groups.setdefault((layer.num_experts, layer.num_physical_per_rank), []).append(index)
+    plans = []
+    for members in groups.values():
+        load_LNE = np.stack([loads_NE[index] for index in members])
+        current = [placements[index] for index in members]
+        proposal = policy.propose(load_LNE, np.stack([placement.compact() for placement in current]), topology)
+        plan = make_plan(
+            current,
+            proposal,
+            load_LNE.sum(axis=1),
+            free_slots_GW=free_slots_GW,
+            pool_of_layer=[layers[index].pool for index in members],
+            bytes_per_expert=[layers[index].slot_bytes for index in members],
+            max_bytes_in_flight=max_bytes_in_flight,
+            topology=topology,
+        )
+        plans.append(_renumbered(plan, members))
+    if len(plans) == 1:
+        return plans[0]
+    return Plan(waves=tuple(wave for plan in plans for wave in plan.waves))
+
+
+def _renumbered(plan: Plan, members: Sequence[int]) -> Plan:
+    def renumber(update: LayerUpdate) -> LayerUpdate:
+        return replace(update, layer=members[update.layer])
+
+    return replace(plan, waves=tuple(Wave(tuple(renumber(update) for update in wave.updates)) for wave in plan.waves))

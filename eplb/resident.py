@@ -1,0 +1,134 @@
+"""`ResidentExperts`: one layer's share of one rank: its slots, lanes, table and load counters."""
+
+import threading
+from collections import deque
+from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager, nullcontext
+from typing import Any
+
+import torch
+
+from eplb.placement import Placement
+from eplb.pool import SlotPool
+from eplb.shares import equal_shares
+from eplb.streams import DeviceStreams, EventLike, StreamLike
+from eplb.table import ExpertTable
+
+
+class Pin:
+    """Keeps a table version ungraced while a backward that will read its slots is pending (I3).
+
+    Held by the autograd graph; it lets go when the graph is freed.
+    """
+
+    def __init__(self, owner: "ResidentExperts", version: int) -> None:
+        self._owner = owner
+        self.version = version
+
+    def used_on(self, stream: StreamLike) -> None:
+        """A backward under this version has been enqueued on `stream` so far."""
+        self._owner._pin_events.append((self.version, stream.record_event()))
+
+    def __del__(self) -> None:
+        self._owner._dropped_pins.append(self.version)
+
+
+class ResidentExperts:
+    """What the forward of one MoE layer reads on this rank, and what the rebalancer changes.
+
+    A layer makes one, reads `table` and `load_E` in its forward and calls `note_stream()` and `pin()` there. Everything
+    else belongs to the controller that it is registered with.
+
+    Args:
+        num_experts: E, logical experts.
+        num_redundant_experts: physical experts beyond one per logical expert, over all ranks.
+        num_shadow_slots: lanes of a rank beyond its physical experts, so how many experts of this layer one wave may
+            replace on a rank; the pool must have free slots for them.
+        rank, num_ranks: of the group that the experts are spread over.
+        pool: the slots; may be shared with other layers. This layer reserves its live ones here.
+
+    Attributes:
+        load_E: int64 ``[E]``: tokens routed to each logical expert by this rank since the start; only ever grows.
+        load_increment_1: int64 ``[1]``: what one token adds to it: 0 while warm-up is not to be counted.
+        lane_slots: pool slot of each lane of this rank, -1 for an empty lane; host copy.
+        controller: what the layer is registered with, or None.
+    """
+
+    def __init__(
+        self,
+        *,
+        num_experts: int,
+        num_redundant_experts: int,
+        num_shadow_slots: int,
+        rank: int,
+        num_ranks: int,
+        pool: SlotPool,
+        streams: DeviceStreams,
+    ) -> None:
+        num_physical = (num_experts + num_redundant_experts) // num_ranks
+        placement = Placement.initial(
+            num_experts, num_redundant_experts, num_ranks, num_lanes=num_physical + num_shadow_slots
+        )
+        self.num_experts = num_experts
+        self.num_redundant_experts = num_redundant_experts
+        self.num_shadow_slots = num_shadow_slots
+        self.num_physical_per_rank = num_physical
+        self.rank = rank
+        self.num_ranks = num_ranks
+        self.pool = pool
+        self.streams = streams
+        self.table = ExpertTable(placement, equal_shares(placement), streams)
+        self.load_E = torch.zeros(num_experts, dtype=torch.int64, device=streams.device)
+        self.load_increment_1 = torch.ones(1, dtype=torch.int64, device=streams.device)
+        self.lane_slots = pool.reserve(num_physical) + [-1] * num_shadow_slots
+        self.table.lane_to_slot_S.copy_(torch.tensor(self.lane_slots, dtype=torch.int32))
+        self.controller: Any = None
+        self.quiesced: Callable[[], AbstractContextManager[None]] = nullcontext
+        self._streams_seen: dict[int, StreamLike] = {}
+        self._lock = threading.Lock()
+        self._pins: dict[int, int] = {}
+        # Deques, because a pin may die inside any allocation, also one made under the lock: appending takes none.
+        self._dropped_pins: deque[int] = deque()
+        self._pin_events: deque[tuple[int, EventLike]] = deque()
+
+    @property
+    def num_lanes(self) -> int:
+        return self.num_physical_per_rank + self.num_shadow_slots
+
+    def live_slots(self) -> dict[int, list[int]]:
+        """The pool slots on this rank that hold each logical expert under the current table."""
+        slots: dict[int, list[int]] = {}
+        for lane, expert in enumerate(self.table.placement.lanes_WS[self.rank].tolist()):
+            if expert >= 0:
+                slots.setdefault(expert, []).append(self.lane_slots[lane])
+        return slots
+
+    def note_stream(self) -> None:
+        """The calling thread's current stream runs a forward: a flip must be ordered against it."""
+        stream = self.streams.current()
+        self._streams_seen.setdefault(getattr(stream, "cuda_stream", 0), stream)
+
+    def streams_seen(self) -> Sequence[StreamLike]:
+        return list(self._streams_seen.values())
+
+    def pin(self) -> Pin:
+        """Keep every slot of the current version as it is until the returned object is freed."""
+        version = self.table.version
+        with self._lock:
+            self._pins[version] = self._pins.get(version, 0) + 1
+        return Pin(self, version)
+
+    def is_pinned_before(self, version: int) -> bool:
+        """Whether a backward under a version older than `version` is pending or still running on the device."""
+        with self._lock:
+            while self._dropped_pins:
+                dropped = self._dropped_pins.popleft()
+                self._pins[dropped] -= 1
+                if not self._pins[dropped]:
+                    del self._pins[dropped]
+            for _ in range(len(self._pin_events)):
+                used = self._pin_events.popleft()
+                if not used[1].query():
+                    self._pin_events.append(used)
+            pinned = [*self._pins, *(at for at, _ in self._pin_events)]
+        return any(at < version for at in pinned)

@@ -1,0 +1,136 @@
+"""Where work is ordered: CUDA streams on a GPU, program order on a CPU, a seeded scheduler in the tests.
+
+A stream here is anything with `torch.cuda.Stream`'s `record_event()` and `wait_event()`; `DeviceStreams` adds the
+few things that differ between devices, so that everything that acts is written once and can be simulated.
+"""
+
+import ctypes
+from collections.abc import Callable
+from typing import Any, Protocol
+
+import torch
+
+# cuThreadExchangeStreamCaptureMode's CU_STREAM_CAPTURE_MODE_THREAD_LOCAL (CUDA driver API, "Stream Management").
+_CAPTURE_MODE_THREAD_LOCAL = 1
+
+
+class EventLike(Protocol):
+    def query(self) -> bool:
+        """True when all work recorded before the event has completed. Never blocks."""
+        ...
+
+
+class StreamLike(Protocol):
+    def record_event(self) -> Any: ...
+
+    def wait_event(self, event: Any) -> None: ...
+
+
+class DeviceStreams(Protocol):
+    """The streams of one device as the rebalancer sees them."""
+
+    @property
+    def device(self) -> torch.device: ...
+
+    @property
+    def side(self) -> StreamLike:
+        """What fills slots and stages tables."""
+        ...
+
+    def current(self) -> StreamLike:
+        """The calling thread's compute stream."""
+        ...
+
+    def run(self, stream: StreamLike, work: Callable[[], object]) -> None:
+        """Enqueue the tensor operations of `work` on `stream`."""
+        ...
+
+    def is_capturing(self) -> bool:
+        """Whether the calling thread's current stream is being captured into a CUDA graph."""
+        ...
+
+    def adopt_thread(self) -> None:
+        """Prepare the calling thread, which is not the main one, for work on this device."""
+        ...
+
+
+class _Done:
+    def query(self) -> bool:
+        return True
+
+
+class HostStream:
+    """A CPU's only stream: work is done when the call returns."""
+
+    def record_event(self) -> _Done:
+        return _Done()
+
+    def wait_event(self, event: EventLike) -> None:
+        del event
+
+
+class HostStreams:
+    """`DeviceStreams` of a CPU."""
+
+    def __init__(self) -> None:
+        self.device = torch.device("cpu")
+        self.side: StreamLike = HostStream()
+
+    def current(self) -> StreamLike:
+        return self.side
+
+    def run(self, stream: StreamLike, work: Callable[[], object]) -> None:
+        del stream
+        work()
+
+    def is_capturing(self) -> bool:
+        return False
+
+    def adopt_thread(self) -> None:
+        """Nothing to prepare on a CPU."""
+
+
+class CudaStreams:
+    """`DeviceStreams` of one CUDA device."""
+
+    def __init__(self, device: torch.device) -> None:
+        self.device = device
+        # High priority: a copy of a few microseconds should not queue behind a long GEMM's blocks.
+        self.side: StreamLike = torch.cuda.Stream(device, priority=-1)
+
+    def current(self) -> StreamLike:
+        return torch.cuda.current_stream(self.device)
+
+    def run(self, stream: StreamLike, work: Callable[[], object]) -> None:
+        with torch.cuda.stream(stream):  # type: ignore[arg-type]
+            work()
+
+    def is_capturing(self) -> bool:
+        return torch.cuda.is_current_stream_capturing()
+
+    def adopt_thread(self) -> None:
+        """Select the device, and take this thread out of the way of graph captures on other threads.
+
+        By default CUDA forbids event queries and allocations on *every* thread while any thread captures a graph
+        (capture mode "global"), and a violation invalidates the user's capture. In thread-local mode only a capture
+        by this thread, of which there is none, would restrict it.
+        """
+        torch.cuda.set_device(self.device)
+        driver = ctypes.CDLL("libcuda.so.1")
+        mode = ctypes.c_int(_CAPTURE_MODE_THREAD_LOCAL)
+        status = driver.cuThreadExchangeStreamCaptureMode(ctypes.byref(mode))
+        if status != 0:
+            raise RuntimeError(f"cuThreadExchangeStreamCaptureMode failed with CUDA error {status}")
+
+
+def streams_of(device: torch.device) -> DeviceStreams:
+    """The streams of `device`.
+
+    Raises:
+        ValueError: the device is neither a CPU nor a CUDA device.
+    """
+    if device.type == "cpu":
+        return HostStreams()
+    if device.type == "cuda":
+        return CudaStreams(device)
+    raise ValueError(f"device must be a CPU or a CUDA device, got {device}")

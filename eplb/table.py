@@ -1,0 +1,83 @@
+"""The indirection table of one layer: the device copy of a placement and its shares.
+
+Legend: E logical experts, P physical experts over all ranks, S lanes of a rank.
+"""
+
+import numpy as np
+import torch
+
+from eplb.placement import Placement
+from eplb.shares import cumulative_shares
+from eplb.streams import DeviceStreams, StreamLike
+
+
+class ExpertTable:
+    """Which lanes hold each logical expert, where kernels read it; staged aside and switched in one small write.
+
+    All of it is one int32 buffer at a static address, so a captured CUDA graph sees every flip. The replicas of
+    expert e are entries ``offsets_E1[e] … offsets_E1[e + 1]`` of `lanes_P` (global lane ids: rank · S + lane) and of
+    `cumulative_P` (running share in units of 2⁻³⁰, the last one of each expert exactly 2³⁰).
+
+    Attributes:
+        lane_to_slot_S: int32 ``[S]``, for rows that this rank *receives*: the pool's slot of each of its own lanes. An
+            entry is written at the fill, before any table names the lane, and so never while a kernel can read it.
+        version: the version that `flip()` made current last.
+        placement: the placement of that version, on the host.
+    """
+
+    def __init__(self, placement: Placement, shares_WS: np.ndarray, streams: DeviceStreams) -> None:
+        self.num_experts = placement.num_experts
+        self.num_physical = int((placement.lanes_WS >= 0).sum())
+        size = self.num_experts + 1 + 2 * self.num_physical
+        device = streams.device
+        self._streams = streams
+        self._current = torch.empty(size, dtype=torch.int32, device=device)
+        self._staged = torch.empty_like(self._current)
+        # Pinned where that matters, so that the upload is asynchronous; reused, as at most one version is staged.
+        self._host = torch.empty(size, dtype=torch.int32, pin_memory=device.type == "cuda")
+        ends = (self.num_experts + 1, self.num_experts + 1 + self.num_physical)
+        self.offsets_E1 = self._current[: ends[0]]
+        self.lanes_P = self._current[ends[0] : ends[1]]
+        self.cumulative_P = self._current[ends[1] :]
+        self.lane_to_slot_S = torch.full((placement.num_lanes,), -1, dtype=torch.int32, device=device)
+        self.version = 0
+        self.placement = placement
+        self._last_flip = None
+        self._write_host(placement, shares_WS)
+        self._current.copy_(self._host)
+
+    def map_lane(self, lane: int, slot: int, stream: StreamLike) -> None:
+        """Enqueue on `stream`: rows sent to `lane` of this rank will find their weights in `slot`."""
+        self._streams.run(stream, lambda: self.lane_to_slot_S[lane : lane + 1].fill_(slot))
+
+    def stage(self, placement: Placement, shares_WS: np.ndarray, stream: StreamLike) -> None:
+        """Enqueue on `stream` the upload of the next version beside the current one.
+
+        The caller must know that the last flip has completed (grace says so): the staging buffers are its source.
+        """
+        self._write_host(placement, shares_WS)
+        self._streams.run(stream, lambda: self._staged.copy_(self._host, non_blocking=True))
+
+    def _write_host(self, placement: Placement, shares_WS: np.ndarray) -> None:
+        offsets, lanes = placement.logical_to_lanes()
+        if len(lanes) != self.num_physical or placement.num_experts != self.num_experts:
+            raise ValueError(
+                f"placement has {len(lanes)} physical experts of {placement.num_experts}; "
+                f"the table is made for {self.num_physical} of {self.num_experts}"
+            )
+        packed = np.concatenate([offsets, lanes, cumulative_shares(placement, shares_WS)]).astype(np.int32)
+        self._host.copy_(torch.from_numpy(packed))
+
+
+def flip(tables: list[ExpertTable], placements: list[Placement], version: int, stream: StreamLike) -> None:
+    """Enqueue on `stream` the one small write that makes the staged versions of `tables` current.
+
+    Kernels enqueued before it see the old tables from end to end, kernels after it the new ones (I3).
+    """
+    if not tables:
+        return
+    current, staged = [table._current for table in tables], [table._staged for table in tables]
+    tables[0]._streams.run(stream, lambda: torch._foreach_copy_(current, staged))
+    for table, placement in zip(tables, placements, strict=True):
+        table.version = version
+        table.placement = placement

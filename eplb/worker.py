@@ -1,0 +1,586 @@
+"""The rebalancer's own thread: one state machine over agreement rounds."""
+
+import hashlib
+import logging
+import threading
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field, replace
+from typing import Protocol
+
+import numpy as np
+
+from eplb.agreement import Agreement, Exchange
+from eplb.communicator.base import Communicator
+from eplb.config import EplbConfig
+from eplb.fill import Handoff, WaveFill
+from eplb.load_window import LoadWindowRecorder
+from eplb.metrics import layer_balancedness
+from eplb.placement import Placement
+from eplb.plan import Plan
+from eplb.policy import Policy, Topology
+from eplb.pool import SlotPool, SlotState
+from eplb.protocol import RECORD_WORDS, Agreed, Phase, Record, Work, advance, heard_plan
+from eplb.rebalance import LayerFacts, plan_rebalance
+from eplb.resident import ResidentExperts
+from eplb.shares import equal_shares
+from eplb.streams import DeviceStreams
+
+logger = logging.getLogger(__name__)
+
+_PLAN_HEADER_WORDS = 3  # number of waves, hash, bytes of JSON
+_NOTHING = np.empty(0, dtype=np.int64)
+
+
+class Clock(Protocol):
+    def __call__(self) -> float:
+        """Seconds; only differences matter."""
+        ...
+
+
+@dataclass(frozen=True)
+class Metrics:
+    """What the rebalancer has done so far, on this rank unless said otherwise.
+
+    Attributes:
+        rounds: agreement rounds heard.
+        windows: load windows brought to the host.
+        proposals: rebalances that the ranks began; plans: those that had something to do.
+        waves, flips: versions published; tables that the main thread flipped, as the device has completed it.
+        moved_experts, moved_bytes: over all ranks, of published waves.
+        abandoned: proposals that the ranks gave up after an error on any of them.
+        failures: errors on this rank.
+        planning_seconds, fill_seconds, grace_seconds: of the last plan (rank 0), fill, and grace.
+        balancedness: mean/max of the ranks' loads in the last window, averaged over layers; None before the first.
+    """
+
+    rounds: int = 0
+    windows: int = 0
+    proposals: int = 0
+    plans: int = 0
+    waves: int = 0
+    flips: int = 0
+    moved_experts: int = 0
+    moved_bytes: int = 0
+    abandoned: int = 0
+    failures: int = 0
+    planning_seconds: float = 0.0
+    fill_seconds: float = 0.0
+    grace_seconds: float = 0.0
+    balancedness: float | None = None
+
+
+@dataclass(frozen=True)
+class Health:
+    """How the rebalancer of this rank is. The layers serve in every state.
+
+    Attributes:
+        state: "idle", "rebalancing", "degraded" (a pool has no free slot on some rank, so its layers cannot move),
+            "grace_stalled" (a main thread calls no `step()`), "peer_unreachable" (a round is overdue), "lost" (rounds
+            failed for good), "peer_left", "closed".
+        version: the highest published version.
+        phase: what the ranks have agreed to be doing.
+        seconds_waiting: since the last round was heard (peer_unreachable) or the version published (grace_stalled).
+        departed: ranks that closed their controllers.
+        quarantined_slots: slots that a transfer given up may still touch.
+        last_error: the newest error on this rank, None if there was none.
+    """
+
+    state: str
+    version: int
+    phase: str
+    seconds_waiting: float = 0.0
+    departed: tuple[int, ...] = ()
+    quarantined_slots: int = 0
+    last_error: str | None = None
+
+
+@dataclass
+class _Requests:
+    """What the main thread wants; guarded by the worker's lock."""
+
+    hold: int = 0
+    leaving: bool = False
+
+
+@dataclass
+class _Loads:
+    """The summed windows of a LOAD round."""
+
+    load_NA: np.ndarray
+    free_slots_GW: np.ndarray
+
+
+@dataclass
+class _Mine:
+    """This rank's part of the proposal under way; made anew for each."""
+
+    number: int = 0
+    planned: bool = False
+    plan_words: int = 0
+    message: np.ndarray = field(default_factory=lambda: _NOTHING)
+    plan: Plan | None = None
+    plan_hash: int = 0
+    loads: _Loads | None = None
+
+
+class Worker:
+    """What one rank does about agreed states. `tick()` never blocks; whoever calls it decides when.
+
+    The rule that keeps ranks together: which round comes next is a function of the agreed state alone. A failure here
+    changes what this rank *says* in it, never whether it takes part.
+
+    Args:
+        layers: all registered layers, in the same order on every rank.
+        notify: called, on any thread, when a round is over.
+    """
+
+    def __init__(
+        self,
+        *,
+        layers: Sequence[ResidentExperts],
+        config: EplbConfig,
+        policy: Policy,
+        topology: Topology,
+        agreement: Agreement,
+        communicator: Communicator,
+        streams: DeviceStreams,
+        windows: dict[Work, LoadWindowRecorder],
+        clock: Clock = time.monotonic,
+        notify: Callable[[], None] = lambda: None,
+    ) -> None:
+        self._layers = list(layers)
+        self._config = config
+        self._policy = policy
+        self._topology = topology
+        self._agreement = agreement
+        self._communicator = communicator
+        self._streams = streams
+        self._windows = windows
+        self._clock = clock
+        self._notify = notify
+        self._rank = layers[0].rank
+        self._num_ranks = layers[0].num_ranks
+        self._pools = _distinct_pools(layers)
+        self._facts = [
+            LayerFacts(
+                layer.num_experts, layer.num_physical_per_rank, self._pools.index(layer.pool), layer.pool.slot_bytes
+            )
+            for layer in layers
+        ]
+        self._placements: list[Placement] = [layer.table.placement for layer in layers]
+        self._shares = [equal_shares(placement) for placement in self._placements]
+
+        self._agreed = Agreed()
+        self._exchange: Exchange | None = None
+        self._spoken = Record()
+        self._spoke_at = clock()
+        self._heard_at = clock()
+        self._lost = False
+
+        self._proposal = 0
+        self._proposed_work = Work.NONE
+        self._due: list[Work] = []
+        self._latest: dict[Work, np.ndarray] = {}
+        self._mine = _Mine()
+        self._fill: WaveFill | None = None
+        self._fill_started_at = 0.0
+        self._handoff: Handoff | None = None
+        self._published = 0
+        self._published_at = 0.0
+        self._graced = 0
+        self._zombies: list[WaveFill] = []
+
+        self._error = False
+        self._stuck_at: tuple[Phase, int, int] | None = None
+        self._consecutive_failures = 0
+        self._retry_at = 0.0
+        self._propose_after = 0.0
+        self._last_error: str | None = None
+
+        self._lock = threading.Lock()
+        self._requests = _Requests()
+        self._inbox: Handoff | None = None
+        self._held = False
+        self._said_left = False
+        self.metrics = Metrics()
+        self.health = Health("idle", 0, Phase.IDLE.name)
+
+    # ---- the main thread's side
+
+    def take_handoff(self) -> Handoff | None:
+        """The published version that waits to be flipped, if any. The caller then sets its `flipped`."""
+        if self._inbox is None:  # unlocked on purpose: a stale answer costs one step, and every step asks
+            return None
+        with self._lock:
+            handoff, self._inbox = self._inbox, None
+            return handoff
+
+    def give_back_handoff(self, handoff: Handoff) -> None:
+        """The flip could not be enqueued: try again at the next step."""
+        with self._lock:
+            self._inbox = handoff
+
+    def hold(self, change: int) -> None:
+        """Want (+1) or no longer want (-1) no new waves."""
+        with self._lock:
+            self._requests.hold += change
+            self._held = False
+
+    @property
+    def is_held(self) -> bool:
+        """Whether all ranks know of this rank's hold, and nothing is under way."""
+        with self._lock:
+            return self._held
+
+    def leave(self) -> None:
+        with self._lock:
+            self._requests.leaving = True
+
+    @property
+    def has_left(self) -> bool:
+        """Whether the other ranks know that this one leaves, or nobody can tell them."""
+        return self._said_left or self._lost or self._agreed.phase is Phase.LEFT
+
+    @property
+    def is_idle(self) -> bool:
+        return self._agreed.phase in (Phase.IDLE, Phase.LEFT) or self._lost
+
+    @property
+    def num_proposals_heard(self) -> int:
+        return self._agreed.proposal
+
+    # ---- the machine
+
+    def tick(self) -> None:
+        """Do all that can be done now without waiting. Errors become state (I6)."""
+        # Each stage on its own: one that fails every time must not keep this rank from speaking, or all would wait.
+        for stage in (self._bury, self._hear, self._collect_windows, self._act, self._speak):
+            try:
+                stage()
+            except Exception as error:
+                self.fail(error)
+        self._report()
+
+    def seconds_to_next_tick(self) -> float:
+        """How long a thread may sleep if nobody notifies it."""
+        if self._fill is not None or self._handoff is not None or self._zombies:
+            return min(self._config.round_interval, 0.001)
+        return self._config.heartbeat_interval if self._agreed.phase is Phase.IDLE else self._config.round_interval
+
+    def _hear(self) -> None:
+        exchange, agreed = self._exchange, self._agreed
+        if self._lost or exchange is None or not exchange.done():
+            return
+        try:
+            messages = exchange.result()
+        except Exception:
+            # Nothing can be agreed on any more. What is published stays; a slot voted for is never written again, as
+            # other ranks may have published it: all this rank can do in doubt is to keep what it said it has.
+            self._lost = True
+            raise
+        mine = self._mine
+        if agreed.phase is Phase.PLAN:
+            mine.message = messages[0]
+            new = heard_plan(agreed, num_waves=int(messages[0][0]))
+        else:
+            new = advance(agreed, [Record.decode(message) for message in messages])
+            if agreed.phase is Phase.IDLE and new.phase is Phase.LOAD:
+                mine = _Mine(number=new.proposal)
+            elif agreed.phase is Phase.LOAD and new.phase is not agreed.phase:
+                mine.loads = self._decode_loads(messages)
+        spoken = self._spoken
+        self._mine, self._agreed, self._exchange = mine, new, None
+        self._heard_at = self._clock()
+        self._settle(agreed, new, spoken)
+
+    def _settle(self, old: Agreed, new: Agreed, spoken: Record) -> None:
+        """What a round heard changes on this rank; nothing here touches the device."""
+        if spoken.error:
+            self._error = False
+        if spoken.left:
+            self._said_left = True
+        with self._lock:
+            self._held = bool(spoken.hold) and self._requests.hold > 0 and new.phase is Phase.IDLE
+        if new.abandoned > old.abandoned:
+            # Every rank counts the same abandoned proposals, so all wait equally long.
+            self._consecutive_failures += 1
+            delay = self._config.backoff * 2.0 ** min(self._consecutive_failures - 1, 30)
+            self._propose_after = self._clock() + (
+                min(delay, self._config.max_backoff) if self._config.use_async else 0.0
+            )
+        elif new.phase is Phase.IDLE and old.phase is not Phase.IDLE:
+            self._consecutive_failures = 0
+        begun = new.phase is Phase.LOAD and old.phase is Phase.IDLE and new.work is Work.REBALANCE
+        planned = new.phase is Phase.PREPARE and old.phase is Phase.PLAN
+        self.metrics = replace(
+            self.metrics,
+            rounds=new.round,
+            proposals=self.metrics.proposals + begun,
+            plans=self.metrics.plans + planned,
+            abandoned=new.abandoned,
+        )
+        if self._mine.loads is not None and old.phase is Phase.LOAD:
+            self._measure_balance(self._mine.loads, new.phase)
+
+    def _measure_balance(self, loads: _Loads, phase: Phase) -> None:
+        sizes = [layer.num_experts for layer in self._layers]
+        per_layer = np.split(loads.load_NA.sum(axis=0), np.cumsum(sizes)[:-1])
+        value = float(
+            np.mean(
+                [
+                    layer_balancedness(load_E, placement, shares_WS)
+                    for load_E, placement, shares_WS in zip(per_layer, self._placements, self._shares, strict=True)
+                ]
+            )
+        )
+        self.metrics = replace(self.metrics, balancedness=value)
+        if phase is Phase.IDLE and self._rank == 0:
+            logger.info("balancedness %.4f (mean/max of the ranks' loads, averaged over %d layers)", value, len(sizes))
+
+    def _collect_windows(self) -> None:
+        for work, recorder in self._windows.items():
+            window_NA = recorder.poll() if not self._lost else None
+            if window_NA is not None:
+                self._latest[work] = window_NA
+                self.metrics = replace(self.metrics, windows=self.metrics.windows + 1)
+                if self._rank == 0 and work not in self._due:
+                    self._due.append(work)
+
+    def _act(self) -> None:
+        agreed = self._agreed
+        if agreed.version > self._published:
+            if self._clock() >= self._retry_at:
+                self._publish()
+            return
+        self._collect_grace()
+        if self._fill is not None:
+            self._drop_finished(self._fill)
+        if self._lost or self._stuck_at == _place(agreed):
+            return
+        self._stuck_at = None
+        match agreed.phase:
+            case Phase.IDLE if self._rank == 0 and self._due and self._proposal == agreed.proposal:
+                if self._clock() >= self._propose_after:
+                    self._proposed_work = self._due.pop(0)
+                    self._proposal += 1
+            case Phase.PLANNING if self._rank == 0 and not self._mine.planned:
+                self._make_plan()
+            case Phase.PREPARE if self._fill is None:
+                self._prepare()
+            case Phase.FILL if self._fill is not None and not self._fill.is_filled:
+                self._push_fill(self._fill)
+
+    def _make_plan(self) -> None:
+        loads = self._mine.loads
+        assert loads is not None
+        started_at = time.perf_counter()
+        plan = plan_rebalance(
+            self._facts,
+            self._placements,
+            loads.load_NA,
+            loads.free_slots_GW,
+            self._policy,
+            self._topology,
+            self._config.max_bytes_in_flight,
+        )
+        self._mine.message = _encode_plan(plan)
+        self._mine.plan_words = len(self._mine.message) if plan.waves else -1
+        self._mine.planned = True
+        self.metrics = replace(self.metrics, planning_seconds=time.perf_counter() - started_at)
+
+    def _prepare(self) -> None:
+        mine, agreed = self._mine, self._agreed
+        if mine.plan is None:
+            plan, mine.plan_hash = _decode_plan(mine.message)
+            mine.plan = plan
+        self._fill = WaveFill(
+            mine.plan.waves[agreed.wave],
+            agreed.version + 1,
+            (agreed.proposal, agreed.wave),
+            self._layers,
+            self._placements,
+            self._communicator,
+            self._streams,
+        )
+
+    def _push_fill(self, fill: WaveFill) -> None:
+        if not fill.is_started:
+            self._fill_started_at = self._clock()
+            fill.start()
+        if fill.poll():
+            self.metrics = replace(self.metrics, fill_seconds=self._clock() - self._fill_started_at)
+        elif self._clock() - self._fill_started_at > self._config.transfer_timeout:
+            raise TimeoutError(
+                f"transfers of version {fill.version} took more than transfer_timeout={self._config.transfer_timeout} s"
+            )
+
+    def _publish(self) -> None:
+        """The ranks agreed that the wave is filled everywhere: roll forward, as often as it takes."""
+        fill = self._fill
+        assert fill is not None and fill.version == self._agreed.version, "a rank votes only for what it has"
+        handoff = fill.stage()
+        fill.publish()
+        for update in fill.updates:
+            self._placements[update.layer] = update.placement
+            self._shares[update.layer] = update.shares_WS
+        self._handoff = handoff
+        self._published = fill.version
+        self._published_at = self._clock()
+        self.metrics = replace(
+            self.metrics,
+            waves=self.metrics.waves + 1,
+            moved_experts=self.metrics.moved_experts + fill.num_moves,
+            moved_bytes=self.metrics.moved_bytes + fill.num_bytes,
+        )
+        with self._lock:
+            self._inbox = handoff
+
+    def _collect_grace(self) -> None:
+        handoff = self._handoff
+        if handoff is None or handoff.flipped is None or not handoff.flipped.query():
+            return
+        if any(layer.is_pinned_before(handoff.version) for layer in handoff.layers):
+            return
+        self._graced = handoff.version
+        self._handoff = None
+        self.metrics = replace(
+            self.metrics,
+            flips=self.metrics.flips + len(handoff.layers),
+            grace_seconds=self._clock() - self._published_at,
+        )
+
+    def _drop_finished(self, fill: WaveFill) -> None:
+        """Let go of a wave that the ranks have agreed to be over, one way or the other."""
+        agreed = self._agreed
+        if fill.version <= agreed.version:
+            if agreed.phase not in (Phase.GRACE, Phase.LEFT) and not self._lost:
+                fill.release()
+                self._fill = None
+        elif agreed.phase not in (Phase.PREPARE, Phase.FILL) and not self._lost:
+            fill.abandon()
+            self._fill = None
+            self._zombies.append(fill)
+
+    def _bury(self) -> None:
+        self._zombies = [fill for fill in self._zombies if not fill.bury()]
+
+    def _speak(self) -> None:
+        agreed = self._agreed
+        if self._lost or self._exchange is not None or agreed.phase is Phase.LEFT:
+            return
+        record = self._record()
+        now = self._clock()
+        if agreed.phase in (Phase.PREPARE, Phase.FILL, Phase.GRACE, Phase.IDLE) and record == self._spoken:
+            idle = agreed.phase is Phase.IDLE
+            if now - self._spoke_at < (self._config.heartbeat_interval if idle else self._config.round_interval):
+                return
+        if agreed.phase is Phase.PLAN:
+            message = self._mine.message if self._rank == 0 else None
+            self._exchange = self._agreement.broadcast(message, agreed.plan_words, self._notify)
+        else:
+            loads = self._encode_loads(agreed.work) if agreed.phase is Phase.LOAD else _NOTHING
+            self._exchange = self._agreement.all_gather(np.concatenate([record.encode(), loads]), self._notify)
+            self._spoken = record
+        self._spoke_at = now
+
+    def _record(self) -> Record:
+        with self._lock:
+            hold, leaving = self._requests.hold > 0, self._requests.leaving
+        mine, agreed, fill = self._mine, self._agreed, self._fill
+        # Versions of abandoned waves come again: only the wave that the ranks speak of now may vote.
+        votes = fill is not None and fill.attempt == (agreed.proposal, agreed.wave)
+        return Record(
+            proposal=self._proposal,
+            work=int(self._proposed_work),
+            plan_words=mine.plan_words if agreed.phase is Phase.PLANNING else 0,
+            plan_hash=mine.plan_hash,
+            prepared=fill.version if fill is not None and votes else 0,
+            filled=fill.version if fill is not None and votes and fill.is_filled else 0,
+            graced=self._graced,
+            error=int(self._error),
+            hold=int(hold),
+            left=int(leaving),
+        )
+
+    def _encode_loads(self, work: Work) -> np.ndarray:
+        free = [pool.count(SlotState.FREE) for pool in self._pools]
+        # A rank that has no window yet (it is behind in steps) adds nothing, and the others' say stands.
+        window_NA = self._latest.get(work)
+        if window_NA is None:
+            window_NA = np.zeros(self._windows[work].message_words, dtype=np.int64)
+        return np.concatenate([np.array(free, dtype=np.int64), window_NA.ravel()])
+
+    def _decode_loads(self, messages: list[np.ndarray]) -> _Loads:
+        table = np.stack([message[RECORD_WORDS:] for message in messages])
+        num_pools, num_columns = len(self._pools), sum(layer.num_experts for layer in self._layers)
+        load_NA = table[:, num_pools:].sum(axis=0).reshape(-1, num_columns)
+        return _Loads(load_NA, np.ascontiguousarray(table[:, :num_pools].T))
+
+    def fail(self, error: Exception) -> None:
+        """Make an error of this rank's state: shown by `health`, logged once, told to the other ranks."""
+        agreed = self._agreed
+        self._error = True
+        # Whatever failed is not tried again in this place of the protocol: the next round tells all ranks, and they give
+        # it up together. Only a published version has no way back: it is staged again after a delay.
+        self._stuck_at = _place(agreed) if agreed.phase in (Phase.PLANNING, Phase.PREPARE, Phase.FILL) else None
+        self._retry_at = self._clock() + self._config.backoff
+        text = f"{type(error).__name__}: {error}"
+        if text != self._last_error:
+            logger.exception("rank %d: rebalancing failed in %s; serving goes on", self._rank, agreed.phase.name)
+        self._last_error = text
+        self.metrics = replace(self.metrics, failures=self.metrics.failures + 1)
+        self._report()
+
+    def _report(self) -> None:
+        agreed, now = self._agreed, self._clock()
+        state, waiting = "idle" if agreed.phase is Phase.IDLE else "rebalancing", 0.0
+        if agreed.phase is Phase.IDLE and any(not pool.count(SlotState.FREE) for pool in self._pools):
+            state = "degraded"
+        if agreed.phase is Phase.GRACE and now - self._published_at > self._config.grace_timeout:
+            state, waiting = "grace_stalled", now - self._published_at
+        if self._exchange is not None and now - self._heard_at > self._config.peer_timeout:
+            state, waiting = "peer_unreachable", now - self._heard_at
+        if agreed.phase is Phase.LEFT:
+            state = "closed" if self._said_left else "peer_left"
+        if self._lost:
+            state, waiting = "lost", now - self._heard_at
+        self.health = Health(
+            state=state,
+            version=self._published,
+            phase=agreed.phase.name,
+            seconds_waiting=waiting,
+            departed=agreed.departed,
+            quarantined_slots=sum(pool.count(SlotState.QUARANTINED) for pool in self._pools),
+            last_error=self._last_error,
+        )
+
+
+def _place(agreed: Agreed) -> tuple[Phase, int, int]:
+    return agreed.phase, agreed.proposal, agreed.wave
+
+
+def _distinct_pools(layers: Sequence[ResidentExperts]) -> list[SlotPool]:
+    pools: list[SlotPool] = []
+    for layer in layers:
+        if not any(layer.pool is pool for pool in pools):
+            pools.append(layer.pool)
+    return pools
+
+
+def _encode_plan(plan: Plan) -> np.ndarray:
+    text = plan.to_json().encode()
+    header = np.array([len(plan.waves), _hash(text), len(text)], dtype=np.int64)
+    return np.concatenate([header, np.frombuffer(text + bytes(-len(text) % 8), dtype="<i8")])
+
+
+def _decode_plan(words: np.ndarray) -> tuple[Plan, int]:
+    _, expected_hash, num_bytes = words[:_PLAN_HEADER_WORDS].tolist()
+    text = words[_PLAN_HEADER_WORDS:].astype("<i8").tobytes()[:num_bytes]
+    if _hash(text) != expected_hash:
+        raise ValueError("the plan that was broadcast does not have the hash in its header")
+    return Plan.from_json(text.decode()), expected_hash
+
+
+def _hash(text: bytes) -> int:
+    return int.from_bytes(hashlib.blake2b(text, digest_size=7).digest(), "little")

@@ -1,0 +1,83 @@
+"""The few collectives of the forward and of loading, for tensors and groups of any device.
+
+gloo takes part in host memory alone here: a GPU's tensor is staged through it.
+"""
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+import torch.distributed as dist
+
+
+def backend_of(group: dist.ProcessGroup, device: torch.device) -> str:
+    """ "nccl" or "gloo": what moves a tensor of `device` within `group`.
+
+    Raises:
+        ValueError: the group has no such backend for the device.
+    """
+    name = str(dist.get_backend(group))  # "nccl", "gloo", or "cpu:gloo,cuda:nccl"
+    by_device = dict(part.split(":") for part in name.split(",")) if ":" in name else {}
+    name = by_device.get(device.type, name)
+    if name == "gloo" or (name == "nccl" and device.type == "cuda"):
+        return name
+    raise ValueError(f"process_group has the backend {name!r}, which cannot move tensors of {device}: use gloo or NCCL")
+
+
+def all_to_all_rows(
+    rows: torch.Tensor, receive_splits: Sequence[int], send_splits: Sequence[int], group: dist.ProcessGroup
+) -> torch.Tensor:
+    """Send `send_splits[r]` consecutive rows to each rank r; returns what came, in the order of the ranks. Differentiable."""
+    if rows.requires_grad and torch.is_grad_enabled():
+        return _AllToAllRows.apply(rows, receive_splits, send_splits, group)
+    return _all_to_all_rows(rows, receive_splits, send_splits, group)
+
+
+def _all_to_all_rows(
+    rows: torch.Tensor, receive_splits: Sequence[int], send_splits: Sequence[int], group: dist.ProcessGroup
+) -> torch.Tensor:
+    staged = backend_of(group, rows.device) == "gloo"
+    # Bytes: gloo knows fewer dtypes than torch, and nothing is computed on the way.
+    row_bytes = rows.shape[1:].numel() * rows.element_size()
+    sent = rows.contiguous().view(torch.uint8).view(rows.shape[0], row_bytes)
+    sent = sent.cpu() if staged else sent
+    received = torch.empty(sum(receive_splits), row_bytes, dtype=torch.uint8, device=sent.device)
+    dist.all_to_all_single(received, sent, list(receive_splits), list(send_splits), group)
+    return received.to(rows.device).view(rows.dtype).view(-1, *rows.shape[1:])
+
+
+class _AllToAllRows(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any,
+        rows: torch.Tensor,
+        receive_splits: Sequence[int],
+        send_splits: Sequence[int],
+        group: dist.ProcessGroup,
+    ) -> torch.Tensor:
+        ctx.route = (receive_splits, send_splits, group)
+        return _all_to_all_rows(rows, receive_splits, send_splits, group)
+
+    @staticmethod
+    def backward(ctx: Any, grad: torch.Tensor) -> tuple[torch.Tensor, None, None, None]:
+        receive_splits, send_splits, group = ctx.route
+        return _all_to_all_rows(grad, send_splits, receive_splits, group), None, None, None
+
+
+def broadcast_(tensor: torch.Tensor, source: int, group: dist.ProcessGroup) -> None:
+    """Overwrite `tensor` on all ranks with rank `source`'s (a rank within the group)."""
+    if backend_of(group, tensor.device) == "gloo" and tensor.device.type != "cpu":
+        host = tensor.cpu()
+        dist.broadcast(host, group=group, group_src=source)
+        tensor.copy_(host)
+    else:
+        dist.broadcast(tensor, group=group, group_src=source)
+
+
+def all_gather_flags(flags: torch.Tensor, group: dist.ProcessGroup) -> torch.Tensor:
+    """Every rank's `flags` (bool ``[n]``, on the CPU), bool ``[ranks, n]``."""
+    device = "cpu" if "gloo" in dist.get_backend(group) else torch.device("cuda", torch.cuda.current_device())
+    mine = flags.to(device=device, dtype=torch.uint8)
+    gathered = [torch.empty_like(mine) for _ in range(dist.get_world_size(group))]
+    dist.all_gather(gathered, mine, group=group)
+    return torch.stack(gathered).cpu().bool()
