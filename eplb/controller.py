@@ -8,22 +8,21 @@ import time
 import weakref
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
+from dataclasses import replace
 from typing import Any, Protocol, TypeVar, runtime_checkable
 
 import torch.distributed as dist
 from torch import nn
 
-from eplb.agreement import Agreement, GlooAgreement, LocalAgreement
-from eplb.communicator import Communicator, choose_communicator, make_communicator
 from eplb.config import EplbConfig
 from eplb.fill import Handoff
-from eplb.groups import new_group_like
 from eplb.load_window import LoadWindowRecorder
 from eplb.policy import Topology, make_policy
 from eplb.protocol import Work
 from eplb.resident import ResidentExperts
 from eplb.streams import DeviceStreams, StreamLike
 from eplb.table import flip
+from eplb.transport import TorchTransport, Transport
 from eplb.worker import Clock, Health, Metrics, Worker
 
 logger = logging.getLogger(__name__)
@@ -51,14 +50,24 @@ class EplbController:
     Args:
         config: the knobs; defaults if None.
         process_group: the ranks that share the experts, the same as the layers'. None if all experts are on this rank.
+        transport: another way to reach the ranks; over `process_group` if None.
+        clock: seconds, for deadlines; only differences matter.
 
     Raises:
         ValueError: a combination that cannot work.
     """
 
-    def __init__(self, config: EplbConfig | None = None, process_group: dist.ProcessGroup | None = None) -> None:
+    def __init__(
+        self,
+        config: EplbConfig | None = None,
+        process_group: dist.ProcessGroup | None = None,
+        *,
+        transport: Transport | None = None,
+        clock: Clock = time.monotonic,
+    ) -> None:
         self.config = config or EplbConfig()
-        self._process_group = process_group
+        self._transport = transport or TorchTransport(process_group)
+        self._clock = clock
         self._policy = make_policy(self.config.policy, **self.config.policy_options)
         self._layers: list[RelocatableLayer] = []
         self._steps = 0
@@ -68,7 +77,7 @@ class EplbController:
         self._windows: dict[Work, LoadWindowRecorder] = {}
         self._streams: DeviceStreams | None = None
         self._proposals_due = 0
-        self._flip_error: str | None = None
+        self._last_error: str | None = None
         self._closed = False
 
     # ---- registering
@@ -89,7 +98,7 @@ class EplbController:
         for layer in found:
             self._check(layer)
         for layer in found:
-            layer.resident.controller = weakref.ref(self)
+            layer.resident.controller = self
             layer.resident.quiesced = self.quiesced
         self._layers += found
         return len(found)
@@ -97,7 +106,7 @@ class EplbController:
     def _check(self, layer: RelocatableLayer) -> None:
         resident = layer.resident
         first = self._layers[0].resident if self._layers else resident
-        num_ranks = dist.get_world_size(self._process_group) if self._process_group is not None else 1
+        num_ranks = self._transport.num_ranks
         if resident.controller is not None:
             raise ValueError("a layer of the model is registered with a controller already")
         if resident.num_ranks != num_ranks:
@@ -119,31 +128,13 @@ class EplbController:
             raise ValueError(f"use_async=True cannot relocate a layer of the model: {reason}")
 
     def _start(self) -> Worker:
-        """Connect and start, together with the other ranks, at the first step."""
-        residents = [layer.resident for layer in self._layers]
-        streams = residents[0].streams
+        """Connect to the other ranks and begin, at the first step. Collective."""
         config = self.config
-        group = self._process_group if residents[0].num_ranks > 1 else None
-        communicator: Communicator
-        agreement: Agreement
-        if group is None:
-            agreement = LocalAgreement()
-            communicator = make_communicator("torch_gloo", None, streams)
-        else:
-            name = choose_communicator(
-                config.communicator,
-                streams.device,
-                dist.get_backend(group),
-                {layer.dispatch_backend for layer in self._layers},
-            )
-            agreement = GlooAgreement(new_group_like(group, "gloo"))
-            communicator = make_communicator(name, group, streams)
-        return self._start_with(agreement, communicator, time.monotonic)
-
-    def _start_with(self, agreement: Agreement, communicator: Communicator, clock: Clock) -> Worker:
         residents = [layer.resident for layer in self._layers]
         streams = self._streams = residents[0].streams
-        config = self.config
+        agreement, communicator = self._transport.connect(
+            config, streams, {layer.dispatch_backend for layer in self._layers}
+        )
         self._windows = {
             Work.REBALANCE: LoadWindowRecorder(
                 residents,
@@ -167,10 +158,17 @@ class EplbController:
             communicator=communicator,
             streams=streams,
             windows=self._windows,
-            clock=clock,
+            clock=self._clock,
             notify=self._wake.set,
         )
+        if config.use_async:
+            self._run_in_background(worker, streams)
         return worker
+
+    def _run_in_background(self, worker: Worker, streams: DeviceStreams) -> None:
+        self._thread = _WorkerThread(worker, streams, self._wake)
+        self._thread.start()
+        atexit.register(_close_if_alive, weakref.ref(self))
 
     # ---- serving
 
@@ -191,19 +189,28 @@ class EplbController:
             if not self._layers:
                 raise RuntimeError("step() without any MoE layer: register() a model that has one first")
             worker = self._start()
-            if self.config.use_async:
-                self._thread = _WorkerThread(worker, self._layers[0].resident.streams, self._wake)
-                self._thread.start()
-                atexit.register(_close_if_alive, weakref.ref(self))
         assert self._streams is not None
         if self._streams.is_capturing():
             return
         self._adopt(worker)
         self._steps += 1
-        for recorder in self._windows.values():
-            self._proposals_due += recorder.step(self._steps)
+        self._record_load()
         if not self.config.use_async:
             self._rebalance_here(worker)
+
+    def _record_load(self) -> None:
+        for recorder in self._windows.values():
+            try:
+                self._proposals_due += recorder.step(self._steps)
+            except Exception as error:
+                self._note_failure("the load could not be recorded; its window is lost", error)
+
+    def _note_failure(self, what: str, error: Exception) -> None:
+        """An error of ours on the main thread becomes state, like the worker's: serving goes on (I6)."""
+        text = f"{type(error).__name__}: {error}"
+        if text != self._last_error:
+            logger.exception("%s; serving goes on", what)
+        self._last_error = text
 
     def _rebalance_here(self, worker: Worker) -> None:
         """Run what is due from end to end on the calling thread; all ranks do so in the same step."""
@@ -226,9 +233,7 @@ class EplbController:
         except Exception as error:
             # The old tables stay in force, the slots that they name too, and the next step tries again (I6).
             worker.give_back_handoff(handoff)
-            if self._flip_error != repr(error):
-                logger.exception("a flip could not be enqueued; serving goes on with the old tables")
-            self._flip_error = repr(error)
+            self._note_failure("a flip could not be enqueued", error)
 
     def _flip(self, handoff: Handoff) -> None:
         assert self._streams is not None
@@ -293,9 +298,11 @@ class EplbController:
         if self._worker is None:
             return Health("closed" if self._closed else "idle", 0, "IDLE")
         health = self._worker.health
-        if self._closed:
-            return Health("closed", health.version, health.phase, last_error=health.last_error)
-        return health
+        return replace(
+            health,
+            state="closed" if self._closed else health.state,
+            last_error=health.last_error or self._last_error,
+        )
 
     def metrics(self) -> Metrics:
         """What it has done so far; cheap, never blocks, never raises."""

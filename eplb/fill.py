@@ -75,6 +75,7 @@ class WaveFill:
         self._targets: list[_Target] = []
         self._sources: list[tuple[SlotPool, int]] = []
         self._finished: EventLike | None = None
+        self._agreed_to_start = False
         self._started = False
         self._reading = False
         self._abandoned = False
@@ -121,8 +122,12 @@ class WaveFill:
                 transfers.append(Transfer(source, target, peer))
         return transfers
 
+    def agree_to_start(self) -> None:
+        """Every rank has prepared the wave: from here on this rank owes the others its part in the transfers."""
+        self._agreed_to_start = True
+
     def start(self) -> None:
-        """Begin the transfers, once every rank has prepared the wave."""
+        """Begin the transfers."""
         self._started = True
         self._batch.start()
 
@@ -172,13 +177,12 @@ class WaveFill:
         """The wave is given up before it was published: nobody may use its slots until `bury()` says so."""
         self._abandoned = True
         for target in self._targets:
-            target.layer.lane_slots[target.lane] = -1
             target.layer.pool.quarantine([target.slot])
 
     def bury(self) -> bool:
         """Free the slots of an abandoned wave if nothing can touch them any more; whether that is so."""
         assert self._abandoned
-        if self._started and not self._batch.is_dead():
+        if self._agreed_to_start and not self._batch.is_dead():
             return False
         if self._finished is None:
             self._finished = self._streams.side.record_event()
@@ -205,4 +209,5 @@ class WaveFill:
     def _give_back_targets(self) -> None:
         for target in self._targets:
             target.layer.pool.release([target.slot])
+            target.layer.lane_slots[target.lane] = -1
         self._targets = []

@@ -18,7 +18,7 @@ class LoadWindowRecorder:
 
     A snapshot is a copy that the compute stream makes, so what it counts is what the forwards before it routed: neither
     a late kernel nor a relocation can be attributed to the wrong window. Two sets of buffers take turns; if both are
-    taken (the worker is late), the older unread window gives way to the newer.
+    taken (the worker is late), a window is skipped: to replace the unread one could go on for ever.
 
     Args:
         layers: whose counters to record.
@@ -67,7 +67,13 @@ class LoadWindowRecorder:
         Args:
             step: number of the step that has just run, from 1.
         """
-        position = (step - 1) % self._interval + 1
+        try:
+            return self._step((step - 1) % self._interval + 1)
+        except BaseException:
+            self._begun = False
+            raise
+
+    def _step(self, position: int) -> bool:
         sample = self._sample_at.get(position)
         if sample == 0:
             self._begin()
@@ -76,8 +82,9 @@ class LoadWindowRecorder:
         if position < self._interval:
             return False
         complete, self._begun = self._begun, False
-        if complete:
-            with self._lock:
+        with self._lock:
+            complete = complete and self._ready is None
+            if complete:
                 self._ready = (self._writing, self._streams.current().record_event())
         if 0 in self._sample_at:
             self._begin()  # this step ends one window and begins the next
@@ -85,13 +92,12 @@ class LoadWindowRecorder:
 
     def _begin(self) -> None:
         with self._lock:
-            unread = self._ready[0] if self._ready is not None else None
-            # A buffer that nobody wants, or the unread one, but never the one that the worker reads.
-            self._writing = min((0, 1), key=lambda buffer: (buffer == self._reading, buffer == unread))
-            if self._writing == unread:
-                self._ready = None
-        self._begun = True
-        self._snapshot(0)
+            taken = {self._reading, self._ready[0] if self._ready is not None else None}
+        free = [buffer for buffer in (0, 1) if buffer not in taken]
+        self._begun = bool(free)
+        if free:
+            self._writing = free[0]
+            self._snapshot(0)
 
     def _snapshot(self, sample: int) -> None:
         views = self._views[self._writing][sample]
@@ -101,11 +107,12 @@ class LoadWindowRecorder:
         """Worker thread: the next finished window, int64 ``[N, A]``, once it is on the host; None otherwise."""
         if self._downloaded is None:
             with self._lock:
-                if self._ready is None:
+                # Seen complete by the host first: a side stream that waited for it would hold up the fills behind it.
+                if self._ready is None or not self._ready[1].query():
                     return None
-                (self._reading, ready), self._ready = self._ready, None
+                (self._reading, _), self._ready = self._ready, None
             try:
-                self._downloaded = self._download(self._reading, ready)
+                self._downloaded = self._download(self._reading)
             except BaseException:
                 self._reading = None  # the window is lost, the buffer is not
                 raise
@@ -116,8 +123,7 @@ class LoadWindowRecorder:
             self._downloaded, self._reading = None, None
         return window_NA
 
-    def _download(self, buffer: int, ready: EventLike) -> EventLike:
+    def _download(self, buffer: int) -> EventLike:
         side, snapshot = self._streams.side, self._snapshots[buffer]
-        side.wait_event(ready)
         self._streams.run(side, lambda: self._host.copy_(snapshot, non_blocking=True))
         return side.record_event()

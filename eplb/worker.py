@@ -300,6 +300,8 @@ class Worker:
             self._error = False
         if spoken.left:
             self._said_left = True
+        if new.phase is Phase.FILL and old.phase is Phase.PREPARE and self._fill is not None:
+            self._fill.agree_to_start()
         with self._lock:
             self._held = bool(spoken.hold) and self._requests.hold > 0 and new.phase is Phase.IDLE
         if new.abandoned > old.abandoned:

@@ -220,7 +220,7 @@ class MoELayer(nn.Module):
 
     @torch.compiler.disable
     def _pinned(self, x_TH: torch.Tensor, weights_TK: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        if not self.experts.is_frozen and self.resident.controller().config.use_async:
+        if not self.experts.is_frozen and self.resident.controller.config.use_async:
             raise RuntimeError(f"the layer's experts move in the background, but {self.why_not_relocatable()}")
         return _Pinned.apply(x_TH, weights_TK, self.resident.pin(), self.resident.streams)
 

@@ -39,7 +39,10 @@ class TransferBatch(ABC):
 
     @abstractmethod
     def is_dead(self) -> bool:
-        """Whether no transfer of a batch that was given up can touch a slab any more."""
+        """Asked of a batch that all ranks agreed to start and then gave up: can nothing of it touch a slab any more?
+
+        A batch whose `start()` failed here, or never came, does what the other ranks need to get over it too.
+        """
 
 
 class Communicator(ABC):

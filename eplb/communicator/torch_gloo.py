@@ -54,7 +54,6 @@ class GlooBatch(TransferBatch):
         self._downloaded: EventLike | None = None
         self._exchange: dist.Work | None = None
         self._uploaded: EventLike | None = None
-        self._failed = False
 
     @property
     def _pinned(self) -> bool:
@@ -68,28 +67,30 @@ class GlooBatch(TransferBatch):
     def poll(self) -> bool:
         if self._downloaded is None or not self._downloaded.query():
             return False
-        if self._exchange is None:
-            self._exchange = dist.all_to_all_single(
-                self._incoming, self._outgoing, self._receive_splits, self._send_splits, self._group, async_op=True
-            )
-        assert self._exchange is not None
-        if not self._exchange.is_completed():
+        exchange = self._posted()
+        if not exchange.is_completed():
             return False
         if self._uploaded is None:
-            try:
-                self._exchange.wait()  # does not block: it raises what went wrong, if anything did
-            except BaseException:
-                self._failed = True
-                raise
+            exchange.wait()  # does not block: it raises what went wrong, if anything did
             self._streams.run(self._streams.side, self._upload)
             self._uploaded = self._streams.side.record_event()
         return self._uploaded.query() and self._local.poll()
 
     def is_dead(self) -> bool:
-        # Until the upload begins gloo touches the staging buffers alone, and a batch given up is polled no more. What
-        # may still run is what was enqueued on the side stream.
+        # Collectives pair up by their order on each rank: also a wave that was given up must take part in its own, or the
+        # next one would meet it. gloo touches the staging buffers alone, so what may still reach a slot is what was
+        # enqueued on the side stream; a batch given up is polled, and so uploaded, no more.
+        self._posted()
         enqueued = (self._downloaded, self._uploaded)
         return all(event is None or event.query() for event in enqueued) and self._local.is_dead()
+
+    def _posted(self) -> dist.Work:
+        if self._exchange is None:
+            self._exchange = dist.all_to_all_single(
+                self._incoming, self._outgoing, self._receive_splits, self._send_splits, self._group, async_op=True
+            )
+        assert self._exchange is not None
+        return self._exchange
 
     def _download(self) -> None:
         for source, buffer in zip(self._sources, _split(self._outgoing, self._sources), strict=True):

@@ -50,9 +50,9 @@ class NcclBatch(TransferBatch):
         self._event: EventLike | None = None
 
     def start(self) -> None:
-        self._local.start()
         if self._operations:
             self._streams.run(self._streams.side, self._exchange)
+        self._local.start()
         self._event = self._streams.side.record_event()
 
     def poll(self) -> bool:

@@ -1,0 +1,49 @@
+"""How the ranks of a controller reach each other."""
+
+from collections.abc import Iterable
+from typing import Protocol
+
+import torch.distributed as dist
+
+from eplb.agreement import Agreement, GlooAgreement, LocalAgreement
+from eplb.communicator import Communicator, LocalCommunicator, choose_communicator, make_communicator
+from eplb.config import EplbConfig
+from eplb.groups import new_group_like
+from eplb.streams import DeviceStreams
+
+
+class Transport(Protocol):
+    @property
+    def num_ranks(self) -> int: ...
+
+    def connect(
+        self, config: EplbConfig, streams: DeviceStreams, dispatch_backends: Iterable[str]
+    ) -> tuple[Agreement, Communicator]:
+        """Make the connections of this rank. Collective.
+
+        Args:
+            streams: of the device that the slots are on.
+            dispatch_backends: what the forwards of the registered layers use: "local", "gloo", "nccl".
+        """
+        ...
+
+
+class TorchTransport:
+    """Over groups of our own beside a torch.distributed process group; None: one rank, nothing to reach."""
+
+    def __init__(self, process_group: dist.ProcessGroup | None) -> None:
+        self._group = process_group
+
+    @property
+    def num_ranks(self) -> int:
+        return dist.get_world_size(self._group) if self._group is not None else 1
+
+    def connect(
+        self, config: EplbConfig, streams: DeviceStreams, dispatch_backends: Iterable[str]
+    ) -> tuple[Agreement, Communicator]:
+        if self._group is None or self.num_ranks == 1:
+            return LocalAgreement(), LocalCommunicator(streams)
+        name = choose_communicator(
+            config.communicator, streams.device, str(dist.get_backend(self._group)), set(dispatch_backends)
+        )
+        return GlooAgreement(new_group_like(self._group, "gloo")), make_communicator(name, self._group, streams)

@@ -1,0 +1,560 @@
+"""Several ranks in one process: the real controller, worker, pool and table code over simulated streams, rounds and transfers.
+
+A seed decides every interleaving: which rank's worker ticks, whose main thread steps, which stream runs its next item,
+which bytes of which transfer arrive, who hears a round first, and where an exception strikes. Each forward is checked
+while it "runs": a row that reaches a lane must find its own expert's bytes in the slot.
+
+Shape letters as in DESIGN: E logical experts, S lanes of a rank, W ranks.
+"""
+
+import random
+from collections import deque
+from collections.abc import Callable, Iterable, Sequence
+from typing import Any
+
+import numpy as np
+import torch
+from torch import nn
+
+from eplb.communicator import Communicator, Transfer, TransferBatch
+from eplb.config import EplbConfig
+from eplb.controller import EplbController
+from eplb.pool import SlotPool, SlotState, TensorSpec
+from eplb.resident import ResidentExperts
+from eplb.streams import DeviceStreams
+from eplb.worker import Worker
+
+
+class SimulatedFaultError(RuntimeError):
+    """What the simulation throws at the code under test."""
+
+
+class SimEvent:
+    def __init__(self) -> None:
+        self.happened = False
+
+    def query(self) -> bool:
+        return self.happened
+
+
+class SimStream:
+    """Runs its items one by one, when the scheduler says so; an item may refuse to run yet."""
+
+    def __init__(self) -> None:
+        self.items: deque[Callable[[], bool]] = deque()
+
+    def record_event(self) -> SimEvent:
+        event = SimEvent()
+        self.enqueue(lambda: setattr(event, "happened", True))
+        return event
+
+    def wait_event(self, event: SimEvent) -> None:
+        self.items.append(event.query)
+
+    def enqueue(self, work: Callable[[], object]) -> None:
+        self.items.append(lambda: work() is None or True)
+
+    def advance(self) -> bool:
+        if self.items and self.items[0]():
+            self.items.popleft()
+            return True
+        return False
+
+
+class SimStreams:
+    """`DeviceStreams` of one simulated rank."""
+
+    def __init__(self, faults: "Faults") -> None:
+        self.device = torch.device("cpu")
+        self.side = SimStream()
+        self.compute = SimStream()
+        self._faults = faults
+
+    def current(self) -> SimStream:
+        return self.compute
+
+    def run(self, stream: SimStream, work: Callable[[], object]) -> None:
+        self._faults.maybe("streams.run")
+        stream.enqueue(work)
+
+    def is_capturing(self) -> bool:
+        return False
+
+    def adopt_thread(self) -> None:
+        raise AssertionError("the simulation has no threads")
+
+
+class Faults:
+    """Throws at any of the points that ask it, while `probability` is above 0 and the code under test runs."""
+
+    def __init__(self, rng: random.Random) -> None:
+        self._rng = rng
+        self.probability = 0.0
+        self.armed = False
+        self.thrown: dict[str, int] = {}
+
+    def maybe(self, point: str) -> None:
+        if self.armed and self._rng.random() < self.probability:
+            self.thrown[point] = self.thrown.get(point, 0) + 1
+            raise SimulatedFaultError(point)
+
+
+class SimBus:
+    """Carries rounds and slabs between the simulated ranks."""
+
+    def __init__(self, num_ranks: int, rng: random.Random) -> None:
+        self.num_ranks = num_ranks
+        self.rng = rng
+        self.rounds: list[dict[int, np.ndarray | None]] = []
+        self.lengths: list[int] = []
+        self.heard: list[set[int]] = []
+        self.batches: list[dict[int, SimBatch]] = []
+        self.next_round = [0] * num_ranks
+        self.next_batch = [0] * num_ranks
+
+    def enter_round(self, rank: int, message: np.ndarray | None, length: int, kind: str) -> int:
+        number = self.next_round[rank]
+        self.next_round[rank] += 1
+        if number == len(self.rounds):
+            self.rounds.append({})
+            self.lengths.append(length)
+            self.heard.append(set())
+        assert self.lengths[number] == length, f"rank {rank} says {length} words in round {number} ({kind})"
+        self.rounds[number][rank] = message
+        return number
+
+    def deliver(self) -> bool:
+        """Somebody hears a round that is complete."""
+        for number in range(max(0, len(self.rounds) - 2), len(self.rounds)):  # nobody is further behind than a round
+            messages = self.rounds[number]
+            waiting = [rank for rank in range(self.num_ranks) if rank not in self.heard[number]]
+            if len(messages) == self.num_ranks and waiting:
+                self.heard[number].add(self.rng.choice(waiting))
+                return True
+        return False
+
+    def start_batch(self, batch: "SimBatch") -> None:
+        number = self.next_batch[batch.rank]
+        self.next_batch[batch.rank] += 1
+        if number == len(self.batches):
+            self.batches.append({})
+        self.batches[number][batch.rank] = batch
+
+    def carry(self) -> bool:
+        """Some bytes of some transfer arrive: torn on purpose."""
+        ready = []
+        for members in self.batches[-8:]:
+            for batch in members.values():
+                for index, arrival in enumerate(batch.arrivals):
+                    if arrival.done:
+                        continue
+                    source = members.get(arrival.peer)
+                    if source is not None:
+                        ready.append((batch, index, source))
+        if not ready:
+            return False
+        batch, index, source = self.rng.choice(ready)
+        batch.arrivals[index].advance(source.departures[(batch.rank, batch.arrivals[index].order)])
+        return True
+
+
+class Arrival:
+    """One slab on its way to this rank, in two halves."""
+
+    def __init__(self, target: torch.Tensor, peer: int, order: int, on_write: Callable[[torch.Tensor], None]) -> None:
+        self.target, self.peer, self.order, self._on_write = target, peer, order, on_write
+        self._halves = 0
+
+    @property
+    def done(self) -> bool:
+        return self._halves == 2
+
+    def advance(self, source: torch.Tensor) -> None:
+        middle = self.target.numel() // 2
+        part = slice(0, middle) if self._halves == 0 else slice(middle, None)
+        self._on_write(self.target)
+        self.target[part].copy_(source[part])
+        self._halves += 1
+
+
+class SimBatch(TransferBatch):
+    def __init__(self, rank: int, transfers: Sequence[Transfer], world: "World") -> None:
+        self.rank = rank
+        self._bus = world.bus
+        self._faults = world.faults
+        self._posted = False
+        self.arrivals: list[Arrival] = []
+        self.departures: dict[tuple[int, int], torch.Tensor] = {}
+        sent: dict[int, int] = {}
+        received: dict[int, int] = {}
+        for transfer in transfers:
+            if transfer.source is not None:
+                order = sent[transfer.peer] = sent.get(transfer.peer, -1) + 1
+                self.departures[(transfer.peer, order)] = transfer.source
+            if transfer.target is not None:
+                order = received[transfer.peer] = received.get(transfer.peer, -1) + 1
+                arrival = Arrival(transfer.target, transfer.peer, order, lambda slab: world.check_write(rank, slab))
+                self.arrivals.append(arrival)
+
+    def start(self) -> None:
+        self._faults.maybe("batch.start")
+        self._post()
+
+    def poll(self) -> bool:
+        self._faults.maybe("batch.poll")
+        return self._is_over()
+
+    def is_dead(self) -> bool:
+        self._post()
+        return self._is_over()
+
+    def _post(self) -> None:
+        if not self._posted:
+            self._posted = True
+            self._bus.start_batch(self)
+
+    def _is_over(self) -> bool:
+        """Nothing arrives here, and nobody reads from here, any more."""
+        number = next((n for n, members in enumerate(self._bus.batches) if members.get(self.rank) is self), None)
+        if number is None:
+            return False
+        members = self._bus.batches[number]
+        readers = {peer for peer, _ in self.departures}
+        read = all(
+            peer in members and all(arrival.done for arrival in members[peer].arrivals if arrival.peer == self.rank)
+            for peer in readers
+        )
+        return read and all(arrival.done for arrival in self.arrivals)
+
+
+class SimCommunicator(Communicator):
+    name = "simulated"
+
+    def __init__(self, rank: int, world: "World") -> None:
+        self._rank, self._world = rank, world
+
+    def prepare(self, transfers: Sequence[Transfer]) -> SimBatch:
+        self._world.faults.maybe("communicator.prepare")
+        return SimBatch(self._rank, transfers, self._world)
+
+
+class SimExchange:
+    def __init__(self, rank: int, number: int, world: "World", root_only: bool) -> None:
+        self._rank, self._number, self._world, self._root_only = rank, number, world, root_only
+
+    def done(self) -> bool:
+        return self._world.is_cut_off(self._rank) or self._rank in self._world.bus.heard[self._number]
+
+    def result(self) -> list[np.ndarray]:
+        if self._world.is_cut_off(self._rank):
+            raise SimulatedFaultError("connection closed by peer")
+        messages = self._world.bus.rounds[self._number]
+        ranks = [0] if self._root_only else range(self._world.num_ranks)
+        return [messages[rank] for rank in ranks]  # type: ignore[misc]
+
+
+class SimAgreement:
+    def __init__(self, rank: int, world: "World") -> None:
+        self._rank, self._world = rank, world
+
+    def all_gather(self, message: np.ndarray, notify: Callable[[], None]) -> SimExchange:
+        del notify
+        self._world.faults.maybe("agreement.all_gather")
+        number = self._world.bus.enter_round(self._rank, message.copy(), len(message), "all_gather")
+        return SimExchange(self._rank, number, self._world, root_only=False)
+
+    def broadcast(self, message: np.ndarray | None, length: int, notify: Callable[[], None]) -> SimExchange:
+        del notify
+        self._world.faults.maybe("agreement.broadcast")
+        number = self._world.bus.enter_round(self._rank, message, length, "broadcast")
+        return SimExchange(self._rank, number, self._world, root_only=True)
+
+
+class SimTransport:
+    def __init__(self, rank: int, world: "World") -> None:
+        self._rank, self._world = rank, world
+
+    @property
+    def num_ranks(self) -> int:
+        return self._world.num_ranks
+
+    def connect(
+        self, config: EplbConfig, streams: DeviceStreams, dispatch_backends: Iterable[str]
+    ) -> tuple[SimAgreement, SimCommunicator]:
+        return SimAgreement(self._rank, self._world), SimCommunicator(self._rank, self._world)
+
+
+class SimController(EplbController):
+    """Its worker ticks when the scheduler says so."""
+
+    def _run_in_background(self, worker: Worker, streams: DeviceStreams) -> None:
+        del worker, streams
+
+    @property
+    def worker(self) -> Worker:
+        assert self._worker is not None
+        return self._worker
+
+
+class SimLayer(nn.Module):
+    def __init__(self, resident: ResidentExperts) -> None:
+        super().__init__()
+        self.resident = resident
+        self.dispatch_backend = "gloo"
+
+    def why_not_relocatable(self) -> str | None:
+        return None
+
+
+class FaultyPolicy:
+    def __init__(self, policy: Any, faults: Faults) -> None:
+        self._policy, self._faults = policy, faults
+
+    def propose(self, *arguments: Any) -> Any:
+        self._faults.maybe("policy.propose")
+        return self._policy.propose(*arguments)
+
+
+class Rank:
+    """One simulated rank: its pool, layers, streams and controller."""
+
+    def __init__(self, rank: int, world: "World", policy: Any) -> None:
+        shape = world.shape
+        self.rank = rank
+        self.streams = SimStreams(world.faults)
+        num_physical = (shape.num_experts + shape.num_redundant) // world.num_ranks
+        self.pool = SlotPool(
+            (TensorSpec("weight", (6,), torch.int32), TensorSpec("scale", (3,), torch.int32)),
+            shape.num_layers * num_physical + shape.num_shadow,
+        )
+        self.pool.slab_SB.fill_(0xAB)
+        self.layers = [
+            ResidentExperts(
+                num_experts=shape.num_experts,
+                num_redundant_experts=shape.num_redundant,
+                num_shadow_slots=shape.num_shadow,
+                rank=rank,
+                num_ranks=world.num_ranks,
+                pool=self.pool,
+                streams=self.streams,
+            )
+            for _ in range(shape.num_layers)
+        ]
+        for index, layer in enumerate(self.layers):
+            for expert, slots in layer.live_slots().items():
+                for slot in slots:
+                    for tensor in self.pool.tensors.values():
+                        tensor[slot] = content(index, expert)
+        config = EplbConfig(
+            step_interval=3,
+            window_size=2,
+            window_samples=1,
+            round_interval=0.002,
+            heartbeat_interval=0.01,
+            peer_timeout=5.0,
+            transfer_timeout=30.0,
+            backoff=0.02,
+            max_backoff=0.1,
+            policy=FaultyPolicy(policy, world.faults),
+            max_bytes_in_flight=shape.max_bytes,
+        )
+        self.controller = SimController(config, transport=SimTransport(rank, world), clock=lambda: world.now)
+        self.controller.register(nn.ModuleList([SimLayer(layer) for layer in self.layers]))
+        self.forwards = 0
+
+    def is_at_rest(self) -> bool:
+        worker = self.controller.worker
+        return worker.is_idle and worker._fill is None and worker._handoff is None and not worker._zombies
+
+
+class Shape:
+    def __init__(self, rng: random.Random) -> None:
+        self.num_ranks = rng.choice([2, 2, 3, 4])
+        self.num_layers = rng.choice([1, 2, 3])
+        self.num_redundant = rng.choice([0, 1, 2]) * self.num_ranks
+        self.num_experts = self.num_ranks * rng.choice([2, 3])
+        self.num_shadow = rng.choice([1, 1, 2, 3])
+        self.max_bytes = rng.choice([None, None, 512])
+
+
+def content(layer: int, expert: int) -> int:
+    return 1000 * (layer + 1) + expert
+
+
+def some_of(action: Callable[[], bool], times: int) -> None:
+    for _ in range(times):
+        if not action():
+            return
+
+
+class World:
+    """N ranks under one seed."""
+
+    def __init__(self, seed: int, make_policy: Callable[[], Any]) -> None:
+        self.rng = random.Random(seed)
+        self.shape = Shape(self.rng)
+        self.num_ranks = self.shape.num_ranks
+        self.faults = Faults(self.rng)
+        self.bus = SimBus(self.num_ranks, self.rng)
+        self.now = 0.0
+        self._cut_off: set[int] = set()
+        self.ranks = [Rank(rank, self, make_policy()) for rank in range(self.num_ranks)]
+        self.max_ahead = self.rng.choice([1, 3, 8])
+        self.messages: dict[tuple[int, int, int], list[tuple[int, int]]] = {}
+        self.dispatched: set[tuple[int, int, int]] = set()
+        self.computed: set[tuple[int, int, int]] = set()
+        self.checked_rows = 0
+        self.hot = self._new_load()
+
+    # ---- what may happen next
+
+    def act(self) -> None:
+        """One action of one rank, chosen by the seed."""
+        self.now += self.rng.choice([0.0, 0.0005, 0.001, 0.003])
+        rank = self.rng.choice(self.ranks)
+        match self.rng.randrange(6):
+            case 0 | 1:
+                for ticking in self.rng.sample(self.ranks, self.rng.randint(1, self.num_ranks)):
+                    self._guarded(ticking.controller.worker.tick)
+            case 2:
+                self.forward_and_step(rank)
+            case 3:
+                some_of(rank.streams.compute.advance, self.rng.randint(1, 40))
+            case 4:
+                some_of(rank.streams.side.advance, self.rng.randint(1, 8))
+            case 5:
+                some_of(self.bus.deliver, self.rng.randint(0, 2 * self.num_ranks))
+                some_of(self.bus.carry, self.rng.randint(0, 6))
+
+    def settle(self, rounds: int = 4000) -> None:
+        """Everything that can happen does, in the seed's order; main threads adopt tables, but begin no new forwards."""
+        last = max(rank.forwards for rank in self.ranks)
+        for rank in self.ranks:
+            while rank.forwards < last:  # or the others' forwards would wait for it for ever
+                self.enqueue_forward(rank)
+        for _ in range(rounds):
+            self.now += 0.004
+            for rank in self.rng.sample(self.ranks, self.num_ranks):
+                rank.controller.worker.tick()
+                rank.controller._adopt(rank.controller.worker)
+                while rank.streams.compute.advance():
+                    pass
+                while rank.streams.side.advance():
+                    pass
+                self.bus.deliver()
+                self.bus.carry()
+            if all(rank.is_at_rest() for rank in self.ranks):
+                return
+
+    def forward_and_step(self, rank: Rank) -> None:
+        done = min(sum((n, 0, other.rank) in self.computed for n in range(other.forwards)) for other in self.ranks)
+        if rank.forwards - done >= self.max_ahead:
+            return
+        if rank.forwards % 6 == 5:
+            self.hot = self._new_load()
+        self.enqueue_forward(rank)
+        self._guarded(rank.controller.step)
+
+    def _guarded(self, call: Callable[[], None]) -> None:
+        """Run code under test with faults armed. Nothing may come out of it (I6)."""
+        self.faults.armed = True
+        try:
+            call()
+        finally:
+            self.faults.armed = False
+
+    def cut_off(self, ranks: Iterable[int]) -> None:
+        """These ranks' rounds fail from now on."""
+        self._cut_off |= set(ranks)
+
+    def is_cut_off(self, rank: int) -> bool:
+        return rank in self._cut_off
+
+    # ---- a forward, and what must hold in it
+
+    def enqueue_forward(self, rank: Rank) -> None:
+        number, stream = rank.forwards, rank.streams.compute
+        rank.forwards += 1
+        for index, layer in enumerate(rank.layers):
+            key = (number, index, rank.rank)
+
+            def dispatch(layer: ResidentExperts = layer, index: int = index, key: tuple[int, int, int] = key) -> None:
+                layer.load_E += self.hot[index]
+                for expert, lane in self.routes(layer):
+                    to = (number, index, lane // layer.num_lanes)
+                    self.messages.setdefault(to, []).append((expert, lane % layer.num_lanes))
+                self.dispatched.add(key)
+
+            def compute(layer: ResidentExperts = layer, index: int = index, key: tuple[int, int, int] = key) -> bool:
+                if not all((number, index, other) in self.dispatched for other in range(self.num_ranks)):
+                    return False
+                for expert, lane in self.messages.pop(key, []):
+                    slot = int(layer.table.lane_to_slot_S[lane])
+                    for name, tensor in layer.pool.tensors.items():
+                        found = tensor[slot].tolist()
+                        expected = [content(index, expert)] * len(found)
+                        assert found == expected, f"forward {key}: lane {lane}, slot {slot}, {name}: {found}"
+                    self.checked_rows += 1
+                self.computed.add(key)
+                return True
+
+            def combine(index: int = index) -> bool:
+                return all((number, index, other) in self.computed for other in range(self.num_ranks))
+
+            stream.enqueue(dispatch)
+            stream.items.append(compute)
+            stream.items.append(combine)
+
+    def routes(self, layer: ResidentExperts) -> list[tuple[int, int]]:
+        """Every (expert, lane) that the current table names; each expert at least once (I2)."""
+        offsets, lanes = layer.table.offsets_E1.tolist(), layer.table.lanes_P.tolist()
+        named = []
+        for expert in range(layer.num_experts):
+            replicas = lanes[offsets[expert] : offsets[expert + 1]]
+            assert replicas, f"expert {expert} has no replica in a current table (I2)"
+            named += [(expert, lane) for lane in replicas]
+        return named
+
+    def check_write(self, rank: int, slab: torch.Tensor) -> None:
+        """I1: nobody's current, published or in-flight table names the slot that is about to be written."""
+        pool = self.ranks[rank].pool
+        slot = (slab.data_ptr() - pool.slab_SB.data_ptr()) // pool.slot_bytes
+        assert pool.state(slot) in (SlotState.FILLING, SlotState.QUARANTINED), pool.state(slot)
+        for index, mine in enumerate(self.ranks[rank].layers):
+            for other in self.ranks:
+                theirs = other.layers[index]
+                for _, lane in self.routes(theirs):
+                    if lane // mine.num_lanes == rank:
+                        named = int(mine.table.lane_to_slot_S[lane % mine.num_lanes])
+                        assert named != slot, (
+                            f"slot {slot} of rank {rank} is written but rank {other.rank} names it (I1)"
+                        )
+
+    def _new_load(self) -> list[torch.Tensor]:
+        rng = np.random.default_rng(self.rng.randrange(2**31))
+        loads = rng.lognormal(3.0, 1.2, size=(self.shape.num_layers, self.shape.num_experts))
+        return list(torch.from_numpy(loads.astype(np.int64)))
+
+    # ---- what must hold in the end
+
+    def check_at_rest(self) -> None:
+        """No slot was lost, every table names what is there, all ranks agree."""
+        versions = {rank.controller.health().version for rank in self.ranks}
+        assert len(versions) == 1, versions
+        for index in range(self.shape.num_layers):
+            placements = [rank.layers[index].table.placement for rank in self.ranks]
+            assert all(placement == placements[0] for placement in placements)
+            for rank in self.ranks:
+                self.check_layer(rank, index)
+        for rank in self.ranks:
+            live = sum(layer.num_physical_per_rank for layer in rank.layers)
+            assert rank.pool.count(SlotState.LIVE) == live
+            assert rank.pool.count(SlotState.FREE) == rank.pool.num_slots - live, rank.pool._census()
+
+    def check_layer(self, rank: Rank, index: int) -> None:
+        layer = rank.layers[index]
+        for expert, slots in layer.live_slots().items():
+            for slot in slots:
+                assert rank.pool.state(slot) is SlotState.LIVE
+                assert rank.pool.tensors["weight"][slot].tolist() == [content(index, expert)] * 6
+                assert rank.pool.tensors["scale"][slot].tolist() == [content(index, expert)] * 3
