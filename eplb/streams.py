@@ -42,7 +42,10 @@ class DeviceStreams(Protocol):
         ...
 
     def run(self, stream: StreamLike, work: Callable[[], object]) -> None:
-        """Enqueue the tensor operations of `work` on `stream`."""
+        """Enqueue the tensor operations of `work`, which write in place, on `stream`.
+
+        In inference mode, as both normal tensors and those of a model that was built in inference mode may be written there.
+        """
         ...
 
     def is_capturing(self) -> bool:
@@ -81,7 +84,8 @@ class HostStreams:
 
     def run(self, stream: StreamLike, work: Callable[[], object]) -> None:
         del stream
-        work()
+        with torch.inference_mode():
+            work()
 
     def is_capturing(self) -> bool:
         return False
@@ -102,7 +106,7 @@ class CudaStreams:
         return torch.cuda.current_stream(self.device)
 
     def run(self, stream: StreamLike, work: Callable[[], object]) -> None:
-        with torch.cuda.stream(stream):  # type: ignore[arg-type]
+        with torch.inference_mode(), torch.cuda.stream(stream):  # type: ignore[arg-type]
             work()
 
     def is_capturing(self) -> bool:

@@ -39,7 +39,10 @@ class ExpertTable:
         self.offsets_E1 = self._current[: ends[0]]
         self.lanes_P = self._current[ends[0] : ends[1]]
         self.cumulative_P = self._current[ends[1] :]
-        self.lane_to_slot_S = torch.full((placement.num_lanes,), -1, dtype=torch.int32, device=device)
+        self._lane_to_slot = torch.full((placement.num_lanes,), -1, dtype=torch.int32, device=device)
+        # `.data`: the same memory with a version counter of its own. Autograd keeps it for a backward, and an entry that
+        # is written meanwhile is one that no pending backward reads (I1, I3).
+        self.lane_to_slot_S = self._lane_to_slot.data
         self.version = 0
         self.placement = placement
         self._last_flip = None
@@ -48,7 +51,7 @@ class ExpertTable:
 
     def map_lane(self, lane: int, slot: int, stream: StreamLike) -> None:
         """Enqueue on `stream`: rows sent to `lane` of this rank will find their weights in `slot`."""
-        self._streams.run(stream, lambda: self.lane_to_slot_S[lane : lane + 1].fill_(slot))
+        self._streams.run(stream, lambda: self._lane_to_slot[lane : lane + 1].fill_(slot))
 
     def stage(self, placement: Placement, shares_WS: np.ndarray, stream: StreamLike) -> None:
         """Enqueue on `stream` the upload of the next version beside the current one.
@@ -65,8 +68,7 @@ class ExpertTable:
                 f"placement has {len(lanes)} physical experts of {placement.num_experts}; "
                 f"the table is made for {self.num_physical} of {self.num_experts}"
             )
-        packed = np.concatenate([offsets, lanes, cumulative_shares(placement, shares_WS)]).astype(np.int32)
-        self._host.copy_(torch.from_numpy(packed))
+        self._host.numpy()[:] = np.concatenate([offsets, lanes, cumulative_shares(placement, shares_WS)])
 
 
 def flip(tables: list[ExpertTable], placements: list[Placement], version: int, stream: StreamLike) -> None:

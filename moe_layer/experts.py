@@ -58,8 +58,13 @@ class Experts(nn.Module):
         self.backend = backend
         self.process_group = process_group
         self.state_dict_scope = "all"
-        for name, tensor in resident.pool.tensors.items():
-            setattr(self, name, nn.Parameter(tensor, requires_grad=trainable))
+        self._view_slots(dict.fromkeys(resident.pool.tensors, trainable))
+
+    def _view_slots(self, trainable: dict[str, bool]) -> None:
+        for name, tensor in self.resident.pool.tensors.items():
+            # `.data`: the same memory with a version counter of its own, as a slot that is filled between a forward and
+            # its backward is one that neither reads (I1, I3).
+            setattr(self, name, nn.Parameter(tensor.data, requires_grad=trainable[name]))
 
     @property
     def is_frozen(self) -> bool:
@@ -241,10 +246,9 @@ class Experts(nn.Module):
         with torch.no_grad():
             for name, tensor in old.pool.tensors.items():
                 new.pool.tensors[name].copy_(tensor)
-                trainable = self.get_parameter(name).requires_grad
-                setattr(self, name, nn.Parameter(new.pool.tensors[name], requires_grad=trainable))
         new.load_E.copy_(old.load_E)
         self.resident = new
+        self._view_slots({name: parameter.requires_grad for name, parameter in self.named_parameters()})
         return self
 
     def __setattr__(self, name: str, value: Any) -> None:
