@@ -1,0 +1,40 @@
+"""Which implementation runs: the Triton kernels, or the PyTorch references that stand beside them."""
+
+from __future__ import annotations
+
+from typing import Literal
+
+import torch
+import triton
+
+# Fixed when Triton's decorators run, that is when this package is imported; setting it later changes nothing.
+INTERPRETED: bool = bool(triton.knobs.runtime.interpret)
+
+# Triton launches on the current device: `with on_device(x): kernel[grid](...)` makes it that of x (nothing on a CPU).
+on_device = torch.cuda.device_of
+
+
+def resolve_backend(backend: str, device: torch.device | str) -> Literal["triton", "torch"]:
+    """The implementation that `backend` means on `device`.
+
+    Args:
+        backend: "auto" is "triton" on CUDA and "torch" on a CPU; "torch" runs anywhere; "triton" runs on CUDA, and on
+            a CPU only in Triton's interpreter (`TRITON_INTERPRET=1`, set before this package is imported).
+        device: where the tensors are.
+
+    Raises:
+        ValueError: unknown `backend`, or "triton" where it can't run (it is never replaced silently).
+    """
+    device_type = torch.device(device).type
+    if backend == "torch":
+        return "torch"
+    if backend == "auto":
+        return "triton" if device_type == "cuda" else "torch"
+    if backend == "triton":
+        if device_type == "cuda" or (device_type == "cpu" and INTERPRETED):
+            return "triton"
+        raise ValueError(
+            f'backend="triton" can\'t run on device type "{device_type}": Triton kernels need CUDA, or a CPU with '
+            "TRITON_INTERPRET=1 set before moe_kernels is imported"
+        )
+    raise ValueError(f'backend={backend!r}: must be "auto", "triton" or "torch"')

@@ -1,0 +1,45 @@
+"""The cheap checks at the public functions: a `ValueError` names the argument, its value and the rule."""
+
+from __future__ import annotations
+
+import torch
+
+FLOATS = (torch.float32, torch.float16, torch.bfloat16)
+
+
+def check_tensor(
+    name: str,
+    tensor: torch.Tensor,
+    shape: tuple[int | None, ...],
+    dtypes: torch.dtype | tuple[torch.dtype, ...],
+    device: torch.device | None = None,
+    contiguous: bool = True,
+) -> None:
+    """`tensor` has this shape (None: any size), one of these dtypes, this device, and is contiguous."""
+    if tensor.dim() != len(shape):
+        raise ValueError(f"{name} has shape {tuple(tensor.shape)}: must have {len(shape)} dimensions")
+    for axis, size in enumerate(shape):
+        if size is not None and tensor.shape[axis] != size:
+            raise ValueError(f"{name} has shape {tuple(tensor.shape)}: dimension {axis} must be {size}")
+    allowed = dtypes if isinstance(dtypes, tuple) else (dtypes,)
+    if tensor.dtype not in allowed:
+        raise ValueError(f"{name} has dtype {tensor.dtype}: must be one of {[str(dtype) for dtype in allowed]}")
+    if device is not None and tensor.device != device:
+        raise ValueError(f"{name} is on {tensor.device}: must be on {device}, as the other arguments are")
+    if contiguous and not tensor.is_contiguous():
+        raise ValueError(f"{name} has strides {tensor.stride()}: must be contiguous")
+
+
+def check_rows(name: str, rows: torch.Tensor) -> None:
+    """The rows of a matrix may be padded, their elements must be adjacent."""
+    if rows.stride(1) != 1 and rows.shape[1] > 1 and rows.numel() > 0:
+        raise ValueError(f"{name} has strides {rows.stride()}: the last must be 1")
+
+
+def check_slots(name: str, weights: torch.Tensor) -> None:
+    """Slots may be padded (`stride(0)` is free); the matrix of a slot must be contiguous."""
+    _, rows, columns = weights.shape
+    if rows * columns == 0:
+        raise ValueError(f"{name} has shape {tuple(weights.shape)}: a slot's matrix must not be empty")
+    if (weights.stride(2) != 1 and columns > 1) or (weights.stride(1) != columns and rows > 1):
+        raise ValueError(f"{name} has strides {weights.stride()}: the matrix of a slot must be contiguous")

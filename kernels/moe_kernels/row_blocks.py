@@ -1,0 +1,70 @@
+"""How the references multiply: in zero-padded blocks of a fixed number of rows, so that a row's bits are its own.
+
+A BLAS picks its algorithm by the number of rows, and PyTorch's vector loops compute the last elements of a tensor with
+other instructions than the rest: a plain `x @ w.T` or `silu(x)` gives a row other bits in other company.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+
+ROWS = 32
+# Below this many elements PyTorch computes in one thread (its GRAIN_SIZE is 32768); a multiple of every vector's width.
+_PIECE = 16384
+_ALIGNMENT = 64  # bytes: a cache line, the widest vector, and what PyTorch's CPU allocator gives
+
+
+@dataclass(frozen=True)
+class RowBlock:
+    """At most `ROWS` sorted rows of one lane: `matrix` is its slot's, in float32 and padded by `padded_matrix`."""
+
+    slot: int
+    rows: slice
+    matrix: torch.Tensor
+
+
+def row_blocks(weights_SNK: torch.Tensor, lane_to_slot_L: torch.Tensor, offsets_L1: torch.Tensor) -> Iterator[RowBlock]:
+    """The blocks of all lanes, in order. Reads the offsets on the host."""
+    offsets, slots = offsets_L1.tolist(), lane_to_slot_L.tolist()
+    for lane, slot in enumerate(slots):
+        start, stop = offsets[lane], offsets[lane + 1]
+        if start == stop:
+            continue
+        matrix = padded_matrix(weights_SNK[slot])
+        for first in range(start, stop, ROWS):
+            yield RowBlock(slot, slice(first, min(first + ROWS, stop)), matrix)
+
+
+def padded_matrix(matrix: torch.Tensor) -> torch.Tensor:
+    """`matrix` in float32, aligned, both sizes zero-padded to a multiple of 16 (small ones take a BLAS's odd paths)."""
+    rows, columns = matrix.shape
+    if rows % 16 or columns % 16:
+        return F.pad(matrix.float(), (0, -columns % 16, 0, -rows % 16))
+    matrix = matrix.float()
+    return matrix if matrix.data_ptr() % _ALIGNMENT == 0 else matrix.clone()
+
+
+def padded_rows(rows: torch.Tensor, columns: int) -> torch.Tensor:
+    """`rows` in a zeroed float32 block [ROWS, columns]."""
+    block = torch.zeros((ROWS, columns), dtype=torch.float32, device=rows.device)
+    block[: rows.shape[0], : rows.shape[1]] = rows
+    return block
+
+
+def elementwise(function: Callable[..., torch.Tensor], *blocks: torch.Tensor) -> torch.Tensor:
+    """`function` of blocks [ROWS, columns], by whole vectors, so that an element's position changes no bit."""
+    pieces = zip(*(block.contiguous().view(-1).split(_PIECE) for block in blocks), strict=True)
+    return torch.cat([function(*piece) for piece in pieces]).view(blocks[0].shape)
+
+
+def unversioned(tensor: torch.Tensor) -> torch.Tensor:
+    """What to keep for a backward of a tensor of slots or lanes: an alias without autograd's count of writes.
+
+    That count is one for the whole tensor, but only the slots and lanes of this forward must keep their contents until
+    its backward: others may be filled meanwhile. Where a gradient is needed the count stays: such slots don't move.
+    """
+    return tensor if tensor.requires_grad else tensor.data

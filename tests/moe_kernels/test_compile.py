@@ -1,0 +1,19 @@
+"""Every kernel variant compiles for real GPUs; needs none, but a process in which Triton does not interpret."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+
+@pytest.mark.parametrize("arch", [80, 90])
+def test_every_kernel_compiles_natively(arch, tmp_path):
+    root = Path(__file__).parents[2]
+    environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
+    environment |= {"TRITON_CACHE_DIR": str(tmp_path), "PYTHONPATH": str(root / "kernels")}
+    script = Path(__file__).with_name("compile_kernels.py")
+    result = subprocess.run([sys.executable, script, str(arch)], env=environment, capture_output=True, text=True)
+    assert result.returncode == 0, result.stderr[-3000:]
+    print(result.stdout)

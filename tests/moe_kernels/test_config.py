@@ -1,0 +1,57 @@
+import itertools
+
+import pytest
+import torch
+
+from moe_kernels import GemmConfig, gemm_config
+
+DTYPES = (torch.float32, torch.float16, torch.bfloat16)
+LIMIT = 99 * 1024  # bytes of shared memory on Ada
+
+
+def shared_memory(config: GemmConfig, dtype: torch.dtype) -> int:
+    return (config.block_m + config.block_n) * config.block_k * dtype.itemsize * config.num_stages
+
+
+def test_every_config_fits_the_smallest_gpu():
+    for dtype, tokens, n, k in itertools.product(DTYPES, (0, 1, 100, 5000, 10**6), (1, 24, 4096), (3, 64, 4096)):
+        assert shared_memory(gemm_config(n, k, dtype, tokens, 8, 128), dtype) <= LIMIT
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_both_gemms_share_a_schedule_and_only_the_bucket_counts(dtype):
+    for tokens in (0, 1, 3, 64, 65, 1000, 1024, 70_000):
+        up, down = gemm_config(1536, 2048, dtype, tokens, 8, 128), gemm_config(2048, 768, dtype, tokens, 8, 128)
+        assert up.block_m == down.block_m
+    assert gemm_config(64, 64, dtype, 513, 8, 128) == gemm_config(64, 64, dtype, 1024, 8, 128)
+
+
+def test_less_shared_memory_changes_no_block():
+    large = gemm_config(4096, 4096, torch.bfloat16, 10**6, 8, 128, shared_memory=227 * 1024)
+    small = gemm_config(4096, 4096, torch.bfloat16, 10**6, 8, 128, shared_memory=64 * 1024)
+    assert small.num_stages < large.num_stages
+    assert (small.block_m, small.block_n, small.block_k) == (large.block_m, large.block_n, large.block_k)
+
+
+@pytest.mark.parametrize(
+    ("argument", "change"),
+    [
+        ("n", {"n": 0}),
+        ("k", {"k": -1}),
+        ("num_tokens", {"num_tokens": -1}),
+        ("top_k", {"top_k": 0}),
+        ("num_experts", {"num_experts": 1}),
+        ("dtype", {"dtype": torch.float64}),
+    ],
+)
+def test_refused(argument, change):
+    good = {"n": 64, "k": 64, "dtype": torch.float32, "num_tokens": 8, "top_k": 2, "num_experts": 4}
+    with pytest.raises(ValueError, match=f"{argument}="):
+        gemm_config(**(good | change))
+
+
+@pytest.mark.parametrize("field", ["block_m", "block_n", "block_k", "num_warps", "num_stages", "group_m"])
+def test_bad_tiles_are_refused(field):
+    good = {"block_m": 16, "block_n": 32, "block_k": 16, "num_warps": 4, "num_stages": 2}
+    with pytest.raises(ValueError, match=f"{field}=0"):
+        GemmConfig(**(good | {field: 0}))

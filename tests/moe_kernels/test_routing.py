@@ -1,0 +1,128 @@
+import pytest
+import torch
+
+from moe_kernels import topk_routing, topk_routing_torch
+from moe_kernels.routing import _topk_routing
+
+
+def logits_of(tokens, experts, device, dtype=torch.float32, seed=0):
+    return torch.randn((tokens, experts), generator=torch.Generator().manual_seed(seed)).to(device, dtype)
+
+
+@pytest.mark.parametrize("backend", ["torch", "triton"])
+def test_example(device, backend):
+    """The kernel's docstring: a tie goes to the lowest id."""
+    weights, ids = topk_routing(torch.tensor([[1.0, 3.0, 3.0, 2.0]], device=device), 2, backend=backend)
+    assert ids.tolist() == [[1, 2]]
+    torch.testing.assert_close(weights.cpu(), torch.tensor([[0.5, 0.5]]))
+
+
+SHAPES = [
+    (0, 8, 2),  # no tokens
+    (1, 1, 1),  # one expert
+    (3, 5, 5),  # all experts, not a power of two
+    (7, 128, 8),
+    (4, 257, 3),  # just above a power of two
+]
+
+
+@pytest.mark.parametrize("score_function", ["softmax", "sigmoid"])
+@pytest.mark.parametrize("renormalize", [True, False])
+@pytest.mark.parametrize(("tokens", "experts", "top_k"), SHAPES)
+def test_kernel_matches_reference(device, assert_close, tokens, experts, top_k, renormalize, score_function):
+    for dtype in (torch.float32, torch.float16, torch.bfloat16):
+        logits = logits_of(tokens, experts, device, dtype)
+        options = {"score_function": score_function, "renormalize": renormalize, "scale": 2.5}
+        weights, ids = topk_routing(logits, top_k, backend="triton", **options)
+        expected_weights, expected_ids = topk_routing_torch(logits, top_k, **options)
+        assert weights.dtype == torch.float32 and ids.dtype == torch.int32
+        assert torch.equal(ids, expected_ids)
+        assert_close(weights, expected_weights)
+
+
+@pytest.mark.parametrize("backend", ["torch", "triton"])
+def test_bias_chooses_but_does_not_weigh(device, backend):
+    logits = torch.tensor([[0.0, 1.0, 2.0]], device=device)
+    bias = torch.tensor([10.0, 0.0, 0.0], device=device)
+    weights, ids = topk_routing(logits, 2, score_function="sigmoid", renormalize=False, bias_E=bias, backend=backend)
+    assert ids.tolist() == [[0, 2]]
+    torch.testing.assert_close(weights, torch.sigmoid(logits[:, [0, 2]]))
+
+
+@pytest.mark.parametrize("backend", ["torch", "triton"])
+def test_ties_go_to_the_lowest_id(device, backend):
+    logits = torch.randint(0, 2, (9, 33), generator=torch.Generator().manual_seed(1)).float()
+    _, ids = topk_routing(logits.to(device), 20, backend=backend)
+    for row, chosen in zip(logits.tolist(), ids.tolist(), strict=True):
+        assert chosen == sorted(range(33), key=lambda expert: (-row[expert], expert))[:20]
+
+
+@pytest.mark.parametrize("backend", ["torch", "triton"])
+def test_masked_tokens_get_no_expert_and_no_gradient(device, backend):
+    logits = logits_of(4, 6, device)
+    logits[1] = float("nan")  # padding may hold anything
+    logits.requires_grad_()
+    mask = torch.tensor([True, False, True, False], device=device)
+    weights, ids = topk_routing(logits, 2, token_mask_T=mask, backend=backend)
+    assert (ids[~mask] == -1).all() and (weights[~mask] == 0).all() and (ids[mask] >= 0).all()
+    weights.square().sum().backward()
+    assert (logits.grad[~mask] == 0).all() and logits.grad[mask].abs().sum() > 0
+
+
+@pytest.mark.parametrize("backend", ["torch", "triton"])
+def test_a_nan_is_chosen_last_and_stays_visible(device, backend):
+    logits = torch.tensor([[0.0, float("nan"), 2.0, 1.0], [float("nan")] * 4], device=device)
+    weights, ids = topk_routing(logits, 3, backend=backend)
+    assert ids.tolist() == [[2, 3, 0], [0, 1, 2]]
+    assert weights.isnan().all()
+
+
+@pytest.mark.parametrize("backend", ["torch", "triton"])
+def test_vanishing_scores_are_not_nan(device, backend):
+    weights, _ = topk_routing(torch.full((1, 4), -200.0, device=device), 2, score_function="sigmoid", backend=backend)
+    assert (weights == 0).all()
+
+
+@pytest.mark.parametrize("score_function", ["softmax", "sigmoid"])
+@pytest.mark.parametrize("renormalize", [True, False])
+@pytest.mark.parametrize("backend", ["torch", "triton"])
+def test_gradient(device, assert_close, backend, renormalize, score_function):
+    logits = logits_of(5, 11, device).requires_grad_()
+    options = {"score_function": score_function, "renormalize": renormalize, "scale": 1.5}
+    weights, ids = topk_routing(logits, 3, backend=backend, **options)
+    upstream = torch.randn(weights.shape, generator=torch.Generator().manual_seed(2)).to(device)
+    weights.backward(upstream)
+
+    exact = logits.detach().double().requires_grad_()
+    scores = exact.softmax(-1) if score_function == "softmax" else exact.sigmoid()
+    chosen = scores.gather(-1, ids.long())
+    if renormalize:
+        chosen = chosen / chosen.sum(-1, keepdim=True)
+    (1.5 * chosen * upstream.double()).sum().backward()
+    assert_close(logits.grad, exact.grad)
+
+
+def test_opcheck(device):
+    logits = logits_of(3, 6, device).requires_grad_()
+    mask, bias = torch.tensor([True, False, True], device=device), torch.zeros(6, device=device)
+    for extra in ((None, None), (bias, mask)):
+        torch.library.opcheck(_topk_routing, (logits, 2, "softmax", True, 1.0, *extra, "torch"))
+
+
+@pytest.mark.parametrize(
+    ("name", "change"),
+    [
+        ("logits_TE", {"logits_TE": torch.zeros(3)}),
+        ("logits_TE", {"logits_TE": torch.zeros((3, 4), dtype=torch.int64)}),
+        ("logits_TE", {"logits_TE": torch.zeros((4, 3)).T}),
+        ("top_k", {"top_k": 0}),
+        ("top_k", {"top_k": 5}),
+        ("score_function", {"score_function": "relu"}),
+        ("bias_E", {"bias_E": torch.zeros(3)}),
+        ("token_mask_T", {"token_mask_T": torch.ones(3)}),
+    ],
+)
+def test_refused(name, change):
+    good = {"logits_TE": torch.zeros((3, 4)), "top_k": 2}
+    with pytest.raises(ValueError, match=name):
+        topk_routing(**(good | change))

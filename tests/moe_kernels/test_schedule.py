@@ -1,0 +1,109 @@
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+from moe_kernels import TileSchedule, build_schedule
+from moe_kernels.schedule import _build_schedule, max_tiles
+
+FIELDS = ("order_N", "offsets_L1", "tile_lane", "tile_start", "num_tiles")
+
+
+def build(lanes, num_lanes, block_m=16, device="cpu", backend="torch") -> TileSchedule:
+    lanes_N = torch.tensor(lanes, dtype=torch.int32, device=device)
+    return build_schedule(lanes_N, num_lanes, block_m=block_m, backend=backend)
+
+
+def as_lists(schedule: TileSchedule) -> dict[str, list[int]]:
+    return {name: getattr(schedule, name).tolist() for name in FIELDS}
+
+
+@pytest.mark.parametrize("backend", ["torch", "triton"])
+def test_example_of_few_rows(device, backend):
+    assert as_lists(build([1, 0, -1, 1], 2, 16, device, backend)) == {
+        "order_N": [1, 0, 3, 2],
+        "offsets_L1": [0, 1, 3],
+        "tile_lane": [0, 1],
+        "tile_start": [0, 1],
+        "num_tiles": [2],
+    }
+
+
+@pytest.mark.parametrize("backend", ["torch", "triton"])
+def test_example_of_several_tiles(device, backend):
+    schedule = as_lists(build([0] * 20 + [2] * 5 + [-1] * 2, 3, 16, device, backend))
+    assert schedule["offsets_L1"] == [0, 20, 20, 25]
+    assert schedule["num_tiles"] == [3]
+    assert schedule["tile_lane"] == [0, 0, 2, -1]
+    assert schedule["tile_start"] == [0, 16, 20, -1]
+
+
+@given(st.integers(1, 6).flatmap(lambda n: st.tuples(st.lists(st.integers(-1, n - 1), max_size=90), st.just(n))))
+def test_invariants(case):
+    lanes, num_lanes = case
+    schedule = build(lanes, num_lanes)
+    order, offsets = schedule.order_N.tolist(), schedule.offsets_L1.tolist()
+    assert sorted(order) == list(range(len(lanes)))  # every row once
+    in_tiles = []
+    for tile in range(schedule.num_tiles.item()):
+        lane, start = schedule.tile_lane[tile].item(), schedule.tile_start[tile].item()
+        rows = order[start : min(start + 16, offsets[lane + 1])]
+        assert rows and all(lanes[row] == lane for row in rows)  # a tile never spans lanes
+        in_tiles += rows
+    assert in_tiles == sorted(
+        (row for row, lane in enumerate(lanes) if lane >= 0), key=lambda row: (lanes[row], row)
+    )  # stable
+    assert schedule.num_tiles.item() <= max_tiles(len(lanes), num_lanes, 16) == schedule.tile_lane.numel()
+
+
+@given(st.integers(0, 200), st.integers(1, 9), st.sampled_from([16, 64]))
+def test_max_tiles_is_reached_and_never_passed(rows, num_lanes, block_m):
+    """The worst case: one row in every lane but the first, which has the rest."""
+    lanes = list(range(1, num_lanes))[: max(rows - 1, 0)]
+    lanes += [0] * (rows - len(lanes))
+    assert build(lanes, num_lanes, block_m).num_tiles.item() == max_tiles(rows, num_lanes, block_m)
+
+
+@pytest.mark.parametrize(
+    ("lanes", "num_lanes"),
+    [
+        ([], 4),  # no rows
+        ([0], 1),
+        ([-1] * 5, 3),  # nothing to compute
+        ([2] * 700, 5),  # one lane takes all; more tiles than are written at once
+        ([9, 0, 1, 9], 2),  # a lane that does not exist is not computed
+    ],
+)
+def test_kernel_equals_reference_at_the_edges(device, lanes, num_lanes):
+    expected = as_lists(build(lanes, num_lanes, 16, device, "torch"))
+    assert as_lists(build(lanes, num_lanes, 16, device, "triton")) == expected
+
+
+@given(
+    rows=st.integers(0, 400), num_lanes=st.integers(1, 40), block_m=st.sampled_from([16, 128]), seed=st.integers(0, 9)
+)
+def test_kernel_equals_reference(device, rows, num_lanes, block_m, seed):
+    lanes = torch.randint(-1, num_lanes, (rows,), generator=torch.Generator().manual_seed(seed)).tolist()
+    expected = as_lists(build(lanes, num_lanes, block_m, device, "torch"))
+    assert as_lists(build(lanes, num_lanes, block_m, device, "triton")) == expected
+
+
+def test_opcheck(device):
+    lanes = torch.tensor([1, 0, -1, 1], dtype=torch.int32, device=device)
+    torch.library.opcheck(_build_schedule, (lanes, 3, 16, "torch"))
+
+
+@pytest.mark.parametrize(
+    ("name", "change"),
+    [
+        ("lanes_N", {"lanes_N": torch.zeros(3)}),
+        ("lanes_N", {"lanes_N": torch.zeros((3, 1), dtype=torch.int32)}),
+        ("num_lanes", {"num_lanes": 0}),
+        ("block_m", {"block_m": 8}),
+        ("block_m", {"block_m": 48}),
+    ],
+)
+def test_refused(name, change):
+    good = {"lanes_N": torch.zeros(3, dtype=torch.int32), "num_lanes": 2, "block_m": 16}
+    with pytest.raises(ValueError, match=name):
+        build_schedule(**(good | change))
