@@ -126,9 +126,12 @@ class ResidentExperts:
                 self._pins[dropped] -= 1
                 if not self._pins[dropped]:
                     del self._pins[dropped]
-            for _ in range(len(self._pin_events)):
+            # After the dropped pins: what they used was noted before they were dropped.
+            running = []
+            while self._pin_events:
                 used = self._pin_events.popleft()
                 if not used[1].query():
-                    self._pin_events.append(used)
-            pinned = [*self._pins, *(at for at, _ in self._pin_events)]
+                    running.append(used)
+            self._pin_events.extend(running)
+            pinned = [*self._pins, *(at for at, _ in running)]
         return any(at < version for at in pinned)

@@ -15,12 +15,11 @@ from eplb.pool import SlotPool
 from eplb.resident import Pin, ResidentExperts
 from eplb.streams import streams_of
 from moe_kernels import GOLDEN, SHARE_BITS, record_load_, resolve_backend, select_replicas
+from moe_layer.arguments import check_choice, check_integer, physical_per_rank, resolve_device, resolve_dtype
 from moe_layer.collectives import broadcast_
 from moe_layer.dispatch import AllToAllDispatcher, Dispatcher, LocalDispatcher
 from moe_layer.experts import ACTIVATIONS, Experts, expert_specs
 from moe_layer.router import Router, RouterRule
-
-DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 
 
 class MoELayer(nn.Module):
@@ -72,41 +71,34 @@ class MoELayer(nn.Module):
         arguments = {name: value for name, value in locals().items() if name not in ("self", "__class__")}
         super().__init__()
         self._arguments = arguments
-        for name in ("hidden_size", "intermediate_size", "num_experts", "top_k"):
-            _check_at_least(name, arguments[name], 1)
-        for name in ("num_redundant_experts", "num_shadow_slots"):
-            _check_at_least(name, arguments[name], 0)
-        if top_k > num_experts:
-            raise ValueError(f"top_k must be at most num_experts={num_experts}, got {top_k}")
-        if activation not in ACTIVATIONS:
-            raise ValueError(f"activation must be one of {', '.join(ACTIVATIONS)}, got {activation!r}")
-        device = _resolved(device)
-        dtype = dtype or torch.get_default_dtype()
-        if dtype not in DTYPES:
-            raise ValueError(f"dtype must be float32, float16 or bfloat16, got {dtype}")
-        resolve_backend(backend, device)
         num_ranks, rank = 1, 0
         if process_group is not None:
             num_ranks, rank = dist.get_world_size(process_group), dist.get_rank(process_group)
-        num_physical = num_experts + num_redundant_experts
-        if num_physical % num_ranks:
-            raise ValueError(
-                f"num_redundant_experts={num_redundant_experts} with num_experts={num_experts} makes {num_physical} "
-                f"physical experts, which must be divisible by the {num_ranks} ranks of process_group"
-            )
-        if num_redundant_experts > num_experts * (num_ranks - 1):
-            raise ValueError(
-                f"num_redundant_experts={num_redundant_experts} must be at most num_experts * (ranks - 1) = "
-                f"{num_experts * (num_ranks - 1)}: a second replica on one rank would be wasted"
-            )
+        num_physical = physical_per_rank(hidden_size, intermediate_size, num_experts, num_redundant_experts, num_ranks)
+        check_integer("top_k", top_k, 1)
+        check_integer("num_shadow_slots", num_shadow_slots, 0)
+        if top_k > num_experts:
+            raise ValueError(f"top_k must be at most num_experts={num_experts}, got {top_k}")
+        check_choice("activation", activation, ACTIVATIONS)
+        device, dtype = resolve_device(device), resolve_dtype(dtype)
+        resolve_backend(backend, device)
         specs = expert_specs(hidden_size, intermediate_size, dtype)
         if pool is None:
-            pool = SlotPool(specs, num_physical // num_ranks + num_shadow_slots, device)
+            pool = SlotPool(specs, num_physical + num_shadow_slots, device)
+        elif not isinstance(pool, SlotPool):
+            raise ValueError(f"pool must be a SlotPool, made with make_pool(), or None; got {pool!r}")
         elif pool.specs != specs or pool.device != device:
             raise ValueError(
                 f"pool holds {pool.specs} on {pool.device}, but the layer's experts are {specs} on {device}; "
                 "make it with make_pool() and the layer's own sizes"
             )
+        self.hidden_size = hidden_size
+        self.intermediate_size = intermediate_size
+        self.backend = backend
+        self.process_group = process_group
+        self.dispatcher = _make_dispatcher(dispatcher, process_group, num_ranks, num_physical + num_shadow_slots)
+        self.gate = Router(hidden_size, num_experts, top_k, router, backend, device, dtype)
+        # Last, as it takes slots of the pool: a layer that is refused takes none.
         resident = ResidentExperts(
             num_experts=num_experts,
             num_redundant_experts=num_redundant_experts,
@@ -116,12 +108,6 @@ class MoELayer(nn.Module):
             pool=pool,
             streams=streams_of(device),
         )
-        self.hidden_size = hidden_size
-        self.intermediate_size = intermediate_size
-        self.backend = backend
-        self.process_group = process_group
-        self.dispatcher = _make_dispatcher(dispatcher, process_group, num_ranks, resident.num_lanes)
-        self.gate = Router(hidden_size, num_experts, top_k, router, backend, device, dtype)
         self.experts = Experts(
             resident=resident,
             top_k=top_k,
@@ -275,15 +261,10 @@ def make_pool(
         ValueError: a count that is not positive, or experts that do not divide by the ranks.
     """
     for name, value in (("num_layers", num_layers), ("num_shadow_slots", num_shadow_slots), ("num_ranks", num_ranks)):
-        _check_at_least(name, value, 1)
-    num_physical = num_experts + num_redundant_experts
-    if num_physical % num_ranks:
-        raise ValueError(
-            f"num_redundant_experts={num_redundant_experts} with num_experts={num_experts} makes {num_physical} physical "
-            f"experts, which must be divisible by num_ranks={num_ranks}"
-        )
-    specs = expert_specs(hidden_size, intermediate_size, dtype or torch.get_default_dtype())
-    return SlotPool(specs, num_layers * (num_physical // num_ranks) + num_shadow_slots, _resolved(device))
+        check_integer(name, value, 1)
+    num_physical = physical_per_rank(hidden_size, intermediate_size, num_experts, num_redundant_experts, num_ranks)
+    specs = expert_specs(hidden_size, intermediate_size, resolve_dtype(dtype))
+    return SlotPool(specs, num_layers * num_physical + num_shadow_slots, resolve_device(device))
 
 
 class _Pinned(torch.autograd.Function):
@@ -312,10 +293,9 @@ def _is_recomputing() -> bool:
 def _make_dispatcher(
     dispatcher: str | Dispatcher, group: dist.ProcessGroup | None, num_ranks: int, num_lanes: int
 ) -> Dispatcher:
-    if not isinstance(dispatcher, str):
-        return dispatcher
-    if dispatcher not in ("auto", "local", "all_to_all"):
-        raise ValueError(f"dispatcher must be 'auto', 'local', 'all_to_all' or a Dispatcher, got {dispatcher!r}")
+    if callable(getattr(dispatcher, "dispatch", None)) and callable(getattr(dispatcher, "combine", None)):
+        return dispatcher  # type: ignore[return-value]
+    check_choice("dispatcher", dispatcher, ("auto", "local", "all_to_all"), " or a Dispatcher")
     if dispatcher == "local" and num_ranks > 1:
         raise ValueError(f"dispatcher='local' needs all experts on one rank, but process_group has {num_ranks}")
     if dispatcher == "all_to_all" and group is None:
@@ -324,16 +304,3 @@ def _make_dispatcher(
         return LocalDispatcher()
     assert group is not None
     return AllToAllDispatcher(group, num_lanes)
-
-
-def _resolved(device: torch.device | str | None) -> torch.device:
-    """With an index, so that devices compare equal."""
-    device = torch.device(device) if device is not None else torch.get_default_device()
-    if device.type == "cuda" and device.index is None:
-        device = torch.device("cuda", torch.cuda.current_device())
-    return device
-
-
-def _check_at_least(name: str, value: int, least: int) -> None:
-    if not isinstance(value, int) or isinstance(value, bool) or value < least:
-        raise ValueError(f"{name} must be an integer of at least {least}, got {value!r}")

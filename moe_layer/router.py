@@ -10,6 +10,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from moe_kernels import topk_routing
+from moe_layer.arguments import check_choice
 
 
 @dataclass(frozen=True)
@@ -43,6 +44,20 @@ ROUTER_RULES = {
 }
 
 
+def resolve_rule(rule: str | RouterRule) -> RouterRule:
+    """The rule behind a name.
+
+    Raises:
+        ValueError: unknown name, or a rule with an unknown score function.
+    """
+    if isinstance(rule, str) and rule in ROUTER_RULES:
+        return ROUTER_RULES[rule]
+    if not isinstance(rule, RouterRule):
+        raise ValueError(f"router must be a RouterRule or one of {', '.join(ROUTER_RULES)}; got {rule!r}")
+    check_choice("router.score_function", rule.score_function, ("softmax", "sigmoid"))
+    return rule
+
+
 class Router(nn.Module):
     """Scores every expert for every token and chooses the best `top_k`; ties go to the lowest id.
 
@@ -62,12 +77,7 @@ class Router(nn.Module):
         dtype: torch.dtype,
     ) -> None:
         super().__init__()
-        if isinstance(rule, str):
-            if rule not in ROUTER_RULES:
-                raise ValueError(f"router must be a RouterRule or one of {', '.join(ROUTER_RULES)}; got {rule!r}")
-            rule = ROUTER_RULES[rule]
-        if rule.score_function not in ("softmax", "sigmoid"):
-            raise ValueError(f"router.score_function must be 'softmax' or 'sigmoid', got {rule.score_function!r}")
+        rule = resolve_rule(rule)
         self.rule = rule
         self.top_k = top_k
         self.backend = backend

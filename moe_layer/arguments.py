@@ -1,0 +1,71 @@
+"""Checks of what users pass: each error names the argument, its value and the rule."""
+
+from typing import Any
+
+import torch
+
+DTYPES = (torch.float32, torch.float16, torch.bfloat16)
+
+
+def check_integer(name: str, value: Any, least: int) -> None:
+    """Raises ValueError unless `value` is an integer of at least `least`."""
+    if not isinstance(value, int) or isinstance(value, bool) or value < least:
+        raise ValueError(f"{name} must be an integer of at least {least}, got {value!r}")
+
+
+def check_choice(name: str, value: Any, choices: tuple[str, ...], otherwise: str = "") -> None:
+    """Raises ValueError unless `value` is one of `choices`; `otherwise` says what else would have been taken."""
+    if value not in choices:
+        raise ValueError(f"{name} must be one of {', '.join(map(repr, choices))}{otherwise}; got {value!r}")
+
+
+def physical_per_rank(
+    hidden_size: Any, intermediate_size: Any, num_experts: Any, num_redundant_experts: Any, num_ranks: int
+) -> int:
+    """Physical experts of a rank.
+
+    Raises:
+        ValueError: a size out of range, or physical experts that do not divide by the ranks or that no rank has use for.
+    """
+    check_integer("hidden_size", hidden_size, 1)
+    check_integer("intermediate_size", intermediate_size, 1)
+    check_integer("num_experts", num_experts, 1)
+    check_integer("num_redundant_experts", num_redundant_experts, 0)
+    num_physical = num_experts + num_redundant_experts
+    if num_physical % num_ranks:
+        raise ValueError(
+            f"num_redundant_experts={num_redundant_experts} with num_experts={num_experts} makes {num_physical} physical "
+            f"experts, which must be divisible by the {num_ranks} ranks"
+        )
+    most = num_experts * (num_ranks - 1)
+    if num_redundant_experts > most:
+        raise ValueError(
+            f"num_redundant_experts={num_redundant_experts} must be at most num_experts * (ranks - 1) = {most}: "
+            "a second replica on one rank would be wasted"
+        )
+    return num_physical // num_ranks
+
+
+def resolve_dtype(dtype: Any) -> torch.dtype:
+    """`dtype`, or the default; ValueError if the kernels have none for it."""
+    dtype = torch.get_default_dtype() if dtype is None else dtype
+    if dtype not in DTYPES:
+        raise ValueError(f"dtype must be float32, float16 or bfloat16, got {dtype!r}")
+    return dtype
+
+
+def resolve_device(device: Any) -> torch.device:
+    """`device`, or the default, with an index, so that devices compare equal; ValueError if there is none such."""
+    try:
+        resolved = torch.get_default_device() if device is None else torch.device(device)
+    except (RuntimeError, TypeError) as error:
+        raise ValueError(f"device must name a CPU or a CUDA device, got {device!r}: {error}") from error
+    if resolved.type == "cpu":
+        return torch.device("cpu")
+    if resolved.type != "cuda":
+        raise ValueError(f"device must be a CPU or a CUDA device, got {device!r}")
+    count = torch.cuda.device_count()
+    index = resolved.index if resolved.index is not None else (torch.cuda.current_device() if count else 0)
+    if index >= count:
+        raise ValueError(f"device must be one of this machine's, which has {count} CUDA devices; got {device!r}")
+    return torch.device("cuda", index)
