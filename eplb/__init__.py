@@ -5,7 +5,7 @@ from eplb.controller import EplbController, RelocatableLayer, step_eplb_after
 from eplb.events import CpuGpuEvent
 from eplb.placement import Placement
 from eplb.pool import SlotPool, TensorSpec
-from eplb.worker import Health, Metrics
+from eplb.status import Health, Metrics
 
 __all__ = [
     "CpuGpuEvent",

@@ -1,13 +1,11 @@
 """`EplbConfig`: every knob of the rebalancer, its unit and its rule."""
 
-import logging
 from typing import Annotated, Any
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
 from eplb.communicator import COMMUNICATORS
-
-logger = logging.getLogger(__name__)
+from eplb.policy import Policy, make_policy
 
 PositiveSeconds = Annotated[float, Field(gt=0, allow_inf_nan=False)]
 
@@ -23,8 +21,8 @@ class EplbConfig(BaseModel):
         policy: name of a registered policy, or an object with its `propose()`.
         policy_options: keyword arguments of the named policy.
         communicator: how experts travel: "torch_gloo", "torch_nccl", or "auto".
-        min_gain: what a rebalance must take off the imbalance (max/mean of the ranks' loads) of a layer to be worth
-            moving experts for, as a fraction of the mean; passed to policies that know it.
+        min_gain: of the policy "adaptive": how far a layer's largest rank load may be above the best that there is, as
+            a fraction of it, before experts move.
         max_bytes_in_flight: bytes that all ranks together move in one wave; None for no bound but the free slots.
         ranks_per_node: for policies that prefer to stay inside a node; None if all ranks are on one.
         num_groups: groups of experts for node-limited routing; 1 if there are none.
@@ -51,7 +49,7 @@ class EplbConfig(BaseModel):
     policy: Any = "adaptive"
     policy_options: dict[str, Any] = Field(default_factory=dict)
     communicator: str = "auto"
-    min_gain: float = Field(default=0.02, ge=0, allow_inf_nan=False)
+    min_gain: float = Field(default=0.003, ge=0, allow_inf_nan=False)
     max_bytes_in_flight: int | None = Field(default=None, gt=0)
     ranks_per_node: int | None = Field(default=None, ge=1)
     num_groups: int = Field(default=1, ge=1)
@@ -77,15 +75,32 @@ class EplbConfig(BaseModel):
         _require(self, "backoff", "<=", "max_backoff", "the first delay is the shortest")
         if self.communicator not in COMMUNICATORS:
             raise ValueError(f"communicator must be one of {', '.join(COMMUNICATORS)}, got {self.communicator!r}")
-        if not isinstance(self.policy, str) and not callable(getattr(self.policy, "propose", None)):
-            raise ValueError(f"policy must be a name or an object with a method propose(), got {self.policy!r}")
-        if not isinstance(self.policy, str) and self.policy_options:
-            raise ValueError(f"policy_options go with a policy's name, but policy is an object: {self.policy!r}")
+        if "min_gain" in self.model_fields_set and self.policy != "adaptive":
+            raise ValueError(
+                f"min_gain={self.min_gain} needs policy='adaptive', got policy={self.policy!r}: it is its own"
+            )
+        self.make_policy()
         if "log_balancedness_interval" in self.model_fields_set and not self.log_balancedness:
             raise ValueError(
                 f"log_balancedness_interval={self.log_balancedness_interval} needs log_balancedness=True: nothing is logged"
             )
         return self
+
+    def make_policy(self) -> Policy:
+        """A policy as configured.
+
+        Raises:
+            ValueError: unknown name, options that it does not take, or an object without `propose()`.
+        """
+        options = dict(self.policy_options)
+        if self.policy == "adaptive":
+            options.setdefault("min_gain", self.min_gain)
+        try:
+            return make_policy(self.policy, **options)
+        except TypeError as error:
+            raise ValueError(
+                f"policy_options={self.policy_options} do not fit policy={self.policy!r}: {error}"
+            ) from error
 
 
 def _require(config: EplbConfig, name: str, relation: str, limit: str, reason: str) -> None:

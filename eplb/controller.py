@@ -17,13 +17,14 @@ from torch import nn
 from eplb.config import EplbConfig
 from eplb.fill import Handoff
 from eplb.load_window import LoadWindowRecorder
-from eplb.policy import Topology, make_policy
+from eplb.policy import Topology
 from eplb.protocol import Work
 from eplb.resident import ResidentExperts
+from eplb.status import Health, Metrics
 from eplb.streams import DeviceStreams, StreamLike
 from eplb.table import flip
 from eplb.transport import TorchTransport, Transport
-from eplb.worker import Clock, Health, Metrics, Worker
+from eplb.worker import Clock, Worker
 
 logger = logging.getLogger(__name__)
 
@@ -68,7 +69,7 @@ class EplbController:
         self.config = config or EplbConfig()
         self._transport = transport or TorchTransport(process_group)
         self._clock = clock
-        self._policy = make_policy(self.config.policy, **self.config.policy_options)
+        self._policy = self.config.make_policy()
         self._layers: list[RelocatableLayer] = []
         self._steps = 0
         self._worker: Worker | None = None
@@ -215,8 +216,8 @@ class EplbController:
     def _rebalance_here(self, worker: Worker) -> None:
         """Run what is due from end to end on the calling thread; all ranks do so in the same step."""
         while worker.num_proposals_heard < self._proposals_due or not worker.is_idle:
-            if worker.health.state in ("lost", "peer_left"):
-                return
+            if worker.health.state in ("lost", "peer_left", "peer_unreachable"):
+                return  # a later step goes on where this one stopped, if the ranks find each other again
             self._wake.clear()
             worker.tick()
             self._adopt(worker)

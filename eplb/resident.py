@@ -104,7 +104,12 @@ class ResidentExperts:
         return slots
 
     def note_stream(self) -> None:
-        """The calling thread's current stream runs a forward: a flip must be ordered against it."""
+        """The calling thread's current stream runs a forward: a flip must be ordered against it.
+
+        Not so a stream that is being captured: what runs is the graph, wherever it is replayed.
+        """
+        if self.streams.is_capturing():
+            return
         stream = self.streams.current()
         self._streams_seen.setdefault(getattr(stream, "cuda_stream", 0), stream)
 

@@ -1,6 +1,5 @@
 """The rebalancer's own thread: one state machine over agreement rounds."""
 
-import hashlib
 import logging
 import threading
 import time
@@ -15,6 +14,7 @@ from eplb.communicator.base import Communicator
 from eplb.config import EplbConfig
 from eplb.fill import Handoff, WaveFill
 from eplb.load_window import LoadWindowRecorder
+from eplb.messages import Loads, decode_loads, decode_plan, encode_loads, encode_plan
 from eplb.metrics import layer_balancedness
 from eplb.placement import Placement
 from eplb.plan import Plan
@@ -24,11 +24,11 @@ from eplb.protocol import RECORD_WORDS, Agreed, Phase, Record, Work, advance, he
 from eplb.rebalance import LayerFacts, plan_rebalance
 from eplb.resident import ResidentExperts
 from eplb.shares import equal_shares
+from eplb.status import Health, Metrics
 from eplb.streams import DeviceStreams
 
 logger = logging.getLogger(__name__)
 
-_PLAN_HEADER_WORDS = 3  # number of waves, hash, bytes of JSON
 _NOTHING = np.empty(0, dtype=np.int64)
 
 
@@ -38,77 +38,12 @@ class Clock(Protocol):
         ...
 
 
-@dataclass(frozen=True)
-class Metrics:
-    """What the rebalancer has done so far, on this rank unless said otherwise.
-
-    Attributes:
-        rounds: agreement rounds heard.
-        windows: load windows brought to the host.
-        proposals: rebalances that the ranks began; plans: those that had something to do.
-        waves, flips: versions published; tables that the main thread flipped, as the device has completed it.
-        moved_experts, moved_bytes: over all ranks, of published waves.
-        abandoned: proposals that the ranks gave up after an error on any of them.
-        failures: errors on this rank.
-        planning_seconds, fill_seconds, grace_seconds: of the last plan (rank 0), fill, and grace.
-        balancedness: mean/max of the ranks' loads in the last window, averaged over layers; None before the first.
-    """
-
-    rounds: int = 0
-    windows: int = 0
-    proposals: int = 0
-    plans: int = 0
-    waves: int = 0
-    flips: int = 0
-    moved_experts: int = 0
-    moved_bytes: int = 0
-    abandoned: int = 0
-    failures: int = 0
-    planning_seconds: float = 0.0
-    fill_seconds: float = 0.0
-    grace_seconds: float = 0.0
-    balancedness: float | None = None
-
-
-@dataclass(frozen=True)
-class Health:
-    """How the rebalancer of this rank is. The layers serve in every state.
-
-    Attributes:
-        state: "idle", "rebalancing", "degraded" (a pool has no free slot on some rank, so its layers cannot move),
-            "grace_stalled" (a main thread calls no `step()`), "peer_unreachable" (a round is overdue), "lost" (rounds
-            failed for good), "peer_left", "closed".
-        version: the highest published version.
-        phase: what the ranks have agreed to be doing.
-        seconds_waiting: since the last round was heard (peer_unreachable) or the version published (grace_stalled).
-        departed: ranks that closed their controllers.
-        quarantined_slots: slots that a transfer given up may still touch.
-        last_error: the newest error on this rank, None if there was none.
-    """
-
-    state: str
-    version: int
-    phase: str
-    seconds_waiting: float = 0.0
-    departed: tuple[int, ...] = ()
-    quarantined_slots: int = 0
-    last_error: str | None = None
-
-
 @dataclass
 class _Requests:
     """What the main thread wants; guarded by the worker's lock."""
 
     hold: int = 0
     leaving: bool = False
-
-
-@dataclass
-class _Loads:
-    """The summed windows of a LOAD round."""
-
-    load_NA: np.ndarray
-    free_slots_GW: np.ndarray
 
 
 @dataclass
@@ -121,7 +56,7 @@ class _Mine:
     message: np.ndarray = field(default_factory=lambda: _NOTHING)
     plan: Plan | None = None
     plan_hash: int = 0
-    loads: _Loads | None = None
+    loads: Loads | None = None
 
 
 class Worker:
@@ -288,7 +223,7 @@ class Worker:
             if agreed.phase is Phase.IDLE and new.phase is Phase.LOAD:
                 mine = _Mine(number=new.proposal)
             elif agreed.phase is Phase.LOAD and new.phase is not agreed.phase:
-                mine.loads = self._decode_loads(messages)
+                mine.loads = self._heard_loads(messages)
         spoken = self._spoken
         self._mine, self._agreed, self._exchange = mine, new, None
         self._heard_at = self._clock()
@@ -325,7 +260,7 @@ class Worker:
         if self._mine.loads is not None and old.phase is Phase.LOAD:
             self._measure_balance(self._mine.loads, new.phase)
 
-    def _measure_balance(self, loads: _Loads, phase: Phase) -> None:
+    def _measure_balance(self, loads: Loads, phase: Phase) -> None:
         sizes = [layer.num_experts for layer in self._layers]
         per_layer = np.split(loads.load_NA.sum(axis=0), np.cumsum(sizes)[:-1])
         value = float(
@@ -386,7 +321,7 @@ class Worker:
             self._topology,
             self._config.max_bytes_in_flight,
         )
-        self._mine.message = _encode_plan(plan)
+        self._mine.message = encode_plan(plan)
         self._mine.plan_words = len(self._mine.message) if plan.waves else -1
         self._mine.planned = True
         self.metrics = replace(self.metrics, planning_seconds=time.perf_counter() - started_at)
@@ -394,7 +329,7 @@ class Worker:
     def _prepare(self) -> None:
         mine, agreed = self._mine, self._agreed
         if mine.plan is None:
-            plan, mine.plan_hash = _decode_plan(mine.message)
+            plan, mine.plan_hash = decode_plan(mine.message)
             mine.plan = plan
         self._fill = WaveFill(
             mine.plan.waves[agreed.wave],
@@ -481,7 +416,7 @@ class Worker:
             message = self._mine.message if self._rank == 0 else None
             self._exchange = self._agreement.broadcast(message, agreed.plan_words, self._notify)
         else:
-            loads = self._encode_loads(agreed.work) if agreed.phase is Phase.LOAD else _NOTHING
+            loads = self._my_loads(agreed.work) if agreed.phase is Phase.LOAD else _NOTHING
             self._exchange = self._agreement.all_gather(np.concatenate([record.encode(), loads]), self._notify)
             self._spoken = record
         self._spoke_at = now
@@ -505,19 +440,16 @@ class Worker:
             left=int(leaving),
         )
 
-    def _encode_loads(self, work: Work) -> np.ndarray:
-        free = [pool.count(SlotState.FREE) for pool in self._pools]
+    def _my_loads(self, work: Work) -> np.ndarray:
         # A rank that has no window yet (it is behind in steps) adds nothing, and the others' say stands.
         window_NA = self._latest.get(work)
         if window_NA is None:
             window_NA = np.zeros(self._windows[work].message_words, dtype=np.int64)
-        return np.concatenate([np.array(free, dtype=np.int64), window_NA.ravel()])
+        return encode_loads([pool.count(SlotState.FREE) for pool in self._pools], window_NA)
 
-    def _decode_loads(self, messages: list[np.ndarray]) -> _Loads:
-        table = np.stack([message[RECORD_WORDS:] for message in messages])
-        num_pools, num_columns = len(self._pools), sum(layer.num_experts for layer in self._layers)
-        load_NA = table[:, num_pools:].sum(axis=0).reshape(-1, num_columns)
-        return _Loads(load_NA, np.ascontiguousarray(table[:, :num_pools].T))
+    def _heard_loads(self, messages: list[np.ndarray]) -> Loads:
+        num_columns = sum(layer.num_experts for layer in self._layers)
+        return decode_loads([message[RECORD_WORDS:] for message in messages], len(self._pools), num_columns)
 
     def fail(self, error: Exception) -> None:
         """Make an error of this rank's state: shown by `health`, logged once, told to the other ranks."""
@@ -568,21 +500,3 @@ def _distinct_pools(layers: Sequence[ResidentExperts]) -> list[SlotPool]:
         if not any(layer.pool is pool for pool in pools):
             pools.append(layer.pool)
     return pools
-
-
-def _encode_plan(plan: Plan) -> np.ndarray:
-    text = plan.to_json().encode()
-    header = np.array([len(plan.waves), _hash(text), len(text)], dtype=np.int64)
-    return np.concatenate([header, np.frombuffer(text + bytes(-len(text) % 8), dtype="<i8")])
-
-
-def _decode_plan(words: np.ndarray) -> tuple[Plan, int]:
-    _, expected_hash, num_bytes = words[:_PLAN_HEADER_WORDS].tolist()
-    text = words[_PLAN_HEADER_WORDS:].astype("<i8").tobytes()[:num_bytes]
-    if _hash(text) != expected_hash:
-        raise ValueError("the plan that was broadcast does not have the hash in its header")
-    return Plan.from_json(text.decode()), expected_hash
-
-
-def _hash(text: bytes) -> int:
-    return int.from_bytes(hashlib.blake2b(text, digest_size=7).digest(), "little")

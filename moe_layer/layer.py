@@ -178,7 +178,7 @@ class MoELayer(nn.Module):
             table.lanes_P,
             table.cumulative_P,
             resident.load_E,
-            # Ranks start evenly apart, so that the first tokens of all of them do not meet on one replica.
+            # Ranks start apart, so that the first tokens of all of them do not meet on one replica.
             (resident.rank * GOLDEN) % 2**SHARE_BITS,
             backend=self.backend,
         )

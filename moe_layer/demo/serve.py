@@ -76,35 +76,41 @@ class Stack(nn.Module):
 
     def __init__(self, setup: Setup, vocabulary: int, group: dist.ProcessGroup, device: torch.device) -> None:
         super().__init__()
-        size = {"device": device, "dtype": setup.dtype}
-        self.embedding = nn.Embedding(vocabulary, setup.hidden_size, **size)
+        hidden, dtype = setup.hidden_size, setup.dtype
+        self.embedding = nn.Embedding(vocabulary, hidden, device=device, dtype=dtype)
         generator = torch.Generator().manual_seed(setup.seed)
-        words = torch.randn(vocabulary, setup.hidden_size, generator=generator)
-        self.embedding.weight.data.copy_(words)
-        self.norms = nn.ModuleList(nn.RMSNorm(setup.hidden_size, **size) for _ in range(setup.num_layers))
+        self.embedding.weight.data.copy_(torch.randn(vocabulary, hidden, generator=generator))
+        self.norms = nn.ModuleList(nn.RMSNorm(hidden, device=device, dtype=dtype) for _ in range(setup.num_layers))
         self.layers = nn.ModuleList(
             MoELayer(
-                setup.hidden_size,
+                hidden,
                 setup.intermediate_size,
                 setup.num_experts,
                 setup.top_k,
                 num_redundant_experts=setup.num_redundant_experts,
                 process_group=group,
-                **size,
+                device=device,
+                dtype=dtype,
             )
             for _ in range(setup.num_layers)
         )
-        self.use_counting_dispatchers(group)
+        self.counters: list[CountingDispatcher] = []
+        self.count_rows(group)
 
-    def use_counting_dispatchers(self, group: dist.ProcessGroup) -> None:
-        for layer in self.layers:
-            layer.dispatcher = CountingDispatcher(group, layer.resident.num_lanes)
+    @property
+    def moe_layers(self) -> list[MoELayer]:
+        return [layer for layer in self.layers if isinstance(layer, MoELayer)]
+
+    def count_rows(self, group: dist.ProcessGroup) -> None:
+        self.counters = [CountingDispatcher(group, layer.resident.num_lanes) for layer in self.moe_layers]
+        for layer, counter in zip(self.moe_layers, self.counters, strict=True):
+            layer.dispatcher = counter
 
     def take_rows(self) -> list[int]:
         """Rows of the last forward by layer."""
-        rows = [layer.dispatcher.rows[-1] for layer in self.layers]
-        for layer in self.layers:
-            layer.dispatcher.rows.clear()
+        rows = [counter.rows[-1] for counter in self.counters]
+        for counter in self.counters:
+            counter.rows.clear()
         return rows
 
     def forward(self, ids: torch.Tensor) -> torch.Tensor:
@@ -128,8 +134,8 @@ class Runner:
 
 
 @torch.inference_mode()
-def serve(rank: int, setup: Setup, init_method: str, notify: Callable[[int], None]) -> Recording | None:
-    """Serve the whole run on one rank; rank 0 returns every rank's recording merged into a list by `gather`.
+def serve(rank: int, setup: Setup, init_method: str, notify: Callable[[int], None]) -> Recording:
+    """Serve the whole run on one rank.
 
     Args:
         notify: called with 1 after each step.
@@ -147,7 +153,7 @@ def serve(rank: int, setup: Setup, init_method: str, notify: Callable[[int], Non
     ids_by_step = batches(stream, setup.steps, setup.ranks, rank, setup.tokens_per_rank).to(device)
     model = Stack(setup, vocabulary, group, device)
     twin = copy.deepcopy(model)
-    twin.use_counting_dispatchers(group)
+    twin.count_rows(group)
     config = EplbConfig(
         step_interval=setup.step_interval,
         window_size=setup.window_size,
@@ -174,10 +180,11 @@ def serve(rank: int, setup: Setup, init_method: str, notify: Callable[[int], Non
 def _one_step(runner: Runner, twin: Stack, ids: torch.Tensor, device: torch.device, recording: Recording) -> None:
     eplb = runner.eplb
     before, phase_before = eplb.metrics(), eplb.health().phase
-    versions = [layer.resident.table.version for layer in runner.model.layers]
+    versions = [layer.resident.table.version for layer in runner.model.moe_layers]
     moving, moving_ms = _timed(lambda: runner.run(ids), device)
     flips = sum(
-        layer.resident.table.version != version for layer, version in zip(runner.model.layers, versions, strict=True)
+        layer.resident.table.version != version
+        for layer, version in zip(runner.model.moe_layers, versions, strict=True)
     )
     filling = "FILL" in (phase_before, eplb.health().phase) or eplb.metrics().waves != before.waves
     still, still_ms = _timed(lambda: twin(ids), device)
