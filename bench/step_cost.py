@@ -26,6 +26,7 @@ class Layer(nn.Module):
     """What a controller needs of a layer, without its weights."""
 
     dispatch_backend = "local"
+    expert_ranks = ()
 
     def __init__(self, resident: ResidentExperts) -> None:
         super().__init__()

@@ -34,6 +34,8 @@ class RelocatableLayer(Protocol):
     """What `register()` looks for among a model's modules: a layer whose experts it may move."""
 
     resident: ResidentExperts
+    expert_ranks: tuple[int, ...]
+    """The global ranks that share its experts, in their order; empty for one rank alone."""
     dispatch_backend: str
     """What its forward dispatches with: "nccl", "gloo" or "local"."""
 
@@ -107,12 +109,13 @@ class EplbController:
     def _check(self, layer: RelocatableLayer) -> None:
         resident = layer.resident
         first = self._layers[0].resident if self._layers else resident
-        num_ranks = self._transport.num_ranks
+        ranks = self._transport.ranks
         if resident.controller is not None:
             raise ValueError("a layer of the model is registered with a controller already")
-        if resident.num_ranks != num_ranks:
+        if layer.expert_ranks != ranks:
             raise ValueError(
-                f"process_group has {num_ranks} ranks, but a layer of the model spreads its experts over {resident.num_ranks}"
+                f"process_group has the ranks {list(ranks)}, but a layer of the model shares its experts among "
+                f"{list(layer.expert_ranks)} (empty: one rank alone); they must be the same"
             )
         if resident.streams.device != first.streams.device:
             raise ValueError(

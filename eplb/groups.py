@@ -9,6 +9,12 @@ import torch.distributed as dist
 _NEVER = timedelta(days=7)
 
 
+def ranks_of(process_group: dist.ProcessGroup | None) -> tuple[int, ...]:
+    """The global ranks of a group, in their order in it; empty for one rank alone, as for None."""
+    ranks = dist.get_process_group_ranks(process_group) if process_group is not None else ()
+    return tuple(ranks) if len(ranks) > 1 else ()
+
+
 def new_group_like(process_group: dist.ProcessGroup, backend: str) -> dist.ProcessGroup:
     """A new group with the ranks of `process_group`, called by those ranks alone. Collective over them."""
     ranks = dist.get_process_group_ranks(process_group)

@@ -45,9 +45,10 @@ def plan_rebalance(
     """
     ends = np.cumsum([layer.num_experts for layer in layers])
     loads_NE = np.split(load_NA, ends[:-1], axis=1)
-    groups: dict[tuple[int, int], list[int]] = {}
+    groups: dict[tuple[int, int, int], list[int]] = {}
     for index, layer in enumerate(layers):
-        groups.setdefault((layer.num_experts, layer.num_physical_per_rank), []).append(index)
+        key = (layer.num_experts, layer.num_physical_per_rank, placements[index].num_lanes)
+        groups.setdefault(key, []).append(index)
     plans = []
     for members in groups.values():
         load_LNE = np.stack([loads_NE[index] for index in members])

@@ -45,6 +45,7 @@ class ResidentExperts:
         num_shadow_slots: lanes of a rank beyond its physical experts, so how many experts of this layer one wave may
             replace on a rank; the pool must have free slots for them.
         rank, num_ranks: of the group that the experts are spread over.
+        placement: what to begin with; `Placement.initial()` if None.
         pool: the slots; may be shared with other layers. This layer reserves its live ones here.
 
     Attributes:
@@ -64,11 +65,12 @@ class ResidentExperts:
         num_ranks: int,
         pool: SlotPool,
         streams: DeviceStreams,
+        placement: Placement | None = None,
     ) -> None:
         num_physical = (num_experts + num_redundant_experts) // num_ranks
-        placement = Placement.initial(
-            num_experts, num_redundant_experts, num_ranks, num_lanes=num_physical + num_shadow_slots
-        )
+        if placement is None:
+            num_lanes = num_physical + num_shadow_slots
+            placement = Placement.initial(num_experts, num_redundant_experts, num_ranks, num_lanes=num_lanes)
         self.num_experts = num_experts
         self.num_redundant_experts = num_redundant_experts
         self.num_shadow_slots = num_shadow_slots
@@ -80,7 +82,8 @@ class ResidentExperts:
         self.table = ExpertTable(placement, equal_shares(placement), streams)
         self.load_E = torch.zeros(num_experts, dtype=torch.int64, device=streams.device)
         self.load_increment_1 = torch.ones(1, dtype=torch.int64, device=streams.device)
-        self.lane_slots = pool.reserve(num_physical) + [-1] * num_shadow_slots
+        slots = iter(pool.reserve(num_physical))
+        self.lane_slots = [next(slots) if expert >= 0 else -1 for expert in placement.lanes_WS[rank].tolist()]
         self.table.lane_to_slot_S.copy_(torch.tensor(self.lane_slots, dtype=torch.int32))
         self.controller: Any = None
         self.quiesced: Callable[[], AbstractContextManager[None]] = nullcontext
@@ -90,6 +93,30 @@ class ResidentExperts:
         # Deques, because a pin may die inside any allocation, also one made under the lock: appending takes none.
         self._dropped_pins: deque[int] = deque()
         self._pin_events: deque[tuple[int, EventLike]] = deque()
+
+    @torch.no_grad()
+    def copied_to(self, pool: SlotPool, streams: DeviceStreams) -> "ResidentExperts":
+        """The same experts in the same places, with the same shares and counters, in slots of another pool.
+
+        Not registered with any controller, whatever this one is. The pools' tensors may differ in dtype and device.
+        """
+        copy = ResidentExperts(
+            num_experts=self.num_experts,
+            num_redundant_experts=self.num_redundant_experts,
+            num_shadow_slots=self.num_shadow_slots,
+            rank=self.rank,
+            num_ranks=self.num_ranks,
+            pool=pool,
+            streams=streams,
+            placement=self.table.placement,
+        )
+        copy.table.copy_from(self.table)
+        copy.load_E.copy_(self.load_E)
+        for lane, slot in enumerate(copy.lane_slots):
+            if slot >= 0:
+                for name, tensor in pool.tensors.items():
+                    tensor[slot].copy_(self.pool.tensors[name][self.lane_slots[lane]])
+        return copy
 
     @property
     def num_lanes(self) -> int:

@@ -49,6 +49,10 @@ class ExpertTable:
         self._write_host(placement, shares_WS)
         self._current.copy_(self._host)
 
+    def copy_from(self, other: "ExpertTable") -> None:
+        """Make the current version what `other`'s is: replicas and shares."""
+        self._current.copy_(other._current)
+
     def map_lane(self, lane: int, slot: int, stream: StreamLike) -> None:
         """Enqueue on `stream`: rows sent to `lane` of this rank will find their weights in `slot`."""
         self._streams.run(stream, lambda: self._lane_to_slot[lane : lane + 1].fill_(slot))

@@ -8,13 +8,15 @@ import torch.distributed as dist
 from eplb.agreement import Agreement, GlooAgreement, LocalAgreement
 from eplb.communicator import Communicator, LocalCommunicator, choose_communicator, make_communicator
 from eplb.config import EplbConfig
-from eplb.groups import new_group_like
+from eplb.groups import new_group_like, ranks_of
 from eplb.streams import DeviceStreams
 
 
 class Transport(Protocol):
     @property
-    def num_ranks(self) -> int: ...
+    def ranks(self) -> tuple[int, ...]:
+        """The global ranks that are reached, in the order of their ranks here; empty if there is one alone."""
+        ...
 
     def connect(
         self, config: EplbConfig, streams: DeviceStreams, dispatch_backends: Iterable[str]
@@ -35,13 +37,13 @@ class TorchTransport:
         self._group = process_group
 
     @property
-    def num_ranks(self) -> int:
-        return dist.get_world_size(self._group) if self._group is not None else 1
+    def ranks(self) -> tuple[int, ...]:
+        return ranks_of(self._group)
 
     def connect(
         self, config: EplbConfig, streams: DeviceStreams, dispatch_backends: Iterable[str]
     ) -> tuple[Agreement, Communicator]:
-        if self._group is None or self.num_ranks == 1:
+        if self._group is None or not self.ranks:
             return LocalAgreement(), LocalCommunicator(streams)
         name = choose_communicator(
             config.communicator, streams.device, str(dist.get_backend(self._group)), set(dispatch_backends)

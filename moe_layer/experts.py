@@ -3,6 +3,7 @@
 Legend: E logical experts, S slots of the pool, H hidden, I intermediate.
 """
 
+import copy
 from collections.abc import Iterator
 from typing import Any
 
@@ -64,7 +65,7 @@ class Experts(nn.Module):
         for name, tensor in self.resident.pool.tensors.items():
             # `.data`: the same memory with a version counter of its own, as a slot that is filled between a forward and
             # its backward is one that neither reads (I1, I3).
-            setattr(self, name, nn.Parameter(tensor.data, requires_grad=trainable[name]))
+            self.register_parameter(name, nn.Parameter(tensor.data, requires_grad=trainable[name]))
 
     @property
     def is_frozen(self) -> bool:
@@ -216,7 +217,8 @@ class Experts(nn.Module):
 
     # ---- what would break the pool behind the parameters
 
-    def _refuse_if_bound(self, what: str) -> None:
+    def refuse_if_bound(self, what: str) -> None:
+        """Raises RuntimeError if a controller or another layer holds what `what` would change."""
         reserved = self.resident.num_physical_per_rank
         if self.resident.controller is not None:
             raise RuntimeError(
@@ -226,39 +228,62 @@ class Experts(nn.Module):
         if self.resident.pool.count(SlotState.LIVE) != reserved:
             raise RuntimeError(f"{what} is refused: the layer shares its pool of slots with other layers")
 
-    def _apply(self, fn: Any, recurse: bool = True) -> "Experts":
-        old = self.resident
-        probe = {spec.name: fn(torch.empty(0, dtype=spec.dtype, device=old.pool.device)) for spec in old.pool.specs}
-        specs = tuple(TensorSpec(spec.name, spec.shape, probe[spec.name].dtype) for spec in old.pool.specs)
-        device = next(iter(probe.values())).device
-        if specs == old.pool.specs and device == old.pool.device:
-            return self
-        self._refuse_if_bound("moving or casting the experts")
-        new = ResidentExperts(
-            num_experts=old.num_experts,
-            num_redundant_experts=old.num_redundant_experts,
-            num_shadow_slots=old.num_shadow_slots,
-            rank=old.rank,
-            num_ranks=old.num_ranks,
-            pool=SlotPool(specs, old.pool.num_slots, device),
-            streams=streams_of(device),
+    def _specs_after(self, fn: Any) -> tuple[tuple[TensorSpec, ...], torch.device]:
+        """What `fn`, which `nn.Module.to()` and its kin apply to every tensor, makes of the slots."""
+        pool = self.resident.pool
+        probes = [fn(torch.empty(0, dtype=spec.dtype, device=pool.device)) for spec in pool.specs]
+        specs = tuple(
+            TensorSpec(spec.name, spec.shape, probe.dtype) for spec, probe in zip(pool.specs, probes, strict=True)
         )
-        with torch.no_grad():
-            for name, tensor in old.pool.tensors.items():
-                new.pool.tensors[name].copy_(tensor)
-        new.load_E.copy_(old.load_E)
-        self.resident = new
-        self._view_slots({name: parameter.requires_grad for name, parameter in self.named_parameters()})
+        return specs, probes[0].device
+
+    def refuse_if_bound_and_changed(self, fn: Any) -> None:
+        """Raises RuntimeError if `fn` would move or cast experts that others hold the addresses of."""
+        pool = self.resident.pool
+        if self._specs_after(fn) != (pool.specs, pool.device):
+            self.refuse_if_bound("moving or casting the experts")
+
+    def _apply(self, fn: Any, recurse: bool = True) -> "Experts":
+        del recurse
+        self.refuse_if_bound_and_changed(fn)
+        specs, device = self._specs_after(fn)
+        pool = self.resident.pool
+        if (specs, device) != (pool.specs, pool.device):
+            trainable = {name: parameter.requires_grad for name, parameter in self.named_parameters()}
+            self.resident = self.resident.copied_to(SlotPool(specs, pool.num_slots, device), streams_of(device))
+            self._view_slots(trainable)
         return self
 
+    def __deepcopy__(self, memo: dict[int, Any]) -> "Experts":
+        self.refuse_if_bound("deepcopy")
+        old = self.resident
+        memo[id(self.process_group)] = self.process_group
+        memo[id(old)] = old.copied_to(SlotPool(old.pool.specs, old.pool.num_slots, old.pool.device), old.streams)
+        fresh = Experts.__new__(Experts)
+        memo[id(self)] = fresh
+        state = {name: value for name, value in self.__dict__.items() if name != "_parameters"}
+        fresh.__dict__.update(copy.deepcopy(state, memo), _parameters={})
+        fresh._view_slots({name: parameter.requires_grad for name, parameter in self.named_parameters()})
+        return fresh
+
     def __setattr__(self, name: str, value: Any) -> None:
-        if isinstance(value, nn.Parameter) and name in self._parameters:
-            self._refuse_if_bound(f"replacing the parameter {name}")
-        super().__setattr__(name, value)
+        if not isinstance(value, nn.Parameter) or name not in self._parameters:
+            return super().__setattr__(name, value)
+        # The parameter is a view of the slots and stays one: a new value is written into it.
+        self.refuse_if_bound(f"replacing the parameter {name}")
+        parameter = self.get_parameter(name)
+        if (value.shape, value.dtype, value.device) != (parameter.shape, parameter.dtype, parameter.device):
+            raise ValueError(
+                f"{name} must be {parameter.dtype} {tuple(parameter.shape)} on {parameter.device} (one row per slot), got "
+                f"{value.dtype} {tuple(value.shape)} on {value.device}"
+            )
+        with torch.no_grad():
+            parameter.copy_(value)
+        parameter.requires_grad_(value.requires_grad)
 
     def __delattr__(self, name: str) -> None:
         if name in self._parameters:
-            self._refuse_if_bound(f"removing the parameter {name} (does FSDP wrap the layer?)")
+            self.refuse_if_bound(f"removing the parameter {name} (does FSDP wrap the layer?)")
         super().__delattr__(name)
 
     def extra_repr(self) -> str:

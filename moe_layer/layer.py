@@ -9,10 +9,10 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from torch import nn
-from torch.utils.checkpoint import checkpoint
 
+from eplb.groups import ranks_of
 from eplb.pool import SlotPool
-from eplb.resident import Pin, ResidentExperts
+from eplb.resident import ResidentExperts
 from eplb.streams import streams_of
 from moe_kernels import GOLDEN, SHARE_BITS, record_load_, resolve_backend, select_replicas
 from moe_layer.arguments import check_choice, check_integer, physical_per_rank, resolve_device, resolve_dtype
@@ -68,9 +68,7 @@ class MoELayer(nn.Module):
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
     ) -> None:
-        arguments = {name: value for name, value in locals().items() if name not in ("self", "__class__")}
         super().__init__()
-        self._arguments = arguments
         num_ranks, rank = 1, 0
         if process_group is not None:
             num_ranks, rank = dist.get_world_size(process_group), dist.get_rank(process_group)
@@ -124,6 +122,11 @@ class MoELayer(nn.Module):
         return self.experts.resident
 
     @property
+    def expert_ranks(self) -> tuple[int, ...]:
+        """The global ranks that share the experts; empty for one rank alone."""
+        return ranks_of(self.process_group)
+
+    @property
     def dispatch_backend(self) -> str:
         return self.dispatcher.backend(self.resident.streams.device)
 
@@ -161,7 +164,7 @@ class MoELayer(nn.Module):
             ValueError: shape, dtype or device of an argument do not fit.
         """
         self._check_input(x, token_mask)
-        x_TH = x.reshape(-1, self.hidden_size)
+        x_TH = x.reshape(-1, self.hidden_size).contiguous()
         weights_TK, expert_ids_TK = self.gate(x_TH, None if token_mask is None else token_mask.reshape(-1))
         lanes_TK = self._choose_replicas(expert_ids_TK)
         return self._computed(x_TH, weights_TK, lanes_TK).reshape(x.shape)
@@ -187,28 +190,19 @@ class MoELayer(nn.Module):
         return lanes_TK
 
     def _computed(self, x_TH: torch.Tensor, weights_TK: torch.Tensor, lanes_TK: torch.Tensor) -> torch.Tensor:
-        if not (
-            torch.is_grad_enabled() and (x_TH.requires_grad or weights_TK.requires_grad or not self.experts.is_frozen)
-        ):
+        experts, resident = self.experts, self.resident
+        with_grad = torch.is_grad_enabled() and (
+            x_TH.requires_grad or weights_TK.requires_grad or not experts.is_frozen
+        )
+        if not with_grad or (resident.num_ranks == 1 and resident.controller is None):
             return self._dispatched(x_TH, weights_TK, lanes_TK)
-        if self.resident.controller is not None:
-            x_TH, weights_TK = self._pinned(x_TH, weights_TK)
-        if self.resident.num_ranks == 1:
-            return self._dispatched(x_TH, weights_TK, lanes_TK)
-        # How many rows come depends on the placement. Recomputed from x and the lanes chosen here, nothing that autograd
-        # keeps does, so that an outer checkpoint which recomputes after a flip still finds what it expects; and the
-        # backward goes to the very slots of this forward (I3).
-        return checkpoint(self._dispatched, x_TH, weights_TK, lanes_TK, use_reentrant=False, preserve_rng_state=False)
+        if not experts.is_frozen and resident.controller is not None and resident.controller.config.use_async:
+            raise RuntimeError(f"the layer's experts move in the background, but {self.why_not_relocatable()}")
+        return _Recomputed.apply(self, lanes_TK, x_TH, weights_TK, *experts.parameters())
 
     def _dispatched(self, x_TH: torch.Tensor, weights_TK: torch.Tensor, lanes_TK: torch.Tensor) -> torch.Tensor:
         dispatched = self.dispatcher.dispatch(x_TH, weights_TK, lanes_TK)
         return self.dispatcher.combine(self.experts(dispatched), dispatched, self.backend)
-
-    @torch.compiler.disable
-    def _pinned(self, x_TH: torch.Tensor, weights_TK: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        if not self.experts.is_frozen and self.resident.controller.config.use_async:
-            raise RuntimeError(f"the layer's experts move in the background, but {self.why_not_relocatable()}")
-        return _Pinned.apply(x_TH, weights_TK, self.resident.pin(), self.resident.streams)
 
     def _check_input(self, x: torch.Tensor, token_mask: torch.Tensor | None) -> None:
         weight = self.gate.weight
@@ -225,17 +219,17 @@ class MoELayer(nn.Module):
                 f"token_mask must be bool of shape {tuple(x.shape[:-1])}, got {token_mask.dtype} {tuple(token_mask.shape)}"
             )
 
+    def _apply(self, fn: Any, recurse: bool = True) -> "MoELayer":
+        self.experts.refuse_if_bound_and_changed(fn)  # before any other part has changed
+        return super()._apply(fn, recurse)
+
     def __deepcopy__(self, memo: dict[int, Any]) -> "MoELayer":
-        self.experts._refuse_if_bound("deepcopy")
-        fresh = MoELayer(**self._arguments)
+        for shared in (self.process_group, self.dispatcher):
+            memo[id(shared)] = shared
+        fresh = MoELayer.__new__(MoELayer)
         memo[id(self)] = fresh
-        fresh.to(device=self.gate.weight.device, dtype=self.gate.weight.dtype)
-        fresh.gate = copy.deepcopy(self.gate, memo)
-        with torch.no_grad():
-            fresh.resident.pool.slab_SB.copy_(self.resident.pool.slab_SB)
-        fresh.experts.requires_grad_(not self.experts.is_frozen)
-        fresh.resident.load_E.copy_(self.resident.load_E)
-        return fresh.train(self.training)
+        fresh.__dict__.update(copy.deepcopy(self.__dict__, memo))
+        return fresh
 
     def extra_repr(self) -> str:
         return f"hidden_size={self.hidden_size}, intermediate_size={self.intermediate_size}"
@@ -267,22 +261,42 @@ def make_pool(
     return SlotPool(specs, num_layers * num_physical + num_shadow_slots, resolve_device(device))
 
 
-class _Pinned(torch.autograd.Function):
-    """The identity, upstream of all that reads slots: alive until its backward, which comes after all of theirs."""
+class _Recomputed(torch.autograd.Function):
+    """Dispatch, experts and combine; the backward repeats them from the hidden states and *the lanes of this forward*.
+
+    How many rows arrive depends on the placement, and an outer checkpoint that repeats the forward after a flip chooses
+    other lanes. So nothing that depends on lanes is kept but the lanes themselves, as an attribute, which no checkpoint
+    replaces; and a pin keeps the slots they lead to (I3).
+    """
 
     @staticmethod
     def forward(
-        ctx: Any, x_TH: torch.Tensor, weights_TK: torch.Tensor, pin: Pin, streams: Any
-    ) -> tuple[torch.Tensor, torch.Tensor]:
-        ctx.pin, ctx.streams = pin, streams
-        return x_TH.view_as(x_TH), weights_TK.view_as(weights_TK)
+        ctx: Any,
+        layer: MoELayer,
+        lanes_TK: torch.Tensor,
+        x_TH: torch.Tensor,
+        weights_TK: torch.Tensor,
+        *parameters: nn.Parameter,
+    ) -> torch.Tensor:
+        ctx.layer, ctx.lanes_TK = layer, lanes_TK
+        ctx.pin = layer.resident.pin()
+        # Parameters only so that autograd notices if they are changed in between.
+        ctx.save_for_backward(x_TH, weights_TK, *(parameter for parameter in parameters if parameter.requires_grad))
+        return layer._dispatched(x_TH, weights_TK, lanes_TK)
 
     @staticmethod
-    def backward(
-        ctx: Any, grad_x_TH: torch.Tensor, grad_weights_TK: torch.Tensor
-    ) -> tuple[torch.Tensor, torch.Tensor, None, None]:
-        ctx.pin.used_on(ctx.streams.current())
-        return grad_x_TH, grad_weights_TK, None, None
+    @torch.autograd.function.once_differentiable
+    def backward(ctx: Any, grad_TH: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
+        layer, (x_TH, weights_TK, *_) = ctx.layer, ctx.saved_tensors
+        wanted = ctx.needs_input_grad[2:]
+        x_TH, weights_TK = x_TH.detach().requires_grad_(), weights_TK.detach().requires_grad_()
+        with torch.enable_grad():
+            y_TH = layer._dispatched(x_TH, weights_TK, ctx.lanes_TK)
+        inputs = (x_TH, weights_TK, *layer.experts.parameters())
+        kept = [tensor for tensor, is_wanted in zip(inputs, wanted, strict=True) if is_wanted]
+        grads = iter(torch.autograd.grad(y_TH, kept, grad_TH))
+        ctx.pin.used_on(layer.resident.streams.current())
+        return None, None, *(next(grads) if is_wanted else None for is_wanted in wanted)
 
 
 def _is_recomputing() -> bool:

@@ -95,7 +95,6 @@ class Stack(nn.Module):
             for _ in range(setup.num_layers)
         )
         self.counters: list[CountingDispatcher] = []
-        self.count_rows(group)
 
     @property
     def moe_layers(self) -> list[MoELayer]:
@@ -153,7 +152,8 @@ def serve(rank: int, setup: Setup, init_method: str, notify: Callable[[int], Non
     ids_by_step = batches(stream, setup.steps, setup.ranks, rank, setup.tokens_per_rank).to(device)
     model = Stack(setup, vocabulary, group, device)
     twin = copy.deepcopy(model)
-    twin.count_rows(group)
+    for stack in (model, twin):
+        stack.count_rows(group)
     config = EplbConfig(
         step_interval=setup.step_interval,
         window_size=setup.window_size,

@@ -275,8 +275,8 @@ class SimTransport:
         self._rank, self._world = rank, world
 
     @property
-    def num_ranks(self) -> int:
-        return self._world.num_ranks
+    def ranks(self) -> tuple[int, ...]:
+        return tuple(range(self._world.num_ranks))
 
     def connect(
         self, config: EplbConfig, streams: DeviceStreams, dispatch_backends: Iterable[str]
@@ -301,6 +301,7 @@ class SimLayer(nn.Module):
         super().__init__()
         self.resident = resident
         self.dispatch_backend = "gloo"
+        self.expert_ranks = tuple(range(resident.num_ranks))
 
     def why_not_relocatable(self) -> str | None:
         return None

@@ -1,0 +1,142 @@
+"""Tests on several ranks: a decorator that runs a function in one new process per rank.
+
+A process takes seconds to start, as it imports PyTorch anew: let one function check several things.
+"""
+
+from __future__ import annotations
+
+import faulthandler
+import functools
+import importlib
+import inspect
+import time
+import traceback
+from collections.abc import Callable, Mapping
+from datetime import timedelta
+from multiprocessing import connection
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import torch.distributed as dist
+
+_AFTERMATH = 3.0
+"""Seconds that the other ranks get to say what they make of one rank's failure."""
+
+
+def distributed(
+    num_ranks: int, backend: str = "gloo", timeout: float = 120.0
+) -> Callable[[Callable[..., None]], Callable[..., None]]:
+    """Make a test of a top-level function ``fn(rank, num_ranks, group, device, ...)``, run by `num_ranks` processes.
+
+    With gloo there are two tests: on CPUs, and (marked `gpu`) with all ranks on one GPU. With NCCL every rank has a GPU
+    of its own (marked `multigpu`, skipped where there are fewer). Further parameters of `fn` are the test's own; what
+    `pytest.mark.parametrize` gives them must be picklable.
+
+    The test fails with the traceback of the child that raised first and the errors of the others; after `timeout` seconds
+    with the stacks of all threads of the children. A child that leaves through `os._exit(0)` did not fail.
+    """
+    assert backend in ("gloo", "nccl")
+
+    def decorate(function: Callable[..., None]) -> Callable[..., None]:
+        own = list(inspect.signature(function).parameters.values())[4:]
+
+        @functools.wraps(function)
+        def test(tmp_path: Path, device_type: str, **arguments: Any) -> None:
+            if device_type == "cuda" and backend == "nccl" and torch.cuda.device_count() < num_ranks:
+                pytest.skip(f"needs {num_ranks} CUDA devices, there are {torch.cuda.device_count()}")
+            _run(function, num_ranks, backend, device_type, arguments, tmp_path, timeout)
+
+        def positional(name: str) -> inspect.Parameter:
+            return inspect.Parameter(name, inspect.Parameter.POSITIONAL_OR_KEYWORD)
+
+        signature = inspect.Signature([positional("tmp_path"), positional("device_type"), *own])
+        test.__signature__ = signature  # type: ignore[attr-defined]
+        on_gpu = pytest.param("cuda", marks=pytest.mark.gpu if backend == "gloo" else pytest.mark.multigpu)
+        devices = ["cpu", on_gpu] if backend == "gloo" else [on_gpu]
+        return pytest.mark.parametrize("device_type", devices)(pytest.mark.timeout(timeout + 60)(test))
+
+    return decorate
+
+
+def _run(
+    function: Callable[..., None],
+    num_ranks: int,
+    backend: str,
+    device_type: str,
+    arguments: Mapping[str, Any],
+    folder: Path,
+    timeout: float,
+) -> None:
+    context = torch.multiprocessing.get_context("spawn")
+    processes = [
+        context.Process(
+            target=_run_rank,
+            args=(rank, num_ranks, backend, device_type, function.__module__, function.__name__),
+            kwargs={"arguments": dict(arguments), "folder": str(folder), "timeout": timeout},
+            daemon=True,
+        )
+        for rank in range(num_ranks)
+    ]
+    for process in processes:
+        process.start()
+    deadline = time.monotonic() + timeout + 5  # the children write their stacks at `timeout`
+    running = set(processes)
+    failed = False
+    while running and time.monotonic() < deadline:
+        connection.wait([process.sentinel for process in running], timeout=max(0.0, deadline - time.monotonic()))
+        running = {process for process in running if process.is_alive()}
+        if not failed and any(process.exitcode for process in processes):
+            failed = True
+            deadline = min(deadline, time.monotonic() + _AFTERMATH)
+    for process in running:
+        process.kill()
+    for process in processes:
+        process.join()
+    if failed or running:
+        said = sorted(folder.glob("rank*.txt"), key=lambda path: path.stat().st_mtime_ns)
+        texts = [f"---- {path.stem}\n{path.read_text()}" for path in said if path.stat().st_size]
+        if not running:  # the first to fail knows why; the others mostly miss it
+            texts = [*texts[:1], *(f"{text.splitlines()[0]} (later): {text.splitlines()[-1]}" for text in texts[1:])]
+        codes = ["still running" if process in running else process.exitcode for process in processes]
+        pytest.fail("\n".join([f"{function.__name__}: exit codes by rank {codes}", *texts]), pytrace=False)
+
+
+def _run_rank(
+    rank: int,
+    num_ranks: int,
+    backend: str,
+    device_type: str,
+    module: str,
+    name: str,
+    *,
+    arguments: dict[str, Any],
+    folder: str,
+    timeout: float,
+) -> None:
+    with open(Path(folder) / f"rank{rank}.txt", "w") as file:
+        faulthandler.dump_traceback_later(timeout, file=file)
+        try:
+            torch.set_num_threads(1)
+            device = torch.device("cpu")
+            if device_type == "cuda":
+                device = torch.device("cuda", rank if backend == "nccl" else 0)
+                torch.cuda.set_device(device)
+            dist.init_process_group(
+                backend,
+                store=dist.FileStore(str(Path(folder) / "store"), num_ranks),
+                rank=rank,
+                world_size=num_ranks,
+                timeout=timedelta(seconds=timeout),
+                device_id=device if backend == "nccl" else None,
+            )
+            function = getattr(importlib.import_module(module), name).__wrapped__
+            function(rank, num_ranks, dist.group.WORLD, device, **arguments)
+            dist.destroy_process_group()
+        except BaseException:
+            file.write(traceback.format_exc())
+            file.flush()
+            raise SystemExit(1) from None
+        finally:
+            faulthandler.cancel_dump_traceback_later()

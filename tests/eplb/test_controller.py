@@ -1,0 +1,351 @@
+"""The controller on one rank, with a stub in place of a layer; several ranks are in `test_simulation.py`."""
+
+import logging
+import threading
+from collections.abc import Callable
+
+import numpy as np
+import pytest
+import torch
+from torch import nn
+
+from eplb import EplbConfig, EplbController, SlotPool, TensorSpec, step_eplb_after
+from eplb.agreement import LocalAgreement
+from eplb.communicator import LocalCommunicator
+from eplb.policy import Proposal, register_policy
+from eplb.protocol import Work
+from eplb.resident import ResidentExperts
+from eplb.streams import HostStreams
+from eplb.transport import TorchTransport
+
+QUICK = {"step_interval": 2, "window_size": 2, "window_samples": 1, "round_interval": 1e-3, "heartbeat_interval": 2e-3}
+
+
+class StubLayer(nn.Module):
+    """Four experts of 16 bytes on one rank."""
+
+    dispatch_backend = "local"
+
+    def __init__(self, num_shadow_slots: int = 1, pool: SlotPool | None = None, num_ranks: int = 1) -> None:
+        super().__init__()
+        self.resident = ResidentExperts(
+            num_experts=4,
+            num_redundant_experts=0,
+            num_shadow_slots=num_shadow_slots,
+            rank=0,
+            num_ranks=num_ranks,
+            pool=pool or SlotPool([TensorSpec("w", (16,), torch.uint8)], 4 // num_ranks + num_shadow_slots),
+            streams=HostStreams(),
+        )
+
+    def why_not_relocatable(self) -> str | None:
+        return None
+
+
+def controller_of(layer: nn.Module | None = None, **options) -> EplbController:
+    controller = EplbController(EplbConfig(**{**QUICK, **options}))
+    controller.register(layer or StubLayer())
+    return controller
+
+
+# ---- what is refused
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"ranks_per_node": 2}, "ranks_per_node=2.* must divide num_ranks=1"),
+        ({"policy": "nonsense"}, "policy='nonsense'.* known policies: "),
+        ({"policy": "static", "policy_options": {"speed": 3}}, "policy_options.*speed"),
+    ],
+    ids=str,
+)
+def test_what_cannot_work_is_refused_at_construction(options, message):
+    with pytest.raises(ValueError, match=message):
+        EplbController(EplbConfig(**options))
+
+
+def test_groups_that_do_not_divide_the_experts_of_a_layer():
+    layer = StubLayer()
+    with pytest.raises(ValueError, match="num_groups=3.* must divide .*num_experts=4"):
+        EplbController(EplbConfig(num_groups=3)).register(layer)
+    assert layer.resident.controller is None
+
+
+def test_a_layer_over_other_ranks():
+    with pytest.raises(ValueError, match="process_group has 1 ranks, but a layer .* spreads its experts over 2"):
+        EplbController().register(StubLayer(num_ranks=2))
+
+
+def test_register_comes_before_the_first_step_and_before_close():
+    controller = controller_of()
+    controller.step()
+    with pytest.raises(RuntimeError, match="before the first step"):
+        controller.register(StubLayer())
+    controller.close()
+    closed = EplbController()
+    closed.close()
+    with pytest.raises(RuntimeError, match="before close"):
+        closed.register(StubLayer())
+
+
+def test_step_without_a_layer():
+    controller = EplbController()
+    controller.register(nn.Linear(2, 2))
+    with pytest.raises(RuntimeError, match=r"step\(\) without any MoE layer: register\(\) a model that has one first"):
+        controller.step()
+    assert controller.health().state == "idle" and controller.metrics().rounds == 0
+
+
+def test_the_policy_is_given_min_gain_if_it_knows_it():
+    given = []
+
+    @register_policy("test_knows_min_gain")
+    class Knowing:
+        def __init__(self, min_gain: float = -1.0) -> None:
+            given.append(min_gain)
+
+        def propose(self, load_LNE, physical_LWP, topology):
+            raise NotImplementedError
+
+    EplbController(EplbConfig(policy="test_knows_min_gain", min_gain=0.07))
+    EplbController(EplbConfig(policy="test_knows_min_gain", policy_options={"min_gain": 0.5}))
+    assert given == [0.07, 0.5]  # what is said for this policy alone counts more
+
+
+# ---- windows, health, metrics
+
+
+class Recording:
+    """A policy that keeps the placement and what it was asked."""
+
+    def __init__(self) -> None:
+        self.asked: list[np.ndarray] = []
+
+    def propose(self, load_LNE, physical_LWP, topology):
+        self.asked.append(load_LNE.copy())
+        return Proposal(physical_LWP, np.ones(physical_LWP.shape))
+
+
+def test_the_policy_sees_the_load_of_each_window():
+    policy, layer = Recording(), StubLayer()
+    controller = controller_of(layer, step_interval=4, window_size=2, window_samples=2, use_async=False, policy=policy)
+    for step in range(8):
+        layer.resident.load_E += torch.tensor([1, 10, 100, 1000]) * (step + 1)  # what a forward would count
+        controller.step()
+    weights = np.array([1, 10, 100, 1000])
+    assert [load.tolist() for load in policy.asked] == [
+        [[(3 * weights).tolist(), (4 * weights).tolist()]],
+        [[(7 * weights).tolist(), (8 * weights).tolist()]],
+    ]
+    metrics = controller.metrics()
+    assert (metrics.windows, metrics.proposals, metrics.plans, metrics.failures) == (2, 2, 0, 0)
+    assert metrics.balancedness == 1.0
+
+
+def test_a_policy_that_fails_is_state_and_nothing_else(caplog):
+    class Failing(Recording):
+        def propose(self, load_LNE, physical_LWP, topology):
+            raise ZeroDivisionError("no policy")
+
+    controller = controller_of(use_async=False, policy=Failing())
+    for _ in range(6):
+        controller.step()
+    health, metrics = controller.health(), controller.metrics()
+    assert health.state == "idle" and health.last_error == "ZeroDivisionError: no policy" and health.version == 0
+    assert metrics.failures == metrics.abandoned == 3
+    logged = [record for record in caplog.records if record.exc_info]
+    assert len(logged) == 1, "the same error is logged once, with its traceback"
+
+
+def test_a_pool_without_a_free_slot_is_degraded():
+    controller = controller_of(StubLayer(num_shadow_slots=0), use_async=False)
+    for _ in range(2):
+        controller.step()
+    assert controller.health().state == "degraded"
+
+
+def test_balancedness_is_logged_at_its_interval(caplog):
+    with caplog.at_level(logging.INFO, logger="eplb"):
+        controller = controller_of(
+            step_interval=50, use_async=False, log_balancedness=True, log_balancedness_interval=3
+        )
+        for _ in range(10):
+            controller.step()
+    lines = [record.getMessage() for record in caplog.records]
+    assert lines == ["balancedness 1.0000 (mean/max of the ranks' loads, averaged over 1 layers)"] * 3
+
+
+def test_nothing_happens_while_the_stream_is_captured():
+    layer = StubLayer()
+    controller = controller_of(layer, use_async=False)
+    layer.resident.streams.is_capturing = lambda: True
+    for _ in range(6):
+        controller.step()
+    assert controller.metrics().rounds == 0
+    layer.resident.streams.is_capturing = lambda: False
+    for _ in range(2):
+        controller.step()
+    assert controller.metrics().windows == 1
+
+
+def test_close_joins_the_thread_and_may_be_called_again():
+    controller = controller_of()
+    controller.step()
+    threads = [thread for thread in threading.enumerate() if thread.name == "eplb-worker"]
+    assert len(threads) == 1
+    controller.close()
+    controller.close()
+    assert not threads[0].is_alive()
+    assert controller.health().state == "closed"
+    controller.step()
+
+
+def test_close_is_bounded_when_the_worker_hangs():
+    controller = controller_of(close_timeout=0.2)
+    controller.step()
+    release = threading.Event()
+    controller._worker.tick = lambda: release.wait(20)
+    assert finishes(controller.close, 5.0)
+    release.set()
+
+
+def test_a_context_manager_closes():
+    with controller_of() as controller:
+        controller.step()
+    assert controller.health().state == "closed"
+
+
+# ---- use_async=False: every wait has a deadline (DESIGN §4)
+
+
+def finishes(action: Callable[[], object], seconds: float) -> bool:
+    thread = threading.Thread(target=action, daemon=True)
+    thread.start()
+    thread.join(seconds)
+    return not thread.is_alive()
+
+
+def test_a_step_returns_although_its_load_window_is_lost():
+    controller = controller_of(use_async=False, backoff=0.01)
+    controller.step()
+    recorder = controller._windows[Work.REBALANCE]
+    download, failures = recorder._download, [OSError("no window")]
+
+    def failing(buffer):
+        if failures:
+            raise failures.pop()
+        return download(buffer)
+
+    recorder._download = failing
+    assert finishes(controller.step, 3.0), "step() waits for a proposal that nobody will make"
+    assert "no window" in controller.health().last_error
+    assert finishes(lambda: [controller.step() for _ in range(4)], 3.0)
+    assert controller.metrics().windows >= 1, "it does not recover"
+
+
+class SilentPeers(TorchTransport):
+    """Others that take part in no round."""
+
+    class Never(LocalAgreement):
+        def all_gather(self, message, notify):
+            return self
+
+        def done(self) -> bool:
+            return False
+
+    def connect(self, config, streams, dispatch_backends):
+        return self.Never(), LocalCommunicator(streams)
+
+
+def test_a_step_returns_although_a_peer_is_silent():
+    config = EplbConfig(**QUICK, use_async=False, peer_timeout=0.1)
+    controller = EplbController(config, transport=SilentPeers(None))
+    controller.register(StubLayer())
+    assert finishes(lambda: [controller.step() for _ in range(2)], 3.0), "step() waits for ever"
+    assert controller.health().state == "peer_unreachable"
+
+
+def test_loading_waits_no_longer_than_its_timeout_for_a_silent_peer():
+    layer = StubLayer()
+    config = EplbConfig(**QUICK, quiesce_timeout=0.1)
+    controller = EplbController(config, transport=SilentPeers(None))
+    controller.register(layer)
+    controller.step()
+    with pytest.raises(TimeoutError, match=r"quiesce_timeout=0.1 s"), layer.resident.quiesced():
+        pytest.fail("nothing may be written now")
+    controller.close()
+
+
+# ---- the decorator
+
+
+class Steps:
+    """In place of a controller."""
+
+    def __init__(self, calls: list[str]) -> None:
+        self.calls = calls
+
+    def step(self) -> None:
+        self.calls.append("step")
+
+
+class Runner:
+    def __init__(self, steps: bool = True) -> None:
+        self.calls: list[str] = []
+        self.eplb = self.balancer = Steps(self.calls) if steps else None
+
+    @step_eplb_after
+    def run(self, x, *, scale=1):
+        """Runs."""
+        self.calls.append("run")
+        if x < 0:
+            raise ValueError("no")
+        return x * scale
+
+
+class OtherRunner(Runner):
+    def __init__(self, steps: bool = True) -> None:
+        super().__init__(steps)
+        del self.eplb
+
+    @step_eplb_after(attribute="balancer")
+    def run(self, x, *, scale=1):
+        """Runs too."""
+        self.calls.append("run")
+        return x * scale
+
+
+@pytest.mark.parametrize("kind", [Runner, OtherRunner])
+def test_decorator_steps_after_the_method(kind):
+    runner = kind()
+    assert runner.run(3, scale=2) == 6
+    assert runner.run(4) == 4
+    assert runner.calls == ["run", "step", "run", "step"]
+
+
+@pytest.mark.parametrize("kind", [Runner, OtherRunner])
+def test_decorator_without_a_controller(kind):
+    runner = kind(steps=False)
+    assert runner.run(3, scale=2) == 6
+    assert runner.calls == ["run"]
+
+
+def test_decorator_does_not_step_after_a_failure():
+    runner = Runner()
+    with pytest.raises(ValueError, match="no"):
+        runner.run(-1)
+    assert runner.calls == ["run"]
+
+
+def test_decorator_keeps_name_and_docstring():
+    assert (Runner.run.__name__, Runner.run.__doc__) == ("run", "Runs.")
+    assert (OtherRunner.run.__name__, OtherRunner.run.__doc__) == ("run", "Runs too.")
+
+
+def test_decorator_counts_the_steps_of_a_controller():
+    runner = Runner()
+    runner.eplb = controller_of(use_async=False)
+    for _ in range(6):
+        runner.run(1)
+    assert runner.eplb.metrics().windows == 3  # of two steps each

@@ -1,0 +1,152 @@
+import json
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+from eplb import simulate as command
+from eplb.metrics import (
+    balancedness,
+    free_placement_bound,
+    layer_balancedness,
+    max_over_mean,
+    per_batch_imbalance,
+    rank_loads,
+)
+from eplb.placement import Placement
+from eplb.policy import Topology, make_policy
+from eplb.shares import balanced_shares, equal_shares
+from eplb.simulator import simulate
+from eplb.traces import DEEPSEEK_EXAMPLE, Trace, base_load, change_load, generate, load_trace
+
+
+def test_metrics_by_hand():
+    assert max_over_mean(np.array([1, 2, 3])) == 1.5
+    assert balancedness(np.array([[1, 2, 3], [0, 0, 0]])).tolist() == [2 / 3, 1]
+    placement = Placement(np.array([[0, -1], [0, 1]]), 2)
+    assert layer_balancedness(np.array([4, 2]), placement, equal_shares(placement)) == 3 / 4
+    batches = np.array([[[4, 2]], [[0, 2]]])
+    shares = equal_shares(placement)[None]
+    np.testing.assert_allclose(per_batch_imbalance(batches, placement.lanes_WS[None], shares), [[4 / 3], [2]])
+
+
+def test_bound_by_hand():
+    # Total 24 over 3 ranks is 8; but expert 0 (20) would need 3 replicas for 8, and there are 4 slots for 3 experts: 20 / 2.
+    assert free_placement_bound(np.array([[20.0, 2, 2]]), 3, 4).tolist() == [10]
+    assert free_placement_bound(np.array([[20.0, 2, 2]]), 3, 6).tolist() == [8]
+    assert free_placement_bound(np.zeros((1, 3)), 3, 3).tolist() == [0]
+    with pytest.raises(ValueError, match="num_physical=2"):
+        free_placement_bound(np.ones((1, 3)), 3, 2)
+
+
+@given(st.integers(1, 5), st.integers(1, 4), st.data())
+def test_no_placement_beats_the_bound(ranks, per_rank, data):
+    size = ranks * per_rank
+    experts = data.draw(st.integers(1, size))
+    load = np.array([data.draw(st.lists(st.integers(0, 50), min_size=experts, max_size=experts))], dtype=float)
+    extra = data.draw(st.lists(st.integers(0, experts - 1), min_size=size - experts, max_size=size - experts))
+    physical = np.array(data.draw(st.permutations(list(range(experts)) + extra))).reshape(1, ranks, per_rank)
+    best = rank_loads(load, physical, balanced_shares(load, physical)).max()
+    assert best >= free_placement_bound(load, ranks, size)[0] * (1 - 1e-9)
+
+
+def test_policies_side_by_side():
+    trace = generate("lognormal:0.8", "noise:0.1", num_layers=4, num_experts=32, num_windows=6, batches_per_window=8)
+    runs = {
+        name: simulate(
+            trace, make_policy(name), Topology(4), num_redundant_experts=8, batches_per_window=8, bytes_per_expert=3
+        )
+        for name in ("static", "deepseek", "adaptive")
+    }
+    first = {name: results[0].max_over_mean for name, results in runs.items()}
+    assert len(set(first.values())) == 1  # all start with the same placement
+    last = {name: results[-1] for name, results in runs.items()}
+    assert last["adaptive"].max_over_mean < 1.06 < last["static"].max_over_mean
+    assert sum(r.moves for r in runs["static"]) == 0
+    assert 0 < sum(r.moves for r in runs["adaptive"]) < 0.3 * sum(r.moves for r in runs["deepseek"])
+    for results in runs.values():
+        for result in results:
+            assert result.per_batch >= result.max_over_mean * 0.999 >= result.bound * 0.998
+            assert result.worst_layer >= result.max_over_mean
+            assert result.moved_bytes == 3 * result.moves
+
+
+def test_generators():
+    rng = np.random.default_rng(0)
+    zipf = base_load("zipf:1.2", 3, 64, rng)
+    np.testing.assert_allclose(zipf.mean(axis=1), 1)
+    np.testing.assert_allclose(np.sort(zipf, axis=1)[:, ::-1] / zipf.max(), np.tile(np.arange(1, 65.0) ** -1.2, (3, 1)))
+    hot = change_load(zipf, "hotset", "zipf:1.2", rng)
+    assert ((hot != zipf).sum(axis=1) <= 8).all() and (hot != zipf).any(axis=1).all()
+    np.testing.assert_allclose(np.sort(hot, axis=1), np.sort(zipf, axis=1))
+    np.testing.assert_allclose(change_load(zipf, "noise:0.01", "", rng), zipf, rtol=0.06)
+    assert base_load("deepseek", 2, 12, rng).shape == DEEPSEEK_EXAMPLE.shape
+    a, b = (
+        generate("zipf:1", "new", num_layers=2, num_experts=8, num_windows=3, batches_per_window=2, seed=4)
+        for _ in range(2)
+    )
+    np.testing.assert_array_equal(a.load_BLE, b.load_BLE)
+    for kind in ("zipf", "zipf:-1", "zipf:x", "normal:1"):
+        with pytest.raises(ValueError, match="load="):
+            base_load(kind, 2, 8, rng)
+    with pytest.raises(ValueError, match="deepseek"):
+        base_load("deepseek", 2, 8, rng)
+    with pytest.raises(ValueError, match="change="):
+        change_load(zipf, "sometimes", "zipf:1", rng)
+
+
+def test_traces_from_files(tmp_path):
+    load = np.random.default_rng(0).integers(0, 9, (5, 2, 8))
+    np.savez(tmp_path / "a.npz", load_BLE=load)
+    np.save(tmp_path / "b.npy", load)
+    torch.save({"logical_count": torch.as_tensor(load), "rank": 0}, tmp_path / "c.pt")
+    for name in ("a.npz", "b.npy", "c.pt"):
+        np.testing.assert_array_equal(load_trace(tmp_path / name).load_BLE, load)
+    torch.save({"logical_count": torch.as_tensor(load[0])}, tmp_path / "one.pt")
+    assert load_trace(tmp_path / "one.pt").load_BLE.shape == (1, 2, 8)
+    torch.save([1], tmp_path / "bad.pt")
+    np.savez(tmp_path / "bad.npz", x=load, y=load)
+    (tmp_path / "bad.csv").write_text("1")
+    for name in ("bad.pt", "bad.npz", "bad.csv"):
+        with pytest.raises(ValueError, match="path="):
+            load_trace(tmp_path / name)
+    with pytest.raises(ValueError, match="load_BLE"):
+        Trace("x", np.ones(3))
+    with pytest.raises(ValueError, match="negative"):
+        Trace("x", -np.ones((1, 1, 1)))
+
+
+def test_command(tmp_path, capsys):
+    np.savez(tmp_path / "a.npz", load_BLE=np.random.default_rng(0).integers(0, 9, (12, 2, 8)))
+    arguments = ["--trace", str(tmp_path / "a.npz"), "--ranks", "2", "--redundant", "2", "--batches-per-window", "3"]
+    assert command.main([*arguments, "--json", str(tmp_path / "o.json"), "--plot", str(tmp_path / "o.png")]) == 0
+    out = capsys.readouterr().out
+    assert "adaptive" in out and "deepseek" in out and "work per batch" in out
+    written = json.loads((tmp_path / "o.json").read_text())
+    assert len(written["policies"]["adaptive"]) == 4
+    assert (tmp_path / "o.png").stat().st_size > 1000
+
+
+def test_command_says_what_is_wrong(tmp_path, capsys):
+    assert command.main(["--ranks", "5", "--windows", "2"]) == 2
+    assert "num_redundant_experts=8" in capsys.readouterr().err
+    assert command.main(["--policies", "nope", "--windows", "2"]) == 2
+    assert "known policies" in capsys.readouterr().err
+    assert command.main(["--trace", str(tmp_path / "none.npz")]) == 2
+    assert command.main(["--load", "zipf:no"]) == 2
+
+
+def test_bad_sizes_are_refused():
+    trace = Trace("x", np.ones((4, 1, 8)))
+    policy, topology = make_policy("static"), Topology(2)
+    for options, name in [
+        ({"batches_per_window": 5}, "batches_per_window=5"),
+        ({"batches_per_window": 2, "sub_windows": 3}, "sub_windows=3"),
+        ({"batches_per_window": 2, "sub_windows": 1, "free_slots": 0}, "free_slots=0"),
+    ]:
+        with pytest.raises(ValueError, match=name):
+            simulate(trace, policy, topology, num_redundant_experts=0, **options)
+    with pytest.raises(ValueError, match="num_windows=0"):
+        generate("uniform", "none", num_layers=1, num_experts=4, num_windows=0, batches_per_window=1)

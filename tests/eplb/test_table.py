@@ -1,0 +1,166 @@
+"""The indirection table: its numbers, staging, flipping."""
+
+import numpy as np
+import pytest
+import torch
+
+from eplb.placement import Placement
+from eplb.shares import equal_shares
+from eplb.streams import HostStreams, streams_of
+from eplb.table import ExpertTable, flip
+
+ONE = 1 << 30
+
+# Two ranks of three lanes; expert 0 has two replicas. Global lanes: rank · 3 + lane.
+BEFORE = Placement(np.array([[0, 1, -1], [2, 0, -1]]), 3)
+BEFORE_SHARES = np.array([[0.75, 1.0, 0.0], [1.0, 0.25, 0.0]])
+# Expert 2 goes to rank 0 in place of expert 0, and expert 1 gets a second replica there … on rank 1 in place of 2.
+AFTER = Placement(np.array([[-1, 1, 2], [-1, 0, 1]]), 3)
+AFTER_SHARES = np.array([[0.0, 0.5, 1.0], [0.0, 1.0, 0.5]])
+
+
+def numbers(table: ExpertTable) -> dict[str, list[int]]:
+    return {
+        "offsets": table.offsets_E1.tolist(),
+        "lanes": table.lanes_P.tolist(),
+        "cumulative": table.cumulative_P.tolist(),
+    }
+
+
+BEFORE_NUMBERS = {"offsets": [0, 2, 3, 4], "lanes": [0, 4, 1, 3], "cumulative": [3 * ONE // 4, ONE, ONE, ONE]}
+AFTER_NUMBERS = {"offsets": [0, 1, 3, 4], "lanes": [4, 1, 5, 2], "cumulative": [ONE, ONE // 2, ONE, ONE]}
+
+
+def make_table(device: str = "cpu") -> ExpertTable:
+    return ExpertTable(BEFORE, BEFORE_SHARES, streams_of(torch.empty(0, device=device).device))
+
+
+def test_exact_numbers(device):
+    table = make_table(device)
+    assert numbers(table) == BEFORE_NUMBERS
+    assert (table.num_experts, table.num_physical, table.version) == (3, 4, 0)
+    assert table.placement == BEFORE
+    for tensor in (table.offsets_E1, table.lanes_P, table.cumulative_P, table.lane_to_slot_S):
+        assert tensor.dtype == torch.int32 and tensor.is_contiguous()
+    assert table.lane_to_slot_S.tolist() == [-1, -1, -1]
+
+
+def test_shares_of_thirds_end_at_exactly_one():
+    placement = Placement(np.array([[0], [0], [0]]), 1)
+    table = ExpertTable(placement, equal_shares(placement), HostStreams())
+    assert table.cumulative_P.tolist() == [357913941, 2 * 357913941, ONE]
+
+
+def test_staging_changes_nothing_until_the_flip(device):
+    table = make_table(device)
+    addresses = [tensor.data_ptr() for tensor in (table.offsets_E1, table.lanes_P, table.cumulative_P)]
+    stream = table._streams.current()
+    table.stage(AFTER, AFTER_SHARES, stream)
+    assert numbers(table) == BEFORE_NUMBERS and table.version == 0 and table.placement == BEFORE
+    flip([table], [AFTER], 7, stream)
+    assert numbers(table) == AFTER_NUMBERS and table.version == 7 and table.placement == AFTER
+    assert addresses == [tensor.data_ptr() for tensor in (table.offsets_E1, table.lanes_P, table.cumulative_P)]
+
+
+def test_there_and_back(device):
+    table = make_table(device)
+    stream = table._streams.current()
+    for version, (placement, shares, expected) in enumerate(
+        [(AFTER, AFTER_SHARES, AFTER_NUMBERS), (BEFORE, BEFORE_SHARES, BEFORE_NUMBERS)] * 2, start=1
+    ):
+        table.stage(placement, shares, stream)
+        flip([table], [placement], version, stream)
+        assert numbers(table) == expected and table.version == version
+
+
+def test_restaging_before_the_flip_replaces_what_was_staged():
+    """A rank may stage again if publishing failed half-way (roll forward)."""
+    table = make_table()
+    stream = table._streams.current()
+    table.stage(BEFORE, BEFORE_SHARES, stream)
+    table.stage(AFTER, AFTER_SHARES, stream)
+    flip([table], [AFTER], 1, stream)
+    assert numbers(table) == AFTER_NUMBERS
+
+
+def test_several_tables_flip_together_and_others_stay():
+    tables = [make_table() for _ in range(3)]
+    stream = tables[0]._streams.current()
+    for table in tables:
+        table.stage(AFTER, AFTER_SHARES, stream)
+    flip([tables[0], tables[2]], [AFTER, AFTER], 4, stream)
+    assert [table.version for table in tables] == [4, 0, 4]
+    assert [numbers(table) == AFTER_NUMBERS for table in tables] == [True, False, True]
+    flip([], [], 5, stream)
+    assert [table.version for table in tables] == [4, 0, 4]
+
+
+def test_new_shares_alone():
+    table = make_table()
+    stream = table._streams.current()
+    table.stage(BEFORE, np.array([[0.125, 1.0, 0.0], [1.0, 0.875, 0.0]]), stream)
+    flip([table], [BEFORE], 1, stream)
+    assert numbers(table) == {**BEFORE_NUMBERS, "cumulative": [ONE // 8, ONE, ONE, ONE]}
+
+
+def test_lanes_are_mapped_one_by_one(device):
+    table = make_table(device)
+    stream = table._streams.current()
+    address = table.lane_to_slot_S.data_ptr()
+    table.map_lane(2, 17, stream)
+    assert table.lane_to_slot_S.tolist() == [-1, -1, 17]
+    table.map_lane(0, 3, stream)
+    assert table.lane_to_slot_S.tolist() == [3, -1, 17] and table.lane_to_slot_S.data_ptr() == address
+
+
+@pytest.mark.parametrize(
+    ("placement", "message"),
+    [
+        (Placement(np.array([[0, 1, 2], [2, 0, -1]]), 3), "placement has 5 physical experts of 3; .* 4 of 3"),
+        (Placement(np.array([[0, 1, -1], [2, 3, -1]]), 4), "placement has 4 physical experts of 4; .* 4 of 3"),
+    ],
+    ids=["another number of replicas", "another number of experts"],
+)
+def test_a_placement_that_does_not_fit_is_refused_and_staged_nowhere(placement, message):
+    table = make_table()
+    stream = table._streams.current()
+    table.stage(AFTER, AFTER_SHARES, stream)
+    with pytest.raises(ValueError, match=message):
+        table.stage(placement, equal_shares(placement), stream)
+    flip([table], [AFTER], 1, stream)
+    assert numbers(table) == AFTER_NUMBERS
+
+
+def test_shares_that_do_not_sum_to_one_are_refused():
+    with pytest.raises(ValueError, match="the shares of expert 0 sum to 0.5: must sum to 1"):
+        make_table().stage(BEFORE, BEFORE_SHARES * [[0.5, 1, 1], [1, 0.5, 1]], HostStreams().current())
+
+
+@pytest.mark.gpu
+def test_the_flip_is_ordered_on_the_stream_and_the_host_does_not_wait():
+    table = make_table("cuda")
+    stream = torch.cuda.current_stream()
+    table.stage(AFTER, AFTER_SHARES, stream)
+    torch.cuda.synchronize()
+    torch.cuda._sleep(200_000_000)
+    before = table.lanes_P.clone()
+    flip([table], [AFTER], 1, stream)
+    after = table.lanes_P.clone()
+    assert not stream.query(), "the host waited"
+    assert table.version == 1
+    assert before.tolist() == BEFORE_NUMBERS["lanes"] and after.tolist() == AFTER_NUMBERS["lanes"]
+
+
+@pytest.mark.gpu
+def test_a_captured_graph_sees_flips():
+    table = make_table("cuda")
+    seen = torch.empty_like(table.lanes_P)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        seen.copy_(table.lanes_P)
+    graph.replay()
+    assert seen.tolist() == BEFORE_NUMBERS["lanes"]
+    table.stage(AFTER, AFTER_SHARES, torch.cuda.current_stream())
+    flip([table], [AFTER], 1, torch.cuda.current_stream())
+    graph.replay()
+    assert seen.tolist() == AFTER_NUMBERS["lanes"]

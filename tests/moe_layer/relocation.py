@@ -1,0 +1,78 @@
+"""Relocations by hand on one rank: the steps of a wave, one after another, with no worker."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import numpy as np
+
+from eplb.communicator import LocalCommunicator
+from eplb.fill import Handoff, WaveFill
+from eplb.placement import Placement
+from eplb.plan import LayerUpdate, Move, Wave
+from eplb.shares import equal_shares
+from eplb.table import flip
+from moe_layer import MoELayer
+
+
+def moved(placement: Placement, expert: int) -> LayerUpdate:
+    """What moves `expert` of a one-rank layer from its lane to an empty one."""
+    lanes = placement.lanes_WS[0].tolist()
+    source, target = lanes.index(expert), lanes.index(-1)
+    lanes[source], lanes[target] = -1, expert
+    after = Placement(np.array([lanes]), placement.num_experts)
+    return LayerUpdate(0, (Move(expert, 0, source, 0, target),), after, equal_shares(after))
+
+
+class Relocator:
+    """Moves experts of layers that are alone on their rank; every move is one wave with a version of its own."""
+
+    def __init__(self, layers: Sequence[MoELayer]) -> None:
+        self.residents = [layer.resident for layer in layers]
+        self.streams = self.residents[0].streams
+        self.version = 0
+
+    def fill(self, layer: int, expert: int) -> WaveFill:
+        """Take a slot and copy the expert into it, up to the end."""
+        placements = [resident.table.placement for resident in self.residents]
+        update = moved(placements[layer], expert)
+        update = LayerUpdate(layer, update.moves, update.placement, update.shares_WS)
+        self.version += 1
+        communicator = LocalCommunicator(self.streams)
+        fill = WaveFill(
+            Wave((update,)), self.version, (self.version, 0), self.residents, placements, communicator, self.streams
+        )
+        fill.start()
+        while not fill.poll():
+            pass
+        return fill
+
+    def publish(self, fill: WaveFill) -> Handoff:
+        handoff = fill.stage()
+        fill.publish()
+        return handoff
+
+    def flip(self, handoff: Handoff) -> None:
+        """On the calling thread's stream, as the main thread would."""
+        stream = self.streams.current()
+        handoff.staged.wait(stream, timeout=0)
+        flip([layer.table for layer in handoff.layers], handoff.placements, handoff.version, stream)
+        handoff.flipped = stream.record_event()
+
+    def release(self, fill: WaveFill, handoff: Handoff) -> None:
+        """Grace: nobody can name the old slot."""
+        while not handoff.flipped.query():
+            pass
+        assert not any(layer.is_pinned_before(handoff.version) for layer in handoff.layers)
+        fill.release()
+
+    def move(self, expert: int, layer: int = 0) -> None:
+        """The whole way of one expert."""
+        fill = self.fill(layer, expert)
+        handoff = self.publish(fill)
+        self.flip(handoff)
+        self.release(fill, handoff)
+
+    def move_without_grace(self, expert: int, layer: int = 0) -> None:
+        """Up to the flip. Old versions may be in use."""
+        self.flip(self.publish(self.fill(layer, expert)))

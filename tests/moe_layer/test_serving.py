@@ -1,0 +1,350 @@
+"""Experts that move between ranks while their layers serve, beside twins that do not. Several checks to a test."""
+
+import gc
+import os
+import time
+
+import torch
+import torch.distributed as dist
+from torch.utils.checkpoint import checkpoint
+
+from eplb.pool import SlotState
+from moe_layer import make_pool
+from tests.distributed import distributed
+from tests.moe_layer.ranks import (
+    EXPERTS,
+    HIDDEN,
+    INTERMEDIATE,
+    Service,
+    everybody,
+    make_controller,
+    make_layer,
+    wait_until,
+)
+from tests.moe_layer.reference import give_unit_scale
+
+
+def make_service(rank, group, device, dtype=torch.float32, controller_group=None, redundant=None, **options) -> Service:
+    """Two layers of a model that share a pool, and one with a pool of its own."""
+    num_ranks = dist.get_world_size(group)
+    redundant = num_ranks if redundant is None else redundant
+    pool = make_pool(
+        2,
+        HIDDEN,
+        INTERMEDIATE,
+        EXPERTS,
+        num_redundant_experts=redundant,
+        num_ranks=num_ranks,
+        num_shadow_slots=2,
+        device=device,
+        dtype=dtype,
+    )
+    common = {"num_redundant_experts": redundant, "dtype": dtype}
+    layers = [
+        make_layer(group, device, seed=1, pool=pool, **common),
+        make_layer(group, device, seed=2, pool=pool, **common),
+        make_layer(group, device, seed=3, num_shadow_slots=2, **common),
+    ]
+    twins = [make_layer(group, device, seed=seed, **common) for seed in (1, 2, 3)]
+    # Two models, one of them with a dense module too, and a third that is dense.
+    models = [torch.nn.Sequential(torch.nn.Linear(2, 2), *layers[:2]), layers[2], torch.nn.Linear(2, 2)]
+    controller = make_controller(controller_group or group, models, **options)
+    return Service(rank, group, device, layers, twins, controller)
+
+
+def at_rest(service: Service) -> bool:
+    return service.controller.health().phase == "IDLE"
+
+
+def assert_rested(service: Service) -> None:
+    """No slot is lost, and every expert has its weights in all its replicas (I1, I2, I4)."""
+    pools = {id(layer.resident.pool): layer.resident.pool for layer in service.layers}
+    for pool in pools.values():
+        # The worker frees what it replaced a moment after the ranks have agreed that grace is over.
+        wait_until(lambda pool=pool: not pool.count(SlotState.RETIRING), "old slots are freed")
+        states = {state: pool.count(state) for state in SlotState if pool.count(state)}
+        assert set(states) == {SlotState.LIVE, SlotState.FREE} and states[SlotState.FREE] == 2, states
+    for layer, twin in zip(service.layers, service.twins, strict=True):
+        layer.resident.table.placement.validate()
+        wanted = twin.state_dict()  # collective
+        for expert, slots in layer.resident.live_slots().items():
+            for slot in slots:
+                for name in ("gate_up_proj", "down_proj"):
+                    weight = layer.experts.get_parameter(name)[slot]
+                    assert torch.equal(weight, wanted[f"experts.{name}"][expert]), f"expert {expert} in slot {slot}"
+
+
+def drained(service: Service) -> None:
+    """Serve until nothing is under way and nothing begins: the controllers are held as while weights are loaded."""
+    with service.controller.quiesced():
+        assert_rested(service)
+
+
+def moved_by(service: Service, waves: int):
+    start = service.controller.metrics().waves
+    return lambda: service.controller.metrics().waves >= start + waves
+
+
+@distributed(num_ranks=2, timeout=150)
+def test_i5_two_ranks(rank, num_ranks, group, device):
+    service = make_service(rank, group, device)
+    service.serve_until(moved_by(service, 12), "relocations")
+    drained(service)
+    service.assert_well()
+    check_different_step_rates(service)
+    check_state_dicts_while_moving(service)
+    service.controller.close()
+    check_gradients_across_flips(rank, group, device)
+    check_a_main_thread_that_does_not_step(rank, group, device)
+
+
+@distributed(num_ranks=4, timeout=150)
+def test_i5_four_ranks(rank, num_ranks, group, device):
+    service = make_service(rank, group, device, dtype=torch.bfloat16)
+    service.serve_until(moved_by(service, 8), "relocations")
+    drained(service)
+    service.assert_well()
+    service.controller.close()
+    check_inside_step(rank, group, device)
+    check_no_redundant_experts(rank, group, device)
+
+
+@distributed(num_ranks=2, timeout=150)
+def test_i6_ranks_that_leave_or_die(rank, num_ranks, group, device):
+    check_one_rank_closes(rank, group, device)
+    check_one_rank_dies(rank, group, device)  # the last: a process is gone then
+
+
+@distributed(num_ranks=2, backend="nccl", timeout=150)
+def test_i5_nccl_dispatch_with_gloo_relocation(rank, num_ranks, group, device):
+    service = make_service(rank, group, device, dtype=torch.bfloat16)
+    service.serve_until(moved_by(service, 12), "relocations")
+    assert service.controller._worker._communicator.name == "torch_gloo", "the automatic choice beside NCCL dispatch"
+    drained(service)
+    service.assert_well()
+    check_different_step_rates(service)
+    check_state_dicts_while_moving(service)
+    service.controller.close()
+    check_gradients_across_flips(rank, group, device)
+
+
+@distributed(num_ranks=2, backend="nccl", timeout=150)
+def test_i5_gloo_dispatch_with_nccl_relocation(rank, num_ranks, group, device):
+    by_gloo = dist.new_group(backend="gloo")
+    for communicator in ("auto", "torch_nccl"):
+        service = make_service(
+            rank, by_gloo, device, dtype=torch.bfloat16, controller_group=group, communicator=communicator
+        )
+        service.serve_until(moved_by(service, 8), "relocations")
+        assert service.controller._worker._communicator.name == "torch_nccl"
+        drained(service)
+        service.assert_well()
+        check_different_step_rates(service)
+        service.controller.close()
+
+
+# ---- the checks; all are collective
+
+
+def check_different_step_rates(service: Service) -> None:
+    """Rank 0 steps after every forward, rank 1 after every third: their tables differ in between."""
+    apart = 0
+    start, goal = service.controller.metrics().waves, service.controller.metrics().waves + 6
+    every = 1 + 2 * (service.rank % 2)
+    while not everybody(service.controller.metrics().waves >= goal, service.group, service.device):
+        service.forward()
+        if service.num_steps % every == 0:
+            service.controller.step()
+        versions = torch.tensor([max(layer.resident.table.version for layer in service.layers)] * 2, device="cpu")
+        if dist.get_backend(service.group) == "nccl":
+            versions = versions.to(service.device)
+        versions[1] *= -1
+        dist.all_reduce(versions, op=dist.ReduceOp.MAX, group=service.group)
+        apart += int(versions.sum().item() > 0)
+        assert service.num_steps < 20_000, f"{start} → {goal}: {service.controller.health()}"
+    assert apart > 0, "the ranks flipped in the same steps: nothing was tested"
+
+
+@torch.no_grad()
+def check_state_dicts_while_moving(service: Service) -> None:
+    """Saving in the middle of relocations gives what was loaded; loading waits for them and writes all replicas."""
+    for layer, twin in zip(service.layers, service.twins, strict=True):
+        for _ in range(3):
+            service.forward()
+            service.controller.step()
+            saved = layer.state_dict()
+            for name, tensor in twin.state_dict().items():
+                assert torch.equal(saved[name], tensor), name
+    for seed in (11, 12):
+        for layer, twin in zip(service.layers, service.twins, strict=True):
+            give_unit_scale(twin, seed)
+            layer.load_state_dict(twin.state_dict())
+            service.forward()
+        service.serve_until(moved_by(service, 2), "relocations after loading")
+    drained(service)
+
+
+def check_inside_step(rank, group, device) -> None:
+    """use_async=False: all within step(), on all ranks in the same step; and no thread."""
+    import threading
+
+    service = make_service(rank, group, device, use_async=False)
+    assert service.controller.health().state == "idle"
+    for step in range(1, 17):
+        service.forward()
+        service.controller.step()
+        versions = torch.tensor([layer.resident.table.version for layer in service.layers])
+        others = versions.clone()
+        dist.all_reduce(others, op=dist.ReduceOp.MAX, group=group)
+        assert torch.equal(versions, others), f"step {step}: ranks have different tables"
+        assert service.controller.metrics().plans == step // 4
+        assert at_rest(service)
+    assert not any(thread.name == "eplb-worker" and thread.is_alive() for thread in threading.enumerate())
+    assert_rested(service)
+    service.assert_well()
+    assert service.controller.metrics().flips >= service.controller.metrics().waves
+    service.controller.close()
+
+
+def check_no_redundant_experts(rank, group, device) -> None:
+    """Every expert has one replica: experts swap ranks."""
+    service = make_service(rank, group, device, redundant=0, use_async=False)
+    for _ in range(12):
+        service.forward()
+        service.controller.step()
+    assert_rested(service)
+    service.assert_well()
+    service.controller.close()
+
+
+def check_gradients_across_flips(rank, group, device) -> None:
+    """I3 over ranks: forward, flip on all ranks, backward. The old version is not graced before."""
+
+    def as_is(layer, x):
+        return layer(x)
+
+    def checkpointed(layer, x):
+        return checkpoint(layer, x, use_reentrant=False)
+
+    def checkpointed_reentrant(layer, x):
+        return checkpoint(layer, x, use_reentrant=True)
+
+    for run in (as_is, checkpointed, checkpointed_reentrant):
+        layer, twin = (make_layer(group, device, seed=4, num_redundant_experts=2, num_shadow_slots=2) for _ in range(2))
+        service = Service(rank, group, device, [layer], [twin], make_controller(group, [layer]))
+        controller = service.controller
+        for number in range(3):
+            # In the middle of nothing, so that the next version to be published comes after the forward.
+            with controller.quiesced():
+                x = torch.randn(7 - 4 * rank, HIDDEN, generator=torch.Generator().manual_seed(number)).to(device)
+                x.requires_grad_()
+                y = run(layer, x)
+                version = layer.resident.table.version
+            flipped = lambda: layer.resident.table.version > version  # noqa: B023, E731
+            service.serve_until(flipped, f"a flip ({run.__name__})")
+            pinned = run is not checkpointed_reentrant  # its first forward runs without gradients and pins nothing
+            if pinned:
+                assert controller.health().phase == "GRACE"
+                for _ in range(20):
+                    service.forward()
+                    controller.step()
+                    time.sleep(0.002)
+                assert controller.health().phase == "GRACE", "graced although a backward is to come"
+                assert layer.resident.table.version == version + 1
+            y.square().sum().backward()
+            grad, gate_grad = x.grad.clone(), layer.gate.weight.grad.clone()
+            if pinned:
+                assert y.grad_fn is not None
+            del y
+            gc.collect()
+            x.grad = None
+            twin.zero_grad()
+            run(twin, x).square().sum().backward()
+            assert torch.equal(grad, x.grad), f"{run.__name__}: {(grad - x.grad).abs().max()}"
+            assert torch.equal(gate_grad, twin.gate.weight.grad)
+            layer.zero_grad()
+            service.serve_until(lambda: layer.resident.table.version > version + 1, "grace, and a next version")  # noqa: B023
+        service.assert_well()
+        controller.close()
+
+
+def check_a_main_thread_that_does_not_step(rank, group, device) -> None:
+    """Grace stalls and says so; rank 0 has the new table, rank 1 the old one, and both serve. Then it goes on."""
+    service = make_service(rank, group, device, grace_timeout=0.1, transfer_timeout=5.0)
+    controller = service.controller
+    published = lambda: controller.health().version > 0  # noqa: E731
+    service.serve_until(published, "a first version", step=lambda number: rank == 0 or number <= 4)
+    service.serve_until(
+        lambda: controller.health().state == "grace_stalled", "the stall is shown", step=lambda number: rank == 0
+    )
+    assert controller.health().phase == "GRACE" and controller.health().seconds_waiting > 0.1
+    versions = {layer.resident.table.version for layer in service.layers}
+    assert versions <= ({0, 1} if rank == 0 else {0}) and (rank == 1 or 1 in versions)
+    retiring = sum(layer.resident.pool.count(SlotState.RETIRING) for layer in service.layers)
+    for _ in range(10):
+        service.forward()
+        if rank == 0:
+            controller.step()
+    assert controller.health().version == 1, "a wave was published although another is not graced"
+    assert sum(layer.resident.pool.count(SlotState.RETIRING) for layer in service.layers) == retiring
+    assert controller.metrics().failures == 0
+
+    service.serve_until(moved_by(service, 4), "it goes on")
+    assert controller.health().state != "grace_stalled"
+    drained(service)
+    service.assert_well()
+    controller.close()
+
+
+def check_one_rank_closes(rank, group, device) -> None:
+    service = make_service(rank, group, device)
+    service.serve_until(moved_by(service, 3), "relocations")
+    if rank == 1:
+        started = time.monotonic()
+        service.controller.close()
+        assert time.monotonic() - started < 4.0
+        assert service.controller.health().state == "closed"
+    else:
+        wait_until(lambda: service.controller.health().state == "peer_left", "rank 0 hears that rank 1 left")
+        assert service.controller.health().departed == (1,)
+    waves = service.controller.metrics().waves
+    for _ in range(20):
+        service.forward()
+        service.controller.step()
+    assert service.controller.metrics().waves == waves
+    assert service.controller.metrics().failures == 0
+    for layer, twin in zip(service.layers, service.twins, strict=True):
+        saved, wanted = layer.state_dict(), twin.state_dict()
+        assert all(torch.equal(saved[name], wanted[name]) for name in wanted)
+        give_unit_scale(twin, 21)
+        layer.load_state_dict(twin.state_dict())
+    service.forward()
+    service.controller.close()
+
+
+def check_one_rank_dies(rank, group, device) -> None:
+    service = make_service(rank, group, device, peer_timeout=2.0)
+    service.serve_until(moved_by(service, 2), "relocations")
+    if rank == 1:
+        os._exit(0)
+    controller = service.controller
+    wait_until(lambda: controller.health().state == "lost", "the loss is shown")
+    health = controller.health()
+    assert health.last_error is not None and controller.metrics().failures >= 1
+    versions = [layer.resident.table.version for layer in service.layers]
+    states = [[layer.resident.pool.state(slot) for slot in range(layer.resident.pool.num_slots)] for layer in service.layers]
+    for _ in range(30):
+        controller.step()
+        time.sleep(0.002)
+    assert controller.health().state == "lost"
+    after = [layer.resident.table.version for layer in service.layers]
+    assert all(new - old in (0, 1) for new, old in zip(after, versions, strict=True)), "more than the one published version"
+    for layer, before in zip(service.layers, states, strict=True):
+        pool = layer.resident.pool
+        for slot, state in enumerate(before):
+            # Nothing that anybody may name is ever free to be written again.
+            assert not (state in (SlotState.LIVE, SlotState.RETIRING) and pool.state(slot) is SlotState.FREE)
+    started = time.monotonic()
+    controller.close()
+    assert time.monotonic() - started < 6.0
+    assert controller.health().state == "closed"

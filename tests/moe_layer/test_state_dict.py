@@ -1,0 +1,185 @@
+"""Saving and loading in logical order, on one rank; `test_expert_parallel.py` has the rest."""
+
+import pytest
+import torch
+
+from eplb import EplbConfig, EplbController
+from moe_layer import MoELayer
+from tests.moe_layer.reference import give_unit_scale
+from tests.moe_layer.relocation import Relocator
+
+
+def make_layer(device: str, **options) -> MoELayer:
+    return MoELayer(16, 8, 4, 2, device=device, **options)
+
+
+def make_moved(device: str) -> MoELayer:
+    """A layer whose experts lie in other slots than they began in."""
+    layer = give_unit_scale(make_layer(device), seed=4)
+    relocator = Relocator([layer])
+    for expert in (2, 0, 3, 2):
+        relocator.move(expert)
+    assert layer.resident.table.placement.lanes_WS[0].tolist() != [0, 1, 2, 3, -1]
+    return layer
+
+
+def assert_equal_states(one: dict, other: dict) -> None:
+    assert list(one) == list(other)
+    for name in one:
+        assert torch.equal(one[name], other[name]), name
+
+
+def test_names_shapes_and_order(device):
+    layer = make_layer(device, router="minimax_m2")
+    state = layer.state_dict(prefix="mlp.")
+    assert {name: tuple(tensor.shape) for name, tensor in state.items()} == {
+        "mlp.gate.weight": (4, 16),
+        "mlp.gate.e_score_correction_bias": (4,),
+        "mlp.experts.gate_up_proj": (4, 16, 16),
+        "mlp.experts.down_proj": (4, 16, 8),
+    }
+    for expert, (slot,) in layer.resident.live_slots().items():
+        assert torch.equal(state["mlp.experts.gate_up_proj"][expert], layer.experts.gate_up_proj[slot])
+        assert torch.equal(state["mlp.experts.down_proj"][expert], layer.experts.down_proj[slot])
+
+
+def test_saved_tensors_are_copies(device):
+    layer = make_layer(device)
+    before = layer.state_dict()
+    kept = {name: tensor.clone() for name, tensor in before.items() if name.startswith("experts.")}
+    give_unit_scale(layer, seed=9)
+    for name, tensor in kept.items():
+        assert torch.equal(before[name], tensor)
+
+
+def test_the_same_whatever_the_placement(device):
+    layer = give_unit_scale(make_layer(device))
+    relocator = Relocator([layer])
+    x = torch.randn(6, 16, device=device)
+    with torch.no_grad():
+        state, y = layer.state_dict(), layer(x)
+        for expert in (1, 3, 1, 0, 2):
+            relocator.move(expert)
+            assert_equal_states(layer.state_dict(), state)
+            assert torch.equal(layer(x), y)
+
+
+def test_loads_into_another_placement(device):
+    moved, x = make_moved(device), torch.randn(6, 16, device=device)
+    fresh = make_layer(device)
+    assert str(fresh.load_state_dict(moved.state_dict())) == "<All keys matched successfully>"
+    with torch.no_grad():
+        assert torch.equal(fresh(x), moved(x))
+    other = give_unit_scale(make_layer(device), seed=8)
+    moved.load_state_dict(other.state_dict())
+    with torch.no_grad():
+        assert torch.equal(moved(x), other(x))
+    assert_equal_states(moved.state_dict(), other.state_dict())
+
+
+def test_loading_leaves_other_layers_of_a_shared_pool_alone(device):
+    from moe_layer import make_pool
+
+    pool = make_pool(2, 16, 8, 4, device=device)
+    layers = [give_unit_scale(make_layer(device, pool=pool), seed=seed) for seed in (1, 2)]
+    Relocator(layers).move(3, layer=0)
+    kept = layers[1].state_dict()
+    layers[0].load_state_dict(make_moved(device).state_dict())
+    assert_equal_states(layers[1].state_dict(), kept)
+    assert_equal_states(layers[0].state_dict(), make_moved(device).state_dict())
+
+
+def test_loads_another_dtype(device):
+    half = make_moved(device).half()
+    layer = make_layer(device)
+    layer.load_state_dict(half.state_dict())
+    assert layer.state_dict()["experts.down_proj"].dtype == torch.float32
+    assert torch.equal(layer.state_dict()["experts.down_proj"], half.state_dict()["experts.down_proj"].float())
+
+
+@pytest.mark.parametrize("name", ["gate_up_proj", "down_proj"])
+@pytest.mark.parametrize("strict", [False, True])
+def test_another_shape_is_an_error_and_writes_nothing(strict, name, device):
+    layer = make_moved(device)
+    before = layer.state_dict()
+    wrong = {key: tensor + 1 for key, tensor in before.items()}
+    wrong[f"experts.{name}"] = wrong[f"experts.{name}"][:3]
+    with pytest.raises(RuntimeError, match=rf"size mismatch for experts\.{name}: \(3, .*\) in .* but \(4, .*\)"):
+        layer.load_state_dict(wrong, strict=strict)
+    after = layer.state_dict()
+    for part in ("gate_up_proj", "down_proj"):
+        assert torch.equal(after[f"experts.{part}"], before[f"experts.{part}"])
+
+
+def test_missing_and_unexpected_keys(device):
+    layer = make_moved(device)
+    state = layer.state_dict()
+    before = dict(state)
+    down = state.pop("experts.down_proj")
+    state["experts.up_bias"] = down
+    state["experts.gate_up_proj"] = state["experts.gate_up_proj"] + 1
+    with pytest.raises(
+        RuntimeError,
+        match=r'(?s)Missing key.*"experts.down_proj".*Unexpected key.*"experts.up_bias"|'
+        r'(?s:Unexpected key.*"experts.up_bias".*Missing key.*"experts.down_proj")',
+    ):
+        layer.load_state_dict(state)
+    result = layer.load_state_dict(state, strict=False)
+    assert result.missing_keys == ["experts.down_proj"] and result.unexpected_keys == ["experts.up_bias"]
+    assert torch.equal(layer.state_dict()["experts.gate_up_proj"], before["experts.gate_up_proj"] + 1)
+    assert torch.equal(layer.state_dict()["experts.down_proj"], before["experts.down_proj"])
+
+
+def test_assigning_is_refused(device):
+    layer = make_moved(device)
+    before = layer.state_dict()
+    with pytest.raises(RuntimeError, match=r"assign=True cannot be had for experts: its weights live in the slots"):
+        layer.load_state_dict({name: tensor + 1 for name, tensor in before.items()}, assign=True)
+    for part in ("gate_up_proj", "down_proj"):
+        assert torch.equal(layer.state_dict()[f"experts.{part}"], before[f"experts.{part}"])
+
+
+def test_the_range_of_a_single_rank_is_everything(device):
+    layer = make_moved(device)
+    full = layer.state_dict()
+    layer.experts.state_dict_scope = "range"
+    assert_equal_states(layer.state_dict(), full)
+    layer.load_state_dict({name: tensor * 2 for name, tensor in full.items()})
+    assert torch.equal(layer.state_dict()["experts.down_proj"], full["experts.down_proj"] * 2)
+
+
+def test_unknown_scope(device):
+    layer = make_layer(device)
+    layer.experts.state_dict_scope = "mine"
+    with pytest.raises(ValueError, match="state_dict_scope must be 'all' or 'range', got 'mine'"):
+        layer.state_dict()
+
+
+def test_optimizer_step_and_reload_of_trained_experts(device):
+    layer = give_unit_scale(make_layer(device, trainable_experts=True))
+    optimizer = torch.optim.SGD(layer.parameters(), lr=0.1)
+    before = layer.state_dict()
+    layer(torch.randn(6, 16, device=device)).square().sum().backward()
+    optimizer.step()
+    trained = layer.state_dict()
+    assert not torch.equal(trained["experts.down_proj"], before["experts.down_proj"])
+    fresh = make_layer(device)
+    fresh.load_state_dict(trained)
+    x = torch.randn(6, 16, device=device)
+    with torch.no_grad():
+        assert torch.equal(fresh(x), layer(x))
+
+
+def test_a_registered_layer_loads_before_and_after_its_controller_steps(device):
+    layer, other = make_moved(device), give_unit_scale(make_layer(device), seed=8)
+    with EplbController(
+        EplbConfig(step_interval=2, window_size=2, window_samples=1, round_interval=1e-3)
+    ) as controller:
+        controller.register(layer)
+        layer.load_state_dict(other.state_dict())
+        assert_equal_states(layer.state_dict(), other.state_dict())
+        for _ in range(5):
+            controller.step()
+        layer.load_state_dict(make_moved(device).state_dict())
+        assert_equal_states(layer.state_dict(), make_moved(device).state_dict())
+        controller.step()
