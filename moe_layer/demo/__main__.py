@@ -12,7 +12,7 @@ from moe_layer.demo.launch import launch
 from moe_layer.demo.report import draw, figures, table
 from moe_layer.demo.serve import Setup
 
-# Small enough for two CPU cores, and the shape of Qwen3-30B-A3B's layers for a GPU.
+# Small enough for two CPU cores; for a GPU the widths of OLMoE. Few experts a token, so that a common word makes a hot one.
 CPU = {
     "num_layers": 3,
     "hidden_size": 64,
@@ -22,7 +22,7 @@ CPU = {
     "tokens_per_rank": 64,
 }
 GPU = {
-    "num_layers": 4, "hidden_size": 2048, "intermediate_size": 768, "num_experts": 128, "top_k": 8, "tokens_per_rank": 512,
+    "num_layers": 4, "hidden_size": 2048, "intermediate_size": 1024, "num_experts": 64, "top_k": 2, "tokens_per_rank": 512,
 }  # fmt: skip
 
 

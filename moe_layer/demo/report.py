@@ -38,6 +38,12 @@ def figures(setup: Setup, recordings: list[Recording], device_name: str, seconds
         "step_ms_quiet": _times(step_ms[~relocating]),
         "step_ms_relocating": _times(step_ms[relocating]),
         "step_ms_twin": _times(np.array([recording.twin_step_ms for recording in recordings]).max(axis=0)),
+        "slowest_steps": [
+            {"step": int(step), "ms": float(step_ms[step]), "relocating": bool(relocating[step])}
+            for step in np.argsort(-step_ms)[:8]
+        ],
+        "planning_ms_last": root["planning_seconds"] * 1e3,
+        "fill_ms_last": root["fill_seconds"] * 1e3,
         "steps": setup.steps,
         "steps_relocating": int(relocating.sum()),
         "ranks": setup.ranks,

@@ -164,9 +164,9 @@ def serve(rank: int, setup: Setup, init_method: str, notify: Callable[[int], Non
     with EplbController(config, process_group=group) as eplb:
         runner = Runner(model, eplb)
         with eplb.warm_up():  # kernels compile here; none of it counts as load
-            for _ in range(2):
-                model(ids_by_step[0])
-                twin(ids_by_step[0])
+            for ids in ids_by_step[:8]:
+                model(ids)
+                twin(ids)
         for ids in ids_by_step:
             _one_step(runner, twin, ids, device, recording)
             notify(1)
