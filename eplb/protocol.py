@@ -48,6 +48,7 @@ class Record:
         error: 1 if something failed on this rank since its last record.
         hold: 1 while this rank wants no new wave (it loads weights).
         left: 1 in a rank's last record.
+        models: hash of what this rank registered; nothing begins while the ranks' differ.
     """
 
     proposal: int = 0
@@ -60,6 +61,7 @@ class Record:
     error: int = 0
     hold: int = 0
     left: int = 0
+    models: int = 0
 
     def encode(self) -> np.ndarray:
         return np.array(astuple(self), dtype=np.int64)
@@ -115,7 +117,7 @@ def advance(agreed: Agreed, records: Sequence[Record]) -> Agreed:
     match agreed.phase:
         case Phase.IDLE:
             root = records[0]
-            if root.proposal > agreed.proposal and not held:
+            if root.proposal > agreed.proposal and not held and not models_differ(records):
                 return replace(agreed, phase=Phase.LOAD, proposal=root.proposal, work=Work(root.work))
         case Phase.LOAD | Phase.PLANNING | Phase.PREPARE | Phase.FILL if failed:
             return replace(agreed, phase=Phase.IDLE, abandoned=agreed.abandoned + 1)
@@ -143,6 +145,10 @@ def advance(agreed: Agreed, records: Sequence[Record]) -> Agreed:
                 return replace(agreed, phase=Phase.IDLE, drop_rest=False)
             return replace(agreed, phase=Phase.PREPARE, wave=agreed.wave + 1)
     return agreed
+
+
+def models_differ(records: Sequence[Record]) -> bool:
+    return any(record.models != records[0].models for record in records)
 
 
 def heard_plan(agreed: Agreed, num_waves: int) -> Agreed:

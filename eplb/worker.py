@@ -20,7 +20,7 @@ from eplb.placement import Placement
 from eplb.plan import Plan
 from eplb.policy import Policy, Topology
 from eplb.pool import SlotPool, SlotState
-from eplb.protocol import RECORD_WORDS, Agreed, Phase, Record, Work, advance, heard_plan
+from eplb.protocol import RECORD_WORDS, Agreed, Phase, Record, Work, advance, heard_plan, models_differ
 from eplb.rebalance import LayerFacts, plan_rebalance
 from eplb.resident import ResidentExperts
 from eplb.shares import equal_shares
@@ -103,6 +103,8 @@ class Worker:
             )
             for layer in layers
         ]
+        # Python's hash of integers is the same in every process.
+        self._models = hash(tuple((f.num_experts, f.num_physical_per_rank, f.pool, f.slot_bytes) for f in self._facts))
         self._placements: list[Placement] = [layer.table.placement for layer in layers]
         self._shares = [equal_shares(placement) for placement in self._placements]
 
@@ -217,9 +219,11 @@ class Worker:
         mine = self._mine
         if agreed.phase is Phase.PLAN:
             mine.message = messages[0]
+            records: list[Record] = []
             new = heard_plan(agreed, num_waves=int(messages[0][0]))
         else:
-            new = advance(agreed, [Record.decode(message) for message in messages])
+            records = [Record.decode(message) for message in messages]
+            new = advance(agreed, records)
             if agreed.phase is Phase.IDLE and new.phase is Phase.LOAD:
                 mine = _Mine(number=new.proposal)
             elif agreed.phase is Phase.LOAD and new.phase is not agreed.phase:
@@ -228,6 +232,8 @@ class Worker:
         self._mine, self._agreed, self._exchange = mine, new, None
         self._heard_at = self._clock()
         self._settle(agreed, new, spoken)
+        if agreed.phase is Phase.IDLE and models_differ(records):
+            raise RuntimeError("the ranks registered different models, or in another order: nothing can be balanced")
 
     def _settle(self, old: Agreed, new: Agreed, spoken: Record) -> None:
         """What a round heard changes on this rank; nothing here touches the device."""
@@ -438,6 +444,7 @@ class Worker:
             error=int(self._error),
             hold=int(hold),
             left=int(leaving),
+            models=self._models,
         )
 
     def _my_loads(self, work: Work) -> np.ndarray:

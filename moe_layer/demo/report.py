@@ -23,7 +23,7 @@ def figures(setup: Setup, recordings: list[Recording], device_name: str, seconds
     tenth = max(1, setup.steps // 10)
     # A step is as slow as its slowest rank, and relocating if it is so on any rank.
     step_ms = np.array([recording.step_ms for recording in recordings]).max(axis=0)
-    relocating = np.array([recording.relocating for recording in recordings]).any(axis=0)
+    relocating = np.asarray(np.any([recording.relocating for recording in recordings], axis=0))
     root = recordings[0].metrics
     return {
         "max_abs_difference": max(recording.max_abs_difference for recording in recordings),
