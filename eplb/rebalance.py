@@ -29,6 +29,7 @@ class LayerFacts:
 def plan_rebalance(
     layers: Sequence[LayerFacts],
     placements: Sequence[Placement],
+    shares: Sequence[np.ndarray],
     load_NA: np.ndarray,
     free_slots_GW: np.ndarray,
     policy: Policy,
@@ -39,7 +40,7 @@ def plan_rebalance(
 
     Args:
         layers: facts of every registered layer.
-        placements: the live one of each.
+        placements, shares: the live ones of each.
         load_NA: int64, N sub-windows of the load, the layers' logical experts side by side, summed over ranks.
         free_slots_GW: free slots of every pool on every rank.
     """
@@ -63,6 +64,7 @@ def plan_rebalance(
             bytes_per_expert=[layers[index].slot_bytes for index in members],
             max_bytes_in_flight=max_bytes_in_flight,
             topology=topology,
+            live_shares=[shares[index] for index in members],
         )
         plans.append(_renumbered(plan, members))
     if len(plans) == 1:

@@ -321,6 +321,7 @@ class Worker:
         plan = plan_rebalance(
             self._facts,
             self._placements,
+            self._shares,
             loads.load_NA,
             loads.free_slots_GW,
             self._policy,

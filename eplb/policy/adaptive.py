@@ -1,0 +1,233 @@
+"""The default policy: keep what is well placed, follow the load by shares, move only what pays.
+
+Shape letters: L layers, N sub-windows, E logical experts, W ranks, P physical experts per rank.
+"""
+
+from __future__ import annotations
+
+import time
+from typing import Literal
+
+import numpy as np
+
+from eplb.metrics import free_placement_bound, max_over_mean, rank_loads
+from eplb.placement import count_experts
+from eplb.policy import Proposal, Topology, check_input, register_policy
+from eplb.policy.groups import regroup, split_by_node
+from eplb.policy.repair import repair
+from eplb.shares import balanced_shares
+
+
+def yield_gil() -> None:
+    """Lets another thread (the one that serves) have the interpreter; costs about a microsecond if none wants it."""
+    time.sleep(0)
+
+
+@register_policy("adaptive")
+class AdaptivePolicy:
+    """Repairs the live placement instead of making a new one.
+
+    1. The best shares for what is live. Layers whose largest rank load is then within `min_gain` of the bound B* (what any
+       placement could reach, `eplb.metrics.free_placement_bound`) keep their placement.
+    2. Layers that are worse, and by more than the sub-windows' own scatter explains, are repaired: few moves until they are
+       within `target` of the bound (`eplb.policy.repair`).
+    3. Layers whose repair gains less than `min_gain` keep their placement after all; so do those that `max_moves` leaves out,
+       the least gain per move first.
+    4. Two replicas of one expert on one rank, where it can be avoided, give way to another expert.
+
+    With node-limited routing (`Topology.num_groups` divisible by more than one node) the experts of a group stay in one node.
+    With several nodes and no groups, replicas inside the node of another replica are preferred.
+
+    Args:
+        min_gain: what a repair must take off a layer's max/mean (relative to the bound) to be worth it. 0.003 is 0.3 %.
+        target: how near to the bound a repair goes; at most `min_gain`. None: 5/6 of `min_gain`.
+        confidence: with N ≥ 2 sub-windows, the overload of a layer's overloaded ranks must exceed so many of its standard
+            errors beyond what the worst of W equal ranks shows by chance; 0 trusts the mean.
+        max_moves, max_moves_per_layer: most experts moved in one plan, or in one layer of it; None: no limit.
+        objective: "tokens" balances tokens (compute-bound: prefill, training); "activated_experts" the number of experts that
+            a rank must read per batch (memory-bound decode), and gives each expert's tokens to one replica.
+        batch_assignments: tokens · top-k of one batch over all ranks, for "activated_experts".
+
+    Raises:
+        ValueError: an argument out of range.
+    """
+
+    def __init__(
+        self,
+        min_gain: float = 0.003,
+        target: float | None = None,
+        confidence: float = 1.0,
+        max_moves: int | None = None,
+        max_moves_per_layer: int | None = None,
+        objective: Literal["tokens", "activated_experts"] = "tokens",
+        batch_assignments: float | None = None,
+    ) -> None:
+        if not 0 <= min_gain < np.inf:
+            raise ValueError(f"min_gain={min_gain}: must be finite and not negative")
+        if target is not None and not 0 <= target <= min_gain:
+            raise ValueError(f"target={target}: must lie in [0, min_gain={min_gain}]")
+        if not confidence >= 0:
+            raise ValueError(f"confidence={confidence}: must not be negative")
+        for name, value in (("max_moves", max_moves), ("max_moves_per_layer", max_moves_per_layer)):
+            if value is not None and value < 0:
+                raise ValueError(f"{name}={value}: must not be negative")
+        if objective not in ("tokens", "activated_experts"):
+            raise ValueError(f"objective={objective!r}: must be 'tokens' or 'activated_experts'")
+        if objective == "activated_experts" and not (batch_assignments or 0) > 0:
+            raise ValueError(
+                f"batch_assignments={batch_assignments}: objective 'activated_experts' needs the tokens · top-k of a batch"
+            )
+        self.min_gain = min_gain
+        self.target = min_gain * 5 / 6 if target is None else target
+        self.confidence = confidence
+        self.max_moves = max_moves
+        self.max_moves_per_layer = max_moves_per_layer
+        self.objective = objective
+        self.batch_assignments = batch_assignments
+
+    def propose(self, load_LNE: np.ndarray, physical_LWP: np.ndarray, topology: Topology) -> Proposal:
+        """See `eplb.policy.Policy.propose`."""
+        load_LNE, live_LWP = check_input(load_LNE, physical_LWP, topology)
+        num_experts = load_LNE.shape[2]
+        if self.objective == "activated_experts":
+            load_LNE = expected_activations(load_LNE, self.batch_assignments or 1.0)
+        load_LE = load_LNE.mean(axis=1)
+        if topology.num_nodes > 1 and topology.num_groups > 1 and topology.num_groups % topology.num_nodes == 0:
+            base_LWP = regroup(load_LE, live_LWP, topology, self.min_gain)
+            parts = split_by_node(load_LNE, base_LWP, topology)
+            node_W = np.zeros(base_LWP.shape[1] // topology.num_nodes, dtype=np.int64)
+            new_LWP = parts.join(self._improve(parts.load_LNE, parts.physical_LWP, node_W))
+        else:
+            base_LWP = live_LWP
+            new_LWP = self._improve(load_LNE, live_LWP, topology.node_of_rank())
+        new_LWP = self._within_budget(load_LE, live_LWP, new_LWP, num_experts)
+        if self.objective == "activated_experts":
+            return Proposal(new_LWP, one_replica_shares(load_LE, new_LWP))
+        return Proposal(new_LWP, balanced_shares(load_LE, new_LWP))
+
+    def _improve(self, load_LNE: np.ndarray, live_LWP: np.ndarray, node_W: np.ndarray) -> np.ndarray:
+        """Steps 1, 2 and 4 for layers, or for nodes as if they were layers."""
+        load_LE = load_LNE.mean(axis=1)
+        num_ranks, per_rank = live_LWP.shape[1:]
+        base_LWP = without_twins(load_LE, live_LWP)
+        mean_L = load_LE.sum(axis=1) / num_ranks
+        bound_L = free_placement_bound(load_LE, num_ranks, num_ranks * per_rank) / np.where(mean_L > 0, mean_L, 1.0)
+        rank_load_LW = rank_loads(load_LE, base_LWP, balanced_shares(load_LE, base_LWP))
+        stale_L = max_over_mean(rank_load_LW)
+        limit_L = bound_L * (1 + self.target)
+        poor_L = (mean_L > 0) & (stale_L > bound_L * (1 + self.min_gain))
+        if load_LNE.shape[1] > 1 and self.confidence > 0 and poor_L.any():
+            poor_L &= overload_is_significant(load_LNE, base_LWP, rank_load_LW, bound_L, self.confidence)
+        poor = np.flatnonzero(poor_L)
+        if not poor.size:
+            return base_LWP
+        budget_L = None
+        if self.max_moves_per_layer is not None:
+            budget_L = np.maximum(self.max_moves_per_layer - num_moves(live_LWP, base_LWP, load_LE.shape[1])[poor], 0)
+        found_LWP = repair(load_LE[poor], base_LWP[poor], limit_L[poor], node_W, budget_L, yield_gil)
+        after_L = max_over_mean(rank_loads(load_LE[poor], found_LWP, balanced_shares(load_LE[poor], found_LWP)))
+        # Compared with the limits, a layer that was just above min_gain and is now at the target counts as gaining enough.
+        pays = stale_L[poor] - after_L >= (self.min_gain - self.target) * bound_L[poor]
+        new_LWP = base_LWP.copy()
+        new_LWP[poor[pays]] = found_LWP[pays]
+        return new_LWP
+
+    def _within_budget(
+        self, load_LE: np.ndarray, live_LWP: np.ndarray, new_LWP: np.ndarray, num_experts: int
+    ) -> np.ndarray:
+        """Step 3: the layers with most gain per move, as many as `max_moves` pays for."""
+        limit = self.max_moves
+        moves_L = num_moves(live_LWP, new_LWP, num_experts)
+        if limit is None or moves_L.sum() <= limit:
+            return new_LWP
+        gain_L = max_over_mean(rank_loads(load_LE, live_LWP, balanced_shares(load_LE, live_LWP))) - max_over_mean(
+            rank_loads(load_LE, new_LWP, balanced_shares(load_LE, new_LWP))
+        )
+        order = np.argsort(-np.round(gain_L / np.maximum(moves_L, 1), 9), kind="stable")
+        kept_LWP = live_LWP.copy()
+        for layer in order[moves_L[order] > 0].tolist():
+            if moves_L[layer] <= limit:
+                kept_LWP[layer] = new_LWP[layer]
+                limit -= int(moves_L[layer])
+        return kept_LWP
+
+
+def num_moves(old_LWP: np.ndarray, new_LWP: np.ndarray, num_experts: int) -> np.ndarray:
+    """int64 [L]: experts that a rank holds in the new placement and did not hold in the old one."""
+    return ((count_experts(new_LWP, num_experts) > 0) & (count_experts(old_LWP, num_experts) == 0)).sum(axis=(1, 2))
+
+
+def without_twins(load_LE: np.ndarray, physical_LWP: np.ndarray) -> np.ndarray:
+    """Where a rank holds an expert twice and need not, the expert with most load per replica takes the second place."""
+    num_experts = load_LE.shape[1]
+    twins_LWE = count_experts(physical_LWP, num_experts) > 1
+    if not twins_LWE.any() or physical_LWP.shape[2] > num_experts:
+        return physical_LWP
+    physical_LWP = physical_LWP.copy()
+    counts_LE = count_experts(physical_LWP.reshape(len(physical_LWP), -1), num_experts)
+    for layer, rank in np.argwhere(twins_LWE.any(axis=2)).tolist():
+        held = physical_LWP[layer, rank]
+        for lane in range(1, held.size):
+            if held[lane] in held[:lane]:
+                counts_LE[layer, held[lane]] -= 1
+                per_replica_E = np.round(load_LE[layer] / counts_LE[layer], 9)
+                per_replica_E[held] = -1.0
+                held[lane] = per_replica_E.argmax()
+                counts_LE[layer, held[lane]] += 1
+    return physical_LWP
+
+
+def overload_is_significant(
+    load_LNE: np.ndarray, physical_LWP: np.ndarray, rank_load_LW: np.ndarray, bound_L: np.ndarray, confidence: float
+) -> np.ndarray:
+    """Whether the ranks above the bound are so in the sub-windows as well: bool [L].
+
+    What the overloaded ranks must carry whatever the shares (the experts with no replica elsewhere), over what they should,
+    is taken in each sub-window. Its mean must exceed 1 by `confidence` + √(2 ln W) standard errors: the ranks were picked for
+    being the worst, and the worst of W normal variables lies about √(2 ln W) of their deviations above the mean.
+    """
+    num_experts = load_LNE.shape[2]
+    num_ranks = physical_LWP.shape[1]
+    holds_LWE = count_experts(physical_LWP, num_experts) > 0
+    mean_L = np.maximum(rank_load_LW.mean(axis=1), np.finfo(np.float64).tiny)
+    hot_LW = rank_load_LW > (bound_L * mean_L * (1 + 1e-6))[:, None]
+    inside_LE = ~(holds_LWE & ~hot_LW[:, :, None]).any(axis=1)
+    must_LN = (load_LNE * inside_LE[:, None]).sum(axis=2)
+    should_LN = load_LNE.sum(axis=2) / num_ranks * (bound_L * np.maximum(hot_LW.sum(axis=1), 1))[:, None]
+    ratio_LN = must_LN / np.maximum(should_LN, np.finfo(np.float64).tiny)
+    error_L = ratio_LN.std(axis=1, ddof=1) / np.sqrt(ratio_LN.shape[1])
+    return ratio_LN.mean(axis=1) - 1 > (confidence + np.sqrt(2 * np.log(num_ranks))) * error_L
+
+
+def expected_activations(load_LNE: np.ndarray, batch_assignments: float) -> np.ndarray:
+    """Chance that an expert gets any token of a batch, if tokens choose independently: 1 − exp(−its tokens per batch)."""
+    total_LN1 = load_LNE.sum(axis=2, keepdims=True)
+    return -np.expm1(-load_LNE / np.where(total_LN1 > 0, total_LN1, 1.0) * batch_assignments)
+
+
+def one_replica_shares(load_LE: np.ndarray, physical_LWP: np.ndarray) -> np.ndarray:
+    """Shares of 0 and 1 that level the rank loads: heaviest expert first, each to the least loaded of its ranks, then better
+    places as long as there are any. A split expert would be read by several ranks."""
+    shares_LWP = np.zeros(physical_LWP.shape)
+    for load_E, physical_WP, shares_WP in zip(load_LE, physical_LWP, shares_LWP, strict=True):
+        lanes: dict[int, list[tuple[int, int]]] = {}
+        for rank, experts in enumerate(physical_WP.tolist()):
+            for lane, expert in enumerate(experts):
+                lanes.setdefault(expert, []).append((rank, lane))
+        rank_load = [0.0] * len(physical_WP)
+        chosen: dict[int, tuple[int, int]] = {}
+        by_choice = sorted(lanes, key=lambda e: (len(lanes[e]) > 1, -float(load_E[e]), e))
+        for _ in range(4):
+            before = dict(chosen)
+            for expert in by_choice:
+                load = float(load_E[expert])
+                if expert in chosen:
+                    rank_load[chosen[expert][0]] -= load
+                best = min(lanes[expert], key=lambda at: (round(rank_load[at[0]], 12), at))
+                chosen[expert] = best
+                rank_load[best[0]] += load
+            if chosen == before:
+                break
+        for rank, lane in chosen.values():
+            shares_WP[rank, lane] = 1.0
+    return shares_LWP

@@ -1,0 +1,318 @@
+"""Changes that may help an overloaded layer, with an estimate of what each brings.
+
+Shape letters: A layers, W ranks, P physical experts of a rank, Q = W · P lanes counted over ranks, E experts, F split experts
+of at most C replicas (`eplb.shares.SplitLoads`), K candidates.
+
+Loads are in units of the mean rank load; `limit_A` is the rank load to get below. What counts is the *excess*: the load above
+the limit, summed over ranks, when the shares are the best ones. To put a replica of expert e on rank r in place of a replica
+of f, with the shares adapted afterwards, takes off about
+
+    min(excess that can leave through e, room that r can reach once f is gone) − load of f that finds no room elsewhere
+
+Load passes from rank to rank through split experts: rank r hands its part of a split expert to the other replicas, at most
+what it carries itself. In a graph without cycles, passing messages along it finds exactly what each rank can reach; with
+cycles it overestimates, which the caller finds out by solving the shares.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+
+from eplb.shares import SplitLoads
+
+MESSAGE_ROUNDS = 4
+"""How many split experts in a row load is passed through, in the estimate."""
+
+EXPERTS_TRIED = 6
+"""Overloaded experts per layer that are tried in every lane that can be given up."""
+
+FLEXIBILITY = 0.2
+"""Weight of what a replica is worth beyond the load of now: a replica of a heavy expert lets the shares do more next time."""
+
+FAR_NODE = 0.9
+"""Factor on the benefit of a move whose expert has no replica yet in the node: it crosses the slow network."""
+
+TINY = 1e-6
+"""Benefits below this (a millionth of a rank's mean load) are none."""
+
+
+@dataclass
+class Changes:
+    """K candidates of each layer, best first: put `expert_AKM[..., i]` into lane `lane_AKM[..., i]`; M is 1 or 2 moves.
+
+    Attributes:
+        score_AK: estimated excess taken off per move; -inf where there is no candidate.
+        num_moves_AK: 1 or 2; with 1, the second entry repeats the first.
+    """
+
+    lane_AKM: np.ndarray
+    expert_AKM: np.ndarray
+    score_AK: np.ndarray
+    num_moves_AK: np.ndarray
+
+    def best(self, num: int) -> Changes:
+        """The `num` best of each layer; ties go to the first."""
+        # Rounded: the last bits differ between platforms (BLAS), and must not decide.
+        order = np.argsort(-np.round(self.score_AK, 9), axis=1, kind="stable")[:, :num]
+        if not order.shape[1]:
+            return self._none()
+        rows = np.arange(len(order))[:, None]
+        return Changes(
+            self.lane_AKM[rows, order],
+            self.expert_AKM[rows, order],
+            self.score_AK[rows, order],
+            self.num_moves_AK[rows, order],
+        )
+
+    def best_apart(self, now: Situation, num: int) -> Changes:
+        """The best of each layer and up to `num` - 1 more single moves.
+
+        Each is on a rank, of an expert and instead of an expert of its own: two that give up the same expert could take its
+        last replica.
+        """
+        score_AK = np.round(self.score_AK, 9)
+        lane_AK = self.lane_AKM[:, :, 0]
+        aspects = (now.rank_Q[lane_AK], self.expert_AKM[:, :, 0], np.take_along_axis(now.physical_AQ, lane_AK, axis=1))
+        rows = np.arange(len(score_AK))
+        chosen, scores = [], []
+        for _ in range(num if score_AK.shape[1] else 0):
+            at_A = score_AK.argmax(axis=1)
+            chosen.append(at_A)
+            scores.append(score_AK[rows, at_A])  # -inf once all that is left is ruled out
+            for aspect_AK in aspects:
+                score_AK = np.where(aspect_AK == aspect_AK[rows, at_A][:, None], -np.inf, score_AK)
+        if not chosen:
+            return self._none()
+        at, row = np.stack(chosen, axis=1), rows[:, None]
+        return Changes(
+            self.lane_AKM[row, at], self.expert_AKM[row, at], np.stack(scores, axis=1), self.num_moves_AK[row, at]
+        )
+
+    def _none(self) -> Changes:
+        shape = (len(self.score_AK), 1)
+        nothing = np.zeros((*shape, 2), dtype=np.int64)
+        return Changes(nothing, nothing.copy(), np.full(shape, -np.inf), np.ones(shape, dtype=np.int64))
+
+    def with_(self, other: Changes) -> Changes:
+        return Changes(
+            np.concatenate([self.lane_AKM, other.lane_AKM], axis=1),
+            np.concatenate([self.expert_AKM, other.expert_AKM], axis=1),
+            np.concatenate([self.score_AK, other.score_AK], axis=1),
+            np.concatenate([self.num_moves_AK, other.num_moves_AK], axis=1),
+        )
+
+
+@dataclass
+class Situation:
+    """Layers with the best shares for what they hold.
+
+    Attributes:
+        load_AE: float64, in units of the mean rank load.
+        physical_AQ: int64, the expert of each lane.
+        num_ranks: W.
+        limit_A: rank load to get below.
+        split, flow_AFC, rank_load_AW: from `eplb.shares.level_loads`.
+        node_W: int64, the node of each rank.
+    """
+
+    load_AE: np.ndarray
+    physical_AQ: np.ndarray
+    num_ranks: int
+    limit_A: np.ndarray
+    split: SplitLoads
+    flow_AFC: np.ndarray
+    rank_load_AW: np.ndarray
+    node_W: np.ndarray
+
+    def __post_init__(self) -> None:
+        num_layers, num_lanes = self.physical_AQ.shape
+        num_experts = self.load_AE.shape[1]
+        self.rank_Q = np.arange(num_lanes) // (num_lanes // self.num_ranks)
+        ids = self.physical_AQ + np.arange(num_layers)[:, None] * num_experts
+        counts = np.bincount(ids.ravel(), minlength=num_layers * num_experts)
+        self.count_AE = counts.reshape(num_layers, num_experts)
+        self.count_AQ = counts[ids]
+        self.flow_AQ = np.where(self.count_AQ == 1, self.load_AE.ravel()[ids], 0.0)
+        layer, _, _ = at = np.nonzero(self.split.valid_LFC)
+        self.flow_AQ[layer, self.split.lane_LFC[at]] = self.flow_AFC[at]
+        self.hot_AW = self.rank_load_AW > self.limit_A[:, None]
+        self.excess_AW = np.maximum(self.rank_load_AW - self.limit_A[:, None], 0.0)
+        self._pass_room()
+        self._pass_excess(ids, layer, at)
+
+    def take(self, layers: np.ndarray) -> Situation:
+        """Only these layers (a boolean mask or indices); what was derived is kept."""
+        part = object.__new__(Situation)
+        for name, value in vars(self).items():
+            of_layers = isinstance(value, np.ndarray) and "_A" in name
+            vars(part)[name] = value[layers] if of_layers else value
+        part.split = self.split.take(layers)
+        return part
+
+    def _pass_room(self) -> None:
+        """room_AW: load that each rank could take in, handing on what it can. behind_AFC: load that each replica could hand on
+        to the other replicas of its expert, whatever it carries."""
+        split, valid = self.split, self.split.valid_LFC
+        room_AW = np.maximum(self.limit_A[:, None] - self.rank_load_AW, 0.0)
+        total_A = room_AW.sum(axis=1)
+        handed = np.zeros_like(self.flow_AFC)
+        behind = handed
+        for _ in range(MESSAGE_ROUNDS if valid.any() else 0):
+            at_rank = np.maximum(split.at_replicas(room_AW + split.per_rank(handed)) - handed, 0.0)
+            at_rank *= valid
+            behind = np.minimum(at_rank.sum(axis=2, keepdims=True) - at_rank, total_A[:, None, None]) * valid
+            handed = np.minimum(self.flow_AFC, behind)
+        self.room_AW = np.minimum(room_AW + split.per_rank(handed), total_A[:, None])
+        # Without the replica: what it handed on is gone, what it carried makes room.
+        self.room_without_AFC = (
+            np.minimum(split.at_replicas(self.room_AW) - handed, total_A[:, None, None]) + self.flow_AFC
+        )
+        self.loss_AFC = np.maximum(self.flow_AFC - behind, 0.0)
+
+    def _pass_excess(self, ids: np.ndarray, layer: np.ndarray, at: tuple[np.ndarray, ...]) -> None:
+        """pull_AW: excess that can be brought to each overloaded rank. gain_AE: excess that could leave through each expert."""
+        split = self.split
+        total_A = self.excess_AW.sum(axis=1)
+        flow = self.flow_AFC * (split.at_replicas(self.hot_AW) & split.valid_LFC)
+        brought = np.zeros_like(flow)
+        out = brought
+        for _ in range(MESSAGE_ROUNDS if flow.any() else 0):
+            pull = split.at_replicas(self.excess_AW + split.per_rank(brought))
+            out = np.minimum(flow, np.maximum(pull - brought, 0.0))
+            brought = np.minimum(out.sum(axis=2, keepdims=True) - out, total_A[:, None, None]) * (flow > 0)
+        self.pull_AW = np.minimum(self.excess_AW + split.per_rank(brought), total_A[:, None]) * self.hot_AW
+        leaves_AQ = np.minimum(self.flow_AQ, self.pull_AW[:, self.rank_Q])
+        leaves_AQ[layer, split.lane_LFC[at]] = out[at]
+        gain = np.bincount(ids.ravel(), weights=leaves_AQ.ravel(), minlength=self.load_AE.size)
+        self.gain_AE = gain.reshape(self.load_AE.shape)
+
+
+def singles(now: Situation, num: int) -> Changes:
+    """One move: a replica of an overloaded expert in place of a replica that its expert can spare; `num` places per expert."""
+    split = now.split
+    num_layers, num_split, num_replicas = now.flow_AFC.shape
+    num_lanes = num_split * num_replicas
+    rows = np.arange(num_layers)[:, None]
+    worth_AE = now.load_AE / (now.count_AE + 1)
+    promise = np.where(now.gain_AE > TINY, np.round(now.gain_AE + FLEXIBILITY * worth_AE, 9), -np.inf)
+    expert_AK = np.argsort(-promise, axis=1, kind="stable")[:, :EXPERTS_TRIED]
+    num_tried = expert_AK.shape[1]
+    rank_AS = split.rank_LFC.reshape(num_layers, num_lanes)
+    room_AS = now.room_without_AFC.reshape(num_layers, num_lanes)
+    loss_AS = now.loss_AFC.reshape(num_layers, num_lanes)
+    usable_AS = (split.valid_LFC & ~split.at_replicas(now.hot_AW)).reshape(num_layers, num_lanes)
+    replicas_AF = np.maximum(split.valid_LFC.sum(axis=2), 1)
+    spared_AS = np.repeat(split.load_LF / replicas_AF, num_replicas, axis=1)
+
+    gain_AK = now.gain_AE[rows, expert_AK]
+    score_AKS = np.minimum(gain_AK[:, :, None], room_AS[:, None]) - loss_AS[:, None]
+    holds_AKW = (
+        (now.physical_AQ[:, None] == expert_AK[:, :, None]).reshape(num_layers, num_tried, now.num_ranks, -1).any(3)
+    )
+    holds_AKS = np.take_along_axis(holds_AKW, np.broadcast_to(rank_AS[:, None], score_AKS.shape), axis=2)
+    useful_AKS = (score_AKS > TINY) & (gain_AK > TINY)[:, :, None] & usable_AS[:, None] & ~holds_AKS
+    num_nodes = int(now.node_W[-1]) + 1
+    if num_nodes > 1:
+        near_AKN = holds_AKW.reshape(num_layers, num_tried, num_nodes, -1).any(3)
+        near_AKS = np.take_along_axis(near_AKN, np.broadcast_to(now.node_W[rank_AS][:, None], score_AKS.shape), axis=2)
+        score_AKS = score_AKS * np.where(near_AKS, 1.0, FAR_NODE)
+    worth_AK = worth_AE[rows, expert_AK]
+    score_AKS = score_AKS + FLEXIBILITY * (worth_AK[:, :, None] - spared_AS[:, None])
+    score_AKS = np.where(useful_AKS, score_AKS, -np.inf)
+    rounded = np.round(score_AKS, 9)
+    if num == 1 and num_lanes:
+        place_AKn = rounded.argmax(axis=2)[:, :, None]
+    else:
+        place_AKn = np.argsort(-rounded, axis=2, kind="stable")[:, :, :num]
+    score = np.take_along_axis(score_AKS, place_AKn, axis=2).reshape(num_layers, -1)
+    lane = split.lane_LFC.reshape(num_layers, num_lanes)[rows[:, :, None], place_AKn].reshape(num_layers, -1)
+    expert = np.repeat(expert_AK, place_AKn.shape[2], axis=1)
+    return Changes(
+        np.stack([lane, lane], axis=2), np.stack([expert, expert], axis=2), score, np.ones(score.shape, dtype=np.int64)
+    )
+
+
+def doubles(now: Situation, num: int, num_sources: int = 1) -> Changes:
+    """Two moves: the `num` best exchanges and the `num` best chains.
+
+    An *exchange* swaps an expert of an overloaded rank with a lighter one of a rank with room. A *chain* puts an overloaded
+    expert in place of one that has no other replica, which goes to a third rank in place of one that can be spared.
+    `num_sources`: so many of the most overloaded ranks (for exchanges) and of the experts through which most excess could
+    leave (for chains) are looked at, and as many third lanes.
+    """
+    num_layers, _ = now.physical_AQ.shape
+    rows = np.arange(num_layers)[:, None]
+    holds_AWE = np.zeros((num_layers, now.num_ranks, now.load_AE.shape[1]), dtype=bool)
+    holds_AWE[rows, now.rank_Q, now.physical_AQ] = True
+    hottest_AH = np.argsort(-np.round(now.excess_AW, 9), axis=1, kind="stable")[:, :num_sources]
+    found = [_exchanges(now, holds_AWE, hottest_AH[:, h]).best(num) for h in range(hottest_AH.shape[1])]
+    if now.flow_AFC.size:
+        hot_AH = np.argsort(-np.round(now.gain_AE, 9), axis=1, kind="stable")[:, :num_sources]
+        # The lane to give up: one whose rank has room without it, and better one of a light expert.
+        split, shape = now.split, (num_layers, now.flow_AFC[0].size)
+        spare = np.where(split.valid_LFC, now.room_without_AFC - now.loss_AFC, -np.inf).reshape(shape)
+        worth = np.repeat(split.load_LF / np.maximum(split.valid_LFC.sum(axis=2), 1), now.flow_AFC.shape[2], axis=1)
+        third_AH = np.argsort(-np.round(spare - FLEXIBILITY * worth, 9), axis=1, kind="stable")[:, :num_sources]
+        for t in range(third_AH.shape[1]):
+            third_A1 = third_AH[:, t : t + 1]
+            lane_A1, spare_A1 = split.lane_LFC.reshape(shape)[rows, third_A1], spare[rows, third_A1]
+            for h in range(hot_AH.shape[1]):
+                found.append(_chains(now, holds_AWE, hot_AH[:, h : h + 1], lane_A1, spare_A1).best(num))
+    changes = found[0]
+    for other in found[1:]:
+        changes = changes.with_(other)
+    return changes
+
+
+def _exchanges(now: Situation, holds_AWE: np.ndarray, hot_A: np.ndarray) -> Changes:
+    num_layers, num_lanes = now.physical_AQ.shape
+    rows = np.arange(num_layers)[:, None]
+    per_rank = num_lanes // now.num_ranks
+    lane_AP = hot_A[:, None] * per_rank + np.arange(per_rank)
+    out_AP = now.physical_AQ[rows, lane_AP]
+    shift_APQ = now.flow_AQ[rows, lane_AP][:, :, None] - now.flow_AQ[:, None]
+    pull_A = now.pull_AW[np.arange(num_layers), hot_A]
+    room_AQ = now.room_AW[:, now.rank_Q]
+    score = np.minimum(shift_APQ, pull_A[:, None, None]) - np.maximum(shift_APQ - room_AQ[:, None], 0.0)
+    out_is_there_APQ = holds_AWE[rows[:, :, None], now.rank_Q[None, None], out_AP[:, :, None]]
+    in_is_here_AQ = holds_AWE[rows, hot_A[:, None], now.physical_AQ]
+    cold_AQ = ~now.hot_AW[:, now.rank_Q]
+    fits = (cold_AQ & ~in_is_here_AQ)[:, None] & ~out_is_there_APQ & (score > TINY)
+    lanes = np.broadcast_arrays(np.arange(num_lanes)[None, None], lane_AP[:, :, None], shift_APQ)[:2]
+    experts = np.broadcast_arrays(out_AP[:, :, None], now.physical_AQ[:, None], shift_APQ)[:2]
+    return _two_moves(lanes, experts, np.where(fits, score / 2, -np.inf))
+
+
+def _chains(
+    now: Situation, holds_AWE: np.ndarray, hot_A1: np.ndarray, third_A1: np.ndarray, spare_A1: np.ndarray
+) -> Changes:
+    num_layers, num_lanes = now.physical_AQ.shape
+    rows = np.arange(num_layers)[:, None]
+    third_rank_A1 = third_A1 // (num_lanes // now.num_ranks)
+    room_AQ = now.room_AW[:, now.rank_Q]
+    score = np.minimum(now.gain_AE[rows, hot_A1], room_AQ + now.flow_AQ) - np.maximum(now.flow_AQ - spare_A1, 0.0)
+    fits = (
+        ~now.hot_AW[:, now.rank_Q]
+        & (now.count_AQ == 1)
+        & (now.rank_Q[None] != third_rank_A1)
+        & ~holds_AWE[rows, now.rank_Q[None], hot_A1]
+        & ~holds_AWE[rows, third_rank_A1, now.physical_AQ]
+        & np.isfinite(spare_A1)
+        & (score > TINY)
+    )
+    lanes = np.broadcast_arrays(np.arange(num_lanes)[None], third_A1, score)[:2]
+    experts = np.broadcast_arrays(hot_A1, now.physical_AQ, score)[:2]
+    return _two_moves(lanes, experts, np.where(fits, score / 2, -np.inf))
+
+
+def _two_moves(lanes: Sequence[np.ndarray], experts: Sequence[np.ndarray], score: np.ndarray) -> Changes:
+    num_layers = len(score)
+    return Changes(
+        np.stack([a.reshape(num_layers, -1) for a in lanes], axis=2),
+        np.stack([a.reshape(num_layers, -1) for a in experts], axis=2),
+        score.reshape(num_layers, -1),
+        np.full((num_layers, score[0].size), 2, dtype=np.int64),
+    )

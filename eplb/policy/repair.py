@@ -1,0 +1,247 @@
+"""Few moves that bring overloaded layers below a limit, all layers in step.
+
+Each step solves the best shares of the layers that are still above their limit, estimates what single moves (and, where those
+promise little, exchanges of two) would take off the excess, and applies the best. A step that did not help is taken back, and
+the layer's candidates are then tried out exactly, by solving their shares, more and more of them until one helps.
+
+Shape letters as in `eplb.policy.candidates`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import numpy as np
+
+from eplb.policy.candidates import TINY, Changes, Situation, doubles, singles
+from eplb.shares import level_loads
+
+POOR_SINGLE = 0.05
+"""Exchanges are looked at where the best single move promises less than this part of the layer's excess."""
+
+EXACT_TRIES = ((2, 1), (6, 2), (24, 3), (96, 3))
+"""Candidates of each kind that are tried exactly, and sources they come from, in a layer's first, second, … step without
+progress; then it is given up."""
+
+TRIED_AT_ONCE = 512
+"""Bounds memory, and how long the interpreter is kept from other threads."""
+
+MANY = 1.2
+"""A step makes one more move while the excess that is left is more than this many times what the move promises."""
+
+RATIO = 0.5
+"""… and while the move promises at least this part of what the step's best one does."""
+
+MOST_AT_ONCE = 6
+"""Most moves of a layer in one step."""
+
+IDLE_FLOW = 0.05
+"""A lane that carries less than this part of a rank's mean load may not have been worth its move."""
+
+IDLE_ROUNDS = 2
+"""Moves of a layer that are taken back at most."""
+
+ITER = 4
+NEAR = 1e-4
+"""Iterations and nearness for the shares in between: close is good enough, the step after corrects it."""
+
+
+def repair(
+    load_LE: np.ndarray,
+    physical_LWP: np.ndarray,
+    limit_L: np.ndarray,
+    node_W: np.ndarray,
+    max_moves_L: np.ndarray | None = None,
+    pause: Callable[[], None] = lambda: None,
+) -> np.ndarray:
+    """Changes lanes until every rank load (with the best shares) is at most the layer's limit, or nothing helps any more.
+
+    Args:
+        load_LE: float64 [L, E], tokens of each expert; layers without load are left alone.
+        physical_LWP: int64 [L, W, P], the experts of each rank.
+        limit_L: float64 [L], in units of the layer's mean rank load.
+        node_W: int64 [W], the node of each rank; contiguous.
+        max_moves_L: most lanes to change, per layer.
+        pause: called once in every step.
+
+    Returns:
+        int64 [L, W, P]. Equal input gives equal output; ties go to the lowest lane and expert.
+    """
+    num_layers, num_ranks = physical_LWP.shape[:2]
+    mean_L = load_LE.sum(axis=1) / num_ranks
+    load_LE = load_LE / np.where(mean_L > 0, mean_L, 1.0)[:, None]
+    physical_LQ = physical_LWP.reshape(num_layers, -1).copy()
+    budget_L = np.full(num_layers, physical_LQ.shape[1]) if max_moves_L is None else max_moves_L.copy()
+    excess_L = np.full(num_layers, np.inf)
+    failed_L = np.zeros(num_layers, dtype=np.int64)
+    undo: dict[int, tuple[np.ndarray, int]] = {}
+    todo = np.flatnonzero((mean_L > 0) & (budget_L > 0))
+    while todo.size:
+        pause()
+        now = _solve(load_LE, physical_LQ, limit_L, node_W, num_ranks, todo)
+        excess_A = now.excess_AW.sum(axis=1)
+        above = excess_A > TINY
+        worse = above & (excess_A > excess_L[todo] - TINY)
+        better = above & ~worse
+        next_todo = []
+        if worse.any():  # take the last step of those layers back, and look more closely
+            layers = todo[worse]
+            for layer in layers.tolist():
+                physical_LQ[layer], moves = undo[layer]
+                budget_L[layer] += moves
+            failed_L[layers] += 1
+            layers = layers[failed_L[layers] <= len(EXACT_TRIES)]  # else what was tried exactly did not hold: given up
+            if layers.size:
+                again = _solve(load_LE, physical_LQ, limit_L, node_W, num_ranks, layers)
+                next_todo.append(_step_exactly(again, physical_LQ, budget_L, layers, failed_L, undo, pause))
+        better &= budget_L[todo] > 0
+        if better.any():
+            layers = todo[better]
+            failed_L[layers] = 0
+            excess_L[layers] = excess_A[better]
+            if not better.all():
+                now = now.take(better)
+            done_A = _step_by_estimate(now, physical_LQ, budget_L, layers, undo)
+            next_todo.append(layers[done_A])
+            if not done_A.all():  # nothing that the estimate likes
+                now, layers = now.take(~done_A), layers[~done_A]
+                next_todo.append(_step_exactly(now, physical_LQ, budget_L, layers, failed_L, undo, pause))
+        todo = np.sort(np.concatenate(next_todo)) if next_todo else todo[:0]
+    found_LWP = physical_LQ.reshape(physical_LWP.shape)
+    return _without_idle_moves(load_LE, physical_LWP, found_LWP, limit_L, pause)
+
+
+def _without_idle_moves(
+    load_LE: np.ndarray, live_LWP: np.ndarray, found_LWP: np.ndarray, limit_L: np.ndarray, pause: Callable[[], None]
+) -> np.ndarray:
+    """Takes back early moves that later ones made needless: those whose lane carries little now, if the limit still holds."""
+    num_layers, num_ranks, per_rank = live_LWP.shape
+    found_LQ, live_LQ = found_LWP.reshape(num_layers, -1).copy(), live_LWP.reshape(num_layers, -1)
+    todo = np.flatnonzero((found_LQ != live_LQ).any(axis=1))
+    for _ in range(IDLE_ROUNDS if todo.size else 0):
+        pause()
+        now = _solve(load_LE, found_LQ, limit_L, np.zeros(num_ranks, dtype=np.int64), num_ranks, todo)
+        old_AQ = live_LQ[todo]
+        new_AW1P = now.physical_AQ.reshape(len(todo), num_ranks, 1, per_rank)
+        still_there = (old_AQ.reshape(len(todo), num_ranks, per_rank, 1) == new_AW1P).any(axis=3)
+        fits = (now.physical_AQ != old_AQ) & ~still_there.reshape(old_AQ.shape)
+        row, lane = np.nonzero(fits & (now.count_AQ > 1) & (now.flow_AQ < IDLE_FLOW))
+        if not row.size:
+            break
+        tried = now.physical_AQ[row]
+        tried[np.arange(row.size), lane] = old_AQ[row, lane]
+        _, _, rank_load = level_loads(now.load_AE[row], tried.reshape(row.size, num_ranks, -1), ITER, NEAR)
+        highest = np.round(rank_load.max(axis=1) - now.limit_A[row], 9)
+        best = np.lexsort((highest, row))
+        best = best[np.diff(row[best], prepend=-1) != 0]  # the first of each layer
+        best = best[(highest[best] <= 0) & (now.excess_AW.sum(axis=1)[row[best]] <= TINY)]
+        found_LQ[todo[row[best]], lane[best]] = old_AQ[row[best], lane[best]]
+        todo = todo[row[best]]
+        if not todo.size:
+            break
+    return found_LQ.reshape(live_LWP.shape)
+
+
+def _solve(
+    load_LE: np.ndarray,
+    physical_LQ: np.ndarray,
+    limit_L: np.ndarray,
+    node_W: np.ndarray,
+    num_ranks: int,
+    layers: np.ndarray,
+) -> Situation:
+    load_AE, physical_AQ = load_LE[layers], physical_LQ[layers]
+    split, flow_AFC, rank_load_AW = level_loads(load_AE, physical_AQ.reshape(len(layers), num_ranks, -1), ITER, NEAR)
+    return Situation(load_AE, physical_AQ, num_ranks, limit_L[layers], split, flow_AFC, rank_load_AW, node_W)
+
+
+def _step_by_estimate(
+    now: Situation,
+    physical_LQ: np.ndarray,
+    budget_L: np.ndarray,
+    layers: np.ndarray,
+    undo: dict[int, tuple[np.ndarray, int]],
+) -> np.ndarray:
+    """Applies the most promising change of each layer; two or more single moves where much is left. Returns who got one."""
+    excess_A = now.excess_AW.sum(axis=1)
+    best = singles(now, 1).best_apart(now, MOST_AT_ONCE)
+    poor = ~(best.score_AK[:, 0] >= POOR_SINGLE * excess_A)
+    if poor.any():
+        pairs = doubles(now.take(poor), 1).best(1)
+        better = pairs.score_AK[:, 0] > best.score_AK[poor, 0]
+        at = np.flatnonzero(poor)[better]
+        for name in ("lane_AKM", "expert_AKM", "score_AK", "num_moves_AK"):
+            getattr(best, name)[at, 0] = getattr(pairs, name)[better, 0]
+    before = physical_LQ[layers].copy()
+    done_A = _apply(best, 0, np.ones(len(layers), dtype=bool), physical_LQ, budget_L, layers)
+    left_A, single_A = excess_A - best.score_AK[:, 0], done_A & (best.num_moves_AK[:, 0] == 1)
+    for k in range(1, best.score_AK.shape[1]):
+        single_A &= (left_A > MANY * best.score_AK[:, k]) & (best.score_AK[:, k] >= RATIO * best.score_AK[:, 0])
+        if not single_A.any():
+            break
+        left_A -= np.where(single_A, best.score_AK[:, k], 0.0)
+        single_A &= _apply(best, k, single_A, physical_LQ, budget_L, layers)
+    _remember(undo, layers[done_A], before[done_A], physical_LQ)
+    return done_A
+
+
+def _step_exactly(
+    now: Situation,
+    physical_LQ: np.ndarray,
+    budget_L: np.ndarray,
+    layers: np.ndarray,
+    failed_L: np.ndarray,
+    undo: dict[int, tuple[np.ndarray, int]],
+    pause: Callable[[], None],
+) -> np.ndarray:
+    """Tries candidates out and applies what takes off most per move. Returns the layers that found something."""
+    found_A = np.zeros(len(layers), dtype=bool)
+    excess_A = now.excess_AW.sum(axis=1)
+    before = physical_LQ[layers].copy()
+    first = int(np.clip(failed_L[layers].min() - 1, 0, len(EXACT_TRIES) - 1))
+    for num, num_sources in EXACT_TRIES[first:]:
+        left = np.flatnonzero(~found_A)
+        if not left.size:
+            break
+        part = now.take(left)
+        tried = singles(part, num).best(num).with_(doubles(part, num, num_sources))
+        affordable = tried.num_moves_AK <= budget_L[layers[left]][:, None]
+        row, at = np.nonzero(np.isfinite(tried.score_AK) & affordable)
+        if not row.size:
+            continue
+        after = np.empty(row.size)
+        for first_tried in range(0, row.size, TRIED_AT_ONCE):
+            some = slice(first_tried, first_tried + TRIED_AT_ONCE)
+            layer, k = row[some], at[some]
+            physical = part.physical_AQ[layer]
+            for i in range(2):
+                physical[np.arange(layer.size), tried.lane_AKM[layer, k, i]] = tried.expert_AKM[layer, k, i]
+            physical_WP = physical.reshape(layer.size, now.num_ranks, -1)
+            _, _, rank_load = level_loads(part.load_AE[layer], physical_WP, ITER, NEAR)
+            after[some] = np.maximum(rank_load - part.limit_A[layer][:, None], 0.0).sum(axis=1)
+            pause()
+        gain = np.full(tried.score_AK.shape, -np.inf)
+        gain[row, at] = (excess_A[left][row] - after) / tried.num_moves_AK[row, at]
+        tried.score_AK = np.where(gain > 2 * TINY, gain, -np.inf)
+        found_A[left] = _apply(tried.best(1), 0, np.ones(left.size, dtype=bool), physical_LQ, budget_L, layers[left])
+    _remember(undo, layers[found_A], before[found_A], physical_LQ)
+    return layers[found_A]
+
+
+def _apply(
+    changes: Changes, k: int, want_A: np.ndarray, physical_LQ: np.ndarray, budget_L: np.ndarray, layers: np.ndarray
+) -> np.ndarray:
+    """Makes change `k` of each wanted layer where there is one and the budget has it. Returns where it was made."""
+    moves = changes.num_moves_AK[:, k]
+    can = want_A & np.isfinite(changes.score_AK[:, k]) & (moves <= budget_L[layers])
+    for i in range(2):
+        physical_LQ[layers[can], changes.lane_AKM[can, k, i]] = changes.expert_AKM[can, k, i]
+    budget_L[layers[can]] -= moves[can]
+    return can
+
+
+def _remember(
+    undo: dict[int, tuple[np.ndarray, int]], layers: np.ndarray, before: np.ndarray, physical_LQ: np.ndarray
+) -> None:
+    for layer, old in zip(layers.tolist(), before, strict=True):
+        undo[layer] = (old, int((physical_LQ[layer] != old).sum()))

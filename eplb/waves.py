@@ -1,0 +1,268 @@
+"""Which move goes into which wave.
+
+Each rank of each layer has experts to add and as many to drop. A wave takes, rank by rank,
+
+1. *replacements*: add an expert, drop one that keeps another replica;
+2. where every expert to drop is a last copy, *exchanges*: the last copy which a rank wants to drop is wanted by another rank
+   (the goal holds every expert), which drops a last copy that a third wants, …; such a path closes a cycle, and one wave
+   swaps all of it.
+
+While moves remain and each rank has a free slot, one of the two exists, so every wave gets nearer to the goal.
+"""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+
+from eplb.placement import EMPTY, Placement
+
+FAIR_SENDS = 2
+"""A rank sends at most so many experts per free slot in a wave, unless that would leave another rank idle."""
+
+
+@dataclass(frozen=True)
+class Move:
+    """One copy: `expert` from a lane that is live into a lane that is empty."""
+
+    expert: int
+    src_rank: int
+    src_lane: int
+    dst_rank: int
+    dst_lane: int
+
+
+@dataclass
+class LayerWork:
+    """What is left to do for one layer.
+
+    Attributes:
+        layer, pool: its index, and the pool that it draws from.
+        num_bytes: bytes of one move.
+        lanes: [W][S], the placement so far.
+        adds, drops: [W], experts that each rank still lacks, and holds too many; equally many. Adds: heaviest first. Drops:
+            lightest first.
+        counts: [E], replicas so far.
+        live: expert → (rank, lane) that hold it before the wave that is being made.
+    """
+
+    layer: int
+    pool: int
+    num_bytes: int
+    lanes: list[list[int]]
+    adds: list[list[int]]
+    drops: list[list[int]]
+    counts: list[int]
+    live: dict[int, list[tuple[int, int]]]
+
+    @staticmethod
+    def of(
+        layer: int, pool: int, num_bytes: int, placement: Placement, goal_WE: np.ndarray, load_E: np.ndarray
+    ) -> LayerWork:
+        change_WE = goal_WE - placement.holds_WE()
+        per_replica = (load_E / np.maximum(goal_WE.sum(axis=0), 1)).tolist()
+
+        def listed(amount_WE: np.ndarray, sign: int) -> list[list[int]]:
+            experts: list[list[int]] = [[] for _ in range(placement.num_ranks)]
+            for rank, expert in np.argwhere(amount_WE > 0).tolist():
+                experts[rank] += [expert] * int(amount_WE[rank, expert])
+            return [sorted(ids, key=lambda e: (sign * per_replica[e], e)) for ids in experts]
+
+        live: dict[int, list[tuple[int, int]]] = {}
+        for rank, lane in np.argwhere(placement.lanes_WS != EMPTY).tolist():
+            live.setdefault(int(placement.lanes_WS[rank, lane]), []).append((rank, lane))
+        return LayerWork(
+            layer=layer,
+            pool=pool,
+            num_bytes=int(num_bytes),
+            lanes=placement.lanes_WS.tolist(),
+            adds=listed(change_WE, -1),
+            drops=listed(-change_WE, 1),
+            counts=placement.replica_counts().tolist(),
+            live=live,
+        )
+
+    @property
+    def done(self) -> bool:
+        return not any(self.adds)
+
+
+def schedule_waves(
+    works: Sequence[LayerWork],
+    free_slots_GW: np.ndarray,
+    max_bytes_in_flight: int | None,
+    node_of_rank: np.ndarray,
+) -> list[list[tuple[int, tuple[Move, ...], np.ndarray, bool]]]:
+    """Packs all moves of `works` (most urgent first; consumed) into waves.
+
+    No rank idles while something that it has to do is possible, so the number of waves is the most moves into one rank
+    over its free slots, unless last copies or bytes hold something up.
+
+    Returns:
+        For each wave, for each layer in it: layer, moves, int64 [W, S] lanes after the wave, whether it is the layer's last.
+    """
+    remaining = [work for work in works if not work.done]
+    waves = []
+    while remaining:
+        wave = _Wave(free_slots_GW.tolist(), node_of_rank.tolist(), max_bytes_in_flight)
+        fair = FAIR_SENDS * max((work.num_bytes for work in remaining), default=0) * int(free_slots_GW.max(initial=1))
+        picked: list[list[_Pair]] = [[] for _ in remaining]
+        # First what spares busy senders, then whatever still fits: spreading must not cost a wave.
+        for most_sent in (fair, None):
+            for work, pairs in zip(remaining, picked, strict=True):
+                if not work.done:
+                    pairs += _choose(work, wave, most_sent, [pair.rank for pair in pairs])
+        assert any(picked), "a wave without a move: the proof of progress does not hold"
+        waves.append(
+            [
+                (work.layer, _place(work, pairs), np.array(work.lanes, dtype=np.int64), work.done)
+                for work, pairs in zip(remaining, picked, strict=True)
+                if pairs
+            ]
+        )
+        remaining = [work for work in remaining if not work.done]
+    return waves
+
+
+@dataclass(frozen=True)
+class _Pair:
+    """On `rank`, `added` from `source` (rank, lane) comes in place of `dropped`."""
+
+    rank: int
+    added: int
+    dropped: int
+    source: tuple[int, int]
+
+
+class _Wave:
+    """What one wave still has: room [G][W], bytes, and how much each rank sends already."""
+
+    def __init__(self, room: list[list[int]], nodes: list[int], max_bytes: int | None) -> None:
+        self.room, self.nodes, self.max_bytes = room, nodes, max_bytes
+        self.used = 0
+        self.sent = [0] * len(nodes)
+
+    def has_bytes(self, num_bytes: int) -> bool:
+        """The first thing in a wave always fits: it would fit no other wave either."""
+        return self.max_bytes is None or not self.used or self.used + num_bytes <= self.max_bytes
+
+    def source(self, work: LayerWork, expert: int, rank: int) -> tuple[int, int]:
+        """The live lane to read from: on the rank itself, in its node, then of the rank that sends least so far."""
+        return min(
+            work.live[expert],
+            key=lambda at: (at[0] != rank, self.nodes[at[0]] != self.nodes[rank], self.sent[at[0]], at),
+        )
+
+
+def _choose(work: LayerWork, wave: _Wave, most_sent: int | None, busy: list[int]) -> list[_Pair]:
+    """Takes what this wave can do for one layer out of its lists. `busy`: ranks of pairs that it took before, with repeats.
+
+    With `most_sent`, only replacements whose source then sends no more bytes than that.
+    """
+    room = wave.room[work.pool]
+    if not any(left > 0 and adds for left, adds in zip(room, work.adds, strict=True)):
+        return []  # most layers in most waves
+    lanes_free = [lanes.count(EMPTY) - busy.count(rank) for rank, lanes in enumerate(work.lanes)]
+    pairs: list[_Pair] = []
+
+    def usable(rank: int) -> bool:
+        return bool(work.adds[rank]) and room[rank] > 0 and lanes_free[rank] > 0
+
+    def take(rank: int, added: int, dropped: int) -> None:
+        source = wave.source(work, added, rank)
+        wave.sent[source[0]] += work.num_bytes
+        wave.used += work.num_bytes
+        work.adds[rank].remove(added)
+        work.drops[rank].remove(dropped)
+        work.counts[added] += 1
+        work.counts[dropped] -= 1
+        room[rank] -= 1
+        lanes_free[rank] -= 1
+        pairs.append(_Pair(rank, added, dropped, source))
+
+    # Ranks with most left to do go first: they decide how many waves there are.
+    ranks = sorted((r for r in range(len(room)) if usable(r)), key=lambda r: (-len(work.adds[r]), r))
+    progress = bool(ranks)
+    while progress:
+        progress = False
+        # 1. Replacements; an expert added here may free a last copy elsewhere, so until none is left.
+        for rank in ranks:
+            while usable(rank) and wave.has_bytes(work.num_bytes):
+                dropped = next((e for e in work.drops[rank] if work.counts[e] > 1), None)
+                added = None if dropped is None else _best_add(work, rank, wave, most_sent)
+                if dropped is None or added is None:
+                    break
+                take(rank, added, dropped)
+                progress = True
+        if progress or most_sent is not None:
+            continue
+        # 2. Exchanges.
+        for rank in ranks:
+            cycle = _cycle(work, rank, usable) if usable(rank) else None
+            if cycle and wave.has_bytes(work.num_bytes * len(cycle)):
+                for step in cycle:
+                    take(*step)
+                progress = True
+    return pairs
+
+
+def _best_add(work: LayerWork, rank: int, wave: _Wave, most_sent: int | None) -> int | None:
+    """The heaviest expert, but first one whose last copy another rank waits to be rid of."""
+    able = [
+        expert
+        for expert in work.adds[rank]
+        if most_sent is None or wave.sent[wave.source(work, expert, rank)[0]] + work.num_bytes <= most_sent
+    ]
+    for expert in able:
+        if work.counts[expert] == 1 and any(expert in drops for drops in work.drops):
+            return expert
+    return able[0] if able else None
+
+
+def _cycle(work: LayerWork, start: int, usable: Callable[[int], bool]) -> list[tuple[int, int, int]] | None:
+    """The shortest cycle through `start` of ranks each of which adds what the one before it drops; None if there is none.
+
+    Returns (rank, added, dropped) of each rank on it.
+    """
+    came: dict[int, tuple[int, int]] = {}  # rank → (rank before it, expert that it gets from there)
+    queue = deque([start])
+    while queue and start not in came:
+        rank = queue.popleft()
+        for expert in dict.fromkeys(work.drops[rank]):
+            for other in range(len(work.adds)):
+                if other not in came and usable(other) and expert in work.adds[other]:
+                    came[other] = (rank, expert)
+                    queue.append(other)
+    if start not in came:
+        return None
+    steps: list[tuple[int, int, int]] = []
+    rank, dropped = start, -1
+    while not steps or rank != start:  # backwards: what a rank adds, the one before it drops
+        before, added = came[rank]
+        steps.append((rank, added, dropped))
+        rank, dropped = before, added
+    steps[0] = (start, steps[0][1], dropped)
+    return steps
+
+
+def _place(work: LayerWork, pairs: list[_Pair]) -> tuple[Move, ...]:
+    """Gives each pair its lane, and updates the placement. Fills go to lanes that are empty before the wave."""
+    filled: set[tuple[int, int]] = set()
+    moves = []
+    for pair in sorted(pairs, key=lambda pair: (pair.rank, pair.added)):
+        lanes = work.lanes[pair.rank]
+        lane = lanes.index(EMPTY)
+        lanes[lane] = pair.added
+        filled.add((pair.rank, lane))
+        moves.append(Move(pair.added, *pair.source, pair.rank, lane))
+    for pair in pairs:  # only now: a lane that this wave empties is still read, and must not be filled
+        lanes = work.lanes[pair.rank]
+        lane = max(i for i, held in enumerate(lanes) if held == pair.dropped and (pair.rank, i) not in filled)
+        lanes[lane] = EMPTY
+        work.live[pair.dropped].remove((pair.rank, lane))
+    for move in moves:
+        work.live[move.expert].append((move.dst_rank, move.dst_lane))
+    return tuple(moves)
