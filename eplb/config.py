@@ -27,6 +27,8 @@ class EplbConfig(BaseModel):
         ranks_per_node: for policies that prefer to stay inside a node; None if all ranks are on one.
         num_groups: groups of experts for node-limited routing; 1 if there are none.
         num_redundant_experts: asserts what the registered layers were built with; None asserts nothing.
+        load_trace_windows: load windows that `EplbController.save_load_trace()` finds; older ones are forgotten. One takes
+            8 bytes for each sub-window, layer and expert.
         log_balancedness: whether rank 0 logs the balancedness (mean/max of the ranks' loads, averaged over layers).
         log_balancedness_interval: steps between two such lines.
         round_interval: seconds between two rounds of the workers while a relocation is under way.
@@ -54,6 +56,7 @@ class EplbConfig(BaseModel):
     ranks_per_node: int | None = Field(default=None, ge=1)
     num_groups: int = Field(default=1, ge=1)
     num_redundant_experts: int | None = Field(default=None, ge=0)
+    load_trace_windows: int = Field(default=16, ge=0)
     log_balancedness: bool = False
     log_balancedness_interval: int = Field(default=1000, ge=1)
     round_interval: PositiveSeconds = 0.005

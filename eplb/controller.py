@@ -9,8 +9,10 @@ import weakref
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
 from dataclasses import replace
+from pathlib import Path
 from typing import Any, Protocol, TypeVar, runtime_checkable
 
+import numpy as np
 import torch.distributed as dist
 from torch import nn
 
@@ -311,6 +313,28 @@ class EplbController:
     def metrics(self) -> Metrics:
         """What it has done so far; cheap, never blocks, never raises."""
         return self._worker.metrics if self._worker is not None else Metrics()
+
+    def save_load_trace(self, path: str | Path) -> int:
+        """Write the last load windows, summed over ranks, for ``python -m eplb.simulate --trace``; local.
+
+        Args:
+            path: an ``.npz`` file; it gets `load_BLE`, int64 ``[sub-windows, layers, experts]``, oldest first.
+
+        Returns:
+            How many sub-windows were written; 0, and no file, before the first window.
+
+        Raises:
+            ValueError: the registered layers have different numbers of experts.
+        """
+        sizes = {layer.resident.num_experts for layer in self._layers}
+        if len(sizes) > 1:
+            raise ValueError(f"a load trace needs layers with equally many experts, got {sorted(sizes)}")
+        windows = self._worker.load_trace() if self._worker is not None else []
+        if not windows:
+            return 0
+        load_BLE = np.concatenate(windows).reshape(-1, len(self._layers), sizes.pop())
+        np.savez_compressed(path, load_BLE=load_BLE)
+        return len(load_BLE)
 
     def close(self) -> None:
         """Stop, and tell the other ranks, at most `close_timeout` seconds long. Local; the layers go on serving.

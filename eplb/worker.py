@@ -3,6 +3,7 @@
 import logging
 import threading
 import time
+from collections import deque
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Protocol
@@ -120,6 +121,7 @@ class Worker:
         self._due: list[Work] = []
         self._latest: dict[Work, np.ndarray] = {}
         self._mine = _Mine()
+        self._load_trace: deque[np.ndarray] = deque(maxlen=config.load_trace_windows)
         self._fill: WaveFill | None = None
         self._fill_started_at = 0.0
         self._handoff: Handoff | None = None
@@ -173,6 +175,11 @@ class Worker:
     def leave(self) -> None:
         with self._lock:
             self._requests.leaving = True
+
+    def load_trace(self) -> list[np.ndarray]:
+        """The last load windows that were summed over ranks, int64 ``[N, A]`` each, oldest first."""
+        with self._lock:
+            return list(self._load_trace)
 
     @property
     def has_left(self) -> bool:
@@ -264,6 +271,9 @@ class Worker:
             abandoned=new.abandoned,
         )
         if self._mine.loads is not None and old.phase is Phase.LOAD:
+            if old.work is Work.REBALANCE:
+                with self._lock:
+                    self._load_trace.append(self._mine.loads.load_NA)
             self._measure_balance(self._mine.loads, new.phase)
 
     def _measure_balance(self, loads: Loads, phase: Phase) -> None:
