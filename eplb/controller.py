@@ -74,6 +74,9 @@ class EplbController:
         self._transport = transport or TorchTransport(process_group)
         self._clock = clock
         self._policy = self.config.make_policy()
+        self._topology = Topology(
+            max(1, len(self._transport.ranks)), self.config.ranks_per_node, self.config.num_groups
+        )
         self._layers: list[RelocatableLayer] = []
         self._steps = 0
         self._worker: Worker | None = None
@@ -129,6 +132,10 @@ class EplbController:
                 f"num_redundant_experts={asserted} is asserted, but a layer of the model was built with "
                 f"{resident.num_redundant_experts}"
             )
+        if resident.num_experts % self.config.num_groups:
+            raise ValueError(
+                f"num_groups={self.config.num_groups} must divide the num_experts={resident.num_experts} of every layer"
+            )
         reason = layer.why_not_relocatable()
         if reason is not None and self.config.use_async:
             raise ValueError(f"use_async=True cannot relocate a layer of the model: {reason}")
@@ -159,7 +166,7 @@ class EplbController:
             layers=residents,
             config=config,
             policy=self._policy,
-            topology=Topology(residents[0].num_ranks, config.ranks_per_node, config.num_groups),
+            topology=self._topology,
             agreement=agreement,
             communicator=communicator,
             streams=streams,
@@ -207,7 +214,7 @@ class EplbController:
     def _record_load(self) -> None:
         for recorder in self._windows.values():
             try:
-                self._proposals_due += recorder.step(self._steps)
+                recorder.step(self._steps)
             except Exception as error:
                 self._note_failure("the load could not be recorded; its window is lost", error)
 
@@ -219,7 +226,17 @@ class EplbController:
         self._last_error = text
 
     def _rebalance_here(self, worker: Worker) -> None:
-        """Run what is due from end to end on the calling thread; all ranks do so in the same step."""
+        """Run what is due from end to end on the calling thread; all ranks do so in the same step.
+
+        What is due follows from the number of steps, which is the same on all ranks. A window that was lost on this one
+        counts as no load; nobody waits for it.
+        """
+        due = [work for work, recorder in self._windows.items() if recorder.is_end(self._steps)]
+        while worker.health.state != "lost" and any(recorder.is_on_its_way() for recorder in self._windows.values()):
+            worker.tick()
+        for work in due:
+            worker.propose(work)
+            self._proposals_due += 1
         while worker.num_proposals_heard < self._proposals_due or not worker.is_idle:
             if worker.health.state in ("lost", "peer_left", "peer_unreachable"):
                 return  # a later step goes on where this one stopped, if the ranks find each other again
@@ -263,6 +280,7 @@ class EplbController:
 
         Raises:
             TimeoutError: not within `quiesce_timeout`. Nothing may be written then.
+            RuntimeError: the ranks lost each other, so they may have different tables. Nothing may be written then.
         """
         worker = self._worker
         if worker is None or self._closed:
@@ -271,7 +289,13 @@ class EplbController:
         worker.hold(+1)
         try:
             deadline = time.monotonic() + self.config.quiesce_timeout
-            while not worker.is_held and worker.health.state not in ("lost", "peer_left", "closed"):
+            while not worker.is_held:
+                state = worker.health.state
+                if state == "lost":
+                    raise RuntimeError(f"the ranks cannot agree that relocations have come to rest: {worker.health}")
+                if state == "peer_left" and worker.is_published:
+                    self._adopt(worker)  # all ranks heard the same, so all have the same tables then
+                    break
                 self._wake.set()
                 if self._thread is None:
                     worker.tick()

@@ -52,8 +52,18 @@ class LoadWindowRecorder:
         self._ready: tuple[int, EventLike] | None = None
         self._reading: int | None = None
         self._downloaded: EventLike | None = None
+        self._snapshot(0)  # the first use of a CUDA kernel loads it, which waits for the device
         if start == 0:
             self._begin()
+
+    def is_end(self, step: int) -> bool:
+        """Whether a window ends with this step, taken or not."""
+        return step % self._interval == 0
+
+    def is_on_its_way(self) -> bool:
+        """Whether `poll()` has still to be called for a window that has ended."""
+        with self._lock:
+            return self._ready is not None or self._reading is not None
 
     @property
     def message_words(self) -> int:
@@ -62,10 +72,13 @@ class LoadWindowRecorder:
         return (rows - 1) * width
 
     def step(self, step: int) -> bool:
-        """Main thread, after each forward: take the snapshot that is due, if any; True when a window is complete.
+        """Main thread, after each forward: take the snapshot that is due, if any.
 
         Args:
             step: number of the step that has just run, from 1.
+
+        Returns:
+            Whether a window has ended with this step and can be polled for.
         """
         try:
             return self._step((step - 1) % self._interval + 1)

@@ -27,7 +27,7 @@ class TensorSpec:
 
 
 class SlotState(enum.Enum):
-    """What a slot is at the moment; DESIGN's *shadow* slots are the first two."""
+    """What a slot is at the moment; the *shadow* slots of the glossary are the first two."""
 
     FREE = "free"
     FILLING = "filling"

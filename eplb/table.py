@@ -47,7 +47,9 @@ class ExpertTable:
         self.placement = placement
         self._last_flip = None
         self._write_host(placement, shares_WS)
-        self._current.copy_(self._host)
+        self._staged.copy_(self._host)
+        # As `flip()` does it: the first use of a CUDA kernel loads it, which waits for the device.
+        torch._foreach_copy_([self._current], [self._staged])
 
     def copy_from(self, other: "ExpertTable") -> None:
         """Make the current version what `other`'s is: replicas and shares."""

@@ -160,6 +160,14 @@ class Worker:
         with self._lock:
             self._inbox = handoff
 
+    def propose(self, work: Work) -> None:
+        """Rank 0 begins `work` with all ranks as soon as nothing else is under way; other ranks leave it to it.
+
+        Called by the thread that ticks.
+        """
+        if self._rank == 0 and work not in self._due:
+            self._due.append(work)
+
     def hold(self, change: int) -> None:
         """Want (+1) or no longer want (-1) no new waves."""
         with self._lock:
@@ -175,6 +183,11 @@ class Worker:
     def leave(self) -> None:
         with self._lock:
             self._requests.leaving = True
+
+    @property
+    def is_published(self) -> bool:
+        """Whether this rank has handed over all that the ranks agreed to publish."""
+        return self._agreed.version == self._published
 
     def load_trace(self) -> list[np.ndarray]:
         """The last load windows that were summed over ranks, int64 ``[N, A]`` each, oldest first."""
@@ -297,8 +310,8 @@ class Worker:
             if window_NA is not None:
                 self._latest[work] = window_NA
                 self.metrics = replace(self.metrics, windows=self.metrics.windows + 1)
-                if self._rank == 0 and work not in self._due:
-                    self._due.append(work)
+                if self._config.use_async:
+                    self.propose(work)
 
     def _act(self) -> None:
         agreed = self._agreed

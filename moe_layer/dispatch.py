@@ -20,7 +20,7 @@ class Dispatched:
     Attributes:
         rows_RH: hidden states.
         row_weights_N: float32, the routing weight of each row to compute.
-        lanes_N: int32, the own lane that computes each, -1 for none. The sender's table chose it (DESIGN §1).
+        lanes_N: int32, the own lane that computes each, -1 for none. The sender's table chose it (docs/design.md).
         fanout: row n to compute reads ``rows_RH[n // fanout]``.
         num_tokens: of the batch over all ranks: equal on all of them, whatever the placement.
         lanes_TK: int32, the global lanes that this rank's own tokens went to.

@@ -61,9 +61,9 @@ def make_communicator(name: str, process_group: dist.ProcessGroup | None, stream
         return TorchGlooCommunicator(new_group_like(process_group, "gloo"), streams)
     if name == "torch_nccl":
         group = new_group_like(process_group, "nccl")
-        # NCCL connects at the first call: here, on the main thread and together, rather than in the worker.
-        dist.barrier(group, device_ids=[streams.device.index])
-        return TorchNcclCommunicator(group, streams)
+        communicator = TorchNcclCommunicator(group, streams)
+        communicator.connect()
+        return communicator
     raise ValueError(f"communicator must be 'torch_gloo' or 'torch_nccl' here, got {name!r}")
 
 

@@ -2,6 +2,7 @@
 
 from collections.abc import Sequence
 
+import torch
 import torch.distributed as dist
 
 from eplb.communicator.base import Communicator, Transfer, TransferBatch
@@ -26,6 +27,25 @@ class TorchNcclCommunicator(Communicator):
         self.group = group
         self.streams = streams
         self.local = LocalCommunicator(streams)
+
+    def connect(self) -> None:
+        """Exchange a byte with every other rank. Collective.
+
+        NCCL connects two ranks in their first exchange, which blocks the host until both have come to it: here, on the
+        main thread and together, and not in a worker that must not wait.
+        """
+        others = [rank for rank in range(dist.get_world_size(self.group)) if rank != dist.get_rank(self.group)]
+        device = self.streams.device
+        outgoing = torch.zeros(1, dtype=torch.uint8, device=device)
+        incoming = [torch.empty_like(outgoing) for _ in others]
+        operations = [dist.P2POp(dist.isend, outgoing, group=self.group, group_peer=rank) for rank in others]
+        operations += [
+            dist.P2POp(dist.irecv, buffer, group=self.group, group_peer=rank)
+            for rank, buffer in zip(others, incoming, strict=True)
+        ]
+        for work in dist.batch_isend_irecv(operations):
+            work.wait()
+        torch.cuda.synchronize(device)
 
     def prepare(self, transfers: Sequence[Transfer]) -> "NcclBatch":
         return NcclBatch(transfers, self)

@@ -26,7 +26,8 @@ def bin_of(key, num_keys):
     return tl.where((key >= 0) & (key < num_keys), key, num_keys)
 
 
-@triton.jit
+# What a batch changes is not specialised on, or serving would stop to compile when a count is first a multiple of 16.
+@triton.jit(do_not_specialize=["num_elements"])
 def _block_ranks_kernel(
     # inputs
     keys_ptr,
@@ -58,7 +59,7 @@ def _block_ranks_kernel(
     tl.store(block_counts_ptr + block * (num_keys + 1) + bins, count, mask=inside & (rank == count - 1))
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["num_blocks"])
 def _block_starts_kernel(
     # inputs, overwritten with the outputs
     block_counts_ptr,  # [B, P + 1]

@@ -15,7 +15,7 @@ from moe_kernels.backend import on_device, resolve_backend
 from moe_kernels.checks import check_tensor
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["num_elements"])
 def _record_load_kernel(
     # inputs
     ids_ptr,

@@ -26,7 +26,7 @@ _SHARE_MASK = tl.constexpr(SHARE_ONE - 1)
 _GOLDEN = tl.constexpr(GOLDEN)
 
 
-@triton.jit(do_not_specialize=["rank_start"])
+@triton.jit(do_not_specialize=["rank_start", "num_elements"])
 def _select_replicas_kernel(
     # inputs
     ids_ptr,

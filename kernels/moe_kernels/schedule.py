@@ -74,7 +74,7 @@ def _lane_starts_kernel(
     tl.store(num_tiles_ptr, tl.sum(tiles, axis=0))
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["num_rows", "num_blocks", "max_tiles"])  # they change from batch to batch
 def _fill_schedule_kernel(
     # inputs
     lanes_ptr,

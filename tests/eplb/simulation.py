@@ -4,7 +4,7 @@ A seed decides every interleaving: which rank's worker ticks, whose main thread 
 which bytes of which transfer arrive, who hears a round first, and where an exception strikes. Each forward is checked
 while it "runs": a row that reaches a lane must find its own expert's bytes in the slot.
 
-Shape letters as in DESIGN: E logical experts, S lanes of a rank, W ranks.
+Shape letters as in docs/design.md: E logical experts, S lanes of a rank, W ranks.
 """
 
 import random

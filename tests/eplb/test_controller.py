@@ -12,7 +12,7 @@ from torch import nn
 from eplb import EplbConfig, EplbController, SlotPool, TensorSpec, step_eplb_after
 from eplb.agreement import LocalAgreement
 from eplb.communicator import LocalCommunicator
-from eplb.policy import Proposal, register_policy
+from eplb.policy import Proposal
 from eplb.protocol import Work
 from eplb.resident import ResidentExperts
 from eplb.streams import HostStreams
@@ -26,8 +26,12 @@ class StubLayer(nn.Module):
 
     dispatch_backend = "local"
 
-    def __init__(self, num_shadow_slots: int = 1, pool: SlotPool | None = None, num_ranks: int = 1) -> None:
+    def __init__(
+        self, num_shadow_slots: int = 1, pool: SlotPool | None = None, expert_ranks: tuple[int, ...] = ()
+    ) -> None:
         super().__init__()
+        num_ranks = max(1, len(expert_ranks))
+        self.expert_ranks = expert_ranks
         self.resident = ResidentExperts(
             num_experts=4,
             num_redundant_experts=0,
@@ -67,14 +71,14 @@ def test_what_cannot_work_is_refused_at_construction(options, message):
 
 def test_groups_that_do_not_divide_the_experts_of_a_layer():
     layer = StubLayer()
-    with pytest.raises(ValueError, match="num_groups=3.* must divide .*num_experts=4"):
+    with pytest.raises(ValueError, match=r"num_groups=3.* must divide .*num_experts=4"):
         EplbController(EplbConfig(num_groups=3)).register(layer)
     assert layer.resident.controller is None
 
 
-def test_a_layer_over_other_ranks():
-    with pytest.raises(ValueError, match="process_group has 1 ranks, but a layer .* spreads its experts over 2"):
-        EplbController().register(StubLayer(num_ranks=2))
+def test_a_layer_over_other_ranks() -> None:
+    with pytest.raises(ValueError, match=r"process_group has .*\[\], but a layer .* \[0, 1\]"):
+        EplbController().register(StubLayer(expert_ranks=(0, 1)))
 
 
 def test_register_comes_before_the_first_step_and_before_close():
@@ -97,20 +101,10 @@ def test_step_without_a_layer():
     assert controller.health().state == "idle" and controller.metrics().rounds == 0
 
 
-def test_the_policy_is_given_min_gain_if_it_knows_it():
-    given = []
-
-    @register_policy("test_knows_min_gain")
-    class Knowing:
-        def __init__(self, min_gain: float = -1.0) -> None:
-            given.append(min_gain)
-
-        def propose(self, load_LNE, physical_LWP, topology):
-            raise NotImplementedError
-
-    EplbController(EplbConfig(policy="test_knows_min_gain", min_gain=0.07))
-    EplbController(EplbConfig(policy="test_knows_min_gain", policy_options={"min_gain": 0.5}))
-    assert given == [0.07, 0.5]  # what is said for this policy alone counts more
+def test_the_default_policy_is_given_min_gain():
+    assert EplbConfig(min_gain=0.07).make_policy().min_gain == 0.07
+    assert EplbConfig(min_gain=0.07, policy_options={"min_gain": 0.5}).make_policy().min_gain == 0.5
+    assert EplbController(EplbConfig(min_gain=0.07))._policy.min_gain == 0.07
 
 
 # ---- windows, health, metrics

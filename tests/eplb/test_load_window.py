@@ -2,6 +2,7 @@
 
 from collections import deque
 from collections.abc import Callable
+from itertools import pairwise
 
 import numpy as np
 import pytest
@@ -68,7 +69,7 @@ def window_of(loads_SA: np.ndarray, index: int, interval: int, window_size: int,
     """The `index`-th window by its definition."""
     end = (index + 1) * interval
     cuts = [end - window_size + window_size * sample // num_samples for sample in range(num_samples + 1)]
-    return np.stack([loads_SA[first:last].sum(axis=0) for first, last in zip(cuts[:-1], cuts[1:], strict=True)])
+    return np.stack([loads_SA[first:last].sum(axis=0) for first, last in pairwise(cuts)])
 
 
 def test_example():

@@ -203,13 +203,19 @@ def test_what_holds_for_anything_that_is_said(state, said):
         assert new.phase is Phase.IDLE and new.version == state.version
 
 
+def test_nothing_begins_while_the_ranks_registered_different_models():
+    said = [Record(proposal=6, work=1, models=1), Record(models=2)]
+    assert advance(at(Phase.IDLE), said).phase is Phase.IDLE
+    assert advance(at(Phase.IDLE), [said[0], Record(models=1)]).phase is Phase.LOAD
+
+
 # ---- records
 
 
-def test_a_record_is_ten_integers_and_back():
+def test_a_record_is_eleven_integers_and_back():
     record = Record(*range(1, RECORD_WORDS + 1))
     words = record.encode()
-    assert words.dtype == np.int64 and words.tolist() == list(astuple(record)) == list(range(1, 11))
+    assert words.dtype == np.int64 and words.tolist() == list(astuple(record)) == list(range(1, 12))
     assert Record.decode(words) == record
     assert Record.decode(np.concatenate([words, np.array([99, 98])])) == record  # what follows are loads
-    assert len(fields(Record)) == RECORD_WORDS == 10
+    assert len(fields(Record)) == RECORD_WORDS == 11

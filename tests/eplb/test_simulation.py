@@ -1,4 +1,4 @@
-"""DESIGN's invariants over the real worker, controller, pool and table code, in seeded interleavings of 2–4 ranks.
+"""The invariants of docs/design.md over the real worker, controller, pool and table code, in seeded interleavings of 2–4 ranks.
 
 A failure prints its seed; ``World(seed, …)`` repeats it exactly. `EPLB_SEEDS` sets how many seeds each test runs.
 """

@@ -14,7 +14,7 @@ ONE = 1 << 30
 # Two ranks of three lanes; expert 0 has two replicas. Global lanes: rank · 3 + lane.
 BEFORE = Placement(np.array([[0, 1, -1], [2, 0, -1]]), 3)
 BEFORE_SHARES = np.array([[0.75, 1.0, 0.0], [1.0, 0.25, 0.0]])
-# Expert 2 goes to rank 0 in place of expert 0, and expert 1 gets a second replica there … on rank 1 in place of 2.
+# Expert 2 has gone to rank 0 in place of expert 0, and expert 1 to rank 1 in place of expert 2.
 AFTER = Placement(np.array([[-1, 1, 2], [-1, 0, 1]]), 3)
 AFTER_SHARES = np.array([[0.0, 0.5, 1.0], [0.0, 1.0, 0.5]])
 
@@ -132,7 +132,7 @@ def test_a_placement_that_does_not_fit_is_refused_and_staged_nowhere(placement, 
 
 
 def test_shares_that_do_not_sum_to_one_are_refused():
-    with pytest.raises(ValueError, match="the shares of expert 0 sum to 0.5: must sum to 1"):
+    with pytest.raises(ValueError, match=r"the shares of expert 0 sum to 0\.5: must sum to 1"):
         make_table().stage(BEFORE, BEFORE_SHARES * [[0.5, 1, 1], [1, 0.5, 1]], HostStreams().current())
 
 

@@ -81,7 +81,7 @@ def test_pool_of_other_experts(other, device):
 
 def test_pool_on_another_device(device):
     pool = SlotPool(expert_specs(16, 8, torch.float32), 9, "meta")
-    with pytest.raises(ValueError, match="on meta, but the layer's experts are .* on c"):
+    with pytest.raises(ValueError, match=r"on meta, but the layer's experts are .* on c"):
         MoELayer(**SIZES, pool=pool, device=device)
 
 

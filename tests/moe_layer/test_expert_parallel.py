@@ -26,6 +26,7 @@ def own_rows(all_rows: torch.Tensor, rank: int, step: int) -> torch.Tensor:
 @distributed(num_ranks=2)
 def test_two_ranks(rank, num_ranks, group, device):
     check_refusals(group, device)
+    check_dispatch(rank, group, device)
     for dtype in (torch.float32, torch.bfloat16):
         check_outputs(rank, num_ranks, group, device, dtype)
     check_masks(rank, group, device)
@@ -45,6 +46,7 @@ def test_four_ranks(rank, num_ranks, group, device):
 
 @distributed(num_ranks=2, backend="nccl")
 def test_two_gpus(rank, num_ranks, group, device):
+    check_dispatch(rank, group, device)
     for dtype in (torch.float32, torch.bfloat16):
         check_outputs(rank, num_ranks, group, device, dtype)
     check_masks(rank, group, device)
@@ -70,14 +72,40 @@ def check_refusals(group, device):
     layer = make_layer(group, device)
     assert isinstance(layer.dispatcher, AllToAllDispatcher)
     with pytest.raises(
-        ValueError, match="process_group has the ranks \[\], but a layer of the model shares its experts among \[0, 1\]"
+        ValueError,
+        match=r"process_group has the ranks \[\], but a layer of the model shares its experts among \[0, 1\]",
     ):
         EplbController().register(layer)
     with pytest.raises(
-        ValueError, match="process_group has 2 ranks, but a layer of the model spreads its experts over 1"
+        ValueError,
+        match=r"process_group has the ranks \[0, 1\], but a layer of the model shares its experts among \[\]",
     ):
         EplbController(process_group=group).register(make_layer(None, device))
     assert isinstance(make_layer(None, device).dispatcher, LocalDispatcher)
+
+
+@torch.no_grad()
+def check_dispatch(rank, group, device):
+    """What is sent where, by hand-made lanes, and back: 3 lanes a rank, rank 0 has 4 tokens, rank 1 none, then the reverse."""
+    dispatcher = AllToAllDispatcher(group, num_lanes=3)
+    lanes = [[0, 5], [-1, -1], [4, 1], [3, 3]]  # global: rank · 3 + lane
+    for sender in (0, 1):
+        count = 4 if rank == sender else 0
+        lanes_TK = torch.tensor(lanes, dtype=torch.int32, device=device)[:count]
+        x_TH = torch.arange(12.0, device=device).view(4, 3)[:count] + 100 * sender
+        weights_TK = torch.arange(8.0, device=device).view(4, 2)[:count]
+        sent = dispatcher.dispatch(x_TH, weights_TK, lanes_TK)
+        assert sent.num_tokens == 4, "the batch is that of all ranks"
+        assert sent.fanout == 1 and torch.equal(sent.lanes_TK, lanes_TK)
+        # (token, k) of the rows for this rank, in order; the masked token goes nowhere.
+        expected = [(0, 0), (2, 1)] if rank == 0 else [(0, 1), (2, 0), (3, 0), (3, 1)]
+        x = torch.arange(12.0).view(4, 3) + 100 * sender
+        assert sent.rows_RH.tolist() == [x[token].tolist() for token, _ in expected]
+        assert sent.row_weights_N.tolist() == [float(2 * token + k) for token, k in expected]
+        assert sent.lanes_N.tolist() == [lanes[token][k] - 3 * rank for token, k in expected]
+        y = dispatcher.combine(sent.rows_RH * sent.row_weights_N[:, None], sent, "torch")
+        sums = torch.tensor([1.0, 0.0, 4.0 + 5.0, 6.0 + 7.0])[:, None] * x
+        assert y.tolist() == sums[:count].tolist()
 
 
 @torch.no_grad()

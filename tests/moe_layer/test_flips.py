@@ -14,6 +14,7 @@ from torch.utils.checkpoint import checkpoint
 from eplb import EplbConfig, EplbController
 from eplb.communicator import LocalCommunicator
 from eplb.fill import WaveFill
+from eplb.load_window import LoadWindowRecorder
 from eplb.plan import LayerUpdate, Wave
 from eplb.pool import SlotState
 from moe_layer import MoELayer
@@ -103,6 +104,31 @@ def test_several_updates_in_one_wave_flip_together(device):
             assert torch.equal(layer(x), twin(x))
 
 
+def test_load_windows_are_exact_while_experts_move(device):
+    """The counters are of logical experts: a relocation attributes nothing to the wrong one, or to the wrong window."""
+    layer, _ = make_pair(device)
+    recorder = LoadWindowRecorder([layer.resident], layer.resident.streams, interval=4, window_size=3, num_samples=3)
+    relocator = Relocator([layer])
+    random = torch.Generator().manual_seed(0)
+    routed = []
+    with torch.no_grad():
+        for step in range(1, 13):
+            x = torch.randn(step, 32, generator=random).to(device)
+            routed.append(layer.gate(x)[1].flatten().bincount(minlength=8).tolist())
+            fill = relocator.fill(0, step % 8)
+            layer(x[: step // 2])
+            handoff = relocator.publish(fill)
+            relocator.flip(handoff)
+            layer(x[step // 2 :])
+            relocator.release(fill, handoff)
+            if recorder.step(step):
+                window = None
+                while window is None:
+                    window = recorder.poll()
+                assert window.tolist() == routed[-3:]
+    assert len(routed) == 12
+
+
 # ---- I3 with gradients
 
 
@@ -133,8 +159,8 @@ def test_i3_a_flip_between_forward_and_backward_does_not_change_the_gradient_of_
             relocator.move_without_grace(5)
         y.square().sum().backward()
         grads.append((y.detach(), x.grad, one.gate.weight.grad))
-    for moved, still in zip(*grads, strict=True):
-        assert torch.equal(moved, still)
+    for one, other in zip(*grads, strict=True):
+        assert torch.equal(one, other)
     assert grads[0][1].abs().sum() > 0
 
 

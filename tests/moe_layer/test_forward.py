@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from moe_kernels import resolve_backend
-from moe_layer import ROUTER_RULES, MoELayer, RouterRule
+from moe_layer import ROUTER_RULES, LocalDispatcher, MoELayer, RouterRule
 from tests.moe_layer.reference import Weights, clear_tokens, dense_forward, give_unit_scale, logical_grad
 
 SEED = 1  # gives every shape outputs of some size
@@ -182,6 +182,22 @@ def test_gradients_of_every_router_rule(rule, device, assert_close):
     assert_close(layer.gate.weight.grad.cpu(), weights.gate_EH.grad, scale=16.0)
     assert layer.experts.gate_up_proj.grad is None  # frozen by default
     assert not x.grad[~mask].any()
+
+
+def test_local_dispatch_copies_nothing_and_combines_in_order(device):
+    dispatcher = LocalDispatcher()
+    x_TH = torch.arange(6.0, device=device).view(2, 3)
+    weights_TK = torch.tensor([[0.5, 0.25], [1.0, 2.0]], device=device)
+    lanes_TK = torch.tensor([[3, 0], [-1, 1]], dtype=torch.int32, device=device)
+    sent = dispatcher.dispatch(x_TH, weights_TK, lanes_TK)
+    assert sent.rows_RH.data_ptr() == x_TH.data_ptr()
+    assert (sent.fanout, sent.num_tokens) == (2, 2)
+    assert sent.lanes_N.tolist() == [3, 0, -1, 1] and sent.row_weights_N.tolist() == [0.5, 0.25, 1.0, 2.0]
+    rows_NH = torch.tensor([[1.0], [2.0], [float("nan")], [4.0]], device=device)  # the row of no lane is undefined
+    assert dispatcher.combine(rows_NH, sent, "torch").tolist() == [[3.0], [4.0]]
+    with pytest.raises(AttributeError):
+        sent.fanout = 3  # frozen
+    assert dispatcher.backend(x_TH.device) == "local"
 
 
 def test_equal_seeds_give_equal_layers(device):

@@ -2,6 +2,7 @@
 
 import gc
 import os
+import threading
 import time
 
 import torch
@@ -106,6 +107,7 @@ def test_i5_four_ranks(rank, num_ranks, group, device):
     service.assert_well()
     service.controller.close()
     check_inside_step(rank, group, device)
+    check_failures_inside_step(rank, group, device)
     check_no_redundant_experts(rank, group, device)
 
 
@@ -186,8 +188,6 @@ def check_state_dicts_while_moving(service: Service) -> None:
 
 def check_inside_step(rank, group, device) -> None:
     """use_async=False: all within step(), on all ranks in the same step; and no thread."""
-    import threading
-
     service = make_service(rank, group, device, use_async=False)
     assert service.controller.health().state == "idle"
     for step in range(1, 17):
@@ -204,6 +204,46 @@ def check_inside_step(rank, group, device) -> None:
     service.assert_well()
     assert service.controller.metrics().flips >= service.controller.metrics().waves
     service.controller.close()
+
+
+def check_failures_inside_step(rank, group, device) -> None:
+    """use_async=False: a rank that loses its load window, in whichever way, keeps nobody waiting (I6)."""
+    service = make_service(rank, group, device, use_async=False, peer_timeout=3.0)
+    failing = {4: (0, "_download"), 8: (0, "_snapshot"), 12: (2, "_download"), 16: (2, "_snapshot")}
+    for step in range(1, 25):
+        service.forward()
+        if step == 1:
+            service.controller.step()
+            continue
+        (recorder,) = service.controller._windows.values()
+        failing_rank, name = failing.get(step, (-1, ""))
+        if rank == failing_rank:
+            setattr(recorder, name, failing_once(recorder, name))
+        started = time.monotonic()
+        service.controller.step()
+        assert time.monotonic() - started < 2.0, f"step {step}: waited for rank {failing_rank}, whose {name}() failed"
+        if step == 20:
+            before = service.controller.metrics().waves
+    assert service.controller.metrics().waves > before, "it does not recover"
+    failed = service.controller.health().last_error
+    assert (failed is not None and "lost on purpose" in failed) == (rank in (0, 2)), failed
+    versions = torch.tensor([layer.resident.table.version for layer in service.layers])
+    others = versions.clone()
+    dist.all_reduce(others, op=dist.ReduceOp.MAX, group=group)
+    assert torch.equal(versions, others), "ranks have different tables"
+    assert_rested(service)
+    service.controller.close()
+
+
+def failing_once(recorder, name):
+    """In place of a method of `recorder`: raises, and puts the method back."""
+    method = getattr(recorder, name)
+
+    def fail(*_):
+        setattr(recorder, name, method)
+        raise OSError("lost on purpose")
+
+    return fail
 
 
 def check_no_redundant_experts(rank, group, device) -> None:
@@ -290,7 +330,7 @@ def check_a_main_thread_that_does_not_step(rank, group, device) -> None:
     assert controller.metrics().failures == 0
 
     service.serve_until(moved_by(service, 4), "it goes on")
-    assert controller.health().state != "grace_stalled"
+    service.serve_until(lambda: controller.health().state != "grace_stalled", "the stall is over")
     drained(service)
     service.assert_well()
     controller.close()
@@ -332,13 +372,17 @@ def check_one_rank_dies(rank, group, device) -> None:
     health = controller.health()
     assert health.last_error is not None and controller.metrics().failures >= 1
     versions = [layer.resident.table.version for layer in service.layers]
-    states = [[layer.resident.pool.state(slot) for slot in range(layer.resident.pool.num_slots)] for layer in service.layers]
+    states = [
+        [layer.resident.pool.state(slot) for slot in range(layer.resident.pool.num_slots)] for layer in service.layers
+    ]
     for _ in range(30):
         controller.step()
         time.sleep(0.002)
     assert controller.health().state == "lost"
     after = [layer.resident.table.version for layer in service.layers]
-    assert all(new - old in (0, 1) for new, old in zip(after, versions, strict=True)), "more than the one published version"
+    assert all(new - old in (0, 1) for new, old in zip(after, versions, strict=True)), (
+        "more than the one published version"
+    )
     for layer, before in zip(service.layers, states, strict=True):
         pool = layer.resident.pool
         for slot, state in enumerate(before):

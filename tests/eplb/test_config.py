@@ -1,0 +1,126 @@
+"""`EplbConfig`: the defaults work, and every combination that cannot is refused with the rule it breaks."""
+
+import math
+
+import pytest
+from pydantic import ValidationError
+
+from eplb import EplbConfig
+
+
+class Policy:
+    def propose(self, load_LNE, physical_LWP, topology):
+        raise NotImplementedError
+
+
+def test_the_defaults_work():
+    config = EplbConfig()
+    assert (config.use_async, config.communicator, config.policy) == (True, "auto", "adaptive")
+    assert config.step_interval >= config.window_size >= config.window_samples >= 1
+
+
+def test_what_works():
+    for options in (
+        {"step_interval": 1, "window_size": 1, "window_samples": 1},
+        {"step_interval": 512, "window_size": 128},
+        {"policy": "static", "policy_options": {"balance_shares": True}},
+        {"policy": Policy()},
+        {"policy": "deepseek"},
+        {"communicator": "torch_nccl"},
+        {"max_bytes_in_flight": 1},
+        {"round_interval": 0.2, "heartbeat_interval": 0.2},
+        {"backoff": 60.0, "max_backoff": 60.0},
+        {"min_gain": 0.0},
+        {"log_balancedness": True, "log_balancedness_interval": 5},
+        {"num_redundant_experts": 0},
+    ):
+        EplbConfig(**options)
+
+
+REFUSED = {
+    # Two knobs that do not go together.
+    "window_size > step_interval": (
+        {"step_interval": 10, "window_size": 11},
+        "window_size=11 must be <= step_interval=10: a window ends where the next interval begins",
+    ),
+    "window_size's default": ({"step_interval": 10}, "window_size=.* must be <= step_interval=10"),
+    "window_samples > window_size": (
+        {"window_size": 3, "window_samples": 4},
+        "window_samples=4 must be <= window_size=3: a sub-window has at least one step",
+    ),
+    "round_interval > heartbeat_interval": (
+        {"round_interval": 0.3, "heartbeat_interval": 0.2},
+        "round_interval=0.3 must be <= heartbeat_interval=0.2: an idle worker speaks less often",
+    ),
+    "heartbeat_interval = peer_timeout": (
+        {"heartbeat_interval": 3.0, "peer_timeout": 3.0},
+        "heartbeat_interval=3.0 must be < peer_timeout=3.0: a live peer must be heard in time",
+    ),
+    "backoff > max_backoff": (
+        {"backoff": 61.0, "max_backoff": 60.0},
+        "backoff=61.0 must be <= max_backoff=60.0: the first delay is the shortest",
+    ),
+    "an interval of what is not logged": (
+        {"log_balancedness_interval": 10},
+        "log_balancedness_interval=10 needs log_balancedness=True: nothing is logged",
+    ),
+    "the same, said": (
+        {"log_balancedness": False, "log_balancedness_interval": 10},
+        "log_balancedness_interval=10 needs log_balancedness=True",
+    ),
+    "min_gain of a policy that has none": ({"min_gain": 0.1, "policy": "static"}, "min_gain=0.1.*policy.*'static'"),
+    "min_gain of a policy object": ({"min_gain": 0.1, "policy": Policy()}, "min_gain=0.1"),
+    "options of a policy object": ({"policy": Policy(), "policy_options": {"a": 1}}, "options.*object"),
+    "options that the policy does not take": (
+        {"policy": "static", "policy_options": {"speed": 3}},
+        "policy_options.*speed.*static|policy.*static.*speed",
+    ),
+    # Names.
+    "unknown communicator": (
+        {"communicator": "nixl"},
+        "communicator must be one of auto, torch_gloo, torch_nccl.*, got 'nixl'",
+    ),
+    "unknown policy": ({"policy": "greedy"}, "policy='greedy': unknown; known policies: adaptive, deepseek, static"),
+    "no policy": ({"policy": 7}, "policy.*7.*propose"),
+    "a policy's class without propose": ({"policy": object()}, "policy.*object.*propose"),
+    "unknown knob": ({"interval": 7}, r"(?s)interval.*Extra inputs are not permitted"),
+    # One knob alone.
+    **{
+        f"{name}={value}": ({name: value}, f"(?s){name}.*greater than or equal to {least}")
+        for name, least in (
+            *(("step_interval", 1), ("window_size", 1), ("window_samples", 1), ("log_balancedness_interval", 1)),
+            *(("ranks_per_node", 1), ("num_groups", 1), ("num_redundant_experts", 0), ("min_gain", 0)),
+        )
+        for value in (least - 1, -7)
+    },
+    **{
+        f"{name}={value}": ({name: value}, f"(?s){name}.*(greater than 0|finite)")
+        for name in (
+            *("round_interval", "heartbeat_interval", "peer_timeout", "transfer_timeout", "grace_timeout"),
+            *("quiesce_timeout", "close_timeout", "backoff", "max_backoff"),
+        )
+        for value in (0.0, -1.0, math.inf, math.nan)
+    },
+    "max_bytes_in_flight=0": ({"max_bytes_in_flight": 0}, "(?s)max_bytes_in_flight.*greater than 0"),
+    "min_gain=nan": ({"min_gain": math.nan}, "(?s)min_gain.*finite"),
+    "step_interval=1.5": ({"step_interval": 1.5}, "(?s)step_interval.*integer"),
+    "use_async='perhaps'": ({"use_async": "perhaps"}, "(?s)use_async.*boolean"),
+}
+
+
+@pytest.mark.parametrize("case", REFUSED)
+def test_refused_with_the_rule(case):
+    options, message = REFUSED[case]
+    with pytest.raises(ValueError, match=message):
+        EplbConfig(**options)
+
+
+def test_frozen():
+    config = EplbConfig()
+    with pytest.raises(ValidationError, match="frozen"):
+        config.step_interval = 7
+
+
+def test_every_knob_is_described():
+    for name in EplbConfig.model_fields:
+        assert name in (EplbConfig.__doc__ or ""), f"{name} is not in the docstring"
