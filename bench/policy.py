@@ -15,8 +15,6 @@ from __future__ import annotations
 import argparse
 import json
 import os
-import platform
-import subprocess
 import sys
 import time
 from collections.abc import Iterator, Sequence
@@ -25,6 +23,7 @@ from pathlib import Path
 
 import numpy as np
 
+from bench.environment import environment
 from eplb.metrics import free_placement_bound, max_over_mean, rank_loads
 from eplb.placement import Placement
 from eplb.plan import make_plan
@@ -322,24 +321,14 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def _machine() -> dict[str, str]:
-    try:
-        commit = subprocess.run(["git", "rev-parse", "HEAD"], capture_output=True, text=True, check=True).stdout.strip()
-    except (OSError, subprocess.CalledProcessError):
-        commit = "unknown"
-    model = platform.processor()
     cpuinfo = Path("/proc/cpuinfo")
-    if cpuinfo.exists():
-        names = [
-            line.partition(":")[2].strip() for line in cpuinfo.read_text().splitlines() if line.startswith("model name")
-        ]
-        model = names[0] if names else model
+    lines = cpuinfo.read_text().splitlines() if cpuinfo.exists() else []
     return {
-        "cpu": model,
+        **environment(),
+        "cpu": next((line.partition(":")[2].strip() for line in lines if line.startswith("model name")), "unknown"),
         "cores": str(os.cpu_count()),
         "threads": os.environ.get("OMP_NUM_THREADS", "not set"),
-        "python": platform.python_version(),
         "numpy": np.__version__,
-        "commit": commit,
     }
 
 

@@ -10,8 +10,10 @@ on that rank, and every expert keeps a replica (I2). `eplb.waves` chooses what g
 from __future__ import annotations
 
 import json
+from base64 import b64decode, b64encode
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
+from itertools import islice
 
 import numpy as np
 
@@ -93,21 +95,34 @@ class Plan:
     summary: PlanSummary = field(default_factory=PlanSummary)
 
     def to_json(self) -> str:
-        """Text that `from_json` turns into an equal plan; equal plans give equal text (floats by their shortest repr)."""
-        waves = [
-            [
-                {
-                    "layer": update.layer,
-                    "moves": [[m.expert, m.src_rank, m.src_lane, m.dst_rank, m.dst_lane] for m in update.moves],
-                    "num_experts": update.placement.num_experts,
-                    "lanes": update.placement.lanes_WS.tolist(),
-                    "shares": update.shares_WS.tolist(),
-                }
-                for update in wave.updates
-            ]
-            for wave in self.waves
-        ]
-        return json.dumps({"waves": waves, "summary": asdict(self.summary)}, separators=(",", ":"))
+        """Text that `from_json` turns into an equal plan; equal plans give equal text.
+
+        Small, as every rank gets it: of a placement only what differs from the layer's update before (at first: from empty
+        lanes), of shares only those that are not 1 (0 at empty lanes); the bytes of these arrays, little-endian, in base64.
+        """
+        heads, moves, changes, shares = [], [], [], []
+        held: dict[int, np.ndarray] = {}
+        for number, wave in enumerate(self.waves):
+            for update in wave.updates:
+                lanes_WS = update.placement.lanes_WS
+                changed = np.flatnonzero(lanes_WS != held.get(update.layer, EMPTY))
+                split = np.flatnonzero(update.shares_WS != (lanes_WS != EMPTY))
+                sizes = (len(update.moves), changed.size, split.size)
+                heads.append([number, update.layer, update.placement.num_experts, *lanes_WS.shape, *sizes])
+                moves += [[m.expert, m.src_rank, m.src_lane, m.dst_rank, m.dst_lane] for m in update.moves]
+                changes.append(np.stack([changed, lanes_WS.ravel()[changed]], axis=1))
+                shares.append((split, update.shares_WS.ravel()[split]))
+                held[update.layer] = lanes_WS
+        raw = {
+            "num_waves": len(self.waves),
+            "updates": heads,
+            "moves": moves,
+            "lanes": _pack(changes, "<i4"),
+            "shared": _pack([lanes for lanes, _ in shares], "<i4"),
+            "shares": _pack([values for _, values in shares], "<f8"),
+            "summary": asdict(self.summary),
+        }
+        return json.dumps(raw, separators=(",", ":"))
 
     @staticmethod
     def from_json(text: str) -> Plan:
@@ -118,26 +133,37 @@ class Plan:
         """
         try:
             raw = json.loads(text)
-            waves = tuple(
-                Wave(
-                    tuple(
-                        LayerUpdate(
-                            layer=update["layer"],
-                            moves=tuple(Move(*move) for move in update["moves"]),
-                            placement=Placement(np.array(update["lanes"], dtype=np.int64), update["num_experts"]),
-                            shares_WS=np.array(update["shares"], dtype=np.float64),
-                        )
-                        for update in wave
-                    )
+            moves = iter([Move(*move) for move in raw["moves"]])
+            changes, shared = _unpack(raw["lanes"], "<i4").reshape(-1, 2), _unpack(raw["shared"], "<i4")
+            shares = _unpack(raw["shares"], "<f8")
+            waves: list[list[LayerUpdate]] = [[] for _ in range(raw["num_waves"])]
+            held: dict[int, np.ndarray] = {}
+            for number, layer, num_experts, num_ranks, num_lanes, num_moves, num_changed, num_shared in raw["updates"]:
+                lanes = held.setdefault(layer, np.full(num_ranks * num_lanes, EMPTY))
+                (changed, experts), changes = changes[:num_changed].T, changes[num_changed:]
+                lanes[changed] = experts
+                shares_WS = (lanes != EMPTY).astype(np.float64)
+                shares_WS[shared[:num_shared]] = shares[:num_shared]
+                shared, shares = shared[num_shared:], shares[num_shared:]
+                placement = Placement(lanes.reshape(num_ranks, num_lanes), num_experts)
+                update_moves = tuple(islice(moves, num_moves))
+                waves[number].append(
+                    LayerUpdate(layer, update_moves, placement, shares_WS.reshape(num_ranks, num_lanes))
                 )
-                for wave in raw["waves"]
-            )
             summary = raw["summary"]
             for name in ("max_over_mean_after", "degraded"):
                 summary[name] = tuple(summary[name])
-            return Plan(waves, PlanSummary(**summary))
-        except (KeyError, TypeError, json.JSONDecodeError) as error:
+            return Plan(tuple(Wave(tuple(updates)) for updates in waves), PlanSummary(**summary))
+        except (KeyError, TypeError, ValueError, IndexError) as error:
             raise ValueError(f"text={text[:40]!r}…: is no plan written by Plan.to_json ({error})") from error
+
+
+def _pack(arrays: Sequence[np.ndarray], dtype: str) -> str:
+    return b64encode(b"".join(array.astype(dtype).tobytes() for array in arrays)).decode()
+
+
+def _unpack(text: str, dtype: str) -> np.ndarray:
+    return np.frombuffer(b64decode(text, validate=True), dtype=dtype)
 
 
 def make_plan(
@@ -196,7 +222,7 @@ def make_plan(
             shares_WS = _shares_in_lanes(current[index].lanes_WS, proposal, index)
         elif (free_slots_GW[pool] < 1).any() or (current[index].lanes_WS != EMPTY).all(axis=1).any():
             degraded.append(index)
-            shares_WS = _best_shares(load_LE[[index]], current[index].lanes_WS[None])[0]
+            shares_WS = balanced_shares(load_LE[[index]], current[index].lanes_WS[None])[0]
         else:
             works.append(
                 LayerWork.of(index, pool, bytes_per_expert[index], current[index], counts_goal[index], load_LE[index])
@@ -230,7 +256,7 @@ def _with_shares(
     shares = iter(())
     if between:
         layers, lanes = zip(*between, strict=True)
-        shares = iter(_best_shares(load_LE[list(layers)], np.stack(lanes)))
+        shares = iter(balanced_shares(load_LE[list(layers)], np.stack(lanes)))
     waves = []
     for wave in scheduled:
         updates = []
@@ -275,18 +301,6 @@ def _summarise(
         fewest_waves=fewest_waves,
         degraded=tuple(sorted(degraded)),
     )
-
-
-def _best_shares(load_LE: np.ndarray, lanes_LWS: np.ndarray) -> np.ndarray:
-    """`balanced_shares` over lanes, of which some are empty but equally many on each rank."""
-    num_lanes = lanes_LWS.shape[2]
-    order = np.argsort(lanes_LWS == EMPTY, axis=2, kind="stable")
-    per_rank = int((lanes_LWS[0, 0] != EMPTY).sum())
-    order_LWP = order[:, :, : min(per_rank, num_lanes)]
-    shares_LWS = np.zeros(lanes_LWS.shape)
-    found = balanced_shares(load_LE, np.take_along_axis(lanes_LWS, order_LWP, axis=2))
-    np.put_along_axis(shares_LWS, order_LWP, found, axis=2)
-    return shares_LWS
 
 
 def _shares_in_lanes(lanes_WS: np.ndarray, proposal: Proposal, layer: int) -> np.ndarray:

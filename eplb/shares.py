@@ -1,7 +1,7 @@
 """Shares: how the tokens of an expert are split over its replicas.
 
 Shape letters: L layers, E logical experts, W ranks, P physical experts (or lanes, some empty) per rank; F experts with more
-than one replica ("split" experts) and C replicas of the one that has most, both padded to the largest layer.
+than one replica ("split" experts) of all layers together, and R their replicas, in the order of layer, expert and lane.
 
 New shares move no byte: they are the cheap lever, and for a given placement the best ones are found exactly.
 """
@@ -62,13 +62,12 @@ def balanced_shares(load_LE: np.ndarray, physical_LWP: np.ndarray) -> np.ndarray
     if not np.isfinite(load_LE).all() or (load_LE < 0).any():
         raise ValueError("load_LE: must be finite and not negative")
     shares_LWP = equal_shares_of(physical_LWP, load_LE.shape[1])
-    problem, flow_LFC, _ = level_loads(load_LE, physical_LWP)
-    total_LF = flow_LFC.sum(axis=2)
-    loaded_LF = total_LF > 0
-    part_LFC = flow_LFC / np.where(loaded_LF, total_LF, 1.0)[:, :, None]
-    use_LFC = problem.valid_LFC & loaded_LF[:, :, None]
-    layer, _, _ = np.nonzero(use_LFC)
-    shares_LWP.reshape(len(load_LE), -1)[layer, problem.lane_LFC[use_LFC]] = part_LFC[use_LFC]
+    split, flow_R, _ = level_loads(load_LE, physical_LWP)
+    total_R = split.per_expert(flow_R)[split.expert_R]
+    loaded_R = total_R > 0
+    num_lanes = physical_LWP[0].size if len(physical_LWP) else 0
+    at_R = split.layer_R * num_lanes + split.lane_R
+    shares_LWP.reshape(-1)[at_R[loaded_R]] = flow_R[loaded_R] / total_R[loaded_R]
     return shares_LWP
 
 
@@ -123,18 +122,21 @@ class SplitLoads:
 
     Attributes:
         base_LW: float64, load of each rank by experts with one replica.
-        expert_LF: int64, the split experts; padding repeats expert 0 with no valid replica.
-        load_LF: float64, their loads; 0 where padded.
-        valid_LFC: bool, where a replica is.
-        rank_LFC, lane_LFC: int64, its rank, and its lane counted over ranks (rank · P + lane); 0 where padded.
+        layer_F: int64, the layer of each split expert, ascending.
+        load_F: float64, its load.
+        first_F: int64, the number of its first replica; its replicas follow each other.
+        expert_R: int64, the split expert of each replica (0 … F-1).
+        bin_R: int64, its rank, counted over layers: layer · W + rank.
+        lane_R: int64, its lane, counted over the ranks of its layer: rank · P + lane.
     """
 
     base_LW: np.ndarray
-    expert_LF: np.ndarray
-    load_LF: np.ndarray
-    valid_LFC: np.ndarray
-    rank_LFC: np.ndarray
-    lane_LFC: np.ndarray
+    layer_F: np.ndarray
+    load_F: np.ndarray
+    first_F: np.ndarray
+    expert_R: np.ndarray
+    bin_R: np.ndarray
+    lane_R: np.ndarray
 
     @staticmethod
     def of(load_LE: np.ndarray, physical_LWP: np.ndarray) -> SplitLoads:
@@ -143,54 +145,71 @@ class SplitLoads:
         ids, counts = _count(physical_LWP, num_experts)
         load = np.zeros((num_layers, num_experts + 1))
         load[:, :num_experts] = load_LE
-        load /= np.maximum(load.sum(axis=1) / num_ranks, np.finfo(np.float64).tiny)[:, None]
-        count_of_lane, load_of_lane = counts.ravel()[ids], load.ravel()[ids]
-        base_LW = np.where(count_of_lane == 1, load_of_lane, 0.0).reshape(physical_LWP.shape).sum(axis=2)
-        layer, lane = np.nonzero((count_of_lane > 1) & (physical_LWP.reshape(num_layers, -1) != EMPTY))
-        order = np.argsort(ids[layer, lane], kind="stable")
-        layer, lane = layer[order], lane[order]
-        id_of = ids[layer, lane]
-        is_first = np.diff(id_of, prepend=-1) != 0
-        first = np.flatnonzero(is_first)
-        split = np.cumsum(is_first) - 1  # of all split experts of all layers, the number of this one
-        replica = np.arange(layer.size) - first[split]
-        per_layer = np.bincount(layer[first], minlength=num_layers)
-        number = np.arange(first.size) - (np.cumsum(per_layer) - per_layer)[layer[first]]  # … and in its layer
-        shape = (num_layers, int(per_layer.max(initial=0)), int(replica.max(initial=0)) + 1)
-        expert_LF, load_LF = np.zeros(shape[:2], dtype=np.int64), np.zeros(shape[:2])
-        expert_LF[layer[first], number] = id_of[first] % (num_experts + 1)
-        load_LF[layer[first], number] = load.ravel()[id_of[first]]
-        at = (layer, number[split], replica)
-        valid_LFC = np.zeros(shape, dtype=bool)
-        rank_LFC, lane_LFC = np.zeros(shape, dtype=np.int64), np.zeros(shape, dtype=np.int64)
-        valid_LFC[at], rank_LFC[at], lane_LFC[at] = True, lane // per_rank, lane
-        return SplitLoads(base_LW, expert_LF, load_LF, valid_LFC, rank_LFC, lane_LFC)
-
-    def take(self, layers: np.ndarray) -> SplitLoads:
-        """Only these layers."""
+        load /= np.maximum(load_LE.sum(axis=1) / num_ranks, np.finfo(np.float64).tiny)[:, None]
+        counts[:, num_experts] = 0  # the empty lanes
+        ids, counts = ids.ravel(), counts.ravel()
+        base_LW = np.where(counts == 1, load.ravel(), 0.0)[ids].reshape(physical_LWP.shape).sum(axis=2)
+        at_R = np.flatnonzero((counts > 1)[ids])
+        at_R = at_R[np.argsort(ids[at_R], kind="stable")]
+        id_F = np.flatnonzero(counts > 1)
+        count_F = counts[id_F]
+        layer_R, lane_R = np.divmod(at_R, num_ranks * per_rank)
         return SplitLoads(
-            self.base_LW[layers],
-            self.expert_LF[layers],
-            self.load_LF[layers],
-            self.valid_LFC[layers],
-            self.rank_LFC[layers],
-            self.lane_LFC[layers],
+            base_LW=base_LW,
+            layer_F=id_F // (num_experts + 1),
+            load_F=load.ravel()[id_F],
+            first_F=np.cumsum(count_F) - count_F,
+            expert_R=np.repeat(np.arange(id_F.size), count_F),
+            bin_R=layer_R * num_ranks + lane_R // per_rank,
+            lane_R=lane_R,
         )
 
     @cached_property
-    def _bins_LFC(self) -> np.ndarray:
-        num_layers, num_ranks = self.base_LW.shape
-        return self.rank_LFC + (np.arange(num_layers) * num_ranks)[:, None, None]
+    def layer_R(self) -> np.ndarray:
+        return self.layer_F[self.expert_R]
 
-    def per_rank(self, value_LFC: np.ndarray) -> np.ndarray:
-        """Sums over the replicas of each rank: [L, F, C] → [L, W]. Padding must be 0."""
-        size = self.base_LW.size
-        sums = np.bincount(self._bins_LFC.ravel(), weights=value_LFC.ravel(), minlength=size)
-        return sums.reshape(self.base_LW.shape)
+    @cached_property
+    def count_F(self) -> np.ndarray:
+        """Replicas of each split expert."""
+        return np.diff(self.first_F, append=self.expert_R.size)
+
+    @cached_property
+    def load_per_replica_R(self) -> np.ndarray:
+        """The load of its expert, in equal parts."""
+        return (self.load_F / self.count_F)[self.expert_R]
+
+    @cached_property
+    def number_F(self) -> np.ndarray:
+        """0, 1, 2, … in each layer."""
+        return np.arange(self.layer_F.size) - np.searchsorted(self.layer_F, self.layer_F)
+
+    def take(self, keep_L: np.ndarray) -> SplitLoads:
+        """Only the layers of this boolean mask."""
+        layer_L = np.cumsum(keep_L) - 1
+        keep_F, keep_R = keep_L[self.layer_F], keep_L[self.layer_R]
+        expert_F, count_F = np.cumsum(keep_F) - 1, self.count_F[keep_F]
+        layer_R, num_ranks = self.layer_R[keep_R], self.base_LW.shape[1]
+        return SplitLoads(
+            base_LW=self.base_LW[keep_L],
+            layer_F=layer_L[self.layer_F[keep_F]],
+            load_F=self.load_F[keep_F],
+            first_F=np.cumsum(count_F) - count_F,
+            expert_R=expert_F[self.expert_R[keep_R]],
+            bin_R=self.bin_R[keep_R] + (layer_L[layer_R] - layer_R) * num_ranks,
+            lane_R=self.lane_R[keep_R],
+        )
+
+    def per_rank(self, value_R: np.ndarray) -> np.ndarray:
+        """Sums over the replicas of each rank: [R] → [L, W]."""
+        return np.bincount(self.bin_R, weights=value_R, minlength=self.base_LW.size).reshape(self.base_LW.shape)
+
+    def per_expert(self, value_R: np.ndarray) -> np.ndarray:
+        """Sums over the replicas of each split expert: [R] → [F]."""
+        return np.bincount(self.expert_R, weights=value_R, minlength=self.load_F.size)
 
     def at_replicas(self, value_LW: np.ndarray) -> np.ndarray:
-        """What a rank's value is at each replica: [L, W] → [L, F, C]."""
-        return value_LW.ravel()[self._bins_LFC]
+        """What a rank's value is at each replica: [L, W] → [R]."""
+        return value_LW.ravel()[self.bin_R]
 
 
 def level_loads(
@@ -202,33 +221,31 @@ def level_loads(
 
     Returns:
         split: the experts with several replicas.
-        flow_LFC: float64, the load that each of their replicas carries.
+        flow_R: float64, the load that each of their replicas carries.
         rank_load_LW: float64, both in units of the layer's mean rank load.
     """
     split = SplitLoads.of(load_LE, physical_LWP)
-    flow_LFC = _level(split, max_iterations, gap)
-    return split, flow_LFC, split.base_LW + split.per_rank(flow_LFC)
+    flow_R = _level(split, max_iterations, gap)
+    return split, flow_R, split.base_LW + split.per_rank(flow_R)
 
 
 def _level(problem: SplitLoads, max_iterations: int, gap: float) -> np.ndarray:
-    """Loads of the replicas, [L, F, C], that level the rank loads: least squares, hence the least maximum as well.
+    """Loads of the replicas, [R], that level the rank loads: least squares, hence the least maximum as well.
 
     Projected Newton: were all replicas in use, equal rank loads would be a linear system (a graph Laplacian over ranks,
     whose hyperedges are the split experts); solve it, cut off negative loads, drop the replicas that stay at zero, repeat.
     A dual bound says which layers are done. Newton may cycle; every other step of a layer that is slow fills its experts one
     by one (`_fill_one_by_one`), which never makes anything worse and converges on its own.
     """
-    num_layers = len(problem.rank_LFC)
-    flow_LFC = np.where(
-        problem.valid_LFC, (problem.load_LF / np.maximum(problem.valid_LFC.sum(axis=2), 1))[:, :, None], 0.0
-    )
-    if not flow_LFC.size:
-        return flow_LFC
-    best_LFC, best_L = flow_LFC.copy(), np.full(num_layers, np.inf)
+    num_layers = len(problem.base_LW)
+    flow = problem.load_per_replica_R
+    if not flow.size:
+        return flow
+    best_R, best_L = flow.copy(), np.full(num_layers, np.inf)
     bound_L = np.zeros(num_layers)
-    todo, part, flow = np.arange(num_layers), problem, flow_LFC
+    todo, todo_R, part = np.arange(num_layers), np.arange(flow.size), problem
     rank_load = part.base_LW + part.per_rank(flow)
-    active = part.valid_LFC
+    active = np.ones(flow.size, dtype=bool)
     for iteration in range(max_iterations):
         if iteration % 2 and iteration > 4:
             flow = _fill_one_by_one(part, flow, rank_load)
@@ -238,38 +255,40 @@ def _level(problem: SplitLoads, max_iterations: int, gap: float) -> np.ndarray:
         rank_load = part.base_LW + part.per_rank(flow)
         highest = rank_load.max(axis=1)
         better = highest < best_L[todo]
-        best_L[todo[better]], best_LFC[todo[better]] = highest[better], flow[better]
+        better_R = better[part.layer_R]
+        best_L[todo[better]], best_R[todo_R[better_R]] = highest[better], flow[better_R]
         bound_L[todo] = np.maximum(bound_L[todo], _dual_bound(part, rank_load))
         keep = best_L[todo] > bound_L[todo] * (1 + gap)
         if not keep.any():
             break
         if not keep.all():
-            todo, flow, rank_load = todo[keep], flow[keep], rank_load[keep]
+            keep_R = keep[part.layer_R]
+            todo, todo_R, flow, rank_load = todo[keep], todo_R[keep_R], flow[keep_R], rank_load[keep]
             part = part.take(keep)
         # In use: what carries load, and what would take some because its rank is below the expert's mean level.
         level = part.at_replicas(rank_load)
-        mean_level = (flow * level).sum(axis=2) / np.maximum(flow.sum(axis=2), np.finfo(np.float64).tiny)
-        active = part.valid_LFC & ((flow > 0) | (level < mean_level[:, :, None]))
-    return best_LFC
+        mean_level = part.per_expert(flow * level) / np.maximum(part.load_F, np.finfo(np.float64).tiny)
+        active = (flow > 0) | (level < mean_level[part.expert_R])
+    return best_R
 
 
 def _newton_step(part: SplitLoads, flow: np.ndarray, active: np.ndarray, rank_load: np.ndarray) -> np.ndarray:
-    num_layers, num_split, _ = flow.shape
-    num_ranks = part.base_LW.shape[1]
-    used = active.sum(axis=2)
-    weight = np.where(active, 1.0 / np.sqrt(np.maximum(used, 1))[:, :, None], 0.0)
-    bins = part.rank_LFC + (np.arange(num_layers * num_split) * num_ranks).reshape(num_layers, num_split, 1)
-    incidence = np.bincount(bins.ravel(), weights=weight.ravel(), minlength=num_layers * num_split * num_ranks)
-    incidence = incidence.reshape(num_layers, num_split, num_ranks)
+    num_layers, num_ranks = rank_load.shape
+    used = np.maximum(part.per_expert(active), 1)
+    # Each layer's incidence matrix, split experts × ranks; as many rows as the layer with most has.
+    num_rows = int(part.number_F.max()) + 1
+    row_F = part.layer_F * (num_rows - 1) + part.number_F  # bin_R brings layer · W as well
+    bins = row_F[part.expert_R] * num_ranks + part.bin_R
+    weight = active / np.sqrt(used)[part.expert_R]
+    incidence = np.bincount(bins, weights=weight, minlength=num_layers * num_rows * num_ranks)
+    incidence = incidence.reshape(num_layers, num_rows, num_ranks)
     laplacian = -(incidence.transpose(0, 2, 1) @ incidence)
     diagonal = np.arange(num_ranks)
     # The small term makes it regular; with it the solution levels every connected set of ranks to one part in 10^7.
-    laplacian[:, diagonal, diagonal] = (
-        laplacian[:, diagonal, diagonal] + part.per_rank(active.astype(np.float64)) + 1e-7
-    )
+    laplacian[:, diagonal, diagonal] = laplacian[:, diagonal, diagonal] + part.per_rank(active) + 1e-7
     potential = part.at_replicas(np.linalg.solve(laplacian, rank_load[:, :, None])[:, :, 0])
-    mean = np.where(active, potential, 0.0).sum(axis=2) / np.maximum(used, 1)
-    return _project(part, flow + np.where(active, mean[:, :, None] - potential, 0.0))
+    mean = part.per_expert(potential * active) / used
+    return _project(part.expert_R, part.load_F, flow + (mean[part.expert_R] - potential) * active)
 
 
 def _line_search(part: SplitLoads, flow: np.ndarray, target: np.ndarray, rank_load: np.ndarray) -> np.ndarray:
@@ -277,44 +296,42 @@ def _line_search(part: SplitLoads, flow: np.ndarray, target: np.ndarray, rank_lo
     change = part.base_LW + part.per_rank(target) - rank_load
     size = np.maximum((change * change).sum(axis=1), np.finfo(np.float64).tiny)
     step = np.clip(-(rank_load * change).sum(axis=1) / size, 0.0, 1.0)
-    return flow + step[:, None, None] * (target - flow)
+    return flow + step[part.layer_R] * (target - flow)
 
 
-def _project(part: SplitLoads, flow: np.ndarray) -> np.ndarray:
-    """The nearest loads that are not negative and sum to each expert's load (projection on a simplex)."""
-    sorted_ = -np.sort(np.where(part.valid_LFC, -flow, np.inf), axis=2)
-    finite = np.isfinite(sorted_)
-    count = np.arange(1, flow.shape[2] + 1)
-    cut = (np.where(finite, sorted_, 0.0).cumsum(axis=2) - part.load_LF[:, :, None]) / count
-    kept = np.maximum((finite & (sorted_ > cut)).sum(axis=2), 1)
-    threshold = np.take_along_axis(cut, kept[:, :, None] - 1, axis=2)
-    return np.where(part.valid_LFC, np.maximum(flow - threshold, 0.0), 0.0)
+def _project(expert_R: np.ndarray, load_F: np.ndarray, flow: np.ndarray) -> np.ndarray:
+    """The nearest loads that are not negative and sum to each expert's load (projection on simplices).
+
+    All replicas of an expert give up the same amount; those that fall below zero are set to zero and the others share anew,
+    until none falls (Michelot 1986).
+    """
+    num_experts = load_F.size
+    kept = np.ones(flow.size)
+    while True:
+        cut = np.bincount(expert_R, weights=flow * kept, minlength=num_experts) - load_F
+        result = flow - (cut / np.maximum(np.bincount(expert_R, weights=kept, minlength=num_experts), 1))[expert_R]
+        falls = (result < 0) & (kept > 0)
+        if not falls.any():
+            return np.maximum(result, 0.0) * kept
+        kept[falls] = 0.0
 
 
 def _fill_one_by_one(part: SplitLoads, flow: np.ndarray, rank_load: np.ndarray) -> np.ndarray:
     """One sweep: each expert in turn takes its load back and fills the lowest of its ranks evenly, like water."""
-    flow, rank_load = flow.copy(), rank_load.copy()
-    rows = np.arange(len(flow))[:, None]
-    for number in range(flow.shape[1]):
-        at = slice(number, number + 1)
-        one = SplitLoads(
-            part.base_LW,
-            part.expert_LF[:, at],
-            part.load_LF[:, at],
-            part.valid_LFC[:, at],
-            part.rank_LFC[:, at],
-            part.lane_LFC[:, at],
-        )
-        rank_load -= one.per_rank(flow[:, at])
-        # Filling to a level is projecting minus the levels that are there; replicas on one rank share its level, so they
-        # are filled as one and the others of the rank get nothing.
-        rank = one.rank_LFC[:, 0]
-        twin = np.zeros_like(rank, dtype=bool)
-        for c in range(1, rank.shape[1]):
-            twin[:, c] = (rank[:, :c] == rank[:, c : c + 1]).any(axis=1) & one.valid_LFC[:, 0, c]
-        one.valid_LFC = one.valid_LFC & ~twin[:, None]
-        flow[:, at] = _project(one, -rank_load[rows, rank][:, None])
-        rank_load += one.per_rank(flow[:, at])
+    flow, rank_load_B, load_L = flow.copy(), rank_load.ravel().copy(), np.zeros(len(rank_load))
+    number_R = part.number_F[part.expert_R]
+    # Filling to a level is projecting minus the levels that are there; replicas on one rank share its level, so they are
+    # filled as one and the others of the rank get nothing.
+    twin_R = (np.diff(part.expert_R, prepend=-1) == 0) & (np.diff(part.bin_R, prepend=-1) == 0)
+    for number in range(int(part.number_F.max()) + 1):
+        at = np.flatnonzero(number_R == number)
+        np.subtract.at(rank_load_B, part.bin_R[at], flow[at])
+        flow[at] = 0.0
+        at = at[~twin_R[at]]
+        load_L[:] = 0.0  # at most one expert of each layer
+        load_L[part.layer_F[part.number_F == number]] = part.load_F[part.number_F == number]
+        flow[at] = _project(part.layer_R[at], load_L, -rank_load_B[part.bin_R[at]])
+        rank_load_B[part.bin_R[at]] += flow[at]
     return flow
 
 
@@ -328,8 +345,7 @@ def _dual_bound(part: SplitLoads, rank_load: np.ndarray) -> np.ndarray:
     order = np.argsort(-rank_load, axis=1, kind="stable")
     position = np.empty_like(order)
     np.put_along_axis(position, order, np.arange(num_ranks)[None], axis=1)
-    last = np.where(part.valid_LFC, part.at_replicas(position), 0).max(axis=2)
-    bins = last + (np.arange(num_layers) * num_ranks)[:, None]
-    inside = np.bincount(bins.ravel(), weights=part.load_LF.ravel(), minlength=num_layers * num_ranks)
+    last_F = np.maximum.reduceat(part.at_replicas(position), part.first_F)
+    inside = np.bincount(last_F + part.layer_F * num_ranks, weights=part.load_F, minlength=rank_load.size)
     inside = inside.reshape(num_layers, num_ranks) + np.take_along_axis(part.base_LW, order, axis=1)
     return (inside.cumsum(axis=1) / np.arange(1, num_ranks + 1)).max(axis=1)

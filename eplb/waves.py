@@ -72,13 +72,16 @@ class LayerWork:
             return [sorted(ids, key=lambda e: (sign * per_replica[e], e)) for ids in experts]
 
         live: dict[int, list[tuple[int, int]]] = {}
-        for rank, lane in np.argwhere(placement.lanes_WS != EMPTY).tolist():
-            live.setdefault(int(placement.lanes_WS[rank, lane]), []).append((rank, lane))
+        lanes = placement.lanes_WS.tolist()
+        for rank, experts in enumerate(lanes):
+            for lane, expert in enumerate(experts):
+                if expert != EMPTY:
+                    live.setdefault(expert, []).append((rank, lane))
         return LayerWork(
             layer=layer,
             pool=pool,
             num_bytes=int(num_bytes),
-            lanes=placement.lanes_WS.tolist(),
+            lanes=lanes,
             adds=listed(change_WE, -1),
             drops=listed(-change_WE, 1),
             counts=placement.replica_counts().tolist(),
@@ -163,9 +166,10 @@ def _choose(work: LayerWork, wave: _Wave, most_sent: int | None, busy: list[int]
     With `most_sent`, only replacements whose source then sends no more bytes than that.
     """
     room = wave.room[work.pool]
-    if not any(left > 0 and adds for left, adds in zip(room, work.adds, strict=True)):
+    waiting = [rank for rank, adds in enumerate(work.adds) if adds and room[rank] > 0]
+    if not waiting:
         return []  # most layers in most waves
-    lanes_free = [lanes.count(EMPTY) - busy.count(rank) for rank, lanes in enumerate(work.lanes)]
+    lanes_free = {rank: work.lanes[rank].count(EMPTY) - busy.count(rank) for rank in waiting}
     pairs: list[_Pair] = []
 
     def usable(rank: int) -> bool:
@@ -184,7 +188,7 @@ def _choose(work: LayerWork, wave: _Wave, most_sent: int | None, busy: list[int]
         pairs.append(_Pair(rank, added, dropped, source))
 
     # Ranks with most left to do go first: they decide how many waves there are.
-    ranks = sorted((r for r in range(len(room)) if usable(r)), key=lambda r: (-len(work.adds[r]), r))
+    ranks = sorted(filter(usable, waiting), key=lambda r: (-len(work.adds[r]), r))
     progress = bool(ranks)
     while progress:
         progress = False

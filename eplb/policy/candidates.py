@@ -1,7 +1,7 @@
 """Changes that may help an overloaded layer, with an estimate of what each brings.
 
-Shape letters: A layers, W ranks, P physical experts of a rank, Q = W · P lanes counted over ranks, E experts, F split experts
-of at most C replicas (`eplb.shares.SplitLoads`), K candidates.
+Shape letters: A layers, W ranks, P physical experts of a rank, Q = W · P lanes counted over ranks, E experts, R replicas of the
+split experts of all layers (`eplb.shares.SplitLoads`), S the most that one layer has of them, K candidates.
 
 Loads are in units of the mean rank load; `limit_A` is the rank load to get below. What counts is the *excess*: the load above
 the limit, summed over ranks, when the shares are the best ones. To put a replica of expert e on rank r in place of a replica
@@ -114,7 +114,7 @@ class Situation:
         physical_AQ: int64, the expert of each lane.
         num_ranks: W.
         limit_A: rank load to get below.
-        split, flow_AFC, rank_load_AW: from `eplb.shares.level_loads`.
+        split, flow_R, rank_load_AW: from `eplb.shares.level_loads`.
         node_W: int64, the node of each rank.
     """
 
@@ -123,7 +123,7 @@ class Situation:
     num_ranks: int
     limit_A: np.ndarray
     split: SplitLoads
-    flow_AFC: np.ndarray
+    flow_R: np.ndarray
     rank_load_AW: np.ndarray
     node_W: np.ndarray
 
@@ -136,56 +136,62 @@ class Situation:
         self.count_AE = counts.reshape(num_layers, num_experts)
         self.count_AQ = counts[ids]
         self.flow_AQ = np.where(self.count_AQ == 1, self.load_AE.ravel()[ids], 0.0)
-        layer, _, _ = at = np.nonzero(self.split.valid_LFC)
-        self.flow_AQ[layer, self.split.lane_LFC[at]] = self.flow_AFC[at]
+        self.flow_AQ.reshape(-1)[self.split.layer_R * num_lanes + self.split.lane_R] = self.flow_R
         self.hot_AW = self.rank_load_AW > self.limit_A[:, None]
         self.excess_AW = np.maximum(self.rank_load_AW - self.limit_A[:, None], 0.0)
         self._pass_room()
-        self._pass_excess(ids, layer, at)
+        self._pass_excess(ids)
 
-    def take(self, layers: np.ndarray) -> Situation:
-        """Only these layers (a boolean mask or indices); what was derived is kept."""
+    def take(self, keep_A: np.ndarray) -> Situation:
+        """Only the layers of this boolean mask; what was derived is kept."""
         part = object.__new__(Situation)
+        keep_R = keep_A[self.split.layer_R]
         for name, value in vars(self).items():
-            of_layers = isinstance(value, np.ndarray) and "_A" in name
-            vars(part)[name] = value[layers] if of_layers else value
-        part.split = self.split.take(layers)
+            keep = keep_A if "_A" in name else keep_R if name.endswith("_R") else None
+            vars(part)[name] = value if keep is None else value[keep]
+        part.split = self.split.take(keep_A)
         return part
 
+    def by_layer(self, value_R: np.ndarray, padding: float) -> np.ndarray:
+        """One row per layer: [R] → [A, S]."""
+        layer_R = self.split.layer_R
+        count_A = np.bincount(layer_R, minlength=len(self.limit_A))
+        out_AS = np.full((count_A.size, count_A.max(initial=0)), padding, dtype=value_R.dtype)
+        out_AS[np.arange(out_AS.shape[1]) < count_A[:, None]] = value_R
+        return out_AS
+
     def _pass_room(self) -> None:
-        """room_AW: load that each rank could take in, handing on what it can. behind_AFC: load that each replica could hand on
+        """room_AW: load that each rank could take in, handing on what it can. behind: load that each replica could hand on
         to the other replicas of its expert, whatever it carries."""
-        split, valid = self.split, self.split.valid_LFC
+        split = self.split
         room_AW = np.maximum(self.limit_A[:, None] - self.rank_load_AW, 0.0)
         total_A = room_AW.sum(axis=1)
-        handed = np.zeros_like(self.flow_AFC)
-        behind = handed
-        for _ in range(MESSAGE_ROUNDS if valid.any() else 0):
+        total_R = total_A[split.layer_R]
+        handed = behind = np.zeros_like(self.flow_R)
+        for _ in range(MESSAGE_ROUNDS):
             at_rank = np.maximum(split.at_replicas(room_AW + split.per_rank(handed)) - handed, 0.0)
-            at_rank *= valid
-            behind = np.minimum(at_rank.sum(axis=2, keepdims=True) - at_rank, total_A[:, None, None]) * valid
-            handed = np.minimum(self.flow_AFC, behind)
+            behind = np.minimum(split.per_expert(at_rank)[split.expert_R] - at_rank, total_R)
+            handed = np.minimum(self.flow_R, behind)
         self.room_AW = np.minimum(room_AW + split.per_rank(handed), total_A[:, None])
         # Without the replica: what it handed on is gone, what it carried makes room.
-        self.room_without_AFC = (
-            np.minimum(split.at_replicas(self.room_AW) - handed, total_A[:, None, None]) + self.flow_AFC
-        )
-        self.loss_AFC = np.maximum(self.flow_AFC - behind, 0.0)
+        self.room_without_R = np.minimum(split.at_replicas(self.room_AW) - handed, total_R) + self.flow_R
+        self.loss_R = np.maximum(self.flow_R - behind, 0.0)
 
-    def _pass_excess(self, ids: np.ndarray, layer: np.ndarray, at: tuple[np.ndarray, ...]) -> None:
+    def _pass_excess(self, ids: np.ndarray) -> None:
         """pull_AW: excess that can be brought to each overloaded rank. gain_AE: excess that could leave through each expert."""
         split = self.split
         total_A = self.excess_AW.sum(axis=1)
-        flow = self.flow_AFC * (split.at_replicas(self.hot_AW) & split.valid_LFC)
-        brought = np.zeros_like(flow)
-        out = brought
-        for _ in range(MESSAGE_ROUNDS if flow.any() else 0):
+        total_R = total_A[split.layer_R]
+        flow = self.flow_R * split.at_replicas(self.hot_AW)
+        carries = flow > 0
+        out = brought = np.zeros_like(flow)
+        for _ in range(MESSAGE_ROUNDS):
             pull = split.at_replicas(self.excess_AW + split.per_rank(brought))
             out = np.minimum(flow, np.maximum(pull - brought, 0.0))
-            brought = np.minimum(out.sum(axis=2, keepdims=True) - out, total_A[:, None, None]) * (flow > 0)
+            brought = np.minimum(split.per_expert(out)[split.expert_R] - out, total_R) * carries
         self.pull_AW = np.minimum(self.excess_AW + split.per_rank(brought), total_A[:, None]) * self.hot_AW
         leaves_AQ = np.minimum(self.flow_AQ, self.pull_AW[:, self.rank_Q])
-        leaves_AQ[layer, split.lane_LFC[at]] = out[at]
+        leaves_AQ.reshape(-1)[split.layer_R * leaves_AQ.shape[1] + split.lane_R] = out
         gain = np.bincount(ids.ravel(), weights=leaves_AQ.ravel(), minlength=self.load_AE.size)
         self.gain_AE = gain.reshape(self.load_AE.shape)
 
@@ -193,19 +199,17 @@ class Situation:
 def singles(now: Situation, num: int) -> Changes:
     """One move: a replica of an overloaded expert in place of a replica that its expert can spare; `num` places per expert."""
     split = now.split
-    num_layers, num_split, num_replicas = now.flow_AFC.shape
-    num_lanes = num_split * num_replicas
+    num_layers = len(now.limit_A)
     rows = np.arange(num_layers)[:, None]
     worth_AE = now.load_AE / (now.count_AE + 1)
     promise = np.where(now.gain_AE > TINY, np.round(now.gain_AE + FLEXIBILITY * worth_AE, 9), -np.inf)
     expert_AK = np.argsort(-promise, axis=1, kind="stable")[:, :EXPERTS_TRIED]
     num_tried = expert_AK.shape[1]
-    rank_AS = split.rank_LFC.reshape(num_layers, num_lanes)
-    room_AS = now.room_without_AFC.reshape(num_layers, num_lanes)
-    loss_AS = now.loss_AFC.reshape(num_layers, num_lanes)
-    usable_AS = (split.valid_LFC & ~split.at_replicas(now.hot_AW)).reshape(num_layers, num_lanes)
-    replicas_AF = np.maximum(split.valid_LFC.sum(axis=2), 1)
-    spared_AS = np.repeat(split.load_LF / replicas_AF, num_replicas, axis=1)
+    lane_AS = now.by_layer(split.lane_R, 0)
+    rank_AS = now.rank_Q[lane_AS]
+    room_AS = now.by_layer(np.where(split.at_replicas(now.hot_AW), -np.inf, now.room_without_R), -np.inf)
+    loss_AS = now.by_layer(now.loss_R, 0.0)
+    spared_AS = now.by_layer(split.load_per_replica_R, 0.0)
 
     gain_AK = now.gain_AE[rows, expert_AK]
     score_AKS = np.minimum(gain_AK[:, :, None], room_AS[:, None]) - loss_AS[:, None]
@@ -213,7 +217,7 @@ def singles(now: Situation, num: int) -> Changes:
         (now.physical_AQ[:, None] == expert_AK[:, :, None]).reshape(num_layers, num_tried, now.num_ranks, -1).any(3)
     )
     holds_AKS = np.take_along_axis(holds_AKW, np.broadcast_to(rank_AS[:, None], score_AKS.shape), axis=2)
-    useful_AKS = (score_AKS > TINY) & (gain_AK > TINY)[:, :, None] & usable_AS[:, None] & ~holds_AKS
+    useful_AKS = (score_AKS > TINY) & (gain_AK > TINY)[:, :, None] & ~holds_AKS
     num_nodes = int(now.node_W[-1]) + 1
     if num_nodes > 1:
         near_AKN = holds_AKW.reshape(num_layers, num_tried, num_nodes, -1).any(3)
@@ -223,12 +227,12 @@ def singles(now: Situation, num: int) -> Changes:
     score_AKS = score_AKS + FLEXIBILITY * (worth_AK[:, :, None] - spared_AS[:, None])
     score_AKS = np.where(useful_AKS, score_AKS, -np.inf)
     rounded = np.round(score_AKS, 9)
-    if num == 1 and num_lanes:
+    if num == 1 and lane_AS.size:
         place_AKn = rounded.argmax(axis=2)[:, :, None]
     else:
         place_AKn = np.argsort(-rounded, axis=2, kind="stable")[:, :, :num]
     score = np.take_along_axis(score_AKS, place_AKn, axis=2).reshape(num_layers, -1)
-    lane = split.lane_LFC.reshape(num_layers, num_lanes)[rows[:, :, None], place_AKn].reshape(num_layers, -1)
+    lane = lane_AS[rows[:, :, None], place_AKn].reshape(num_layers, -1)
     expert = np.repeat(expert_AK, place_AKn.shape[2], axis=1)
     return Changes(
         np.stack([lane, lane], axis=2), np.stack([expert, expert], axis=2), score, np.ones(score.shape, dtype=np.int64)
@@ -249,16 +253,17 @@ def doubles(now: Situation, num: int, num_sources: int = 1) -> Changes:
     holds_AWE[rows, now.rank_Q, now.physical_AQ] = True
     hottest_AH = np.argsort(-np.round(now.excess_AW, 9), axis=1, kind="stable")[:, :num_sources]
     found = [_exchanges(now, holds_AWE, hottest_AH[:, h]).best(num) for h in range(hottest_AH.shape[1])]
-    if now.flow_AFC.size:
+    if now.flow_R.size:
         hot_AH = np.argsort(-np.round(now.gain_AE, 9), axis=1, kind="stable")[:, :num_sources]
         # The lane to give up: one whose rank has room without it, and better one of a light expert.
-        split, shape = now.split, (num_layers, now.flow_AFC[0].size)
-        spare = np.where(split.valid_LFC, now.room_without_AFC - now.loss_AFC, -np.inf).reshape(shape)
-        worth = np.repeat(split.load_LF / np.maximum(split.valid_LFC.sum(axis=2), 1), now.flow_AFC.shape[2], axis=1)
-        third_AH = np.argsort(-np.round(spare - FLEXIBILITY * worth, 9), axis=1, kind="stable")[:, :num_sources]
+        split = now.split
+        lane_AS = now.by_layer(split.lane_R, 0)
+        spare_AS = now.by_layer(now.room_without_R - now.loss_R, -np.inf)
+        worth_AS = now.by_layer(split.load_per_replica_R, 0.0)
+        third_AH = np.argsort(-np.round(spare_AS - FLEXIBILITY * worth_AS, 9), axis=1, kind="stable")[:, :num_sources]
         for t in range(third_AH.shape[1]):
             third_A1 = third_AH[:, t : t + 1]
-            lane_A1, spare_A1 = split.lane_LFC.reshape(shape)[rows, third_A1], spare[rows, third_A1]
+            lane_A1, spare_A1 = lane_AS[rows, third_A1], spare_AS[rows, third_A1]
             for h in range(hot_AH.shape[1]):
                 found.append(_chains(now, holds_AWE, hot_AH[:, h : h + 1], lane_A1, spare_A1).best(num))
     changes = found[0]

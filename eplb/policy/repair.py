@@ -151,8 +151,8 @@ def _solve(
     layers: np.ndarray,
 ) -> Situation:
     load_AE, physical_AQ = load_LE[layers], physical_LQ[layers]
-    split, flow_AFC, rank_load_AW = level_loads(load_AE, physical_AQ.reshape(len(layers), num_ranks, -1), ITER, NEAR)
-    return Situation(load_AE, physical_AQ, num_ranks, limit_L[layers], split, flow_AFC, rank_load_AW, node_W)
+    split, flow_R, rank_load_AW = level_loads(load_AE, physical_AQ.reshape(len(layers), num_ranks, -1), ITER, NEAR)
+    return Situation(load_AE, physical_AQ, num_ranks, limit_L[layers], split, flow_R, rank_load_AW, node_W)
 
 
 def _step_by_estimate(
@@ -203,7 +203,7 @@ def _step_exactly(
         left = np.flatnonzero(~found_A)
         if not left.size:
             break
-        part = now.take(left)
+        part = now.take(~found_A)
         tried = singles(part, num).best(num).with_(doubles(part, num, num_sources))
         affordable = tried.num_moves_AK <= budget_L[layers[left]][:, None]
         row, at = np.nonzero(np.isfinite(tried.score_AK) & affordable)

@@ -262,7 +262,7 @@ def test_a_step_returns_although_a_peer_is_silent():
 
 def test_loading_waits_no_longer_than_its_timeout_for_a_silent_peer():
     layer = StubLayer()
-    config = EplbConfig(**QUICK, quiesce_timeout=0.1)
+    config = EplbConfig(**QUICK, quiesce_timeout=0.1, close_timeout=0.1)
     controller = EplbController(config, transport=SilentPeers(None))
     controller.register(layer)
     controller.step()

@@ -1,4 +1,5 @@
 import itertools
+from typing import Any
 
 import numpy as np
 import pytest
@@ -235,7 +236,7 @@ def test_sources_in_the_node_are_preferred():
 def test_bad_input_is_refused():
     start = np.array([[[0, 1], [0, 2]]])
     load, current = np.ones((1, 3)), with_lanes(start, 3, 1)
-    options = {
+    options: dict[str, Any] = {
         "free_slots_GW": np.ones((1, 2)),
         "pool_of_layer": [0],
         "bytes_per_expert": [1],
@@ -255,4 +256,7 @@ def test_bad_input_is_refused():
         Plan.from_json("{}")
     with pytest.raises(ValueError, match="no plan"):
         Plan.from_json("nonsense")
+    text = plan_for(current, start, load).to_json()
+    with pytest.raises(ValueError, match="no plan"):
+        Plan.from_json(text.replace('"shares":"', '"shares":"!'))
     assert equal_shares(current[0]).shape == (2, 3)

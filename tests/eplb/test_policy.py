@@ -1,6 +1,7 @@
 import hashlib
 import subprocess
 import sys
+from typing import Any, cast
 
 import numpy as np
 import pytest
@@ -277,7 +278,7 @@ def test_registry():
     with pytest.raises(ValueError, match="options"):
         make_policy(mine, min_gain=1)
     with pytest.raises(ValueError, match="propose"):
-        make_policy(3)
+        make_policy(cast(Any, 3))
     register_policy("test-mine")(Mine)
     assert isinstance(make_policy("test-mine"), Mine)
     with pytest.raises(ValueError, match="test-mine"):
@@ -319,6 +320,6 @@ def test_bad_input_is_refused():
     ]:
         with pytest.raises(ValueError, match=name):
             policy.propose(load, physical, where)
-    for arguments, name in [((0,), "num_ranks"), ((4, 3), "ranks_per_node"), ((4, None, 0), "num_groups")]:
+    for arguments, name in [((0, None, 1), "num_ranks"), ((4, 3, 1), "ranks_per_node"), ((4, None, 0), "num_groups")]:
         with pytest.raises(ValueError, match=name):
             Topology(*arguments)

@@ -108,7 +108,7 @@ def test_zero_load_means_equal_shares():
 
 def test_empty_lanes_get_nothing():
     shares = balanced_shares(np.array([[3.0, 1.0]]), np.array([[[0, -1], [-1, 0], [1, -1]]]))
-    np.testing.assert_allclose(shares, [[[0.5, 0], [0, 0.5], [1, 0]]])
+    np.testing.assert_allclose(shares, np.array([[[0.5, 0], [0, 0.5], [1, 0]]]))
     placement = Placement(np.array([[0, -1, 0], [1, 0, -1]]), 2)
     np.testing.assert_allclose(equal_shares(placement), [[1 / 3, 0, 1 / 3], [1, 1 / 3, 0]])
 

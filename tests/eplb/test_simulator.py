@@ -1,4 +1,5 @@
 import json
+from typing import Any
 
 import numpy as np
 import pytest
@@ -29,7 +30,7 @@ def test_metrics_by_hand():
     assert layer_balancedness(np.array([4, 2]), placement, equal_shares(placement)) == 3 / 4
     batches = np.array([[[4, 2]], [[0, 2]]])
     shares = equal_shares(placement)[None]
-    np.testing.assert_allclose(per_batch_imbalance(batches, placement.lanes_WS[None], shares), [[4 / 3], [2]])
+    np.testing.assert_allclose(per_batch_imbalance(batches, placement.lanes_WS[None], shares), np.array([[4 / 3], [2]]))
 
 
 def test_bound_by_hand():
@@ -141,11 +142,12 @@ def test_command_says_what_is_wrong(tmp_path, capsys):
 def test_bad_sizes_are_refused():
     trace = Trace("x", np.ones((4, 1, 8)))
     policy, topology = make_policy("static"), Topology(2)
-    for options, name in [
+    cases: list[tuple[dict[str, Any], str]] = [
         ({"batches_per_window": 5}, "batches_per_window=5"),
         ({"batches_per_window": 2, "sub_windows": 3}, "sub_windows=3"),
         ({"batches_per_window": 2, "sub_windows": 1, "free_slots": 0}, "free_slots=0"),
-    ]:
+    ]
+    for options, name in cases:
         with pytest.raises(ValueError, match=name):
             simulate(trace, policy, topology, num_redundant_experts=0, **options)
     with pytest.raises(ValueError, match="num_windows=0"):

@@ -11,6 +11,7 @@ from tests.distributed import distributed
 from tests.moe_layer.ranks import EXPERTS, HIDDEN, INTERMEDIATE, TOP_K, make_layer, tokens
 from tests.moe_layer.reference import Weights, clear_tokens, dense_forward, logical_grad
 
+NUM_STEPS = 4  # batches; each of four ranks has none in one or two of them
 SIZES = {"hidden_size": HIDDEN, "intermediate_size": INTERMEDIATE, "num_experts": EXPERTS, "top_k": TOP_K}
 
 
@@ -120,7 +121,7 @@ def check_outputs(rank, num_ranks, group, device, dtype):
     layers = [
         make_layer(group, device, num_redundant_experts=redundant, dtype=dtype) for redundant in (0, num_ranks, EXPERTS)
     ]
-    for step in range(6):
+    for step in range(NUM_STEPS):
         x = tokens(rank, step, device, dtype)
         expected = layers[0](x)
         for layer in layers[1:]:
@@ -135,7 +136,7 @@ def check_outputs(rank, num_ranks, group, device, dtype):
     for layer in layers:
         load = layer.resident.load_E.clone()
         dist.all_reduce(load if dist.get_backend(group) == "nccl" else (load := load.cpu()), group=group)
-        assert load.sum() == TOP_K * sum(len(all_tokens(num_ranks, step, device)) for step in range(6))
+        assert load.sum() == TOP_K * sum(len(all_tokens(num_ranks, step, device)) for step in range(NUM_STEPS))
     x = clear_tokens(alone, 10, seed=rank)
     expected = dense_forward(x.cpu(), Weights.of(alone), alone.gate.rule, TOP_K)
     torch.testing.assert_close(layers[1](x).cpu().double(), expected, rtol=2 * rtol, atol=2 * atol)

@@ -102,7 +102,7 @@ def test_i5_two_ranks(rank, num_ranks, group, device):
 @distributed(num_ranks=4, timeout=150)
 def test_i5_four_ranks(rank, num_ranks, group, device):
     service = make_service(rank, group, device, dtype=torch.bfloat16)
-    service.serve_until(moved_by(service, 8), "relocations")
+    service.serve_until(moved_by(service, 5), "relocations")
     drained(service)
     service.assert_well()
     service.controller.close()
@@ -190,7 +190,7 @@ def check_inside_step(rank, group, device) -> None:
     """use_async=False: all within step(), on all ranks in the same step; and no thread."""
     service = make_service(rank, group, device, use_async=False)
     assert service.controller.health().state == "idle"
-    for step in range(1, 17):
+    for step in range(1, 13):
         service.forward()
         service.controller.step()
         versions = torch.tensor([layer.resident.table.version for layer in service.layers])
@@ -249,7 +249,7 @@ def failing_once(recorder, name):
 def check_no_redundant_experts(rank, group, device) -> None:
     """Every expert has one replica: experts swap ranks."""
     service = make_service(rank, group, device, redundant=0, use_async=False)
-    for _ in range(12):
+    for _ in range(8):
         service.forward()
         service.controller.step()
     assert_rested(service)
