@@ -5,7 +5,6 @@ import functools
 import logging
 import threading
 import time
-import weakref
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
 from dataclasses import replace
@@ -104,16 +103,19 @@ class EplbController:
             raise RuntimeError("register() must come before the first step() and before close()")
         found = [module for module in model.modules() if isinstance(module, RelocatableLayer)]
         for layer in found:
-            self._check(layer)
+            self._check(layer, (self._layers or found)[0].resident)
+        layers = self._layers + found
+        if layers:
+            backends = {layer.dispatch_backend for layer in layers}
+            self._transport.check(self.config, layers[0].resident.streams.device, backends)
         for layer in found:
             layer.resident.controller = self
             layer.resident.quiesced = self.quiesced
         self._layers += found
         return len(found)
 
-    def _check(self, layer: RelocatableLayer) -> None:
+    def _check(self, layer: RelocatableLayer, first: ResidentExperts) -> None:
         resident = layer.resident
-        first = self._layers[0].resident if self._layers else resident
         ranks = self._transport.ranks
         if resident.controller is not None:
             raise ValueError("a layer of the model is registered with a controller already")
@@ -181,7 +183,7 @@ class EplbController:
     def _run_in_background(self, worker: Worker, streams: DeviceStreams) -> None:
         self._thread = _WorkerThread(worker, streams, self._wake)
         self._thread.start()
-        atexit.register(_close_if_alive, weakref.ref(self))
+        atexit.register(self.close)
 
     # ---- serving
 
@@ -201,6 +203,8 @@ class EplbController:
         if worker is None:
             if not self._layers:
                 raise RuntimeError("step() without any MoE layer: register() a model that has one first")
+            if self._layers[0].resident.streams.is_capturing():
+                return
             worker = self._start()
         assert self._streams is not None
         if self._streams.is_capturing():
@@ -238,11 +242,11 @@ class EplbController:
             worker.propose(work)
             self._proposals_due += 1
         while worker.num_proposals_heard < self._proposals_due or not worker.is_idle:
-            if worker.health.state in ("lost", "peer_left", "peer_unreachable"):
-                return  # a later step goes on where this one stopped, if the ranks find each other again
             self._wake.clear()
             worker.tick()
             self._adopt(worker)
+            if worker.health.state in ("lost", "peer_left", "peer_unreachable", "grace_stalled"):
+                return  # a later step goes on where this one stopped, if it can
             if not worker.is_idle:
                 self._wake.wait(self.config.round_interval / 10)
 
@@ -266,6 +270,8 @@ class EplbController:
             stream.wait_event(other.record_event())
         if handoff.staged.is_recorded():
             handoff.staged.wait(stream, timeout=0)
+        else:  # an earlier attempt consumed it, perhaps for another stream
+            stream.wait_event(handoff.uploaded)
         flip([layer.table for layer in handoff.layers], handoff.placements, handoff.version, stream)
         flipped = stream.record_event()
         for other in others:
@@ -308,18 +314,24 @@ class EplbController:
                     )
             yield
         finally:
+            # Fills read on the side stream what the caller has written on its own.
+            assert self._streams is not None
+            self._streams.side.wait_event(self._streams.current().record_event())
             worker.hold(-1)
 
     @contextmanager
     def warm_up(self) -> Iterator[None]:
         """Forwards inside run as always, but are not counted as load. Works for graphs captured before or inside."""
-        for layer in self._layers:
-            layer.resident.load_increment_1.zero_()
+        self._count_tokens_as(0)
         try:
             yield
         finally:
-            for layer in self._layers:
-                layer.resident.load_increment_1.fill_(1)
+            self._count_tokens_as(1)
+
+    def _count_tokens_as(self, increment: int) -> None:
+        for resident in [layer.resident for layer in self._layers]:
+            write = functools.partial(resident.load_increment_1.fill_, increment)
+            resident.streams.run(resident.streams.current(), write)
 
     # ---- looking in
 
@@ -371,10 +383,20 @@ class EplbController:
         if self._worker is not None:
             if self._thread is not None:
                 self._thread.close(self.config.close_timeout)
+                atexit.unregister(self.close)
+            elif not self.config.use_async:
+                self._leave_here(self._worker)
             self._adopt(self._worker)
         for layer in self._layers:
             layer.resident.controller = None
             layer.resident.quiesced = nullcontext
+
+    def _leave_here(self, worker: Worker) -> None:
+        deadline = time.monotonic() + self.config.close_timeout
+        worker.leave()
+        while not worker.has_left and time.monotonic() < deadline:
+            worker.tick()
+            self._wake.wait(self.config.round_interval / 10)
 
     def __enter__(self) -> "EplbController":
         return self
@@ -423,12 +445,6 @@ def _other_streams(handoff: Handoff, stream: StreamLike) -> list[StreamLike]:
     for layer in handoff.layers:
         others += [seen for seen in layer.streams_seen() if seen != stream and seen not in others]
     return others
-
-
-def _close_if_alive(reference: "weakref.ref[EplbController]") -> None:
-    controller = reference()
-    if controller is not None:
-        controller.close()
 
 
 Method = TypeVar("Method", bound=Callable[..., Any])

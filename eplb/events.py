@@ -59,13 +59,13 @@ class CpuGpuEvent:
                 raise TimeoutError(f"CpuGpuEvent was not recorded within {timeout} s")
             if self._device_event is not None and stream is None:
                 raise RuntimeError("CpuGpuEvent was recorded on a stream: wait() needs the stream that shall wait")
-            device_event, error = self._device_event, self._error
+            if self._device_event is not None:
+                assert stream is not None
+                stream.wait_event(self._device_event)  # before it is forgotten: this may raise
+            error = self._error
             self._recorded, self._device_event, self._error = False, None, None
         if error is not None:
             raise error
-        if device_event is not None:
-            assert stream is not None
-            stream.wait_event(device_event)
 
     def _set(self, stream: StreamLike | None, error: BaseException | None) -> None:
         with self._condition:

@@ -20,7 +20,8 @@ class Handoff:
     Attributes:
         version: what the tables' version becomes.
         layers, placements: whose tables to flip, and what they hold then.
-        staged: recorded on the side stream behind the upload of the tables.
+        staged: recorded on the side stream behind the upload of the tables; one wait consumes it.
+        uploaded: the side stream's event for it, for a flip that has to be tried again.
         flipped: the compute stream's event behind the flip, once the main thread has enqueued it.
     """
 
@@ -28,6 +29,7 @@ class Handoff:
     layers: list[ResidentExperts]
     placements: list[Placement]
     staged: CpuGpuEvent = field(default_factory=CpuGpuEvent)
+    uploaded: Any = None
     flipped: Any = None
 
 
@@ -157,6 +159,7 @@ class WaveFill:
         )
         for update, layer in zip(self.updates, handoff.layers, strict=True):
             layer.table.stage(update.placement, update.shares_WS, self._streams.side)
+        handoff.uploaded = self._streams.side.record_event()
         handoff.staged.record(self._streams.side)
         return handoff
 
@@ -176,6 +179,7 @@ class WaveFill:
     def abandon(self) -> None:
         """The wave is given up before it was published: nobody may use its slots until `bury()` says so."""
         self._abandoned = True
+        self._forget_lanes()
         for target in self._targets:
             target.layer.pool.quarantine([target.slot])
 
@@ -207,7 +211,13 @@ class WaveFill:
                 pool.end_read([slot])
 
     def _give_back_targets(self) -> None:
+        self._forget_lanes()
         for target in self._targets:
             target.layer.pool.release([target.slot])
-            target.layer.lane_slots[target.lane] = -1
         self._targets = []
+
+    def _forget_lanes(self) -> None:
+        """The lanes are empty again; those that a newer wave has taken by now are its own."""
+        for target in self._targets:
+            if target.layer.lane_slots[target.lane] == target.slot:
+                target.layer.lane_slots[target.lane] = -1

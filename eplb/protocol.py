@@ -48,7 +48,7 @@ class Record:
         error: 1 if something failed on this rank since its last record.
         hold: 1 while this rank wants no new wave (it loads weights).
         left: 1 in a rank's last record.
-        models: hash of what this rank registered; nothing begins while the ranks' differ.
+        models: hash of what this rank registered and how it records load; nothing begins while the ranks' differ.
     """
 
     proposal: int = 0

@@ -93,6 +93,7 @@ class ResidentExperts:
         # Deques, because a pin may die inside any allocation, also one made under the lock: appending takes none.
         self._dropped_pins: deque[int] = deque()
         self._pin_events: deque[tuple[int, EventLike]] = deque()
+        self._running: list[tuple[int, EventLike]] = []
 
     @torch.no_grad()
     def copied_to(self, pool: SlotPool, streams: DeviceStreams) -> "ResidentExperts":
@@ -147,23 +148,24 @@ class ResidentExperts:
         """Keep every slot of the current version as it is until the returned object is freed."""
         version = self.table.version
         with self._lock:
+            if not self.streams.is_capturing():
+                self._drain()  # here too, or pins would pile up where nothing is ever relocated
             self._pins[version] = self._pins.get(version, 0) + 1
         return Pin(self, version)
 
     def is_pinned_before(self, version: int) -> bool:
         """Whether a backward under a version older than `version` is pending or still running on the device."""
         with self._lock:
-            while self._dropped_pins:
-                dropped = self._dropped_pins.popleft()
-                self._pins[dropped] -= 1
-                if not self._pins[dropped]:
-                    del self._pins[dropped]
-            # After the dropped pins: what they used was noted before they were dropped.
-            running = []
-            while self._pin_events:
-                used = self._pin_events.popleft()
-                if not used[1].query():
-                    running.append(used)
-            self._pin_events.extend(running)
-            pinned = [*self._pins, *(at for at, _ in running)]
-        return any(at < version for at in pinned)
+            self._drain()
+            return any(at < version for at in self._pins) or any(at < version for at, _ in self._running)
+
+    def _drain(self) -> None:
+        while self._dropped_pins:
+            dropped = self._dropped_pins.popleft()
+            self._pins[dropped] -= 1
+            if not self._pins[dropped]:
+                del self._pins[dropped]
+        # After the dropped pins: what they used was noted before they were dropped.
+        while self._pin_events:
+            self._running.append(self._pin_events.popleft())
+        self._running = [used for used in self._running if not used[1].query()]

@@ -5,6 +5,7 @@ few things that differ between devices, so that everything that acts is written 
 """
 
 import ctypes
+import functools
 from collections.abc import Callable
 from typing import Any, Protocol
 
@@ -110,7 +111,8 @@ class CudaStreams:
             work()
 
     def is_capturing(self) -> bool:
-        return torch.cuda.is_current_stream_capturing()
+        with torch.cuda.device(self.device):
+            return torch.cuda.is_current_stream_capturing()
 
     def adopt_thread(self) -> None:
         """Select the device, and take this thread out of the way of graph captures on other threads.
@@ -127,6 +129,12 @@ class CudaStreams:
             raise RuntimeError(f"cuThreadExchangeStreamCaptureMode failed with CUDA error {status}")
 
 
+@functools.cache
+def _cuda_streams(device: torch.device) -> CudaStreams:
+    """One for all layers of a device: torch hands out few streams, and begins anew when they are used up."""
+    return CudaStreams(device)
+
+
 def streams_of(device: torch.device) -> DeviceStreams:
     """The streams of `device`.
 
@@ -136,5 +144,5 @@ def streams_of(device: torch.device) -> DeviceStreams:
     if device.type == "cpu":
         return HostStreams()
     if device.type == "cuda":
-        return CudaStreams(device)
+        return _cuda_streams(device)
     raise ValueError(f"device must be a CPU or a CUDA device, got {device}")

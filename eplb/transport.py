@@ -3,6 +3,7 @@
 from collections.abc import Iterable
 from typing import Protocol
 
+import torch
 import torch.distributed as dist
 
 from eplb.agreement import Agreement, GlooAgreement, LocalAgreement
@@ -16,6 +17,10 @@ class Transport(Protocol):
     @property
     def ranks(self) -> tuple[int, ...]:
         """The global ranks that are reached, in the order of their ranks here; empty if there is one alone."""
+        ...
+
+    def check(self, config: EplbConfig, device: torch.device, dispatch_backends: Iterable[str]) -> None:
+        """Raises ValueError if `connect()` could not do what the config asks for."""
         ...
 
     def connect(
@@ -40,12 +45,17 @@ class TorchTransport:
     def ranks(self) -> tuple[int, ...]:
         return ranks_of(self._group)
 
+    def check(self, config: EplbConfig, device: torch.device, dispatch_backends: Iterable[str]) -> None:
+        self._choose(config, device, dispatch_backends)
+
+    def _choose(self, config: EplbConfig, device: torch.device, dispatch_backends: Iterable[str]) -> str:
+        group_backend = str(dist.get_backend(self._group)) if self._group is not None else "gloo"
+        return choose_communicator(config.communicator, device, group_backend, set(dispatch_backends))
+
     def connect(
         self, config: EplbConfig, streams: DeviceStreams, dispatch_backends: Iterable[str]
     ) -> tuple[Agreement, Communicator]:
         if self._group is None or not self.ranks:
             return LocalAgreement(), LocalCommunicator(streams)
-        name = choose_communicator(
-            config.communicator, streams.device, str(dist.get_backend(self._group)), set(dispatch_backends)
-        )
+        name = self._choose(config, streams.device, dispatch_backends)
         return GlooAgreement(new_group_like(self._group, "gloo")), make_communicator(name, self._group, streams)

@@ -104,12 +104,29 @@ class Worker:
             )
             for layer in layers
         ]
-        # Python's hash of integers is the same in every process.
-        self._models = hash(tuple((f.num_experts, f.num_physical_per_rank, f.pool, f.slot_bytes) for f in self._facts))
         self._placements: list[Placement] = [layer.table.placement for layer in layers]
+        version = max(layer.table.version for layer in layers)
+        # Python's hash of integers is the same in every process.
+        self._models = hash(
+            (
+                version,
+                *((int(work), recorder.message_words) for work, recorder in windows.items()),
+                *(
+                    (
+                        f.num_experts,
+                        f.num_physical_per_rank,
+                        f.pool,
+                        f.slot_bytes,
+                        placement.num_lanes,
+                        placement.digest(),
+                    )
+                    for f, placement in zip(self._facts, self._placements, strict=True)
+                ),
+            )
+        )
         self._shares = [equal_shares(placement) for placement in self._placements]
 
-        self._agreed = Agreed()
+        self._agreed = Agreed(version=version)
         self._exchange: Exchange | None = None
         self._spoken = Record()
         self._spoke_at = clock()
@@ -125,9 +142,9 @@ class Worker:
         self._fill: WaveFill | None = None
         self._fill_started_at = 0.0
         self._handoff: Handoff | None = None
-        self._published = 0
+        self._published = version
         self._published_at = 0.0
-        self._graced = 0
+        self._graced = version
         self._zombies: list[WaveFill] = []
 
         self._error = False
@@ -223,7 +240,8 @@ class Worker:
         """How long a thread may sleep if nobody notifies it."""
         if self._fill is not None or self._handoff is not None or self._zombies:
             return min(self._config.round_interval, 0.001)
-        return self._config.heartbeat_interval if self._agreed.phase is Phase.IDLE else self._config.round_interval
+        at_rest = self._lost or self._agreed.phase in (Phase.IDLE, Phase.LEFT)
+        return self._config.heartbeat_interval if at_rest else self._config.round_interval
 
     def _hear(self) -> None:
         exchange, agreed = self._exchange, self._agreed
@@ -253,7 +271,10 @@ class Worker:
         self._heard_at = self._clock()
         self._settle(agreed, new, spoken)
         if agreed.phase is Phase.IDLE and models_differ(records):
-            raise RuntimeError("the ranks registered different models, or in another order: nothing can be balanced")
+            raise RuntimeError(
+                "the ranks differ in the models they registered, in their order or placement, or in the config's windows: "
+                "nothing can be balanced"
+            )
 
     def _settle(self, old: Agreed, new: Agreed, spoken: Record) -> None:
         """What a round heard changes on this rank; nothing here touches the device."""
@@ -504,8 +525,8 @@ class Worker:
             state = "degraded"
         if agreed.phase is Phase.GRACE and now - self._published_at > self._config.grace_timeout:
             state, waiting = "grace_stalled", now - self._published_at
-        if self._exchange is not None and now - self._heard_at > self._config.peer_timeout:
-            state, waiting = "peer_unreachable", now - self._heard_at
+        if self._exchange is not None and now - self._spoke_at > self._config.peer_timeout:
+            state, waiting = "peer_unreachable", now - self._spoke_at
         if agreed.phase is Phase.LEFT:
             state = "closed" if self._said_left else "peer_left"
         if self._lost:

@@ -69,15 +69,15 @@ def broadcast_(tensor: torch.Tensor, source: int, group: dist.ProcessGroup) -> N
     if backend_of(group, tensor.device) == "gloo" and tensor.device.type != "cpu":
         host = tensor.cpu()
         dist.broadcast(host, group=group, group_src=source)
-        tensor.copy_(host)
+        if dist.get_rank(group) != source:
+            tensor.copy_(host)
     else:
         dist.broadcast(tensor, group=group, group_src=source)
 
 
-def all_gather_flags(flags: torch.Tensor, group: dist.ProcessGroup) -> torch.Tensor:
-    """Every rank's `flags` (bool ``[n]``, on the CPU), bool ``[ranks, n]``."""
-    device = "cpu" if "gloo" in dist.get_backend(group) else torch.device("cuda", torch.cuda.current_device())
-    mine = flags.to(device=device, dtype=torch.uint8)
+def all_gather_flags(flags: torch.Tensor, device: torch.device, group: dist.ProcessGroup) -> torch.Tensor:
+    """Every rank's `flags` (bool ``[n]``, on the CPU), bool ``[ranks, n]``; NCCL moves them from `device`."""
+    mine = flags.to(device="cpu" if backend_of(group, device) == "gloo" else device, dtype=torch.uint8)
     gathered = [torch.empty_like(mine) for _ in range(dist.get_world_size(group))]
     dist.all_gather(gathered, mine, group=group)
     return torch.stack(gathered).cpu().bool()

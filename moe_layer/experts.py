@@ -138,7 +138,7 @@ class Experts(nn.Module):
         mine = torch.zeros(resident.num_experts, dtype=torch.bool)
         mine[list(resident.live_slots())] = True
         # Ranks may be one version apart; each says what it holds under its own, and keeps that until it steps again.
-        return all_gather_flags(mine, self.process_group).int().argmax(dim=0).tolist()
+        return all_gather_flags(mine, resident.pool.device, self.process_group).int().argmax(dim=0).tolist()
 
     def _logical_slabs(self) -> Iterator[tuple[int, torch.Tensor]]:
         """Every logical expert's slab, in order, on every rank."""

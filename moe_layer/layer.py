@@ -49,6 +49,7 @@ class MoELayer(nn.Module):
         ValueError: an argument out of range, naming it, its value and the rule.
     """
 
+    @torch.inference_mode(False)  # or its tensors could be written in that mode alone
     def __init__(
         self,
         hidden_size: int,
@@ -307,8 +308,12 @@ def _is_recomputing() -> bool:
 def _make_dispatcher(
     dispatcher: str | Dispatcher, group: dist.ProcessGroup | None, num_ranks: int, num_lanes: int
 ) -> Dispatcher:
-    if callable(getattr(dispatcher, "dispatch", None)) and callable(getattr(dispatcher, "combine", None)):
+    methods = ("backend", "dispatch", "combine")
+    missing = [name for name in methods if not callable(getattr(dispatcher, name, None))]
+    if not missing:
         return dispatcher  # type: ignore[return-value]
+    if not isinstance(dispatcher, str) and len(missing) < len(methods):
+        raise ValueError(f"dispatcher must have the methods {', '.join(methods)}, but {dispatcher!r} lacks {missing}")
     check_choice("dispatcher", dispatcher, ("auto", "local", "all_to_all"), " or a Dispatcher")
     if dispatcher == "local" and num_ranks > 1:
         raise ValueError(f"dispatcher='local' needs all experts on one rank, but process_group has {num_ranks}")

@@ -4,6 +4,7 @@ Legend: T tokens, E logical experts, K top-k, H hidden.
 """
 
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -85,6 +86,14 @@ class Router(nn.Module):
         bias_E = torch.zeros(num_experts, device=device, dtype=torch.float32) if rule.correction_bias else None
         self.e_score_correction_bias: torch.Tensor | None
         self.register_buffer("e_score_correction_bias", bias_E)
+
+    def _apply(self, fn: Any, recurse: bool = True) -> "Router":
+        bias_E = self.e_score_correction_bias
+        super()._apply(fn, recurse)
+        if bias_E is not None and self.e_score_correction_bias is not None:
+            # A cast of the layer is none of the bias: float32 is part of the rule.
+            self.e_score_correction_bias = bias_E.to(self.e_score_correction_bias.device)
+        return self
 
     def forward(
         self, x_TH: torch.Tensor, token_mask_T: torch.Tensor | None = None

@@ -68,10 +68,10 @@ class NcclBatch(TransferBatch):
             if slab is not None and other is None
         ]
         self._event: EventLike | None = None
+        self._posted = False
 
     def start(self) -> None:
-        if self._operations:
-            self._streams.run(self._streams.side, self._exchange)
+        self._post()
         self._local.start()
         self._event = self._streams.side.record_event()
 
@@ -79,7 +79,16 @@ class NcclBatch(TransferBatch):
         return self._event is not None and self._event.query()
 
     def is_dead(self) -> bool:
-        return self._event is None or self._event.query()
+        # The others' kernels wait for this rank's part, on a stream that all their later work stands behind.
+        self._post()
+        if self._event is None:
+            self._event = self._streams.side.record_event()
+        return self._event.query()
+
+    def _post(self) -> None:
+        if self._operations and not self._posted:
+            self._posted = True
+            self._streams.run(self._streams.side, self._exchange)
 
     def _exchange(self) -> None:
         for work in dist.batch_isend_irecv(self._operations):

@@ -3,6 +3,7 @@
 from typing import Any
 
 import numpy as np
+import torch
 
 from moe_layer.demo.serve import Recording, Setup
 
@@ -34,6 +35,7 @@ def figures(setup: Setup, recordings: list[Recording], device_name: str, seconds
         "failures": sum(recording.metrics["failures"] for recording in recordings),
         "imbalance_before": float(moving[:tenth].mean()),
         "imbalance_after": float(moving[-tenth:].mean()),
+        "imbalance_before_without_moving": float(still[:tenth].mean()),
         "imbalance_after_without_moving": float(still[-tenth:].mean()),
         "step_ms_quiet": _times(step_ms[~relocating]),
         "step_ms_relocating": _times(step_ms[relocating]),
@@ -49,6 +51,7 @@ def figures(setup: Setup, recordings: list[Recording], device_name: str, seconds
         "ranks": setup.ranks,
         "device": device_name,
         "backend": setup.backend,
+        "torch": torch.__version__,
         "dtype": str(setup.dtype).removeprefix("torch."),
         "num_layers": setup.num_layers,
         "hidden_size": setup.hidden_size,

@@ -278,6 +278,9 @@ class SimTransport:
     def ranks(self) -> tuple[int, ...]:
         return tuple(range(self._world.num_ranks))
 
+    def check(self, config: EplbConfig, device: torch.device, dispatch_backends: Iterable[str]) -> None:
+        pass
+
     def connect(
         self, config: EplbConfig, streams: DeviceStreams, dispatch_backends: Iterable[str]
     ) -> tuple[SimAgreement, SimCommunicator]:

@@ -271,6 +271,54 @@ def test_loading_waits_no_longer_than_its_timeout_for_a_silent_peer():
     controller.close()
 
 
+class LoggedEvent:
+    def __init__(self, num_writes: int) -> None:
+        self.num_writes = num_writes
+        self.seen_by_host = False
+
+    def query(self) -> bool:
+        self.seen_by_host = True
+        return True
+
+
+class LoggedStream:
+    """Notes what it waits for, and how many writes lay before each of its events."""
+
+    def __init__(self) -> None:
+        self.num_writes = 0
+        self.recorded: list[LoggedEvent] = []
+        self.waited: list[LoggedEvent] = []
+
+    def record_event(self) -> LoggedEvent:
+        self.recorded.append(LoggedEvent(self.num_writes))
+        return self.recorded[-1]
+
+    def wait_event(self, event: LoggedEvent) -> None:
+        self.waited.append(event)
+
+
+class TwoStreams(HostStreams):
+    def __init__(self) -> None:
+        super().__init__()
+        self.side, self.compute = LoggedStream(), LoggedStream()
+
+    def current(self) -> LoggedStream:
+        return self.compute
+
+
+def test_fills_come_after_the_weights_that_were_loaded():
+    """On a GPU a load only enqueues its writes; the next fill reads the same slots on the side stream."""
+    layer = StubLayer()
+    streams = layer.resident.streams = TwoStreams()
+    with controller_of(layer) as controller:
+        controller.step()
+        with layer.resident.quiesced():
+            streams.compute.num_writes += 1
+        behind = [event for event in streams.compute.recorded if event.num_writes]
+        ordered = [event for event in behind if event in streams.side.waited or event.seen_by_host]
+    assert ordered, "nothing orders the side stream behind the writes"
+
+
 # ---- the decorator
 
 

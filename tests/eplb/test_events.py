@@ -201,13 +201,25 @@ def test_hand_over_hand_between_two_threads():
     assert outcome == [None] and numbers == list(range(1000))
 
 
+def two_streams() -> tuple[torch.Tensor, torch.Tensor, torch.cuda.Stream, torch.cuda.Stream]:
+    """Two zeros, and two streams on which what the tests do has been done once (loading a kernel may wait for others)."""
+    value, copy = torch.zeros(1, device="cuda"), torch.zeros(1, device="cuda")
+    streams = torch.cuda.Stream(), torch.cuda.Stream()
+    for stream in streams:
+        with torch.cuda.stream(stream):
+            torch.cuda._sleep(1)
+            value.fill_(0)
+            copy.copy_(value)
+        stream.synchronize()
+    torch.cuda.synchronize()
+    return value, copy, *streams
+
+
 @pytest.mark.gpu
 def test_work_on_the_waiting_stream_comes_after_work_on_the_recording_stream():
     """And the host waits for neither."""
     event = CpuGpuEvent()
-    value, copy = torch.zeros(1, device="cuda"), torch.zeros(1, device="cuda")
-    first, second = torch.cuda.Stream(), torch.cuda.Stream()
-    torch.cuda.synchronize()
+    value, copy, first, second = two_streams()
 
     def produce() -> None:
         with torch.cuda.stream(first):
@@ -228,9 +240,7 @@ def test_work_on_the_waiting_stream_comes_after_work_on_the_recording_stream():
 @pytest.mark.gpu
 def test_without_the_event_the_order_is_not_there():
     """What makes the test above one that can fail."""
-    value, copy = torch.zeros(1, device="cuda"), torch.zeros(1, device="cuda")
-    first, second = torch.cuda.Stream(), torch.cuda.Stream()
-    torch.cuda.synchronize()
+    value, copy, first, second = two_streams()
     with torch.cuda.stream(first):
         torch.cuda._sleep(400_000_000)
         value.fill_(7)

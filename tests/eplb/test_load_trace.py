@@ -29,7 +29,9 @@ def test_a_trace_is_what_was_routed(tmp_path):
                 layer(torch.randn(5, 8))
             counts.append(torch.stack([layer.resident.load_E for layer in layers]).numpy().copy())
             controller.step()
-    assert controller.save_load_trace(tmp_path / "trace.npz") == 4  # two windows of two; the first of three is forgotten
+    assert (
+        controller.save_load_trace(tmp_path / "trace.npz") == 4
+    )  # two windows of two; the first of three is forgotten
     expected = np.diff(np.stack(counts)[[3, 5, 7, 9, 11]], axis=0)
     assert np.array_equal(load_trace(tmp_path / "trace.npz").load_BLE, expected)
     assert expected.sum() == 8 * 2 * 5 * 2

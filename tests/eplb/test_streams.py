@@ -43,6 +43,7 @@ def test_a_gpu_has_a_side_stream_beside_the_current_one():
     with torch.cuda.stream(other):
         assert streams.current() == other  # looked up at the call, not kept
     value = torch.zeros(1, device="cuda")
+    streams.run(streams.side, lambda: (torch.cuda._sleep(1), value.fill_(0)))  # loading a kernel may wait for others
     torch.cuda.synchronize()
     streams.run(streams.side, lambda: (torch.cuda._sleep(100_000_000), value.fill_(3)))
     event = streams.side.record_event()

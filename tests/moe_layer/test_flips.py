@@ -6,6 +6,7 @@ placement. The worker's own relocations are in `test_serving.py`.
 
 import sys
 import threading
+import time
 
 import pytest
 import torch
@@ -31,7 +32,20 @@ def make_pair(device: str, dtype: torch.dtype = torch.float32, **options) -> tup
         for _ in range(2)
     )
     EplbController(EplbConfig(use_async=False)).register(layer)
+    settle(device)
     return layer, twin
+
+
+def settle(device: str) -> None:
+    """What the test wrote into slots itself is there, before the side stream reads or writes them."""
+    if device == "cuda":
+        torch.cuda.synchronize()
+
+
+def poison(layer: MoELayer, slot: int, device: str) -> None:
+    """Nobody may read this slot any more: NaN."""
+    layer.resident.pool.slab(slot).fill_(255)
+    settle(device)
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
@@ -74,7 +88,28 @@ def test_an_old_slot_that_is_overwritten_after_grace_changes_nothing(device):
         for expert in range(8):
             old = layer.resident.live_slots()[expert][0]
             relocator.move(expert)
-            layer.resident.pool.slab(old).fill_(255)  # NaN
+            poison(layer, old, device)
+            assert torch.equal(layer(x), twin(x))
+
+
+def test_a_wave_that_is_given_up_changes_nothing_and_gives_its_slots_back(device):
+    layer, twin = make_pair(device)
+    relocator = Relocator([layer])
+    resident, x = layer.resident, torch.randn(9, 32, device=device)
+    lanes = list(resident.lane_slots)
+    with torch.no_grad():
+        for expert in (0, 4):
+            fill = relocator.fill(0, expert)
+            assert resident.lane_slots != lanes
+            fill.abandon()
+            assert resident.pool.count(SlotState.QUARANTINED) == 1
+            while not fill.bury():
+                pass
+            assert resident.pool.count(SlotState.FREE) == 2 and resident.lane_slots == lanes
+            assert torch.equal(layer(x), twin(x)) and resident.table.version == 0
+            relocator.move(expert)
+            relocator.version = resident.table.version = 0
+            lanes = list(resident.lane_slots)
             assert torch.equal(layer(x), twin(x))
 
 
@@ -277,7 +312,7 @@ def test_i5_graph_replays_across_flips_are_bitwise_equal(dtype):
             assert torch.equal(y, expected)
             old = [slot for slot in range(10) if layer.resident.pool.state(slot) is SlotState.RETIRING]
             relocator.release(fill, handoff)
-            layer.resident.pool.slab(old[0]).fill_(255)  # NaN: nothing leads here any more
+            poison(layer, old[0], "cuda")
             y.zero_()
             graph.replay()
             assert torch.equal(y, expected), f"replay after flip {number + 1}"
@@ -343,6 +378,36 @@ def test_a_capture_while_waves_are_filled_is_not_invalidated():
         stop.set()
         thread.join()
     assert not errors
+
+
+@pytest.mark.gpu
+def test_a_capture_beside_a_worker_that_works():
+    """The controller's own thread: rounds, windows brought to the host, events polled, while graphs are captured."""
+    layer, twin = make_pair("cuda")
+    layer.resident.controller.close()
+    config = EplbConfig(
+        step_interval=1,
+        window_size=1,
+        window_samples=1,
+        round_interval=1e-3,
+        heartbeat_interval=1e-3,
+        peer_timeout=30.0,
+    )
+    with torch.no_grad(), EplbController(config) as controller:
+        controller.register(layer)
+        x = torch.randn(24, 32, device="cuda")
+        deadline = time.monotonic() + 60
+        number = 0
+        while number < 5 or controller.metrics().windows < 20:
+            assert time.monotonic() < deadline, controller.health()
+            graph, y = captured(layer, x)
+            for _ in range(10):
+                graph.replay()
+                controller.step()
+            torch.cuda.synchronize()
+            assert torch.equal(y, twin(x))
+            number += 1
+        assert controller.health().last_error is None and controller.metrics().failures == 0
 
 
 @pytest.mark.gpu

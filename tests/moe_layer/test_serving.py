@@ -5,6 +5,7 @@ import os
 import threading
 import time
 
+import pytest
 import torch
 import torch.distributed as dist
 from torch.utils.checkpoint import checkpoint
@@ -94,6 +95,7 @@ def test_i5_two_ranks(rank, num_ranks, group, device):
     service.assert_well()
     check_different_step_rates(service)
     check_state_dicts_while_moving(service)
+    check_loading_behind_a_long_queue(service)
     service.controller.close()
     check_gradients_across_flips(rank, group, device)
     check_a_main_thread_that_does_not_step(rank, group, device)
@@ -182,6 +184,22 @@ def check_state_dicts_while_moving(service: Service) -> None:
             give_unit_scale(twin, seed)
             layer.load_state_dict(twin.state_dict())
             service.forward()
+        service.serve_until(moved_by(service, 2), "relocations after loading")
+    drained(service)
+
+
+@torch.no_grad()
+def check_loading_behind_a_long_queue(service: Service) -> None:
+    """On a GPU loading only enqueues the writes: a fill that begins right after it must not read what was there before."""
+    if service.device.type != "cuda":
+        return
+    for seed in (31, 32, 33):
+        for layer, twin in zip(service.layers, service.twins, strict=True):
+            give_unit_scale(twin, seed)
+            state = twin.state_dict()
+            torch.cuda._sleep(1_000_000_000)  # about half a second
+            layer.load_state_dict(state)
+        time.sleep(0.3)  # the worker may begin, with the windows that came before
         service.serve_until(moved_by(service, 2), "relocations after loading")
     drained(service)
 
@@ -365,6 +383,7 @@ def check_one_rank_closes(rank, group, device) -> None:
 def check_one_rank_dies(rank, group, device) -> None:
     service = make_service(rank, group, device, peer_timeout=2.0)
     service.serve_until(moved_by(service, 2), "relocations")
+    weights = service.twins[0].state_dict()
     if rank == 1:
         os._exit(0)
     controller = service.controller
@@ -388,6 +407,12 @@ def check_one_rank_dies(rank, group, device) -> None:
         for slot, state in enumerate(before):
             # Nothing that anybody may name is ever free to be written again.
             assert not (state in (SlotState.LIVE, SlotState.RETIRING) and pool.state(slot) is SlotState.FREE)
+    slabs = [layer.resident.pool.slab_SB.clone() for layer in service.layers]
+    for layer, slab in zip(service.layers, slabs, strict=True):
+        wanted = {name: torch.zeros_like(tensor) for name, tensor in weights.items()}
+        with pytest.raises(RuntimeError, match="the ranks cannot agree"):
+            layer.load_state_dict(wanted)
+        assert torch.equal(layer.resident.pool.slab_SB, slab), "loaded although the ranks may have different tables"
     started = time.monotonic()
     controller.close()
     assert time.monotonic() - started < 6.0
