@@ -143,6 +143,7 @@ def test_the_flip_is_ordered_on_the_stream_and_the_host_does_not_wait():
     table.stage(BEFORE, BEFORE_SHARES, stream)
     flip([table], [BEFORE], 1, stream)  # loading a kernel may wait for others: once before
     table.lanes_P.clone()
+    torch.cuda.synchronize()  # staging again needs the last flip to be over
     table.stage(AFTER, AFTER_SHARES, stream)
     torch.cuda.synchronize()
     torch.cuda._sleep(200_000_000)
