@@ -51,7 +51,6 @@ class _Requests:
 class _Mine:
     """This rank's part of the proposal under way; made anew for each."""
 
-    number: int = 0
     planned: bool = False
     plan_words: int = 0
     message: np.ndarray = field(default_factory=lambda: _NOTHING)
@@ -96,7 +95,6 @@ class Worker:
         self._clock = clock
         self._notify = notify
         self._rank = layers[0].rank
-        self._num_ranks = layers[0].num_ranks
         self._pools = _distinct_pools(layers)
         self._facts = [
             LayerFacts(
@@ -263,7 +261,7 @@ class Worker:
             records = [Record.decode(message) for message in messages]
             new = advance(agreed, records)
             if agreed.phase is Phase.IDLE and new.phase is Phase.LOAD:
-                mine = _Mine(number=new.proposal)
+                mine = _Mine()
             elif agreed.phase is Phase.LOAD and new.phase is not agreed.phase:
                 mine.loads = self._heard_loads(messages)
         spoken = self._spoken
