@@ -5,10 +5,10 @@ They know slots, lanes and rows; neither which expert a slot holds nor what a ra
 
 from moe_kernels.backend import resolve_backend
 from moe_kernels.combine import combine, combine_torch
-from moe_kernels.config import GemmConfig, gemm_config
+from moe_kernels.config import GemmConfig, gemm_config, has_tma
 from moe_kernels.expert_down import expert_down, expert_down_torch
 from moe_kernels.expert_up import expert_up, expert_up_torch
-from moe_kernels.load import record_load_, record_load_torch
+from moe_kernels.one_token import one_token, one_token_torch
 from moe_kernels.replicas import GOLDEN, SHARE_BITS, select_replicas, select_replicas_torch
 from moe_kernels.routing import topk_routing, topk_routing_torch
 from moe_kernels.schedule import TileSchedule, build_schedule, build_schedule_torch
@@ -27,8 +27,9 @@ __all__ = [
     "expert_up",
     "expert_up_torch",
     "gemm_config",
-    "record_load_",
-    "record_load_torch",
+    "has_tma",
+    "one_token",
+    "one_token_torch",
     "resolve_backend",
     "select_replicas",
     "select_replicas_torch",

@@ -1,11 +1,28 @@
-"""Which implementation runs: the Triton kernels, or the PyTorch references that stand beside them."""
+"""Which implementation runs, the Triton kernels or the PyTorch references beside them; and how kernels are launched."""
 
 from __future__ import annotations
 
-from typing import Literal
+import functools
+from collections.abc import Callable
+from typing import Any, Literal
 
 import torch
 import triton
+from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
+
+__all__ = [
+    "INTERPRETED",
+    "PreparedLaunch",
+    "RegisteredOp",
+    "current_device",
+    "gdc_launch_dependents",
+    "gdc_wait",
+    "on_device",
+    "raw_stream",
+    "registered_op",
+    "resolve_backend",
+    "uses_pdl",
+]
 
 # Fixed when Triton's decorators run, that is when this package is imported; setting it later changes nothing.
 INTERPRETED: bool = bool(triton.knobs.runtime.interpret)
@@ -38,3 +55,83 @@ def resolve_backend(backend: str, device: torch.device | str) -> Literal["triton
             "TRITON_INTERPRET=1 set before moe_kernels is imported"
         )
     raise ValueError(f'backend={backend!r}: must be "auto", "triton" or "torch"')
+
+
+def uses_pdl(tensor: torch.Tensor) -> bool:
+    """Whether kernels on the device of `tensor` are launched while the one before still runs (`launch_pdl`).
+
+    Such a kernel (programmatic dependent launch, from Hopper on) is set up beforehand and holds at `gdc_wait()` until its
+    predecessor has ended and all of that one's writes are seen. *Every* program begins with that wait, also one that
+    reads nothing new: a wait covers only the one kernel before, so what an older kernel wrote is there only if that
+    predecessor had itself waited. After it, `gdc_launch_dependents()` lets the next kernel be set up at once.
+    """
+    return not INTERPRETED and tensor.is_cuda and _has_pdl(tensor.device.index)
+
+
+@functools.cache
+def _has_pdl(device_index: int) -> bool:
+    return torch.version.cuda is not None and torch.cuda.get_device_capability(device_index) >= (9, 0)
+
+
+class RegisteredOp:
+    """A function registered with `torch.library`; called directly where registration would add nothing but host time.
+
+    That is: in eager mode, without gradients, modes or tracers. A registered op's way through the dispatcher and back to
+    Python takes longer than many of these kernels run.
+    """
+
+    def __init__(self, name: str, function: Callable[..., Any], mutates_args: tuple[str, ...] = ()) -> None:
+        self.function = function
+        self.registered = torch.library.custom_op(name, function, mutates_args=mutates_args)
+        self.register_fake = self.registered.register_fake
+        self.register_autograd = self.registered.register_autograd
+
+    def __call__(self, *arguments: Any) -> Any:
+        if (
+            torch.compiler.is_compiling()
+            or torch._C._len_torch_dispatch_stack()
+            or torch._C._len_torch_function_stack()
+            or (
+                torch.is_grad_enabled()
+                and any(isinstance(argument, torch.Tensor) and argument.requires_grad for argument in arguments)
+            )
+        ):
+            return self.registered(*arguments)
+        return self.function(*arguments)
+
+
+def registered_op(name: str, mutates_args: tuple[str, ...] = ()) -> Callable[[Callable[..., Any]], RegisteredOp]:
+    """Decorator: `RegisteredOp`."""
+    return lambda function: RegisteredOp(name, function, mutates_args)
+
+
+class PreparedLaunch:
+    """`kernel[grid]` with all but the tensors' addresses fixed, compiled at the first call: a third of the host's time.
+
+    Triton looks at each argument of each launch to find the compiled kernel; here the owner knows that nothing which the
+    kernel was specialised on has changed: dtypes, numbers, and addresses that are multiples of 16 bytes (but for arguments
+    in its `do_not_specialize_on_alignment`). `constants` are in the order of the kernel's last parameters.
+    """
+
+    def __init__(self, kernel: Any, grid: tuple[int, int, int], options: dict[str, Any], **constants: Any) -> None:
+        self._kernel, self._grid, self._options, self._constants = kernel, grid, options, constants
+        self._values = tuple(constants.values())
+        self._runner: Callable[..., None] | None = None
+
+    def __call__(self, stream: int, *arguments: Any) -> None:
+        if self._runner is not None:
+            self._runner(*arguments, *self._values, stream=stream)
+            return
+        compiled = self._kernel[self._grid](*arguments, **self._constants, **self._options)
+        if not INTERPRETED:
+            self._runner = compiled[self._grid]
+
+
+def current_device() -> int:
+    """The index of the current CUDA device; -1, as `Tensor.get_device` says of CPU tensors, where there is none."""
+    return torch._C._cuda_getDevice() if torch.cuda.is_initialized() else -1
+
+
+def raw_stream(device_index: int) -> int:
+    """The handle of the current stream of a CUDA device, as a launch takes it; 0 in the interpreter."""
+    return 0 if INTERPRETED else torch._C._cuda_getCurrentRawStream(device_index)

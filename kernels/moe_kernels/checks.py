@@ -43,3 +43,17 @@ def check_slots(name: str, weights: torch.Tensor) -> None:
         raise ValueError(f"{name} has shape {tuple(weights.shape)}: a slot's matrix must not be empty")
     if (weights.stride(2) != 1 and columns > 1) or (weights.stride(1) != columns and rows > 1):
         raise ValueError(f"{name} has strides {weights.stride()}: the matrix of a slot must be contiguous")
+
+
+def check_tma(name: str, weights: torch.Tensor, columns: int | None = None) -> None:
+    """What the tensor memory accelerator asks of slots: 16-bit elements, and rows, slots and base in units of 16 bytes."""
+    slots, rows, inner = weights.shape
+    if weights.element_size() != 2:
+        raise ValueError(f"{name} has dtype {weights.dtype}: config.tma needs torch.float16 or torch.bfloat16")
+    if inner % 8 or (rows if columns is None else columns) % 8:
+        raise ValueError(f"{name} has shape {tuple(weights.shape)}: config.tma needs sizes divisible by 8")
+    if (weights.stride(0) % 8 and slots > 1) or weights.data_ptr() % 16:
+        raise ValueError(
+            f"{name} has strides {weights.stride()} and begins at {weights.data_ptr():#x}: config.tma needs slots that "
+            "begin at multiples of 16 bytes"
+        )

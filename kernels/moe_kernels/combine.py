@@ -11,7 +11,7 @@ import torch
 import triton
 import triton.language as tl
 
-from moe_kernels.backend import on_device, resolve_backend
+from moe_kernels.backend import gdc_launch_dependents, gdc_wait, on_device, registered_op, resolve_backend, uses_pdl
 from moe_kernels.checks import FLOATS, check_tensor
 from moe_kernels.numerics import narrow, widen
 
@@ -27,10 +27,14 @@ def _combine_kernel(
     hidden_size,
     # constants
     TOP_K: tl.constexpr,
+    PDL: tl.constexpr,
     # tunables
     BLOCK_H: tl.constexpr,
 ):
     """One token, BLOCK_H columns. A skipped row adds 0 to a sum that begins with +0: that changes no bit."""
+    if PDL:  # see `uses_pdl`
+        gdc_wait()
+        gdc_launch_dependents()
     token = tl.program_id(0).to(tl.int64)
     column = tl.program_id(1) * BLOCK_H + tl.arange(0, BLOCK_H)
     inside = column < hidden_size
@@ -49,8 +53,11 @@ def _combine_triton(rows_NH: torch.Tensor, lanes_TK: torch.Tensor) -> torch.Tens
     if y_TH.numel():
         block = min(1024, triton.next_power_of_2(hidden_size))
         grid = (num_tokens, triton.cdiv(hidden_size, block))
+        pdl = uses_pdl(rows_NH)
         with on_device(rows_NH):
-            _combine_kernel[grid](rows_NH, lanes_TK, y_TH, hidden_size, TOP_K=top_k, BLOCK_H=block)
+            _combine_kernel[grid](
+                rows_NH, lanes_TK, y_TH, hidden_size, TOP_K=top_k, PDL=pdl, BLOCK_H=block, launch_pdl=pdl
+            )
     return y_TH
 
 
@@ -64,7 +71,7 @@ def combine_torch(rows_NH: torch.Tensor, lanes_TK: torch.Tensor) -> torch.Tensor
     return total.to(rows_NH.dtype)
 
 
-@torch.library.custom_op("moe_kernels::combine", mutates_args=())
+@registered_op("moe_kernels::combine")
 def _combine(rows_NH: torch.Tensor, lanes_TK: torch.Tensor, backend: str) -> torch.Tensor:
     return (_combine_triton if backend == "triton" else combine_torch)(rows_NH, lanes_TK)
 

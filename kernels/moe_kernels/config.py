@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+import functools
+from dataclasses import astuple, dataclass
 
 import torch
 
@@ -10,6 +11,8 @@ import torch
 @dataclass(frozen=True)
 class GemmConfig:
     """One tile of a grouped GEMM and how it is run.
+
+    On one machine only `tma` and `block_k` can decide bits; `tests/moe_kernels/test_variants.py` holds the rest to it.
 
     Attributes:
         block_m: rows of a tile; a power of two, at least 16. The tile schedule must have been built with it.
@@ -19,6 +22,11 @@ class GemmConfig:
         num_warps: warps per program.
         num_stages: depth of the software pipeline of loads; does not change any bit of the result.
         group_m: tiles that share a column block before the next column block begins (reuse of weights in L2).
+        tma: whether the weights come through the tensor memory accelerator (16-bit dtypes on Hopper and Blackwell data
+            center GPUs; sizes divisible by 8). The others below are only for these kernels.
+        swap: weights on the M side of the product, for few rows: the tensor core takes 64 rows there and 16 on the N side.
+        tail_m: tiles of at most so many rows are computed as ones of `tail_m` rows; 0, or a power of two, at least 64.
+        programs_per_sm: `expert_down` only: so many persistent programs per multiprocessor; 0 is one program per tile.
     """
 
     block_m: int
@@ -27,19 +35,37 @@ class GemmConfig:
     num_warps: int
     num_stages: int
     group_m: int = 8
+    tma: bool = False
+    swap: bool = False
+    tail_m: int = 0
+    programs_per_sm: int = 0
 
     def __post_init__(self) -> None:
         for name, least in (("block_m", 16), ("block_n", 32), ("block_k", 16), ("num_warps", 1)):
             value = getattr(self, name)
             if value < least or value & (value - 1):
                 raise ValueError(f"{name}={value}: must be a power of two and at least {least}")
-        for name in ("num_stages", "group_m"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"{name}={getattr(self, name)}: must be at least 1")
+        for name, least in (("num_stages", 1), ("group_m", 1), ("tail_m", 0), ("programs_per_sm", 0)):
+            if getattr(self, name) < least:
+                raise ValueError(f"{name}={getattr(self, name)}: must be at least {least}")
+        if not self.tma and (self.swap or self.tail_m or self.programs_per_sm):
+            raise ValueError(f"{self}: swap, tail_m and programs_per_sm need tma=True")
+        # Smaller tails would be multiplied by mma.sync, whose bits are not those of wgmma.
+        if self.tail_m and (self.tail_m < 64 or self.tail_m & (self.tail_m - 1)):
+            raise ValueError(f"tail_m={self.tail_m}: must be 0, or a power of two and at least 64")
+        if self.tail_m and (self.swap or self.programs_per_sm):
+            raise ValueError(f"tail_m={self.tail_m}: not together with swap or programs_per_sm")
 
     def as_list(self) -> list[int]:
-        """What a registered op takes: [block_m, block_n, block_k, num_warps, num_stages, group_m]."""
-        return [self.block_m, self.block_n, self.block_k, self.num_warps, self.num_stages, self.group_m]
+        """What a registered op takes: the fields in their order, as integers."""
+        return [int(value) for value in astuple(self)]
+
+    @classmethod
+    def from_list(cls, values: list[int]) -> GemmConfig:
+        """The reverse of `as_list`."""
+        block_m, block_n, block_k, num_warps, num_stages, group_m, tma, swap, tail_m, programs_per_sm = values
+        tiles = (block_m, block_n, block_k, num_warps, num_stages, group_m)
+        return cls(*tiles, bool(tma), bool(swap), tail_m, programs_per_sm)
 
 
 # (most rows per expert, config). Shared memory of a tile: (block_m + block_n) * block_k * itemsize * num_stages bytes.
@@ -57,7 +83,36 @@ _TABLE_32_BIT: tuple[tuple[int | None, GemmConfig], ...] = (
 # CUDA C++ Programming Guide, "Compute Capabilities"). The rest of a tile's use (epilogue) reuses the stages' memory.
 _SHARED_MEMORY = 99 * 1024
 
+# With TMA, tuned on an H200 (`python -m bench.tune`, docs/performance.md): (most rows per expert, up, down).
+_NARROW = GemmConfig(block_m=16, block_n=128, block_k=128, num_warps=4, num_stages=3, tma=True, swap=True)
+_MIDDLE = GemmConfig(block_m=64, block_n=256, block_k=64, num_warps=4, num_stages=4, tma=True)
+_MIDDLE_SHORT = GemmConfig(block_m=64, block_n=256, block_k=64, num_warps=4, num_stages=3, tma=True, programs_per_sm=1)
+_WIDE = GemmConfig(block_m=128, block_n=256, block_k=64, num_warps=8, num_stages=4, tma=True, tail_m=64)
+_WIDE_PERSISTENT = GemmConfig(
+    block_m=128, block_n=256, block_k=64, num_warps=8, num_stages=4, tma=True, programs_per_sm=1
+)
+# Where the inner dimension is short, loads and stores of a tile weigh more: two programs take turns, with half the columns.
+_WIDE_SHORT = GemmConfig(block_m=128, block_n=128, block_k=64, num_warps=4, num_stages=3, tma=True, programs_per_sm=2)
+_SHORT = 2048
+_TABLE_TMA: tuple[tuple[int | None, GemmConfig, GemmConfig, GemmConfig], ...] = (
+    # most rows per expert, expert_up, expert_down with a short inner dimension, with a long one
+    (8, _NARROW, _NARROW, _NARROW),
+    (32, _MIDDLE, _MIDDLE_SHORT, _MIDDLE),
+    (512, _WIDE, _WIDE_SHORT, _WIDE_PERSISTENT),
+    (None, _WIDE, _WIDE_PERSISTENT, _WIDE_PERSISTENT),
+)
+_TMA_ARCHITECTURES = (9, 10)  # compute capability, major: with as much shared memory as the tiles above need
 
+
+@functools.cache
+def has_tma(device: torch.device) -> bool:
+    """Whether the TMA kernels' tiles fit a device; the CPU's interpreter runs them, but gains nothing."""
+    if device.type != "cuda" or torch.version.cuda is None:
+        return False
+    return torch.cuda.get_device_capability(device)[0] in _TMA_ARCHITECTURES
+
+
+@functools.lru_cache(maxsize=4096)  # a forward asks twice, with few different arguments
 def gemm_config(
     n: int,
     k: int,
@@ -66,6 +121,8 @@ def gemm_config(
     top_k: int,
     num_experts: int,
     *,
+    gated: bool = False,
+    tma: bool = False,
     shared_memory: int = _SHARED_MEMORY,
 ) -> GemmConfig:
     """The configuration of a grouped GEMM.
@@ -80,11 +137,14 @@ def gemm_config(
         num_tokens: tokens of the whole batch, summed over all ranks. Only its bucket (the next power of two) counts.
         top_k: experts per token.
         num_experts: logical experts of the layer.
-        shared_memory: bytes that a block may use; it limits only `num_stages`, which changes no bit.
+        gated: True for `expert_up`, False for `expert_down`.
+        tma: `has_tma(device)`, the same on all ranks; used for 16-bit dtypes and sizes divisible by 8 (TMA needs rows of
+            a multiple of 16 bytes).
+        shared_memory: bytes that a block may use without TMA; it limits only `num_stages`, which changes no bit.
 
     Returns:
-        The configuration; `block_m` depends only on `dtype` and the bucket of rows per expert, so that both GEMMs of
-        a layer can use one schedule.
+        The configuration; `block_m` depends only on `dtype`, `tma`, whether n and k are divisible by 8, and the bucket of
+        rows per expert, so that both GEMMs of a layer can use one schedule.
 
     Raises:
         ValueError: a size that is not positive (`num_tokens` may be 0), or a dtype that is not supported.
@@ -94,16 +154,16 @@ def gemm_config(
             raise ValueError(f"{name}={value}: must be at least {least}")
     if num_experts < top_k:
         raise ValueError(f"num_experts={num_experts}: must be at least top_k={top_k}")
-    if dtype in (torch.float16, torch.bfloat16):
-        table = _TABLE_16_BIT
-    elif dtype == torch.float32:
-        table = _TABLE_32_BIT
-    else:
+    if dtype not in (torch.float16, torch.bfloat16, torch.float32):
         raise ValueError(f"dtype={dtype}: must be torch.float32, torch.float16 or torch.bfloat16")
     bucket = _next_power_of_2(num_tokens)
     rows_per_expert = bucket * top_k // num_experts
+    columns = n // 2 if gated else n
+    if tma and dtype.itemsize == 2 and columns % 8 == 0 and k % 8 == 0:
+        row = next(row for row in _TABLE_TMA if row[0] is None or rows_per_expert <= row[0])
+        return row[1] if gated else row[2] if k <= _SHORT else row[3]
+    table = _TABLE_16_BIT if dtype.itemsize == 2 else _TABLE_32_BIT
     config = next(config for most, config in table if most is None or rows_per_expert <= most)
-
     block_n = min(config.block_n, max(32, _next_power_of_2(n)))
     block_k = min(config.block_k, max(16, _next_power_of_2(k)))
     stage = (config.block_m + block_n) * block_k * dtype.itemsize

@@ -12,9 +12,10 @@ import torch.nn.functional as F
 import triton
 import triton.language as tl
 
-from moe_kernels.backend import on_device, resolve_backend
-from moe_kernels.checks import FLOATS, check_rows, check_slots, check_tensor
+from moe_kernels.backend import gdc_launch_dependents, gdc_wait, on_device, registered_op, resolve_backend, uses_pdl
+from moe_kernels.checks import FLOATS, check_rows, check_slots, check_tensor, check_tma
 from moe_kernels.config import GemmConfig
+from moe_kernels.expert_down_tma import expert_down_tma
 from moe_kernels.numerics import dot, narrow
 from moe_kernels.row_blocks import elementwise, padded_rows, row_blocks, unversioned
 from moe_kernels.schedule import TileSchedule
@@ -41,6 +42,7 @@ def _expert_down_kernel(
     stride_row,
     stride_slot,
     # constants
+    PDL: tl.constexpr,
     EVEN_K: tl.constexpr,
     # tunables
     BLOCK_M: tl.constexpr,
@@ -49,6 +51,9 @@ def _expert_down_kernel(
     GROUP_M: tl.constexpr,
 ):
     """One tile of rows, BLOCK_N columns of the output. Rows and columns past the end: see `_expert_up_kernel`."""
+    if PDL:
+        gdc_wait()
+        gdc_launch_dependents()
     num_tiles = tl.load(num_tiles_ptr)
     num_column_blocks = tl.cdiv(hidden_size, BLOCK_N)
     program = tl.program_id(0)
@@ -96,12 +101,13 @@ def _expert_down_triton(
     tile_lane: torch.Tensor,
     tile_start: torch.Tensor,
     num_tiles: torch.Tensor,
-    tiling: list[int],
+    config: GemmConfig,
 ) -> torch.Tensor:
-    block_m, block_n, block_k, num_warps, num_stages, group_m = tiling
+    block_n, block_k = config.block_n, config.block_k
     _, hidden_size, intermediate = down_SHI.shape
     rows_NH = hidden_NI.new_empty((order_N.shape[0], hidden_size))
     grid = (tile_lane.shape[0] * triton.cdiv(hidden_size, block_n),)
+    pdl = uses_pdl(hidden_NI)
     if grid[0]:
         with on_device(hidden_NI):
             _expert_down_kernel[grid](
@@ -119,13 +125,15 @@ def _expert_down_triton(
                 intermediate,
                 hidden_NI.stride(0),
                 down_SHI.stride(0),
+                PDL=pdl,
                 EVEN_K=intermediate % block_k == 0,
-                BLOCK_M=block_m,
+                BLOCK_M=config.block_m,
                 BLOCK_N=block_n,
                 BLOCK_K=block_k,
-                GROUP_M=group_m,
-                num_warps=num_warps,
-                num_stages=num_stages,
+                GROUP_M=config.group_m,
+                num_warps=config.num_warps,
+                num_stages=config.num_stages,
+                launch_pdl=pdl,
             )
     return rows_NH
 
@@ -152,7 +160,7 @@ def _expert_down_torch(hidden_NI, down_SHI, lane_to_slot_L, row_weights_N, order
     return rows_NH
 
 
-@torch.library.custom_op("moe_kernels::expert_down", mutates_args=())
+@registered_op("moe_kernels::expert_down")
 def _expert_down(
     hidden_NI: torch.Tensor,
     down_SHI: torch.Tensor,
@@ -168,7 +176,9 @@ def _expert_down(
 ) -> torch.Tensor:
     if backend == "triton":
         tiles = (order_N, offsets_L1, tile_lane, tile_start, num_tiles)
-        return _expert_down_triton(hidden_NI, down_SHI, lane_to_slot_L, row_weights_N, *tiles, tiling)
+        config = GemmConfig.from_list(tiling)
+        launch = expert_down_tma if config.tma else _expert_down_triton
+        return launch(hidden_NI, down_SHI, lane_to_slot_L, row_weights_N, *tiles, config)
     return _expert_down_torch(hidden_NI, down_SHI, lane_to_slot_L, row_weights_N, order_N, offsets_L1)
 
 
@@ -177,7 +187,7 @@ def _expert_down_fake(hidden_NI, down_SHI, *_):
     return hidden_NI.new_empty((hidden_NI.shape[0], down_SHI.shape[1]))
 
 
-@torch.library.custom_op("moe_kernels::expert_down_backward", mutates_args=())
+@registered_op("moe_kernels::expert_down_backward")
 def _expert_down_backward(
     grad_rows_NH: torch.Tensor,
     hidden_NI: torch.Tensor,
@@ -279,6 +289,12 @@ def expert_down(
     check_tensor("row_weights_N", row_weights_N, (hidden_NI.shape[0],), torch.float32, device)
     if config.block_m != schedule.block_m:
         raise ValueError(f"config.block_m={config.block_m}: must be the schedule's, {schedule.block_m}")
+    if config.tma:
+        check_tma("down_SHI", down_SHI)
+        if hidden_NI.stride(0) % 8 or hidden_NI.data_ptr() % 16:
+            raise ValueError(
+                f"hidden_NI has strides {hidden_NI.stride()}: config.tma needs rows at multiples of 16 bytes"
+            )
     return _expert_down(
         hidden_NI,
         down_SHI,

@@ -13,9 +13,10 @@ import triton
 import triton.language as tl
 
 from moe_kernels.activation import ACTIVATIONS, gated, gated_backward_gate, gated_backward_up
-from moe_kernels.backend import on_device, resolve_backend
-from moe_kernels.checks import FLOATS, check_rows, check_slots, check_tensor
+from moe_kernels.backend import gdc_launch_dependents, gdc_wait, on_device, registered_op, resolve_backend, uses_pdl
+from moe_kernels.checks import FLOATS, check_rows, check_slots, check_tensor, check_tma
 from moe_kernels.config import GemmConfig
+from moe_kernels.expert_up_tma import expert_up_tma
 from moe_kernels.numerics import dot, narrow
 from moe_kernels.numerics import gated as gated_in_kernel
 from moe_kernels.row_blocks import elementwise, padded_rows, row_blocks, unversioned
@@ -43,6 +44,7 @@ def _expert_up_kernel(
     stride_row,
     stride_slot,
     # constants
+    PDL: tl.constexpr,
     ACTIVATION: tl.constexpr,
     EVEN_K: tl.constexpr,
     # tunables
@@ -56,6 +58,9 @@ def _expert_up_kernel(
     Rows and columns past the end read some valid row instead (a row of the product depends on no other one) and are
     not stored, so that the loop needs no mask unless BLOCK_K does not divide H.
     """
+    if PDL:
+        gdc_wait()
+        gdc_launch_dependents()
     num_tiles = tl.load(num_tiles_ptr)
     num_column_blocks = tl.cdiv(intermediate, BLOCK_I)
     program = tl.program_id(0)
@@ -108,12 +113,13 @@ def _expert_up_triton(
     num_tiles: torch.Tensor,
     fanout: int,
     activation: str,
-    tiling: list[int],
+    config: GemmConfig,
 ) -> torch.Tensor:
-    block_m, block_n, block_k, num_warps, num_stages, group_m = tiling
+    block_n, block_k = config.block_n, config.block_k
     hidden_size, intermediate = x_RH.shape[1], gate_up_SNH.shape[1] // 2
     hidden_NI = x_RH.new_empty((order_N.shape[0], intermediate))
     grid = (tile_lane.shape[0] * triton.cdiv(intermediate, block_n // 2),)
+    pdl = uses_pdl(x_RH)
     if grid[0]:
         with on_device(x_RH):
             _expert_up_kernel[grid](
@@ -131,14 +137,16 @@ def _expert_up_triton(
                 fanout,
                 x_RH.stride(0),
                 gate_up_SNH.stride(0),
+                PDL=pdl,
                 ACTIVATION=activation,
                 EVEN_K=hidden_size % block_k == 0,
-                BLOCK_M=block_m,
+                BLOCK_M=config.block_m,
                 BLOCK_I=block_n // 2,
                 BLOCK_K=block_k,
-                GROUP_M=group_m,
-                num_warps=num_warps,
-                num_stages=num_stages,
+                GROUP_M=config.group_m,
+                num_warps=config.num_warps,
+                num_stages=config.num_stages,
+                launch_pdl=pdl,
             )
     return hidden_NI
 
@@ -170,7 +178,7 @@ def _expert_up_torch(x_RH, gate_up_SNH, lane_to_slot_L, order_N, offsets_L1, fan
     return hidden_NI
 
 
-@torch.library.custom_op("moe_kernels::expert_up", mutates_args=())
+@registered_op("moe_kernels::expert_up")
 def _expert_up(
     x_RH: torch.Tensor,
     gate_up_SNH: torch.Tensor,
@@ -187,7 +195,9 @@ def _expert_up(
 ) -> torch.Tensor:
     if backend == "triton":
         tiles = (order_N, offsets_L1, tile_lane, tile_start, num_tiles)
-        return _expert_up_triton(x_RH, gate_up_SNH, lane_to_slot_L, *tiles, fanout, activation, tiling)
+        config = GemmConfig.from_list(tiling)
+        launch = expert_up_tma if config.tma else _expert_up_triton
+        return launch(x_RH, gate_up_SNH, lane_to_slot_L, *tiles, fanout, activation, config)
     return _expert_up_torch(x_RH, gate_up_SNH, lane_to_slot_L, order_N, offsets_L1, fanout, activation)
 
 
@@ -196,7 +206,7 @@ def _expert_up_fake(x_RH, gate_up_SNH, lane_to_slot_L, order_N, *_):
     return x_RH.new_empty((order_N.shape[0], gate_up_SNH.shape[1] // 2))
 
 
-@torch.library.custom_op("moe_kernels::expert_up_backward", mutates_args=())
+@registered_op("moe_kernels::expert_up_backward")
 def _expert_up_backward(
     grad_hidden_NI: torch.Tensor,
     x_RH: torch.Tensor,
@@ -307,6 +317,8 @@ def expert_up(
     check_tensor("schedule.order_N", schedule.order_N, (x_RH.shape[0] * fanout,), torch.int32, device)
     if config.block_m != schedule.block_m:
         raise ValueError(f"config.block_m={config.block_m}: must be the schedule's, {schedule.block_m}")
+    if config.tma:
+        check_tma("gate_up_SNH", gate_up_SNH, columns=gate_up_SNH.shape[1] // 2)
     return _expert_up(
         x_RH,
         gate_up_SNH,

@@ -2,7 +2,7 @@
 # Of the arguments of a kernel only the constants are annotated.
 """Replica choice: each replica of an expert gets its share of the expert's tokens, exactly and without randomness.
 
-T tokens, E logical experts, K experts per token, P replicas of all experts together (entries of the table).
+T tokens, E logical experts, K experts per token, L lanes, P replicas of all experts together (entries of the table).
 """
 
 from __future__ import annotations
@@ -11,9 +11,9 @@ import torch
 import triton
 import triton.language as tl
 
-from moe_kernels.backend import on_device, resolve_backend
+from moe_kernels.backend import gdc_launch_dependents, gdc_wait, on_device, resolve_backend, uses_pdl
 from moe_kernels.checks import check_tensor
-from moe_kernels.counting import BLOCK, bin_of, count_block_ranks, count_ranks_torch
+from moe_kernels.scan import count_hits, first_index, load_bins, num_steps, rank_hits, row_ends, scan_options
 
 SHARE_BITS = 30
 SHARE_ONE = 1 << SHARE_BITS
@@ -26,54 +26,124 @@ _SHARE_MASK = tl.constexpr(SHARE_ONE - 1)
 _GOLDEN = tl.constexpr(GOLDEN)
 
 
-@triton.jit(do_not_specialize=["rank_start", "num_elements"])
+@triton.jit
+def _ranks_below(position, count):
+    """How many of the ranks 0 … count - 1 have a step below `position`: ceil(position * count / 2**30).
+
+    floor(rank * 2**30 / count) < position is the same as rank < position * count / 2**30, so no element is divided.
+    """
+    position = tl.minimum(tl.maximum(position, 0), _SHARE_MASK + 1)
+    return ((position.to(tl.int64) * count + _SHARE_MASK) >> _SHARE_BITS).to(tl.int32)
+
+
+@triton.jit
+def _ranks_between(begin, end, start, count):
+    """The ranks of the replica that has [begin, end) of the circle: [low, high), and below `around` if it has the start."""
+    low = (begin - start) & _SHARE_MASK
+    high = low + (end - begin)
+    return _ranks_below(low, count), _ranks_below(high, count), _ranks_below(high - _SHARE_MASK - 1, count)
+
+
+@triton.jit(do_not_specialize=["rank_start", "num_elements"])  # or serving would compile when one is a multiple of 16
 def _select_replicas_kernel(
     # inputs
     ids_ptr,
-    rank_ptr,
-    block_starts_ptr,
-    batch_counts_ptr,
     offsets_ptr,
     table_lanes_ptr,
     cumulative_ptr,
-    count_ptr,
+    increment_ptr,  # None: nothing is recorded
     rank_start,
     # outputs
+    load_ptr,  # read first
     lanes_ptr,
+    counts_ptr,
     # shapes
     num_elements,
     num_experts,
+    num_entries,
+    num_lanes,
+    # constants
+    PDL: tl.constexpr,
     # tunables
     BLOCK: tl.constexpr,
+    ROWS: tl.constexpr,
+    BLOCK_P: tl.constexpr,
 ):
-    """Position of each element on its expert's circle, then the first replica that ends beyond it.
+    """All elements of one expert; the last program those of no expert, which has no replicas.
 
-    Example: expert 0 has the lanes 3 and 5 with shares 3/4 and 1/4, count 0, rank_start 0; ids [0, 0, 0, 0] →
-    positions [0, 1/4, 1/2, 3/4] of the circle → lanes [3, 3, 3, 5].
+    Example: expert 0 has the lanes 3 and 5 with shares 3/4 and 1/4, load 0, rank_start 0; ids [0, 0, 0, 0] → steps
+    [0, 1/4, 1/2, 3/4] of the circle; lane 3 has the ranks below 3, lane 5 the others → lanes [3, 3, 3, 5],
+    counts [0, 0, 0, 3, 0, 1], load 4.
     """
-    block = tl.program_id(0)
-    element = block * BLOCK + tl.arange(0, BLOCK)
-    inside = element < num_elements
-    bins = bin_of(tl.load(ids_ptr + element, mask=inside, other=-1), num_experts)
-    searching = inside & (bins < num_experts)
+    if PDL:  # see `uses_pdl`
+        gdc_wait()
+        gdc_launch_dependents()
+    expert = tl.program_id(0)
+    is_expert = expert < num_experts
+    first_entry = tl.load(offsets_ptr + expert, mask=is_expert, other=0)
+    last_entry = tl.load(offsets_ptr + expert + 1, mask=is_expert, other=0)
+    load = tl.load(load_ptr + expert, mask=is_expert, other=0)
+    increment = tl.load(increment_ptr) if increment_ptr is not None else 0
+    entries = tl.arange(0, BLOCK_P)
+    # Early, so that the lanes are in the cache when the offsets say which one is meant.
+    table_lanes = tl.load(table_lanes_ptr + entries, mask=entries < num_entries, other=-1)
+    steps = num_steps(num_elements, BLOCK)
+    index = first_index(num_elements, BLOCK, ROWS)
+    bins = load_bins(ids_ptr, index, 0, num_elements, num_experts, BLOCK, ROWS)
 
-    rank = tl.load(rank_ptr + element, mask=searching, other=0)
-    rank += tl.load(block_starts_ptr + block * (num_experts + 1) + bins, mask=searching, other=0)
-    batch_count = tl.load(batch_counts_ptr + bins, mask=searching, other=1)
-    step = (rank.to(tl.int64) << _SHARE_BITS) // batch_count
-    start = rank_start + tl.load(count_ptr + bins, mask=searching, other=0) * _GOLDEN  # wraps; the mask makes it exact
-    position = (start + step) & _SHARE_MASK
+    several = last_entry - first_entry > 1  # if not, no rank matters: one walk does
+    lane = tl.load(table_lanes_ptr + first_entry, mask=first_entry < last_entry, other=-1)
+    mine = bins == expert
+    hits = count_hits(mine)
+    for step in range(1, steps):
+        bins = load_bins(ids_ptr, index, step, num_elements, num_experts, BLOCK, ROWS)  # ahead of the stores
+        if not several:
+            before = (step - 1) * (BLOCK // ROWS)
+            tl.store(lanes_ptr + before + index, lane, mask=mine & (index < num_elements - before))
+        mine = bins == expert
+        hits += count_hits(mine)
+    count = tl.sum(hits)
+    if increment_ptr is not None:
+        tl.debug_barrier()  # every thread has read the counter before one of them writes it
+        tl.store(load_ptr + expert, load + count * increment, mask=is_expert)
 
-    first = tl.load(offsets_ptr + bins, mask=searching, other=0)
-    last = tl.load(offsets_ptr + bins + 1, mask=searching, other=0)
-    lane = tl.full((BLOCK,), -1, dtype=tl.int32)
-    for replica in range(0, tl.max(last - first, axis=0)):
-        entry = first + replica
-        searching &= entry < last
-        found = searching & (position < tl.load(cumulative_ptr + entry, mask=searching, other=0))
-        lane = tl.where(found, tl.load(table_lanes_ptr + entry, mask=found, other=-1), lane)
-        searching &= ~found
-    tl.store(lanes_ptr + element, lane, mask=inside)
+    if several:
+        start = (rank_start + load * _GOLDEN) & _SHARE_MASK  # wraps modulo 2**64, which the mask makes exact
+        start = start.to(tl.int32)
+        home = -1  # the lane at the start
+        begin = 0
+        for entry in range(first_entry, last_entry):
+            lane = tl.load(table_lanes_ptr + entry)
+            end = tl.load(cumulative_ptr + entry)
+            low, high, around = _ranks_between(begin, end, start, count)
+            tl.store(counts_ptr + lane, high - low + around)
+            home = tl.where((begin <= start) & (start < end), lane, home)
+            begin = end
+        ends = row_ends(hits, 0)
+        for back in range(steps):
+            step = steps - 1 - back
+            mine = bins == expert
+            # Ahead of time; after the last step, in vain.
+            bins = load_bins(ids_ptr, index, tl.maximum(step - 1, 0), num_elements, num_experts, BLOCK, ROWS)
+            rank, ends = rank_hits(mine, ends)
+            lanes = tl.zeros_like(rank) + home
+            begin = 0
+            for entry in range(first_entry, last_entry):
+                lane = tl.load(table_lanes_ptr + entry)
+                end = tl.load(cumulative_ptr + entry)
+                low, high, _ = _ranks_between(begin, end, start, count)
+                lanes = tl.where((rank >= low) & (rank < high), lane, lanes)
+                begin = end
+            tl.store(lanes_ptr + step * (BLOCK // ROWS) + index, lanes, mask=mine)
+    else:
+        last = (steps - 1) * (BLOCK // ROWS)
+        tl.store(lanes_ptr + last + index, lane, mask=mine & (index < num_elements - last))
+        tl.store(counts_ptr + lane, count, mask=lane >= 0)
+
+    if num_entries < num_lanes:  # then some lanes hold no expert; they are shared out among the programs
+        for lane in range(expert, num_lanes, num_experts + 1):
+            is_named = tl.sum((table_lanes == lane).to(tl.int32), axis=0) > 0
+            tl.store(counts_ptr + lane, 0, mask=is_named == 0)
 
 
 def _select_replicas_triton(
@@ -81,30 +151,36 @@ def _select_replicas_triton(
     table_offsets_E1: torch.Tensor,
     table_lanes_P: torch.Tensor,
     table_cumulative_P: torch.Tensor,
-    count_E: torch.Tensor,
+    load_E: torch.Tensor,
     rank_start: int,
-) -> torch.Tensor:
-    lanes_TK = torch.empty_like(expert_ids_TK)
-    size, num_experts = expert_ids_TK.numel(), count_E.numel()
-    if size:
-        with on_device(expert_ids_TK):
-            ranks = count_block_ranks(expert_ids_TK.view(-1), num_experts)
-            _select_replicas_kernel[(ranks.num_blocks,)](
-                expert_ids_TK,
-                ranks.rank_N,
-                ranks.block_starts_BP,
-                ranks.counts_P,
-                table_offsets_E1,
-                table_lanes_P,
-                table_cumulative_P,
-                count_E,
-                rank_start,
-                lanes_TK,
-                size,
-                num_experts,
-                BLOCK=BLOCK,
-            )
-    return lanes_TK
+    *,
+    num_lanes: int,
+    increment_1: torch.Tensor | None,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    lanes_TK, counts_L = torch.empty_like(expert_ids_TK), expert_ids_TK.new_empty(num_lanes)
+    num_elements, num_experts, num_entries = expert_ids_TK.numel(), load_E.numel(), table_lanes_P.numel()
+    pdl = uses_pdl(load_E)
+    with on_device(load_E):
+        _select_replicas_kernel[(num_experts + 1,)](
+            expert_ids_TK,
+            table_offsets_E1,
+            table_lanes_P,
+            table_cumulative_P,
+            increment_1,
+            rank_start,
+            load_E,
+            lanes_TK,
+            counts_L,
+            num_elements,
+            num_experts,
+            num_entries,
+            num_lanes,
+            PDL=pdl,
+            BLOCK_P=triton.next_power_of_2(max(num_entries, 1)),
+            launch_pdl=pdl,
+            **scan_options(num_elements),
+        )
+    return lanes_TK, counts_L
 
 
 def select_replicas_torch(
@@ -112,17 +188,25 @@ def select_replicas_torch(
     table_offsets_E1: torch.Tensor,
     table_lanes_P: torch.Tensor,
     table_cumulative_P: torch.Tensor,
-    count_E: torch.Tensor,
+    load_E: torch.Tensor,
     rank_start: int,
-) -> torch.Tensor:
+    *,
+    num_lanes: int,
+    increment_1: torch.Tensor | None = None,
+) -> tuple[torch.Tensor, torch.Tensor]:
     """Reference of `select_replicas`."""
-    num_experts = count_E.numel()
+    num_experts = load_E.numel()
     ids = expert_ids_TK.flatten().long()
     valid = (ids >= 0) & (ids < num_experts)
-    rank, counts, _ = count_ranks_torch(ids, num_experts)
+    bins = torch.where(valid, ids, num_experts)
+    counts_E1 = _counts(bins, num_experts + 1)
+    # How many earlier elements have the same id: from the places in a stable sort.
+    order = torch.argsort(bins, stable=True)
+    rank = torch.empty_like(ids)
+    rank[order] = torch.arange(ids.numel(), device=ids.device) - (counts_E1.cumsum(0) - counts_E1)[bins[order]]
     expert = torch.where(valid, ids, 0)
-    start = rank_start + count_E[expert] * GOLDEN  # wraps modulo 2**64, which the mask below makes exact
-    step = (rank << SHARE_BITS) // counts[expert].clamp(min=1)
+    start = rank_start + load_E[expert] * GOLDEN  # wraps modulo 2**64, which the mask below makes exact
+    step = (rank << SHARE_BITS) // counts_E1[expert].clamp(min=1)
     position = (start + step) & (SHARE_ONE - 1)
     # One search for all: the entries of expert e, shifted by e whole turns, are one ascending sequence.
     entries = table_offsets_E1.long()
@@ -131,26 +215,47 @@ def select_replicas_torch(
     entry = torch.searchsorted(boundaries, (expert << SHARE_BITS) + position, right=True)
     found = valid & (entry < entries[expert + 1])
     lanes = torch.where(found, table_lanes_P[torch.where(found, entry, 0)] if table_lanes_P.numel() else -1, -1)
-    return lanes.to(torch.int32).view(expert_ids_TK.shape)
+    counts_L1 = _counts(torch.where(found, lanes, num_lanes), num_lanes + 1)
+    if increment_1 is not None:
+        load_E.add_(counts_E1[:num_experts] * increment_1)
+    return lanes.to(torch.int32).view(expert_ids_TK.shape), counts_L1[:num_lanes].to(torch.int32)
 
 
-@torch.library.custom_op("moe_kernels::select_replicas", mutates_args=())
+def _counts(bins: torch.Tensor, num_bins: int) -> torch.Tensor:
+    """int64 [num_bins]; `bincount` would take a host sync."""
+    return bins.new_zeros(num_bins, dtype=torch.int64).index_add_(0, bins.long(), torch.ones_like(bins).long())
+
+
+@torch.library.custom_op("moe_kernels::select_replicas", mutates_args=("load_E",))
 def _select_replicas(
     expert_ids_TK: torch.Tensor,
     table_offsets_E1: torch.Tensor,
     table_lanes_P: torch.Tensor,
     table_cumulative_P: torch.Tensor,
-    count_E: torch.Tensor,
+    load_E: torch.Tensor,
     rank_start: int,
+    num_lanes: int,
+    increment_1: torch.Tensor | None,
     backend: str,
-) -> torch.Tensor:
+) -> tuple[torch.Tensor, torch.Tensor]:
     select = _select_replicas_triton if backend == "triton" else select_replicas_torch
-    return select(expert_ids_TK, table_offsets_E1, table_lanes_P, table_cumulative_P, count_E, rank_start)
+    return select(
+        expert_ids_TK,
+        table_offsets_E1,
+        table_lanes_P,
+        table_cumulative_P,
+        load_E,
+        rank_start,
+        num_lanes=num_lanes,
+        increment_1=increment_1,
+    )
 
 
 @_select_replicas.register_fake
-def _select_replicas_fake(ids_TK, offsets_E1, lanes_P, cumulative_P, count_E, rank_start, backend):
-    return torch.empty_like(ids_TK)
+def _select_replicas_fake(
+    ids_TK, offsets_E1, lanes_P, cumulative_P, load_E, rank_start, num_lanes, increment_1, backend
+):
+    return torch.empty_like(ids_TK), ids_TK.new_empty(num_lanes)
 
 
 def select_replicas(
@@ -158,42 +263,60 @@ def select_replicas(
     table_offsets_E1: torch.Tensor,
     table_lanes_P: torch.Tensor,
     table_cumulative_P: torch.Tensor,
-    count_E: torch.Tensor,
+    load_E: torch.Tensor,
     rank_start: int,
     *,
+    num_lanes: int,
+    increment_1: torch.Tensor | None = None,
     backend: str = "auto",
-) -> torch.Tensor:
-    """The lane that computes each (token, expert) pair.
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """The lane that computes each (token, expert) pair, and how many each lane has; records the load if asked to.
 
     Element i (in flat order) of the N that this batch has for expert e stands at the position
     `(start_e + floor(i * 2**30 / N)) mod 2**30` of a circle which the replicas of e divide by their shares; so each
-    replica gets floor or ceil of share * N elements. `start_e = rank_start + count_e * GOLDEN` turns from batch to
+    replica gets floor or ceil of share * N elements. `start_e = rank_start + load_e * GOLDEN` turns from batch to
     batch, so that batches of one token honour the shares over time. All in integers.
 
     Args:
         expert_ids_TK: [T, K] int32, contiguous; -1 for a masked token.
         table_offsets_E1: [E + 1] int32; the replicas of e are the entries offsets[e] to offsets[e + 1].
-        table_lanes_P: [P] int32; the lane of each entry.
+        table_lanes_P: [P] int32; the lane of each entry, each in [0, num_lanes) and in one entry only; with others the
+            behaviour is undefined.
         table_cumulative_P: [P] int32; running sum of an expert's shares in units of 2**-30; its last is 2**30.
-        count_E: [E] int64; the load counter before this batch is recorded.
+        load_E: [E] int64, contiguous; the load counter. The choice reads what it was before this batch.
         rank_start: in [0, 2**30); different on each rank, so that ranks do not all begin with the same replica.
+        num_lanes: L.
+        increment_1: [1] int64, on the device; added to `load_E[e]`, in place, for every occurrence of e: 1 counts, 0
+            does not (warm-up), without a new graph capture. None: `load_E` is left alone.
         backend: see `resolve_backend`.
 
     Returns:
         lanes_TK [T, K] int32; -1 where the id is -1 (or names no expert or one without replicas).
+        counts_L [L] int32; the number of elements of each lane.
 
     Raises:
         ValueError: an argument breaks one of these rules.
     """
     device = expert_ids_TK.device
     check_tensor("expert_ids_TK", expert_ids_TK, (None, None), torch.int32)
-    check_tensor("count_E", count_E, (None,), torch.int64, device)
-    check_tensor("table_offsets_E1", table_offsets_E1, (count_E.shape[0] + 1,), torch.int32, device)
+    check_tensor("load_E", load_E, (None,), torch.int64, device)
+    check_tensor("table_offsets_E1", table_offsets_E1, (load_E.shape[0] + 1,), torch.int32, device)
     check_tensor("table_lanes_P", table_lanes_P, (None,), torch.int32, device)
     check_tensor("table_cumulative_P", table_cumulative_P, (table_lanes_P.shape[0],), torch.int32, device)
     if not 0 <= rank_start < SHARE_ONE:
         raise ValueError(f"rank_start={rank_start}: must be in [0, 2**{SHARE_BITS})")
-    resolved = resolve_backend(backend, device)
+    if num_lanes < 1:
+        raise ValueError(f"num_lanes={num_lanes}: must be at least 1")
+    if increment_1 is not None:
+        check_tensor("increment_1", increment_1, (1,), torch.int64, device)
     return _select_replicas(
-        expert_ids_TK, table_offsets_E1, table_lanes_P, table_cumulative_P, count_E, rank_start, resolved
+        expert_ids_TK,
+        table_offsets_E1,
+        table_lanes_P,
+        table_cumulative_P,
+        load_E,
+        rank_start,
+        num_lanes,
+        increment_1,
+        resolve_backend(backend, device),
     )

@@ -11,7 +11,7 @@ import torch
 import triton
 import triton.language as tl
 
-from moe_kernels.backend import on_device, resolve_backend
+from moe_kernels.backend import gdc_launch_dependents, gdc_wait, on_device, registered_op, resolve_backend, uses_pdl
 from moe_kernels.checks import FLOATS, check_tensor
 from moe_kernels.numerics import widen
 
@@ -20,6 +20,67 @@ SCORE_FUNCTIONS = ("softmax", "sigmoid")
 # bit of any sum above 1e-12, and keeps a row of vanishing scores from becoming NaN.
 RENORMALIZE_EPSILON = 1e-20
 _RENORMALIZE_EPSILON = tl.constexpr(RENORMALIZE_EPSILON)
+_TAKEN = tl.constexpr(-(2**31))
+
+
+@triton.jit
+def _ordered(value):
+    """int32 in the order of the float32 `value`; above `_TAKEN`. A NaN is like -inf, -0 like 0.
+
+    A warp reduces 32-bit integers in one instruction, but floats in five rounds of shuffles.
+    """
+    value = tl.where(value == value, value, float("-inf"))
+    bits = value.to(tl.int32, bitcast=True)
+    return tl.where(value == 0.0, 0, tl.where(bits < 0, bits ^ 0x7FFFFFFF, bits))
+
+
+@triton.jit
+def choose_experts(
+    logits_ptr,
+    bias_ptr,
+    num_experts,
+    scale,
+    TOP_K: tl.constexpr,
+    SOFTMAX: tl.constexpr,
+    RENORMALIZE: tl.constexpr,
+    BLOCK_E: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+):
+    """Weights and ids [BLOCK_K] of the token whose logits begin at `logits_ptr`; zeros from TOP_K on.
+
+    The choice takes K rounds of three integer reductions. (To count, for every expert, those before it would take no
+    rounds, but E * E comparisons: as long for one token, and several times as long for many.)
+    """
+    expert = tl.arange(0, BLOCK_E)
+    exists = expert < num_experts
+    logits = widen(tl.load(logits_ptr + expert, mask=exists, other=0.0))
+    logits = tl.where(exists, logits, float("-inf"))
+    if SOFTMAX:
+        scores = tl.exp(logits - tl.max(logits, axis=0))
+        scores = scores / tl.sum(scores, axis=0)
+    else:
+        scores = 1.0 / (1.0 + tl.exp(-logits))
+    key = logits
+    if bias_ptr is not None:
+        key = scores + tl.load(bias_ptr + expert, mask=exists, other=0.0)
+    key = tl.where(exists, _ordered(key), _TAKEN)
+    score_bits = scores.to(tl.int32, bitcast=True)
+
+    slot = tl.arange(0, BLOCK_K)
+    weights = tl.zeros((BLOCK_K,), dtype=tl.float32)
+    ids = tl.zeros((BLOCK_K,), dtype=tl.int32)
+    total = 0.0
+    for k in range(TOP_K):
+        best = tl.max(key, axis=0)
+        chosen = tl.min(tl.where(key == best, expert, BLOCK_E), axis=0)
+        key = tl.where(expert == chosen, _TAKEN, key)
+        weight = tl.sum(tl.where(expert == chosen, score_bits, 0), axis=0).to(tl.float32, bitcast=True)
+        total += weight
+        weights = tl.where(slot == k, weight, weights)
+        ids = tl.where(slot == k, chosen, ids)
+    if RENORMALIZE:
+        weights = weights / (total + _RENORMALIZE_EPSILON)
+    return weights * scale, ids
 
 
 @triton.jit
@@ -38,6 +99,7 @@ def _topk_routing_kernel(
     TOP_K: tl.constexpr,
     SOFTMAX: tl.constexpr,
     RENORMALIZE: tl.constexpr,
+    PDL: tl.constexpr,
     # tunables
     BLOCK_E: tl.constexpr,
     BLOCK_K: tl.constexpr,
@@ -46,41 +108,18 @@ def _topk_routing_kernel(
 
     Example: logits [1, 3, 3, 2], K = 2, softmax, renormalized → ids [1, 2], weights [0.5, 0.5].
     """
+    if PDL:  # see `uses_pdl`
+        gdc_wait()
+        gdc_launch_dependents()
     token = tl.program_id(0).to(tl.int64)
-    expert = tl.arange(0, BLOCK_E)
-    exists = expert < num_experts
-    logits = widen(tl.load(logits_ptr + token * num_experts + expert, mask=exists, other=0.0))
-    logits = tl.where(exists, logits, float("-inf"))
-    if SOFTMAX:
-        scores = tl.exp(logits - tl.max(logits, axis=0))
-        scores = scores / tl.sum(scores, axis=0)
-    else:
-        scores = 1.0 / (1.0 + tl.exp(-logits))
-    key = logits
-    if bias_ptr is not None:
-        key = scores + tl.load(bias_ptr + expert, mask=exists, other=0.0)
-    key = tl.where(key == key, key, float("-inf"))
-
-    slot = tl.arange(0, BLOCK_K)
-    weights = tl.zeros((BLOCK_K,), dtype=tl.float32)
-    ids = tl.zeros((BLOCK_K,), dtype=tl.int32)
-    total = 0.0
-    free = exists
-    for k in range(TOP_K):
-        best = tl.max(tl.where(free, key, float("-inf")), axis=0)
-        chosen = tl.min(tl.where(free & (key == best), expert, BLOCK_E), axis=0)
-        free &= expert != chosen
-        weight = tl.sum(tl.where(expert == chosen, scores, 0.0), axis=0)
-        total += weight
-        weights = tl.where(slot == k, weight, weights)
-        ids = tl.where(slot == k, chosen, ids)
-    if RENORMALIZE:
-        weights = weights / (total + _RENORMALIZE_EPSILON)
-    weights *= scale
+    weights, ids = choose_experts(
+        logits_ptr + token * num_experts, bias_ptr, num_experts, scale, TOP_K, SOFTMAX, RENORMALIZE, BLOCK_E, BLOCK_K
+    )
     if mask_ptr is not None:
         counts = tl.load(mask_ptr + token) != 0
         weights = tl.where(counts, weights, 0.0)
         ids = tl.where(counts, ids, -1)
+    slot = tl.arange(0, BLOCK_K)
     tl.store(weights_ptr + token * TOP_K + slot, weights, mask=slot < TOP_K)
     tl.store(ids_ptr + token * TOP_K + slot, ids, mask=slot < TOP_K)
 
@@ -98,6 +137,7 @@ def _topk_routing_triton(
     num_tokens, num_experts = logits_TE.shape
     weights_TK = logits_TE.new_empty((num_tokens, top_k), dtype=torch.float32)
     ids_TK = logits_TE.new_empty((num_tokens, top_k), dtype=torch.int32)
+    pdl = uses_pdl(logits_TE)
     if num_tokens:
         with on_device(logits_TE):
             _topk_routing_kernel[(num_tokens,)](
@@ -111,9 +151,11 @@ def _topk_routing_triton(
                 TOP_K=top_k,
                 SOFTMAX=score_function == "softmax",
                 RENORMALIZE=renormalize,
+                PDL=pdl,
                 BLOCK_E=triton.next_power_of_2(num_experts),
                 BLOCK_K=triton.next_power_of_2(top_k),
                 num_warps=1,
+                launch_pdl=pdl,
             )
     return weights_TK, ids_TK
 
@@ -151,7 +193,7 @@ def topk_routing_torch(
     return weights.contiguous(), ids.to(torch.int32).contiguous()
 
 
-@torch.library.custom_op("moe_kernels::topk_routing", mutates_args=())
+@registered_op("moe_kernels::topk_routing")
 def _topk_routing(
     logits_TE: torch.Tensor,
     top_k: int,

@@ -10,12 +10,13 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 import torch
+import torch.nn.functional as F
 import triton
 import triton.language as tl
 
-from moe_kernels.backend import on_device, resolve_backend
+from moe_kernels.backend import gdc_launch_dependents, gdc_wait, on_device, resolve_backend, uses_pdl
 from moe_kernels.checks import check_tensor
-from moe_kernels.counting import BLOCK, bin_of, count_block_ranks, count_ranks_torch
+from moe_kernels.scan import count_hits, first_index, load_bins, num_steps, rank_hits, row_ends, scan_options
 
 
 @dataclass(frozen=True)
@@ -47,123 +48,115 @@ def max_tiles(num_rows: int, num_lanes: int, block_m: int) -> int:
     return nonempty + (num_rows - nonempty) // block_m
 
 
-@triton.jit
-def _lane_starts_kernel(
-    # inputs
-    counts_ptr,  # [L + 1], the last: rows of no lane
-    # outputs
-    offsets_ptr,
-    first_tile_ptr,  # [L + 1]
-    num_tiles_ptr,
-    # shapes
-    num_lanes,
-    # constants
-    BLOCK_M: tl.constexpr,
-    # tunables
-    BLOCK_L: tl.constexpr,
-):
-    """Running sums over the lanes, exclusive, of rows and of tiles; one program.
-
-    Example (M = 16): counts [20, 0, 5 | 2] → offsets [0, 20, 20, 25], first_tile [0, 2, 2, 3], num_tiles 3.
-    """
-    lane = tl.arange(0, BLOCK_L)
-    counts = tl.load(counts_ptr + lane, mask=lane <= num_lanes, other=0)
-    tl.store(offsets_ptr + lane, tl.cumsum(counts, axis=0) - counts, mask=lane <= num_lanes)
-    tiles = tl.where(lane < num_lanes, (counts + BLOCK_M - 1) // BLOCK_M, 0)
-    tl.store(first_tile_ptr + lane, tl.cumsum(tiles, axis=0) - tiles, mask=lane <= num_lanes)
-    tl.store(num_tiles_ptr, tl.sum(tiles, axis=0))
-
-
-@triton.jit(do_not_specialize=["num_rows", "num_blocks", "max_tiles"])  # they change from batch to batch
-def _fill_schedule_kernel(
+@triton.jit(do_not_specialize=["num_rows", "max_tiles"])  # or serving would compile when one is a multiple of 16
+def _build_schedule_kernel(
     # inputs
     lanes_ptr,
-    rank_ptr,
-    block_starts_ptr,
-    offsets_ptr,
-    first_tile_ptr,
+    counts_ptr,
     # outputs
     order_ptr,
+    offsets_ptr,
     tile_lane_ptr,
     tile_start_ptr,
+    num_tiles_ptr,
     # shapes
     num_rows,
     num_lanes,
-    num_blocks,
     max_tiles,
     # constants
     BLOCK_M: tl.constexpr,
+    PDL: tl.constexpr,
     # tunables
     BLOCK: tl.constexpr,
+    ROWS: tl.constexpr,
+    BLOCK_L: tl.constexpr,
 ):
-    """The first num_blocks programs place the rows; the next L write a lane's tiles, and the last the unused ones.
+    """Rows and tiles of one lane; the last program those of no lane: rows at the end, unused tiles.
 
-    Example (M = 16): lanes [1, 0, -1, 1], L = 2 → order [1, 0, 3, 2], tile_lane [0, 1], tile_start [0, 1].
+    Example (M = 16): lanes [1, 0, -1, 1], counts [1, 2] → order [1, 0, 3, 2], offsets [0, 1, 3], tile_lane [0, 1],
+    tile_start [0, 1], num_tiles 2.
     """
-    program = tl.program_id(0)
-    if program < num_blocks:
-        row = program * BLOCK + tl.arange(0, BLOCK)
-        inside = row < num_rows
-        bins = bin_of(tl.load(lanes_ptr + row, mask=inside, other=-1), num_lanes)
-        position = tl.load(offsets_ptr + bins, mask=inside, other=0)
-        position += tl.load(block_starts_ptr + program * (num_lanes + 1) + bins, mask=inside, other=0)
-        position += tl.load(rank_ptr + row, mask=inside, other=0)
-        tl.store(order_ptr + position, row, mask=inside)
-    else:
-        lane = program - num_blocks
-        is_lane = lane < num_lanes
-        first = tl.load(first_tile_ptr + lane)
-        last = tl.where(is_lane, tl.load(first_tile_ptr + lane + 1, mask=is_lane, other=0), max_tiles)
-        start = tl.load(offsets_ptr + lane)
-        for at in range(0, last - first, BLOCK):
-            index = at + tl.arange(0, BLOCK)
-            inside = index < last - first
-            tl.store(tile_lane_ptr + first + index, tl.where(is_lane, lane, -1), mask=inside)
-            tl.store(tile_start_ptr + first + index, tl.where(is_lane, start + index * BLOCK_M, -1), mask=inside)
+    if PDL:  # see `uses_pdl`
+        gdc_wait()
+        gdc_launch_dependents()
+    lane = tl.program_id(0)
+    is_lane = lane < num_lanes
+    lanes = tl.arange(0, BLOCK_L)
+    counts = tl.load(counts_ptr + lanes, mask=lanes < num_lanes, other=0)
+    count = tl.load(counts_ptr + lane, mask=is_lane, other=0)
+    steps = num_steps(num_rows, BLOCK)
+    index = first_index(num_rows, BLOCK, ROWS)
+    bins = load_bins(lanes_ptr, index, 0, num_rows, num_lanes, BLOCK, ROWS)
+
+    tiles = (counts + BLOCK_M - 1) // BLOCK_M
+    # Two sums for the price of one.
+    both = tl.sum(tl.where(lanes < lane, counts + (tiles.to(tl.int64) << 32), 0), axis=0)
+    start, first_tile = both.to(tl.int32), (both >> 32).to(tl.int32)
+    tl.store(offsets_ptr + lane, start)
+    tl.store(num_tiles_ptr, first_tile, mask=is_lane == 0)
+    # The masks keep a wrong count from a write out of bounds, here and below.
+    last_tile = tl.where(is_lane, tl.minimum(first_tile + tl.cdiv(count, BLOCK_M), max_tiles), max_tiles)
+    TILES: tl.constexpr = min(BLOCK, 512)  # that are written at once
+    for first in range(first_tile, last_tile, TILES):
+        tile = first + tl.arange(0, TILES)
+        inside = (tile >= 0) & (tile < last_tile)
+        tl.store(tile_lane_ptr + tile, tl.where(is_lane, lane, -1), mask=inside)
+        tl.store(tile_start_ptr + tile, tl.where(is_lane, start + (tile - first_tile) * BLOCK_M, -1), mask=inside)
+
+    hits = count_hits(bins == lane)
+    for step in range(1, steps):
+        bins = load_bins(lanes_ptr, index, step, num_rows, num_lanes, BLOCK, ROWS)
+        hits += count_hits(bins == lane)
+    ends = row_ends(hits, start)
+    for back in range(steps):
+        step = steps - 1 - back
+        mine = bins == lane
+        # Ahead of time; after the last step, in vain.
+        bins = load_bins(lanes_ptr, index, tl.maximum(step - 1, 0), num_rows, num_lanes, BLOCK, ROWS)
+        position, ends = rank_hits(mine, ends)
+        inside = position.to(tl.uint32) < num_rows  # unsigned, a negative one is past the end
+        tl.store(order_ptr + position, index + step * (BLOCK // ROWS), mask=mine & inside)
 
 
-def _build_schedule_triton(lanes_N: torch.Tensor, num_lanes: int, *, block_m: int) -> TileSchedule:
-    num_rows = lanes_N.numel()
+def _build_schedule_triton(lanes_N: torch.Tensor, counts_L: torch.Tensor, *, block_m: int) -> TileSchedule:
+    num_rows, num_lanes = lanes_N.numel(), counts_L.numel()
     most = max_tiles(num_rows, num_lanes, block_m)
-    order_N = torch.empty_like(lanes_N)
-    offsets_L1, first_tile_L1 = lanes_N.new_empty(num_lanes + 1), lanes_N.new_empty(num_lanes + 1)
-    tile_lane, tile_start = lanes_N.new_empty(most), lanes_N.new_empty(most)
-    num_tiles = lanes_N.new_empty(1)
+    schedule = TileSchedule(
+        order_N=torch.empty_like(lanes_N),
+        offsets_L1=lanes_N.new_empty(num_lanes + 1),
+        tile_lane=lanes_N.new_empty(most),
+        tile_start=lanes_N.new_empty(most),
+        num_tiles=lanes_N.new_empty(1),
+        block_m=block_m,
+    )
+    pdl = uses_pdl(lanes_N)
     with on_device(lanes_N):
-        ranks = count_block_ranks(lanes_N, num_lanes)
-        _lane_starts_kernel[(1,)](
-            ranks.counts_P,
-            offsets_L1,
-            first_tile_L1,
-            num_tiles,
-            num_lanes,
-            BLOCK_M=block_m,
-            BLOCK_L=triton.next_power_of_2(num_lanes + 1),
-        )
-        _fill_schedule_kernel[(ranks.num_blocks + num_lanes + 1,)](
+        _build_schedule_kernel[(num_lanes + 1,)](
             lanes_N,
-            ranks.rank_N,
-            ranks.block_starts_BP,
-            offsets_L1,
-            first_tile_L1,
-            order_N,
-            tile_lane,
-            tile_start,
+            counts_L,
+            schedule.order_N,
+            schedule.offsets_L1,
+            schedule.tile_lane,
+            schedule.tile_start,
+            schedule.num_tiles,
             num_rows,
             num_lanes,
-            ranks.num_blocks,
             most,
             BLOCK_M=block_m,
-            BLOCK=BLOCK,
+            PDL=pdl,
+            BLOCK_L=triton.next_power_of_2(num_lanes),
+            launch_pdl=pdl,
+            **scan_options(num_rows),
         )
-    return TileSchedule(order_N, offsets_L1, tile_lane, tile_start, num_tiles, block_m)
+    return schedule
 
 
-def build_schedule_torch(lanes_N: torch.Tensor, num_lanes: int, *, block_m: int) -> TileSchedule:
+def build_schedule_torch(lanes_N: torch.Tensor, counts_L: torch.Tensor, *, block_m: int) -> TileSchedule:
     """Reference of `build_schedule`."""
-    _, counts_L1, order_N = count_ranks_torch(lanes_N, num_lanes)
-    offsets_L1 = counts_L1.cumsum(0) - counts_L1
-    tiles_L = (counts_L1[:-1] + block_m - 1) // block_m
+    num_lanes = counts_L.numel()
+    bins = torch.where((lanes_N >= 0) & (lanes_N < num_lanes), lanes_N, num_lanes)
+    offsets_L1 = F.pad(counts_L.long().cumsum(0), (1, 0))
+    tiles_L = (counts_L.long() + block_m - 1) // block_m
     last_L = tiles_L.cumsum(0)
     num_tiles = tiles_L.sum()
     tile = torch.arange(max_tiles(lanes_N.numel(), num_lanes, block_m), device=lanes_N.device)
@@ -171,7 +164,7 @@ def build_schedule_torch(lanes_N: torch.Tensor, num_lanes: int, *, block_m: int)
     start = offsets_L1[lane] + (tile - (last_L - tiles_L)[lane]) * block_m
     used = tile < num_tiles
     return TileSchedule(
-        order_N=order_N.to(torch.int32),
+        order_N=torch.argsort(bins, stable=True).to(torch.int32),
         offsets_L1=offsets_L1.to(torch.int32),
         tile_lane=torch.where(used, lane, -1).to(torch.int32),
         tile_start=torch.where(used, start, -1).to(torch.int32),
@@ -182,26 +175,29 @@ def build_schedule_torch(lanes_N: torch.Tensor, num_lanes: int, *, block_m: int)
 
 @torch.library.custom_op("moe_kernels::build_schedule", mutates_args=())
 def _build_schedule(
-    lanes_N: torch.Tensor, num_lanes: int, block_m: int, backend: str
+    lanes_N: torch.Tensor, counts_L: torch.Tensor, block_m: int, backend: str
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
     build = _build_schedule_triton if backend == "triton" else build_schedule_torch
-    built = build(lanes_N, num_lanes, block_m=block_m)
+    built = build(lanes_N, counts_L, block_m=block_m)
     return built.order_N, built.offsets_L1, built.tile_lane, built.tile_start, built.num_tiles
 
 
 @_build_schedule.register_fake
-def _build_schedule_fake(lanes_N, num_lanes, block_m, backend):
-    num_rows = lanes_N.shape[0]
+def _build_schedule_fake(lanes_N, counts_L, block_m, backend):
+    num_rows, num_lanes = lanes_N.shape[0], counts_L.shape[0]
     sizes = (num_rows, num_lanes + 1, *(2 * (max_tiles(num_rows, num_lanes, block_m),)), 1)
     return tuple(lanes_N.new_empty(size, dtype=torch.int32) for size in sizes)
 
 
-def build_schedule(lanes_N: torch.Tensor, num_lanes: int, *, block_m: int, backend: str = "auto") -> TileSchedule:
+def build_schedule(
+    lanes_N: torch.Tensor, counts_L: torch.Tensor, *, block_m: int, backend: str = "auto"
+) -> TileSchedule:
     """Sort the rows by lane (stable) and cut them into tiles that never span lanes. No host sync.
 
     Args:
         lanes_N: [N] int32, contiguous; the lane of each flat row, -1 for a row that is not computed.
-        num_lanes: L, at least 1.
+        counts_L: [L] int32, contiguous, L at least 1; how many rows each lane has. With wrong counts the schedule is
+            undefined.
         block_m: M, a power of two, at least 16; the `GemmConfig.block_m` of the GEMMs that use the schedule.
         backend: see `resolve_backend`.
 
@@ -209,11 +205,12 @@ def build_schedule(lanes_N: torch.Tensor, num_lanes: int, *, block_m: int, backe
         ValueError: an argument breaks one of these rules.
     """
     check_tensor("lanes_N", lanes_N, (None,), torch.int32)
-    if num_lanes < 1:
-        raise ValueError(f"num_lanes={num_lanes}: must be at least 1")
+    check_tensor("counts_L", counts_L, (None,), torch.int32, lanes_N.device)
+    if counts_L.shape[0] < 1:
+        raise ValueError(f"counts_L has shape {tuple(counts_L.shape)}: there must be at least 1 lane")
     if block_m < 16 or block_m & (block_m - 1):
         raise ValueError(f"block_m={block_m}: must be a power of two and at least 16")
     order_N, offsets_L1, tile_lane, tile_start, num_tiles = _build_schedule(
-        lanes_N, num_lanes, block_m, resolve_backend(backend, lanes_N.device)
+        lanes_N, counts_L, block_m, resolve_backend(backend, lanes_N.device)
     )
     return TileSchedule(order_N, offsets_L1, tile_lane, tile_start, num_tiles, block_m)

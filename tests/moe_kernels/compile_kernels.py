@@ -13,11 +13,22 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from moe_kernels import combine, counting, expert_down, expert_up, gemm_config, load, replicas, routing, schedule  # noqa: F401
+from moe_kernels import combine, expert_down, expert_up, gemm_config, replicas, routing, schedule  # noqa: F401
+from moe_kernels.scan import scan_options
 
 MODULES = {
     name: sys.modules[f"moe_kernels.{name}"]
-    for name in ("combine", "counting", "expert_down", "expert_up", "load", "replicas", "routing", "schedule")
+    for name in (
+        "combine",
+        "expert_down",
+        "expert_down_tma",
+        "expert_up",
+        "expert_up_tma",
+        "one_token",
+        "replicas",
+        "routing",
+        "schedule",
+    )
 }
 DTYPES = {torch.float32: "fp32", torch.float16: "fp16", torch.bfloat16: "bf16"}
 
@@ -47,7 +58,13 @@ def compile_gemms(arch: int, dtype: torch.dtype, rows_per_expert: int, even_k: b
     config = gemm_config(4096, 4096, dtype, rows_per_expert, 1, 1)
     floats = {name: f"*{DTYPES[dtype]}" for name in ("x_ptr", "gate_up_ptr", "hidden_ptr", "down_ptr", "rows_ptr")}
     floats |= {"row_weights_ptr": "*fp32", "stride_slot": "i64"}
-    tiles = {"EVEN_K": even_k, "BLOCK_M": config.block_m, "BLOCK_K": config.block_k, "GROUP_M": config.group_m}
+    tiles = {
+        "PDL": arch >= 90,
+        "EVEN_K": even_k,
+        "BLOCK_M": config.block_m,
+        "BLOCK_K": config.block_k,
+        "GROUP_M": config.group_m,
+    }
     options = {"num_warps": config.num_warps, "num_stages": config.num_stages}
     up = tiles | {"BLOCK_I": config.block_n // 2, "ACTIVATION": activation}
     down = tiles | {"BLOCK_N": config.block_n}
@@ -59,9 +76,19 @@ def compile_gemms(arch: int, dtype: torch.dtype, rows_per_expert: int, even_k: b
         assert compiled.metadata.shared <= 99 * 1024, f"{compiled.metadata.shared} bytes of shared memory"
 
 
+def compile_small_one(
+    module: str, name: str, types: dict[str, str], constants: dict[str, Any], arch: int, num_warps: int = 4
+) -> None:
+    pdl = arch >= 90
+    compiled = compile_kernel(module, name, types, constants | {"PDL": pdl}, arch, num_warps=num_warps, launch_pdl=pdl)
+    ptx = compiled.asm["ptx"]
+    wait, access = ptx.find("griddepcontrol.wait"), min(ptx.find("ld.global"), ptx.find("st.global"))
+    assert 0 <= wait < access if pdl else wait == -1, "must wait for the kernel before, and before all else"
+
+
 def compile_small(arch: int) -> None:
     for dtype in DTYPES.values():
-        compile_kernel(
+        compile_small_one(
             "combine",
             "_combine_kernel",
             {"rows_ptr": f"*{dtype}", "y_ptr": f"*{dtype}"},
@@ -69,7 +96,7 @@ def compile_small(arch: int) -> None:
             arch,
         )
         for softmax, bias in ((True, {"bias_ptr": None, "mask_ptr": None}), (False, {})):
-            compile_kernel(
+            compile_small_one(
                 "routing",
                 "_topk_routing_kernel",
                 {
@@ -83,17 +110,93 @@ def compile_small(arch: int) -> None:
                 arch,
                 num_warps=1,
             )
-    compile_kernel("counting", "_block_ranks_kernel", {}, {"BLOCK": 128}, arch)
-    compile_kernel("counting", "_block_starts_kernel", {}, {"BLOCK_B": 64, "BLOCK_P": 32}, arch)
-    compile_kernel("load", "_record_load_kernel", {"increment_ptr": "*i64", "load_ptr": "*i64"}, {"BLOCK": 256}, arch)
-    compile_kernel("replicas", "_select_replicas_kernel", {"count_ptr": "*i64"}, {"BLOCK": 128}, arch)
-    compile_kernel("schedule", "_lane_starts_kernel", {}, {"BLOCK_M": 64, "BLOCK_L": 128}, arch)
-    compile_kernel("schedule", "_fill_schedule_kernel", {}, {"BLOCK_M": 64, "BLOCK": 128}, arch)
+    for num_keys in (512, 2048, 8192):
+        options = scan_options(num_keys)
+        scan = {"BLOCK": options["BLOCK"], "ROWS": options["ROWS"]}
+        for increment in ({}, {"increment_ptr": None}):
+            compile_small_one(
+                "replicas",
+                "_select_replicas_kernel",
+                {"load_ptr": "*i64", "increment_ptr": "*i64"},
+                scan | {"BLOCK_P": 512} | increment,
+                arch,
+                options["num_warps"],
+            )
+        compile_small_one(
+            "schedule",
+            "_build_schedule_kernel",
+            {},
+            scan | {"BLOCK_M": 64, "BLOCK_L": 256},
+            arch,
+            options["num_warps"],
+        )
+
+
+def compile_one_token(arch: int, dtype: torch.dtype) -> None:
+    element, pdl = f"*{DTYPES[dtype]}", arch >= 90
+    choice = {"logits_ptr": element, "bias_ptr": "*fp32", "mask_ptr": "*i1", "scale": "fp32"}
+    choice |= {"increment_ptr": "*i64", "load_ptr": "*i64"}
+    choice["scratch_ptr"] = element
+    constants = {
+        "TOP_K": 8,
+        "SOFTMAX": True,
+        "RENORMALIZE": True,
+        "PDL": pdl,
+        "BLOCK_E": 128,
+        "BLOCK_K": 8,
+        "SCRATCH": 6144,
+    }
+    compile_kernel("one_token", "_choice_kernel", choice, constants, arch, num_warps=1, launch_pdl=pdl)
+    sizes = {"HIDDEN_SIZE": 2880, "INTERMEDIATE": 768, "PDL": pdl, "SCRATCH": 6144}
+    for name, types, constants in (
+        ("_up_kernel", ("x_ptr", "gate_up_ptr", "scratch_ptr"), {"ACTIVATION": "silu", "BLOCK_H": 1024}),
+        (
+            "_down_kernel",
+            ("scratch_ptr", "down_ptr", "y_ptr"),
+            {"TOP_K": 8, "EARLY": pdl, "BLOCK_K": 8, "BLOCK_I": 1024},
+        ),
+    ):
+        compiled = compile_kernel(
+            "one_token", name, dict.fromkeys(types, element), sizes | constants, arch, num_warps=4, launch_pdl=pdl
+        )
+        assert "ld.global.v4" in compiled.asm["ptx"], "weights must be loaded 16 bytes at a time"
+
+
+def compile_tma_gemms(arch: int, dtype: torch.dtype, num_tokens: int, hidden_size: int, intermediate: int) -> None:
+    """What serving uses: wgmma, and as much shared memory as such a GPU has."""
+    element = DTYPES[dtype]
+    batch = (num_tokens, 1, 1)
+    up = gemm_config(2 * intermediate, hidden_size, dtype, *batch, gated=True, tma=True)
+    down = gemm_config(hidden_size, intermediate, dtype, *batch, tma=True)
+    for module, config in (("expert_up_tma", up), ("expert_down_tma", down)):
+        n, k = config.block_n, config.block_k
+        sizes = {"HIDDEN_SIZE": hidden_size, "INTERMEDIATE": intermediate, "PDL": True, "SWAP": config.swap}
+        tiles = {"TAIL_M": config.tail_m, "BLOCK_M": config.block_m, "BLOCK_K": k, "GROUP_M": config.group_m}
+        if module == "expert_up_tma":
+            box = f"1,{n // 2},{k}" if config.swap else f"1,{n // 16},2,8,{k}"
+            types = {"gate_up": f"tensordesc<{element}[{box}]>", "x_ptr": f"*{element}", "hidden_ptr": f"*{element}"}
+            tiles |= {"ACTIVATION": "silu", "BLOCK_I": n // 2}
+        else:
+            types = {"row_weights_ptr": "*fp32", "rows_ptr": f"*{element}", "down": f"tensordesc<{element}[1,{n},{k}]>"}
+            for name, rows in (("hidden", config.block_m), ("hidden_tail", config.tail_m or config.block_m)):
+                types[name] = f"tensordesc<{element}[{rows},{k}]>"
+            tiles |= {"PERSISTENT": config.programs_per_sm > 0, "BLOCK_N": n}
+        options = {"num_warps": config.num_warps, "num_stages": config.num_stages, "launch_pdl": True}
+        compiled = compile_kernel(module, f"_{module}_kernel", types, sizes | tiles, arch, **options)
+        assert "wgmma" in compiled.asm["ptx"] and "mma.sync" not in compiled.asm["ptx"]
+        assert compiled.metadata.shared <= 227 * 1024, f"{compiled.metadata.shared} bytes of shared memory"
 
 
 if __name__ == "__main__":
     arch = int(sys.argv[1])
     compile_small(arch)
     for dtype in DTYPES:
+        compile_one_token(arch, dtype)
         for rows in (16, 32, 64, 128):
             compile_gemms(arch, dtype, rows, even_k=rows != 16, activation="gelu" if rows == 32 else "silu")
+    if arch == 90:
+        for dtype in (torch.float16, torch.bfloat16):
+            for num_tokens in (1, 16, 64, 256):
+                compile_tma_gemms(arch, dtype, num_tokens, 2048, 768)
+                compile_tma_gemms(arch, dtype, num_tokens, 2880, 2880)
+            compile_tma_gemms(arch, dtype, 256, 4096, 14336)

@@ -8,10 +8,19 @@ from dataclasses import dataclass
 import pytest
 import torch
 
+from moe_kernels import scan
+
 
 @pytest.fixture(autouse=True)
 def _poison(poison: None) -> None:
     """See `poison`."""
+
+
+@pytest.fixture
+def small_blocks(monkeypatch: pytest.MonkeyPatch) -> None:
+    """So that few keys are several blocks."""
+    monkeypatch.setattr(scan, "SMALLEST_BLOCK", 32)
+    monkeypatch.setattr(scan, "LARGEST_BLOCK", 32)
 
 
 def in_slots(weights_SNK: torch.Tensor, padding: int = 24) -> torch.Tensor:
@@ -21,6 +30,12 @@ def in_slots(weights_SNK: torch.Tensor, padding: int = 24) -> torch.Tensor:
     slab = slab.to(weights_SNK.device)
     slab[:, : rows * columns] = weights_SNK.reshape(slots, -1)
     return slab[:, : rows * columns].view(slots, rows, columns)
+
+
+def counts_of(lanes_N: torch.Tensor, num_lanes: int) -> torch.Tensor:
+    """How many rows each lane has: int32 [num_lanes], on the device of the lanes."""
+    is_lane = (lanes_N >= 0) & (lanes_N < num_lanes)
+    return torch.bincount(lanes_N[is_lane].cpu(), minlength=num_lanes).to(lanes_N.device, torch.int32)
 
 
 @dataclass
@@ -34,6 +49,10 @@ class Experts:
     lanes_N: torch.Tensor
     row_weights_N: torch.Tensor
     fanout: int
+
+    @property
+    def counts_L(self) -> torch.Tensor:
+        return counts_of(self.lanes_N, self.lane_to_slot_L.numel())
 
 
 @pytest.fixture

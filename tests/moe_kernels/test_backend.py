@@ -2,7 +2,7 @@ import pytest
 import torch
 
 from moe_kernels import backend
-from moe_kernels.backend import resolve_backend
+from moe_kernels.backend import resolve_backend, uses_pdl
 
 
 @pytest.mark.parametrize(
@@ -32,3 +32,16 @@ def test_triton_on_a_cpu_needs_the_interpreter(monkeypatch):
 def test_refused(asked, device):
     with pytest.raises(ValueError, match="backend="):
         resolve_backend(asked, device)
+
+
+@pytest.mark.parametrize(("capability", "expected"), [((8, 9), False), ((9, 0), True), ((12, 0), True)])
+def test_kernels_overlap_from_hopper_on(monkeypatch, capability, expected):
+    monkeypatch.setattr(torch.version, "cuda", "13.0")
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda index: capability)
+    backend._has_pdl.cache_clear()
+    assert backend._has_pdl(0) is expected
+    backend._has_pdl.cache_clear()
+
+
+def test_nothing_overlaps_on_a_cpu():
+    assert not uses_pdl(torch.zeros(1))

@@ -13,7 +13,6 @@ from moe_kernels import (
     expert_down,
     expert_up,
     gemm_config,
-    record_load_,
     select_replicas,
     topk_routing,
 )
@@ -26,9 +25,11 @@ EXPERT_OF_LANE = [0, 1, 2, 3, 4, 0, 1]
 
 def chain(x, logits, mask, gate_up, down, lane_to_slot, table, count, increment, config, backend="auto"):
     weights, ids = topk_routing(logits, TOP_K, token_mask_T=mask, backend=backend)
-    lanes = select_replicas(ids, *table, count, 12345, backend=backend)
-    record_load_(count, ids, increment, backend=backend)
-    schedule = build_schedule(lanes.view(-1), lane_to_slot.numel(), block_m=config.block_m, backend=backend)
+    num_lanes = lane_to_slot.numel()
+    lanes, counts = select_replicas(
+        ids, *table, count, 12345, num_lanes=num_lanes, increment_1=increment, backend=backend
+    )
+    schedule = build_schedule(lanes.view(-1), counts, block_m=config.block_m, backend=backend)
     hidden = expert_up(x, gate_up, lane_to_slot, schedule, fanout=TOP_K, config=config, backend=backend)
     rows = expert_down(hidden, down, lane_to_slot, schedule, weights.view(-1), config=config, backend=backend)
     return combine(rows, lanes, backend=backend)

@@ -3,7 +3,7 @@ import itertools
 import pytest
 import torch
 
-from moe_kernels import GemmConfig, gemm_config
+from moe_kernels import GemmConfig, gemm_config, has_tma
 
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 LIMIT = 99 * 1024  # bytes of shared memory on Ada
@@ -24,6 +24,31 @@ def test_both_gemms_share_a_schedule_and_only_the_bucket_counts(dtype):
         up, down = gemm_config(1536, 2048, dtype, tokens, 8, 128), gemm_config(2048, 768, dtype, tokens, 8, 128)
         assert up.block_m == down.block_m
     assert gemm_config(64, 64, dtype, 513, 8, 128) == gemm_config(64, 64, dtype, 1024, 8, 128)
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_with_tma_both_gemms_share_a_schedule_and_fit_a_hopper_gpu(dtype):
+    for tokens, (hidden, intermediate) in itertools.product(
+        (0, 1, 16, 64, 256, 512, 1024, 4096, 70_000), ((2048, 768), (4096, 14336), (64, 8))
+    ):
+        up = gemm_config(2 * intermediate, hidden, dtype, tokens, 8, 128, gated=True, tma=True)
+        down = gemm_config(hidden, intermediate, dtype, tokens, 8, 128, tma=True)
+        assert up.tma and down.tma and up.block_m == down.block_m and not up.programs_per_sm
+        for config in (up, down):
+            # While the next tile's loads are under way, a persistent program brings half a tile into the order of memory.
+            halves = config.block_m * config.block_n // 2 * dtype.itemsize if config.programs_per_sm else 0
+            programs = max(config.programs_per_sm, 1)
+            assert programs * (shared_memory(config, dtype) + halves + 1024) <= 228 * 1024
+
+
+def test_without_what_tma_needs_the_portable_kernels_are_chosen():
+    sizes = {"n": 64, "k": 64, "dtype": torch.bfloat16, "num_tokens": 64, "top_k": 2, "num_experts": 8}
+    assert gemm_config(**sizes, tma=True).tma
+    assert not gemm_config(**sizes).tma
+    for change in ({"dtype": torch.float32}, {"n": 60}, {"k": 60}):
+        assert not gemm_config(**(sizes | change), tma=True).tma
+    assert not gemm_config(**(sizes | {"n": 72}), gated=True, tma=True).tma  # 36 columns of each
+    assert not has_tma(torch.device("cpu"))
 
 
 def test_less_shared_memory_changes_no_block():

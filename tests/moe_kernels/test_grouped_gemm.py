@@ -11,6 +11,7 @@ from moe_kernels import build_schedule, expert_down, expert_up, gemm_config
 from moe_kernels.expert_down import _expert_down
 from moe_kernels.expert_up import _expert_up
 from moe_kernels.row_blocks import padded_matrix
+from tests.moe_kernels.conftest import counts_of
 
 ACTIVATION = {"silu": F.silu, "gelu": F.gelu}
 
@@ -28,7 +29,7 @@ SHAPES = {
 
 def schedule_of(experts, backend, rows=1):
     config = gemm_config(64, 64, experts.x_RH.dtype, rows, 1, 1)
-    schedule = build_schedule(experts.lanes_N, experts.lane_to_slot_L.numel(), block_m=config.block_m, backend=backend)
+    schedule = build_schedule(experts.lanes_N, experts.counts_L, block_m=config.block_m, backend=backend)
     return schedule, config
 
 
@@ -212,9 +213,8 @@ def test_slots_beyond_32_bit_offsets(device, assert_close, backend):
     x = torch.randn((3, 16), generator=torch.Generator().manual_seed(1)).to(device, torch.float16)
     lane_to_slot = torch.tensor([2], dtype=torch.int32, device=device)
     config = gemm_config(32, 16, torch.float16, 3, 1, 1)
-    schedule = build_schedule(
-        torch.zeros(3, dtype=torch.int32, device=device), 1, block_m=config.block_m, backend=backend
-    )
+    lanes = torch.zeros(3, dtype=torch.int32, device=device)
+    schedule = build_schedule(lanes, counts_of(lanes, 1), block_m=config.block_m, backend=backend)
     hidden = expert_up(x, gate_up, lane_to_slot, schedule, fanout=1, config=config, backend=backend)
     gate, up = F.linear(x.double(), gate_up[2].double()).chunk(2, dim=1)
     assert_close(hidden, F.silu(gate) * up)
@@ -257,14 +257,18 @@ def test_opcheck(make_experts):
     x, gate_up, down = (t.requires_grad_() for t in (experts.x_RH, experts.gate_up_SNH, experts.down_SHI))
     slots, order, offsets = experts.lane_to_slot_L, schedule.order_N, schedule.offsets_L1
     tiling = config.as_list()
-    torch.library.opcheck(_expert_up, (x, gate_up, slots, order, offsets, *tiles, 2, "silu", tiling, "torch"))
+    torch.library.opcheck(
+        _expert_up.registered, (x, gate_up, slots, order, offsets, *tiles, 2, "silu", tiling, "torch")
+    )
     hidden = down_inputs(experts).nan_to_num().requires_grad_()
     row_weights = experts.row_weights_N.requires_grad_()
-    torch.library.opcheck(_expert_down, (hidden, down, slots, row_weights, order, offsets, *tiles, tiling, "torch"))
+    torch.library.opcheck(
+        _expert_down.registered, (hidden, down, slots, row_weights, order, offsets, *tiles, tiling, "torch")
+    )
 
 
 def good_up():
-    schedule = build_schedule(torch.zeros(4, dtype=torch.int32), 2, block_m=16)
+    schedule = build_schedule(torch.zeros(4, dtype=torch.int32), torch.tensor([4, 0], dtype=torch.int32), block_m=16)
     return {
         "x_RH": torch.zeros((2, 8)),
         "gate_up_SNH": torch.zeros((3, 12, 8)),

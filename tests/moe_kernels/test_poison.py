@@ -3,6 +3,7 @@
 import torch
 
 from moe_kernels import build_schedule, expert_down, gemm_config
+from tests.moe_kernels.conftest import counts_of
 
 
 def test_new_memory_is_poisoned(device):
@@ -15,7 +16,7 @@ def test_rows_that_are_not_computed_stay_poisoned(device):
     """So a later op that read them would be caught."""
     config = gemm_config(16, 16, torch.float32, 1, 1, 1)
     lanes = torch.tensor([0, -1], dtype=torch.int32, device=device)
-    schedule = build_schedule(lanes, 1, block_m=config.block_m, backend="triton")
+    schedule = build_schedule(lanes, counts_of(lanes, 1), block_m=config.block_m, backend="triton")
     slot, ones = torch.zeros(1, dtype=torch.int32, device=device), torch.ones(2, device=device)
     weights, hidden = torch.ones((1, 16, 16), device=device), torch.ones((2, 16), device=device)
     rows = expert_down(hidden, weights, slot, schedule, ones, config=config, backend="triton")

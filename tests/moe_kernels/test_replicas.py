@@ -2,11 +2,13 @@ from fractions import Fraction
 
 import pytest
 import torch
+import triton
+import triton.language as tl
 from hypothesis import given
 from hypothesis import strategies as st
 
 from moe_kernels import GOLDEN, SHARE_BITS, select_replicas
-from moe_kernels.replicas import _select_replicas
+from moe_kernels.replicas import _ranks_below, _select_replicas
 
 ONE = 1 << SHARE_BITS
 
@@ -15,19 +17,34 @@ def int32(values, device="cpu"):
     return torch.tensor(values, dtype=torch.int32, device=device)
 
 
+SPREAD = 10  # the lanes of expert e are SPREAD * e + replica: most lanes hold none
+
+
 def table_of(cumulative_by_expert, device="cpu"):
-    """CSR form; the lanes are 10 * expert + replica."""
+    """CSR form."""
     offsets, lanes, cumulative = [0], [], []
     for expert, bounds in enumerate(cumulative_by_expert):
-        lanes += [10 * expert + replica for replica in range(len(bounds))]
+        lanes += [SPREAD * expert + replica for replica in range(len(bounds))]
         cumulative += bounds
         offsets.append(len(lanes))
     return int32(offsets, device), int32(lanes, device), int32(cumulative, device)
 
 
-def select(ids, table, counts, rank_start=0, device="cpu", backend="torch"):
-    count_E = torch.tensor(counts, dtype=torch.int64, device=device)
-    return select_replicas(int32(ids, device), *table_of(table, device), count_E, rank_start, backend=backend)
+def select(ids, table, load, rank_start=0, device="cpu", backend="torch", increment=None):
+    """lanes, counts and the load counter after the call."""
+    load_E = torch.tensor(load, dtype=torch.int64, device=device)
+    increment_1 = None if increment is None else torch.tensor([increment], dtype=torch.int64, device=device)
+    lanes_TK, counts_L = select_replicas(
+        int32(ids, device).view(len(ids), len(ids[0]) if ids else 2),
+        *table_of(table, device),
+        load_E,
+        rank_start,
+        num_lanes=SPREAD * len(table),
+        increment_1=increment_1,
+        backend=backend,
+    )
+    assert lanes_TK.dtype == counts_L.dtype == torch.int32
+    return lanes_TK, counts_L, load_E
 
 
 def test_golden_is_the_golden_ratio():
@@ -36,45 +53,92 @@ def test_golden_is_the_golden_ratio():
 
 @pytest.mark.parametrize("backend", ["torch", "triton"])
 def test_example(device, backend):
+    """The kernel's docstring."""
     table = int32([0, 2], device), int32([3, 5], device), int32([3 * ONE // 4, ONE], device)
-    count = torch.zeros(1, dtype=torch.int64, device=device)
-    lanes = select_replicas(int32([[0, 0], [0, 0]], device), *table, count, 0, backend=backend)
+    load, one = (torch.full((1,), value, dtype=torch.int64, device=device) for value in (0, 1))
+    ids = int32([[0, 0], [0, 0]], device)
+    lanes, counts = select_replicas(ids, *table, load, 0, num_lanes=6, increment_1=one, backend=backend)
     assert lanes.tolist() == [[3, 3], [3, 5]]
+    assert counts.tolist() == [0, 0, 0, 3, 0, 1]
+    assert load.tolist() == [4]
 
 
 bounds = st.lists(st.integers(0, ONE - 1), max_size=4).map(lambda inner: [*sorted(inner), ONE])
+cases = {
+    "table": st.lists(bounds | st.just([]), min_size=1, max_size=4),
+    "picks": st.lists(st.integers(-1, 4), max_size=60),  # 4 names no expert
+    "load": st.lists(st.integers(0, 2**62), min_size=4, max_size=4),
+    "rank_start": st.integers(0, ONE - 1),
+}
 
 
-@given(
-    table=st.lists(bounds, min_size=1, max_size=4),
-    picks=st.lists(st.integers(-1, 3), max_size=60),
-    counts=st.lists(st.integers(0, 2**62), min_size=4, max_size=4),
-    rank_start=st.integers(0, ONE - 1),
-)
-def test_every_replica_gets_floor_or_ceil_of_its_share(table, picks, counts, rank_start):
-    experts = len(table)
-    ids = [pick if pick < experts else -1 for pick in picks]
-    lanes = (
-        select([ids] if ids else torch.zeros((1, 0)).tolist(), table, counts[:experts], rank_start).flatten().tolist()
-    )
+@given(**cases)
+def test_every_replica_gets_floor_or_ceil_of_its_share(table, picks, load, rank_start):
+    lanes, counts, _ = select([[pick] for pick in picks], table, load[: len(table)], rank_start)
+    lanes = lanes.flatten().tolist()
     for expert, cumulative in enumerate(table):
-        total = ids.count(expert)
+        total = picks.count(expert)
         for replica, (low, high) in enumerate(zip([0, *cumulative], cumulative, strict=False)):
-            got = lanes.count(10 * expert + replica)
+            got = lanes.count(SPREAD * expert + replica)
             assert abs(got - Fraction(high - low, ONE) * total) < 1
-    assert [lane == -1 for lane in lanes] == [expert == -1 for expert in ids]
+    has_replica = [0 <= pick < len(table) and table[pick] != [] for pick in picks]
+    assert [lane >= 0 for lane in lanes] == has_replica
+    assert all(lane // SPREAD == pick for lane, pick in zip(lanes, picks, strict=True) if lane >= 0)
+    assert counts.tolist() == [lanes.count(lane) for lane in range(SPREAD * len(table))]
 
 
-@given(
-    table=st.lists(bounds, min_size=1, max_size=4),
-    picks=st.lists(st.integers(-1, 3), min_size=1, max_size=300),
-    counts=st.lists(st.integers(0, 2**62), min_size=4, max_size=4),
-    rank_start=st.integers(0, ONE - 1),
-)
-def test_kernel_equals_reference(device, table, picks, counts, rank_start):
-    ids = [[pick if pick < len(table) else -1] for pick in picks]
-    arguments = (ids, table, counts[: len(table)], rank_start, device)
-    assert torch.equal(select(*arguments, backend="triton"), select(*arguments, backend="torch"))
+@given(**cases, increment=st.sampled_from([None, 0, 1, 3]))
+def test_load(table, picks, load, rank_start, increment):
+    """What is recorded, also of experts without replicas; the choice reads the counter as it was before."""
+    ids, load = [[pick] for pick in picks], load[: len(table)]
+    lanes, counts, after = select(ids, table, load, rank_start, increment=increment)
+    assert after.tolist() == [before + (increment or 0) * picks.count(e) for e, before in enumerate(load)]
+    unrecorded, same_counts, _ = select(ids, table, load, rank_start)
+    assert torch.equal(lanes, unrecorded) and torch.equal(counts, same_counts)
+
+
+def assert_kernel_equals_reference(*arguments, **options):
+    expected = select(*arguments, **options, backend="torch")
+    for got, wanted in zip(select(*arguments, **options, backend="triton"), expected, strict=True):
+        assert torch.equal(got, wanted)
+
+
+@given(**cases, increment=st.sampled_from([None, 0, 1]))
+def test_kernel_equals_reference(device, table, picks, load, rank_start, increment):
+    ids = [[pick] for pick in picks]
+    assert_kernel_equals_reference(ids, table, load[: len(table)], rank_start, device, increment=increment)
+
+
+@given(**cases, increment=st.sampled_from([None, 1]))
+def test_kernel_equals_reference_over_several_blocks(small_blocks, device, table, picks, load, rank_start, increment):
+    ids = [[pick, 0] for pick in picks]
+    assert_kernel_equals_reference(ids, table, load[: len(table)], rank_start, device, increment=increment)
+
+
+@pytest.mark.parametrize("tokens", [600, 2047, 8192, 8193, 20002])  # up to one full block of each size, two, three
+@pytest.mark.parametrize("low", [-1, 2])
+def test_kernel_equals_reference_for_many_tokens(device, tokens, low):
+    """Of all experts, and all of one."""
+    ids = torch.randint(low, 3, (tokens, 1), generator=torch.Generator().manual_seed(0)).tolist()
+    table = [[ONE], [ONE // 5, ONE // 5, ONE], [ONE // 3, ONE // 2, ONE]]
+    assert_kernel_equals_reference(ids, table, [1, 2, 3], ONE - 1, device, increment=1)
+
+
+@triton.jit
+def _ranks_below_kernel(positions_ptr, count_ptr, ranks_ptr):
+    at = tl.arange(0, 8)
+    tl.store(ranks_ptr + at, _ranks_below(tl.load(positions_ptr + at), tl.load(count_ptr)))
+
+
+@pytest.mark.parametrize("count", [0, 1, 12345, 2**31 - 1])
+def test_ranks_below_a_position_are_what_division_gives(device, count):
+    """Up to the largest count, where a narrower product would overflow."""
+    positions = [-5, 0, 1, ONE // 3, ONE // 2 + 1, ONE - 1, ONE, ONE + 5]
+    ranks = torch.empty(8, dtype=torch.int32, device=device)
+    _ranks_below_kernel[(1,)](torch.tensor(positions, device=device), int32([count], device), ranks)
+    for position, below in zip(positions, ranks.tolist(), strict=True):
+        assert below == 0 or ((below - 1) << SHARE_BITS) // count < position
+        assert below == count or (below << SHARE_BITS) // count >= position
 
 
 @pytest.mark.parametrize("rank_start", [0, 12345, ONE - 1])
@@ -82,28 +146,35 @@ def test_batches_of_one_honour_the_shares_over_time(rank_start):
     """A start that stood still would give .9/.1 as 1/0."""
     table, taken = [[int(0.9 * ONE), ONE]], 0
     for step in range(1, 1001):
-        taken += select([[0]], table, [step - 1], rank_start).item()  # lane 1: the replica with share .1
+        taken += select([[0]], table, [step - 1], rank_start)[0].item()  # lane 1: the replica with share .1
         assert abs(taken - 0.1 * step) < 2.5
     assert 98 <= taken <= 102
 
 
 def test_a_share_of_zero_gets_nothing():
-    lanes = select([[0] * 500], [[0, ONE // 2, ONE // 2, ONE]], [7])
+    lanes, counts, _ = select([[0] * 500], [[0, ONE // 2, ONE // 2, ONE]], [7])
     assert sorted(set(lanes.flatten().tolist())) == [1, 3]
+    assert counts.tolist()[:4] == [0, 250, 0, 250]
 
 
 @pytest.mark.parametrize("backend", ["torch", "triton"])
 def test_edges(device, backend):
     """No tokens; ids of no expert; an expert without replicas; no entries at all."""
-    assert select(torch.zeros((0, 2)).tolist() or [[]], [[ONE]], [0], 0, device, backend).numel() == 0
-    assert select([[-1, 2, 1, 0]], [[ONE], []], [0, 0], 0, device, backend).tolist() == [[-1, -1, -1, 0]]
-    assert select([[0, -1]], [[]], [0], 0, device, backend).tolist() == [[-1, -1]]
+    lanes, counts, load = select([], [[ONE]], [5], 0, device, backend, increment=1)
+    assert lanes.numel() == 0 and counts.tolist() == [0] * SPREAD and load.tolist() == [5]
+    lanes, counts, load = select([[-1, 2, 1, 0, -7]], [[ONE], []], [0, 0], 0, device, backend, increment=1)
+    assert lanes.tolist() == [[-1, -1, -1, 0, -1]]
+    assert counts.tolist() == [1] + [0] * (2 * SPREAD - 1) and load.tolist() == [1, 1]
+    lanes, counts, _ = select([[0, -1]], [[]], [0], 0, device, backend)
+    assert lanes.tolist() == [[-1, -1]] and counts.tolist() == [0] * SPREAD
 
 
 def test_opcheck(device):
-    count = torch.tensor([3, 4], dtype=torch.int64, device=device)
+    load, one = (torch.tensor(values, dtype=torch.int64, device=device) for values in ([3, 4], [1]))
     table = table_of([[ONE // 2, ONE], [ONE]], device)
-    torch.library.opcheck(_select_replicas, (int32([[0, 1], [0, -1]], device), *table, count, 5, "torch"))
+    for increment in (None, one):
+        arguments = (int32([[0, 1], [0, -1]], device), *table, load.clone(), 5, 2 * SPREAD, increment, "torch")
+        torch.library.opcheck(_select_replicas, arguments)
 
 
 @pytest.mark.parametrize(
@@ -113,9 +184,11 @@ def test_opcheck(device):
         ("table_offsets_E1", {"table_offsets_E1": int32([0])}),
         ("table_lanes_P", {"table_lanes_P": torch.zeros(1)}),
         ("table_cumulative_P", {"table_cumulative_P": int32([1, ONE])}),
-        ("count_E", {"count_E": int32([0])}),
+        ("load_E", {"load_E": int32([0])}),
         ("rank_start", {"rank_start": ONE}),
         ("rank_start", {"rank_start": -1}),
+        ("num_lanes", {"num_lanes": 0}),
+        ("increment_1", {"increment_1": torch.ones(2, dtype=torch.int64)}),
     ],
 )
 def test_refused(name, change):
@@ -124,8 +197,9 @@ def test_refused(name, change):
         "table_offsets_E1": int32([0, 1]),
         "table_lanes_P": int32([0]),
         "table_cumulative_P": int32([ONE]),
-        "count_E": torch.zeros(1, dtype=torch.int64),
+        "load_E": torch.zeros(1, dtype=torch.int64),
         "rank_start": 0,
+        "num_lanes": 1,
     }
     with pytest.raises(ValueError, match=name):
         select_replicas(**(good | change))

@@ -58,6 +58,15 @@ def test_ties_go_to_the_lowest_id(device, backend):
 
 
 @pytest.mark.parametrize("backend", ["torch", "triton"])
+def test_the_order_of_special_values(device, backend):
+    """Zeros of either sign are equal, and so are a NaN and -inf; a subnormal is not zero."""
+    inf, nan = float("inf"), float("nan")
+    logits = torch.tensor([[-0.0, 0.0, nan, -inf, -1.0, inf, 1e-40, -1e-40, 3e38, -3e38]], device=device)
+    _, ids = topk_routing(logits, 10, backend=backend)
+    assert ids.tolist() == [[5, 8, 6, 0, 1, 7, 4, 9, 2, 3]]
+
+
+@pytest.mark.parametrize("backend", ["torch", "triton"])
 def test_masked_tokens_get_no_expert_and_no_gradient(device, backend):
     logits = logits_of(4, 6, device)
     logits[1] = float("nan")  # padding may hold anything
@@ -106,7 +115,7 @@ def test_opcheck(device):
     logits = logits_of(3, 6, device).requires_grad_()
     mask, bias = torch.tensor([True, False, True], device=device), torch.zeros(6, device=device)
     for extra in ((None, None), (bias, mask)):
-        torch.library.opcheck(_topk_routing, (logits, 2, "softmax", True, 1.0, *extra, "torch"))
+        torch.library.opcheck(_topk_routing.registered, (logits, 2, "softmax", True, 1.0, *extra, "torch"))
 
 
 @pytest.mark.parametrize(

@@ -34,8 +34,7 @@ def compute(experts: Experts, backend: str) -> Bits:
     """Forward and backward of both GEMMs; the gradient of an output row is a function of its input row."""
     dtype, rows = experts.x_RH.dtype, experts.lanes_N.numel()
     config = gemm_config(*experts.gate_up_SNH.shape[1:], dtype, 1, 1, 1)  # one bucket for all variants
-    lanes = experts.lane_to_slot_L.numel()
-    schedule = build_schedule(experts.lanes_N, lanes, block_m=config.block_m, backend=backend)
+    schedule = build_schedule(experts.lanes_N, experts.counts_L, block_m=config.block_m, backend=backend)
     x, row_weights = (tensor.detach().requires_grad_() for tensor in (experts.x_RH, experts.row_weights_N))
     slots = (experts.lane_to_slot_L, schedule)
     hidden = expert_up(x, experts.gate_up_SNH, *slots, fanout=1, config=config, backend=backend)

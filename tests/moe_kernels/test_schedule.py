@@ -4,14 +4,15 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from moe_kernels import TileSchedule, build_schedule
-from moe_kernels.schedule import _build_schedule, max_tiles
+from moe_kernels.schedule import _build_schedule, _build_schedule_kernel, max_tiles
+from tests.moe_kernels.conftest import counts_of
 
 FIELDS = ("order_N", "offsets_L1", "tile_lane", "tile_start", "num_tiles")
 
 
 def build(lanes, num_lanes, block_m=16, device="cpu", backend="torch") -> TileSchedule:
     lanes_N = torch.tensor(lanes, dtype=torch.int32, device=device)
-    return build_schedule(lanes_N, num_lanes, block_m=block_m, backend=backend)
+    return build_schedule(lanes_N, counts_of(lanes_N, num_lanes), block_m=block_m, backend=backend)
 
 
 def as_lists(schedule: TileSchedule) -> dict[str, list[int]]:
@@ -44,6 +45,7 @@ def test_invariants(case):
     schedule = build(lanes, num_lanes)
     order, offsets = schedule.order_N.tolist(), schedule.offsets_L1.tolist()
     assert sorted(order) == list(range(len(lanes)))  # every row once
+    assert order == sorted(order, key=lambda row: lanes[row] % (num_lanes + 1))  # those of no lane last
     in_tiles = []
     for tile in range(schedule.num_tiles.item()):
         lane, start = schedule.tile_lane[tile].item(), schedule.tile_start[tile].item()
@@ -70,27 +72,65 @@ def test_max_tiles_is_reached_and_never_passed(rows, num_lanes, block_m):
         ([], 4),  # no rows
         ([0], 1),
         ([-1] * 5, 3),  # nothing to compute
-        ([2] * 700, 5),  # one lane takes all; more tiles than are written at once
+        ([2] * 700, 5),  # one lane takes all
+        ([1] * 700 + [-1] * 900 + [0], 2),  # more tiles, used and unused, than are written at once
         ([9, 0, 1, 9], 2),  # a lane that does not exist is not computed
     ],
 )
-def test_kernel_equals_reference_at_the_edges(device, lanes, num_lanes):
+def test_kernel_equals_reference_at_the_edges(small_blocks, device, lanes, num_lanes):
     expected = as_lists(build(lanes, num_lanes, 16, device, "torch"))
     assert as_lists(build(lanes, num_lanes, 16, device, "triton")) == expected
 
 
-@given(
-    rows=st.integers(0, 400), num_lanes=st.integers(1, 40), block_m=st.sampled_from([16, 128]), seed=st.integers(0, 9)
-)
-def test_kernel_equals_reference(device, rows, num_lanes, block_m, seed):
+def assert_kernel_equals_reference(rows, num_lanes, block_m, seed, device):
     lanes = torch.randint(-1, num_lanes, (rows,), generator=torch.Generator().manual_seed(seed)).tolist()
     expected = as_lists(build(lanes, num_lanes, block_m, device, "torch"))
     assert as_lists(build(lanes, num_lanes, block_m, device, "triton")) == expected
 
 
+shapes = {"rows": st.integers(0, 150), "num_lanes": st.integers(1, 10), "block_m": st.sampled_from([16, 128])}
+
+
+@given(**shapes, seed=st.integers(0, 9))
+def test_kernel_equals_reference(device, rows, num_lanes, block_m, seed):
+    assert_kernel_equals_reference(rows, num_lanes, block_m, seed, device)
+
+
+@given(**shapes, seed=st.integers(0, 9))
+def test_kernel_equals_reference_over_several_blocks(small_blocks, device, rows, num_lanes, block_m, seed):
+    assert_kernel_equals_reference(rows, num_lanes, block_m, seed, device)
+
+
+@pytest.mark.parametrize("rows", [600, 2047, 8192, 8193, 20000])  # up to one full block of each size, two, three
+def test_kernel_equals_reference_for_many_rows(device, rows):
+    assert_kernel_equals_reference(rows, 3, 16, 0, device)
+
+
+@pytest.mark.parametrize("counts", [[0, 0, 0], [90, -90, 7], [-50, 0, 0], [5, 70, 900], [2**29] * 3])
+def test_wrong_counts_write_nothing_out_of_bounds(device, counts):
+    lanes = torch.randint(-1, 3, (100,), generator=torch.Generator().manual_seed(0), dtype=torch.int32).to(device)
+    wrong = torch.tensor(counts, dtype=torch.int32, device=device)
+    guard, most = 1000, max_tiles(100, 3, 16)
+    outputs = {size: torch.full((size + 2 * guard,), 77, dtype=torch.int32, device=device) for size in (100, 4, most)}
+    order, offsets, tile_lane = (whole[guard:-guard] for whole in outputs.values())
+    tile_start_whole = torch.full_like(outputs[most], 77)
+    num_tiles = torch.zeros(1, dtype=torch.int32, device=device)
+    _build_schedule_kernel[(4,)](
+        *(lanes, wrong, order, offsets, tile_lane, tile_start_whole[guard:-guard], num_tiles),
+        *(100, 3, most),
+        BLOCK_M=16,
+        PDL=False,
+        BLOCK=256,
+        ROWS=2,
+        BLOCK_L=4,
+    )
+    for whole in (*outputs.values(), tile_start_whole):
+        assert (whole[:guard] == 77).all() and (whole[-guard:] == 77).all()
+
+
 def test_opcheck(device):
-    lanes = torch.tensor([1, 0, -1, 1], dtype=torch.int32, device=device)
-    torch.library.opcheck(_build_schedule, (lanes, 3, 16, "torch"))
+    lanes, counts = (torch.tensor(values, dtype=torch.int32, device=device) for values in ([1, 0, -1, 1], [1, 2, 0]))
+    torch.library.opcheck(_build_schedule, (lanes, counts, 16, "torch"))
 
 
 @pytest.mark.parametrize(
@@ -98,12 +138,13 @@ def test_opcheck(device):
     [
         ("lanes_N", {"lanes_N": torch.zeros(3)}),
         ("lanes_N", {"lanes_N": torch.zeros((3, 1), dtype=torch.int32)}),
-        ("num_lanes", {"num_lanes": 0}),
+        ("counts_L", {"counts_L": torch.zeros(2)}),
+        ("counts_L", {"counts_L": torch.zeros(0, dtype=torch.int32)}),
         ("block_m", {"block_m": 8}),
         ("block_m", {"block_m": 48}),
     ],
 )
 def test_refused(name, change):
-    good = {"lanes_N": torch.zeros(3, dtype=torch.int32), "num_lanes": 2, "block_m": 16}
+    good = {"lanes_N": torch.zeros(3, dtype=torch.int32), "counts_L": torch.zeros(2, dtype=torch.int32), "block_m": 16}
     with pytest.raises(ValueError, match=name):
         build_schedule(**(good | change))

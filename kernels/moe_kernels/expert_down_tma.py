@@ -1,0 +1,203 @@
+# mypy: allow-incomplete-defs
+# Of the arguments of a kernel only the constants are annotated.
+"""`expert_down` where there is a tensor memory accelerator (Hopper, Blackwell): weights and rows come by TMA.
+
+N flat rows, H hidden, I intermediate, S slots, L lanes.
+"""
+
+from __future__ import annotations
+
+import functools
+
+import torch
+import triton
+import triton.language as tl
+from triton.tools.tensor_descriptor import TensorDescriptor
+
+from moe_kernels.backend import gdc_launch_dependents, gdc_wait, on_device, uses_pdl
+from moe_kernels.config import GemmConfig
+from moe_kernels.numerics import dot, narrow
+from moe_kernels.tile_order import tile_and_column_block
+
+
+@triton.jit
+def _down_tile(
+    hidden,  # descriptor [N, I]
+    down,  # descriptor [S, H, I]
+    row_weights_ptr,
+    order_ptr,
+    rows_ptr,
+    start,
+    end,
+    slot,
+    column_block,
+    HIDDEN_SIZE: tl.constexpr,
+    INTERMEDIATE: tl.constexpr,
+    SWAP: tl.constexpr,
+    HALVES: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+):
+    """Rows past the tile's end are read (they are the next lane's, or zero past the tensor's end) and not stored."""
+    first_column = column_block * BLOCK_N
+    product = tl.zeros((BLOCK_N, BLOCK_M) if SWAP else (BLOCK_M, BLOCK_N), dtype=tl.float32)
+    for first in tl.range(0, INTERMEDIATE, BLOCK_K):
+        block = hidden.load([start, first])
+        weights = down.load([slot, first_column, first]).reshape(BLOCK_N, BLOCK_K)
+        product = dot(weights, block.T, product) if SWAP else dot(block, weights.T, product)
+    if SWAP:
+        product = product.T
+    position = start + tl.arange(0, BLOCK_M)
+    inside = position < end
+    flat = tl.load(order_ptr + position, mask=inside, other=0)
+    product *= tl.load(row_weights_ptr + flat, mask=inside, other=0.0)[:, None]
+    row_at = rows_ptr + flat.to(tl.int64)[:, None] * HIDDEN_SIZE + first_column
+    if HALVES:  # half the shared memory to bring rows into the order of memory
+        column = tl.arange(0, BLOCK_N // 2)[None, :]
+        left, right = product.reshape(BLOCK_M, 2, BLOCK_N // 2).permute(0, 2, 1).split()
+        left, right = narrow(left, rows_ptr.dtype.element_ty), narrow(right, rows_ptr.dtype.element_ty)
+        tl.store(row_at + column, left, mask=inside[:, None] & (first_column + column < HIDDEN_SIZE))
+        column += BLOCK_N // 2
+        tl.store(row_at + column, right, mask=inside[:, None] & (first_column + column < HIDDEN_SIZE))
+    else:
+        column = tl.arange(0, BLOCK_N)[None, :]
+        rows = narrow(product, rows_ptr.dtype.element_ty)
+        tl.store(row_at + column, rows, mask=inside[:, None] & (first_column + column < HIDDEN_SIZE))
+
+
+@triton.jit(do_not_specialize=["num_programs"])
+def _expert_down_tma_kernel(
+    # inputs
+    hidden,
+    hidden_tail,  # with boxes of TAIL_M rows
+    down,
+    lane_to_slot_ptr,
+    row_weights_ptr,
+    order_ptr,
+    offsets_ptr,
+    tile_lane_ptr,
+    tile_start_ptr,
+    num_tiles_ptr,
+    # outputs
+    rows_ptr,
+    # shapes
+    num_programs,
+    HIDDEN_SIZE: tl.constexpr,
+    INTERMEDIATE: tl.constexpr,
+    # constants
+    PDL: tl.constexpr,
+    # tunables
+    PERSISTENT: tl.constexpr,
+    SWAP: tl.constexpr,
+    TAIL_M: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+    GROUP_M: tl.constexpr,
+):
+    """One tile of rows, BLOCK_N columns of the output; if PERSISTENT, every num_programs-th such, and the loads of the
+    next begin before the last is stored. TAIL_M: see `_expert_up_tma_kernel`."""
+    if PDL:
+        gdc_wait()
+        gdc_launch_dependents()
+    num_tiles = tl.load(num_tiles_ptr)
+    num_column_blocks: tl.constexpr = (HIDDEN_SIZE + BLOCK_N - 1) // BLOCK_N
+    if PERSISTENT:
+        for program in tl.range(tl.program_id(0), num_tiles * num_column_blocks, num_programs, flatten=True):
+            tile, column_block = tile_and_column_block(program, num_tiles, num_column_blocks, GROUP_M)
+            lane = tl.load(tile_lane_ptr + tile)
+            start = tl.load(tile_start_ptr + tile)
+            end = tl.load(offsets_ptr + lane + 1)
+            slot = tl.load(lane_to_slot_ptr + lane)
+            _down_tile(
+                hidden, down, row_weights_ptr, order_ptr, rows_ptr, start, end, slot, column_block,
+                HIDDEN_SIZE, INTERMEDIATE, SWAP, True, BLOCK_M, BLOCK_N, BLOCK_K,
+            )  # fmt: skip
+        return
+    program = tl.program_id(0)
+    if program >= num_tiles * num_column_blocks:
+        return
+    tile, column_block = tile_and_column_block(program, num_tiles, num_column_blocks, GROUP_M)
+    lane = tl.load(tile_lane_ptr + tile)
+    start = tl.load(tile_start_ptr + tile)
+    end = tl.load(offsets_ptr + lane + 1)
+    slot = tl.load(lane_to_slot_ptr + lane)
+    if (TAIL_M > 0) & (end - start <= TAIL_M):  # not `and`: without tails the compiler drops the branch
+        _down_tile(
+            hidden_tail, down, row_weights_ptr, order_ptr, rows_ptr, start, end, slot, column_block,
+            HIDDEN_SIZE, INTERMEDIATE, SWAP, False, TAIL_M if TAIL_M > 0 else BLOCK_M, BLOCK_N, BLOCK_K,
+        )  # fmt: skip
+    else:
+        _down_tile(
+            hidden, down, row_weights_ptr, order_ptr, rows_ptr, start, end, slot, column_block,
+            HIDDEN_SIZE, INTERMEDIATE, SWAP, False, BLOCK_M, BLOCK_N, BLOCK_K,
+        )  # fmt: skip
+
+
+@functools.cache
+def _num_multiprocessors(index: int) -> int:
+    return torch.cuda.get_device_properties(index).multi_processor_count
+
+
+def expert_down_tma(
+    hidden_NI: torch.Tensor,
+    down_SHI: torch.Tensor,
+    lane_to_slot_L: torch.Tensor,
+    row_weights_N: torch.Tensor,
+    order_N: torch.Tensor,
+    offsets_L1: torch.Tensor,
+    tile_lane: torch.Tensor,
+    tile_start: torch.Tensor,
+    num_tiles: torch.Tensor,
+    config: GemmConfig,
+) -> torch.Tensor:
+    """Launches the kernel; arguments as `expert_down`'s."""
+    slots, hidden_size, intermediate = down_SHI.shape
+    rows_NH = hidden_NI.new_empty((order_N.shape[0], hidden_size))
+    num_programs = tile_lane.shape[0] * triton.cdiv(hidden_size, config.block_n)
+    if not num_programs:
+        return rows_NH
+    if config.programs_per_sm:
+        multiprocessors = _num_multiprocessors(hidden_NI.device.index) if hidden_NI.is_cuda else 2
+        num_programs = min(num_programs, config.programs_per_sm * multiprocessors)
+
+    def rows_of(block_m: int) -> TensorDescriptor:
+        return TensorDescriptor(hidden_NI, list(hidden_NI.shape), [hidden_NI.stride(0), 1], [block_m, config.block_k])
+
+    hidden = rows_of(config.block_m)
+    pdl = uses_pdl(hidden_NI)
+    with on_device(hidden_NI):
+        _expert_down_tma_kernel[(num_programs,)](
+            hidden,
+            rows_of(config.tail_m) if config.tail_m else hidden,
+            TensorDescriptor(
+                down_SHI,
+                [slots, hidden_size, intermediate],
+                [down_SHI.stride(0), intermediate, 1],
+                [1, config.block_n, config.block_k],
+            ),
+            lane_to_slot_L,
+            row_weights_N,
+            order_N,
+            offsets_L1,
+            tile_lane,
+            tile_start,
+            num_tiles,
+            rows_NH,
+            num_programs,
+            HIDDEN_SIZE=hidden_size,
+            INTERMEDIATE=intermediate,
+            PDL=pdl,
+            PERSISTENT=config.programs_per_sm > 0,
+            SWAP=config.swap,
+            TAIL_M=config.tail_m,
+            BLOCK_M=config.block_m,
+            BLOCK_N=config.block_n,
+            BLOCK_K=config.block_k,
+            GROUP_M=config.group_m,
+            num_warps=config.num_warps,
+            num_stages=config.num_stages,
+            launch_pdl=pdl,
+        )
+    return rows_NH

@@ -1,0 +1,229 @@
+# mypy: allow-incomplete-defs
+# Of the arguments of a kernel only the constants are annotated.
+"""`expert_up` where there is a tensor memory accelerator (Hopper, Blackwell): weights come by TMA, with the slot as coordinate.
+
+R source rows, N = R * fanout flat rows, H hidden, I intermediate, S slots, L lanes.
+"""
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+from triton.tools.tensor_descriptor import TensorDescriptor
+
+from moe_kernels.backend import gdc_launch_dependents, gdc_wait, on_device, uses_pdl
+from moe_kernels.config import GemmConfig
+from moe_kernels.numerics import dot, gated, narrow
+from moe_kernels.tile_order import tile_and_column_block
+
+
+@triton.jit
+def _rows_of_tile(x_ptr, order_ptr, start, end, fanout, stride_row, BLOCK_M: tl.constexpr):
+    """Sorted positions of the tile's rows, and where their source rows begin; past the end the last row again."""
+    position = start + tl.arange(0, BLOCK_M)
+    source = tl.load(order_ptr + tl.minimum(position, end - 1)) // fanout
+    return position, x_ptr + source.to(tl.int64)[:, None] * stride_row
+
+
+@triton.jit
+def _load_x(row_at, first, HIDDEN_SIZE: tl.constexpr, BLOCK_K: tl.constexpr):
+    k = first + tl.arange(0, BLOCK_K)
+    if HIDDEN_SIZE % BLOCK_K == 0:
+        return tl.load(row_at + k[None, :])
+    else:
+        return tl.load(row_at + k[None, :], mask=k[None, :] < HIDDEN_SIZE, other=0.0)
+
+
+@triton.jit
+def _store_hidden(hidden_ptr, hidden, position, end, first_column, INTERMEDIATE: tl.constexpr, BLOCK_I: tl.constexpr):
+    column = first_column + tl.arange(0, BLOCK_I)
+    inside = (position < end)[:, None]
+    if INTERMEDIATE % BLOCK_I != 0:
+        inside &= column[None, :] < INTERMEDIATE
+    at = hidden_ptr + position.to(tl.int64)[:, None] * INTERMEDIATE + column[None, :]
+    tl.store(at, narrow(hidden, hidden_ptr.dtype.element_ty), mask=inside)
+
+
+@triton.jit
+def _wide_tile(
+    x_ptr,
+    gate_up,  # descriptor [S, I / 8, 2, 8, H]
+    order_ptr,
+    hidden_ptr,
+    start,
+    end,
+    slot,
+    column_block,
+    fanout,
+    stride_row,
+    HIDDEN_SIZE: tl.constexpr,
+    INTERMEDIATE: tl.constexpr,
+    ACTIVATION: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_I: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+):
+    """Many rows: x on the M side. One product of gate and up rows, interleaved by eight, the columns that a thread of
+    the tensor core's layout holds: so the activation stays within registers."""
+    position, row_at = _rows_of_tile(x_ptr, order_ptr, start, end, fanout, stride_row, BLOCK_M)
+    product = tl.zeros((BLOCK_M, 2 * BLOCK_I), dtype=tl.float32)
+    for first in tl.range(0, HIDDEN_SIZE, BLOCK_K):
+        x = _load_x(row_at, first, HIDDEN_SIZE, BLOCK_K)
+        weights = gate_up.load([slot, column_block * (BLOCK_I // 8), 0, 0, first]).reshape(2 * BLOCK_I, BLOCK_K)
+        product = dot(x, weights.T, product)
+    gate, up = product.reshape(BLOCK_M, BLOCK_I // 8, 2, 8).permute(0, 1, 3, 2).split()
+    hidden = gated(gate.reshape(BLOCK_M, BLOCK_I), up.reshape(BLOCK_M, BLOCK_I), ACTIVATION)
+    _store_hidden(hidden_ptr, hidden, position, end, column_block * BLOCK_I, INTERMEDIATE, BLOCK_I)
+
+
+@triton.jit
+def _narrow_tile(
+    x_ptr,
+    gate_up,  # descriptor [S, 2I, H]
+    order_ptr,
+    hidden_ptr,
+    start,
+    end,
+    slot,
+    column_block,
+    fanout,
+    stride_row,
+    HIDDEN_SIZE: tl.constexpr,
+    INTERMEDIATE: tl.constexpr,
+    ACTIVATION: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_I: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+):
+    """Few rows: the weights on the M side, which takes at least 64 rows of them, and x on the N side, which takes 16."""
+    position, row_at = _rows_of_tile(x_ptr, order_ptr, start, end, fanout, stride_row, BLOCK_M)
+    first_column = column_block * BLOCK_I
+    gate = tl.zeros((BLOCK_I, BLOCK_M), dtype=tl.float32)
+    up = tl.zeros((BLOCK_I, BLOCK_M), dtype=tl.float32)
+    for first in tl.range(0, HIDDEN_SIZE, BLOCK_K):
+        x = _load_x(row_at, first, HIDDEN_SIZE, BLOCK_K).T
+        gate = dot(gate_up.load([slot, first_column, first]).reshape(BLOCK_I, BLOCK_K), x, gate)
+        up = dot(gate_up.load([slot, INTERMEDIATE + first_column, first]).reshape(BLOCK_I, BLOCK_K), x, up)
+    _store_hidden(hidden_ptr, gated(gate.T, up.T, ACTIVATION), position, end, first_column, INTERMEDIATE, BLOCK_I)
+
+
+@triton.jit
+def _expert_up_tma_kernel(
+    # inputs
+    x_ptr,
+    gate_up,
+    lane_to_slot_ptr,
+    order_ptr,
+    offsets_ptr,
+    tile_lane_ptr,
+    tile_start_ptr,
+    num_tiles_ptr,
+    # outputs
+    hidden_ptr,
+    # shapes and strides, in elements
+    fanout,
+    stride_row,
+    HIDDEN_SIZE: tl.constexpr,
+    INTERMEDIATE: tl.constexpr,
+    # constants
+    ACTIVATION: tl.constexpr,
+    PDL: tl.constexpr,
+    # tunables
+    SWAP: tl.constexpr,
+    TAIL_M: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_I: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+    GROUP_M: tl.constexpr,
+):
+    """One tile of rows, BLOCK_I columns of gate and of up.
+
+    A tile of at most TAIL_M rows is computed as one of TAIL_M: an expert's last tile is often nearly empty.
+    """
+    if PDL:
+        gdc_wait()
+        gdc_launch_dependents()
+    num_tiles = tl.load(num_tiles_ptr)
+    num_column_blocks: tl.constexpr = (INTERMEDIATE + BLOCK_I - 1) // BLOCK_I
+    program = tl.program_id(0)
+    if program >= num_tiles * num_column_blocks:
+        return
+    tile, column_block = tile_and_column_block(program, num_tiles, num_column_blocks, GROUP_M)
+    lane = tl.load(tile_lane_ptr + tile)
+    start = tl.load(tile_start_ptr + tile)
+    end = tl.load(offsets_ptr + lane + 1)
+    slot = tl.load(lane_to_slot_ptr + lane)
+    if SWAP:
+        _narrow_tile(
+            x_ptr, gate_up, order_ptr, hidden_ptr, start, end, slot, column_block, fanout, stride_row,
+            HIDDEN_SIZE, INTERMEDIATE, ACTIVATION, BLOCK_M, BLOCK_I, BLOCK_K,
+        )  # fmt: skip
+    elif (TAIL_M > 0) & (end - start <= TAIL_M):  # not `and`: without tails the compiler drops the branch
+        _wide_tile(
+            x_ptr, gate_up, order_ptr, hidden_ptr, start, end, slot, column_block, fanout, stride_row,
+            HIDDEN_SIZE, INTERMEDIATE, ACTIVATION, TAIL_M if TAIL_M > 0 else BLOCK_M, BLOCK_I, BLOCK_K,
+        )  # fmt: skip
+    else:
+        _wide_tile(
+            x_ptr, gate_up, order_ptr, hidden_ptr, start, end, slot, column_block, fanout, stride_row,
+            HIDDEN_SIZE, INTERMEDIATE, ACTIVATION, BLOCK_M, BLOCK_I, BLOCK_K,
+        )  # fmt: skip
+
+
+def expert_up_tma(
+    x_RH: torch.Tensor,
+    gate_up_SNH: torch.Tensor,
+    lane_to_slot_L: torch.Tensor,
+    order_N: torch.Tensor,
+    offsets_L1: torch.Tensor,
+    tile_lane: torch.Tensor,
+    tile_start: torch.Tensor,
+    num_tiles: torch.Tensor,
+    fanout: int,
+    activation: str,
+    config: GemmConfig,
+) -> torch.Tensor:
+    """Launches the kernel; arguments as `expert_up`'s."""
+    slots, double, hidden_size = gate_up_SNH.shape
+    intermediate, block_i, stride_slot = double // 2, config.block_n // 2, gate_up_SNH.stride(0)
+    hidden_NI = x_RH.new_empty((order_N.shape[0], intermediate))
+    grid = (tile_lane.shape[0] * triton.cdiv(intermediate, block_i),)
+    if not grid[0]:
+        return hidden_NI
+    if config.swap:
+        shape, strides = [slots, double, hidden_size], [stride_slot, hidden_size, 1]
+        block = [1, block_i, config.block_k]
+    else:
+        shape = [slots, intermediate // 8, 2, 8, hidden_size]
+        strides = [stride_slot, 8 * hidden_size, intermediate * hidden_size, hidden_size, 1]
+        block = [1, block_i // 8, 2, 8, config.block_k]
+    pdl = uses_pdl(x_RH)
+    with on_device(x_RH):
+        _expert_up_tma_kernel[grid](
+            x_RH,
+            TensorDescriptor(gate_up_SNH, shape, strides, block),
+            lane_to_slot_L,
+            order_N,
+            offsets_L1,
+            tile_lane,
+            tile_start,
+            num_tiles,
+            hidden_NI,
+            fanout,
+            x_RH.stride(0),
+            HIDDEN_SIZE=hidden_size,
+            INTERMEDIATE=intermediate,
+            ACTIVATION=activation,
+            PDL=pdl,
+            SWAP=config.swap,
+            TAIL_M=config.tail_m,
+            BLOCK_M=config.block_m,
+            BLOCK_I=block_i,
+            BLOCK_K=config.block_k,
+            GROUP_M=config.group_m,
+            num_warps=config.num_warps,
+            num_stages=config.num_stages,
+            launch_pdl=pdl,
+        )
+    return hidden_NI

@@ -1,0 +1,67 @@
+import pytest
+import torch
+import triton
+import triton.language as tl
+
+from moe_kernels.scan import count_hits, first_index, load_bins, num_steps, rank_hits, row_ends, scan_options
+
+
+@triton.jit(do_not_specialize=["num_keys"])  # as the ops
+def _bins_kernel(keys_ptr, index_ptr, bins_ptr, step, num_keys, num_bins, BLOCK: tl.constexpr, ROWS: tl.constexpr):
+    first = first_index(num_keys, BLOCK, ROWS)
+    index = first + step * (BLOCK // ROWS)
+    part, row = tl.arange(0, first.shape[2])[None, None, :, None], tl.arange(0, ROWS)[None, :, None, None]
+    place = (row * first.shape[2] + part) * (4 * first.shape[0]) + first % (4 * first.shape[0])
+    tl.store(index_ptr + place, index)
+    tl.store(bins_ptr + place, load_bins(keys_ptr, first, step, num_keys, num_bins, BLOCK, ROWS))
+
+
+@pytest.mark.parametrize(
+    ("step", "num_keys", "index", "bins"),
+    [
+        (0, 24, [*range(8), *range(16, 24)], [1, 0, 2, 3, 3, 2, 3, 0] + [1] * 8),  # what is no bin is in the last
+        (1, 24, [*range(8, 16), *range(24, 32)], [1] * 8 + [3] * 8),  # so is what is past the end
+        (0, 23, [*range(8), *range(16, 24)], [1, 0, 2, 3, 3, 2, 3, 0] + [1] * 7 + [3]),  # amid 4 keys
+        (0, 6, range(16), [1, 0, 2, 3, 3, 2] + [3] * 10),
+        (0, 0, range(16), [3] * 16),
+    ],
+)
+def test_bins(device, step, num_keys, index, bins):
+    keys = torch.tensor([1, 0, 2, 3, -1, 2, -7, 0] + [1] * 24, dtype=torch.int32, device=device)
+    got = torch.empty((2, 16), dtype=torch.int32, device=device)
+    _bins_kernel[(1,)](keys, got[0], got[1], step, num_keys, 3, BLOCK=16, ROWS=2)
+    assert got.tolist() == [list(index), bins]
+
+
+@triton.jit(do_not_specialize=["num_keys"])  # as the ops
+def _ranks_kernel(keys_ptr, ranks_ptr, start, num_keys, BLOCK: tl.constexpr, ROWS: tl.constexpr):
+    """The ranks of those in bin 0, from `start` on, which the ops take in the same way."""
+    index = first_index(num_keys, BLOCK, ROWS)
+    steps = num_steps(num_keys, BLOCK)
+    hits = count_hits(load_bins(keys_ptr, index, 0, num_keys, 1, BLOCK, ROWS) == 0)
+    for step in range(1, steps):
+        hits += count_hits(load_bins(keys_ptr, index, step, num_keys, 1, BLOCK, ROWS) == 0)
+    ends = row_ends(hits, start)
+    for back in range(steps):
+        step = steps - 1 - back
+        mine = load_bins(keys_ptr, index, step, num_keys, 1, BLOCK, ROWS) == 0
+        rank, ends = rank_hits(mine, ends)
+        tl.store(ranks_ptr + index + step * (BLOCK // ROWS), rank, mask=mine)
+
+
+@pytest.mark.parametrize(("block", "rows"), [(16, 2), (512, 4), (2048, 4)])  # the last has 4 parts
+@pytest.mark.parametrize("fraction", [0.1, 1])  # all hit: as many as a byte must hold
+def test_ranks(device, block, rows, fraction):
+    for num_keys in (1, block - 1, block, 3 * block + 6):
+        mine = torch.rand(num_keys, generator=torch.Generator().manual_seed(0)) < fraction
+        ranks = torch.full((num_keys,), -1, dtype=torch.int32, device=device)
+        _ranks_kernel[(1,)](torch.where(mine, 0, 5).int().to(device), ranks, 7, num_keys, BLOCK=block, ROWS=rows)
+        assert torch.equal(ranks.cpu(), torch.where(mine, mine.cumsum(0) + 6, -1).int())
+
+
+@pytest.mark.parametrize(
+    ("num_keys", "block", "warps"),
+    [(0, 512, 4), (512, 512, 4), (513, 2048, 4), (2049, 8192, 16), (8192, 8192, 16), (10**6, 8192, 16)],
+)
+def test_options(num_keys, block, warps):
+    assert scan_options(num_keys) == {"BLOCK": block, "ROWS": warps, "num_warps": warps}

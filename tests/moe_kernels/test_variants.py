@@ -1,0 +1,171 @@
+"""Every variant of the grouped GEMMs: right on any shape, and equal bit for bit where I5 needs it."""
+
+from dataclasses import replace
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from moe_kernels import (
+    GemmConfig,
+    build_schedule,
+    expert_down,
+    expert_down_torch,
+    expert_up,
+    expert_up_torch,
+    gemm_config,
+)
+
+NARROW = GemmConfig(16, 128, 64, 4, 3, tma=True, swap=True)
+MIDDLE = GemmConfig(64, 128, 64, 4, 3, group_m=2, tma=True)
+WIDE = GemmConfig(128, 128, 64, 8, 3, tma=True, tail_m=64)
+PERSISTENT = GemmConfig(64, 128, 64, 4, 3, group_m=3, tma=True, programs_per_sm=1)
+VARIANTS = {
+    "16 rows, swapped": NARROW,
+    "32 rows, swapped": replace(NARROW, block_m=32, block_n=64),
+    "64 rows": MIDDLE,
+    "128 rows, tails": WIDE,
+    "persistent": PERSISTENT,
+    "portable": replace(MIDDLE, block_m=32, tma=False),
+}
+
+
+def routed(experts, name, lanes_N):
+    """`experts` with other lanes."""
+    experts.lanes_N = {
+        "random": lanes_N,
+        "all rows to one lane": torch.full_like(lanes_N, experts.lane_to_slot_L.numel() - 1),
+        "no rows": torch.full_like(lanes_N, -1),
+    }[name]
+    return experts
+
+
+def run(experts, config, backend="triton", activation="silu"):
+    schedule = build_schedule(experts.lanes_N, experts.counts_L, block_m=config.block_m, backend=backend)
+    down_config = config
+    up_config = replace(config, programs_per_sm=0)
+    hidden = expert_up(
+        experts.x_RH,
+        experts.gate_up_SNH,
+        experts.lane_to_slot_L,
+        schedule,
+        fanout=experts.fanout,
+        activation=activation,
+        config=up_config,
+        backend=backend,
+    )
+    rows = expert_down(
+        hidden,
+        experts.down_SHI,
+        experts.lane_to_slot_L,
+        schedule,
+        experts.row_weights_N,
+        config=down_config,
+        backend=backend,
+    )
+    return hidden[: int(schedule.offsets_L1[-1])], rows[experts.lanes_N >= 0]
+
+
+@pytest.mark.parametrize("lanes", ["random", "all rows to one lane", "no rows"])
+@pytest.mark.parametrize("name", VARIANTS)
+@settings(max_examples=8)
+@given(
+    sources=st.integers(0, 90),
+    fanout=st.integers(1, 3),
+    num_lanes=st.integers(1, 6),
+    hidden_size=st.integers(1, 26).map(lambda eighths: 8 * eighths),
+    intermediate=st.integers(1, 20).map(lambda eighths: 8 * eighths),
+    dtype=st.sampled_from([torch.bfloat16, torch.float16]),
+    activation=st.sampled_from(["silu", "gelu"]),
+    seed=st.integers(0, 100),
+)
+def test_variant_computes_what_the_reference_computes(
+    make_experts,
+    assert_close,
+    name,
+    lanes,
+    sources,
+    fanout,
+    num_lanes,
+    hidden_size,
+    intermediate,
+    dtype,
+    activation,
+    seed,
+):
+    experts = make_experts(sources, fanout, num_lanes, hidden_size, intermediate, dtype, seed)
+    experts = routed(experts, lanes, experts.lanes_N)
+    hidden, rows = run(experts, VARIANTS[name], activation=activation)
+    expected_hidden, expected_rows = run(experts, VARIANTS[name], backend="torch", activation=activation)
+    assert_close(hidden, expected_hidden)
+    assert_close(rows, expected_rows, scale=2)
+
+
+@pytest.mark.parametrize(
+    "shape", [(70, 2, 3, 192, 96), (300, 1, 2, 320, 136), (33, 4, 9, 64, 640)], ids=["small", "tails", "short inner"]
+)
+def test_tma_variants_have_equal_bits(make_experts, shape):
+    """So block sizes, swapping, tails and persistence may be chosen by what differs between ranks, if ever needed."""
+    experts = make_experts(*shape, torch.bfloat16)
+    expected = run(experts, NARROW)
+    for name in ("32 rows, swapped", "64 rows", "128 rows, tails", "persistent"):
+        for actual, wanted in zip(run(experts, VARIANTS[name]), expected, strict=True):
+            assert torch.equal(actual, wanted), name
+
+
+@pytest.mark.parametrize("num_tokens", [1, 16, 64, 256, 1024, 16384])
+def test_configured_pair_on_a_ragged_shape(make_experts, assert_close, num_tokens):
+    """The configurations that serving uses, both GEMMs with their own."""
+    rows = min(num_tokens, 150)
+    experts = make_experts(rows, 2, 5, 200, 72, torch.bfloat16)
+    batch = (num_tokens, 2, 5)
+    up = gemm_config(144, 200, torch.bfloat16, *batch, gated=True, tma=True)
+    down = gemm_config(200, 72, torch.bfloat16, *batch, tma=True)
+    assert up.tma and down.tma and up.block_m == down.block_m
+    schedule = build_schedule(experts.lanes_N, experts.counts_L, block_m=up.block_m)
+    common = (experts.lane_to_slot_L, schedule)
+    hidden = expert_up(experts.x_RH, experts.gate_up_SNH, *common, fanout=2, config=up, backend="triton")
+    actual = expert_down(hidden, experts.down_SHI, *common, experts.row_weights_N, config=down, backend="triton")
+    expected_hidden = expert_up_torch(experts.x_RH, experts.gate_up_SNH, *common, fanout=2)
+    expected = expert_down_torch(expected_hidden, experts.down_SHI, *common, experts.row_weights_N)
+    computed = experts.lanes_N >= 0
+    assert_close(actual[computed], expected[computed], scale=2)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"tma": False}, "need tma=True"),
+        ({"tail_m": 32}, "tail_m=32"),
+        ({"tail_m": 96}, "tail_m=96"),
+        ({"tail_m": 64, "programs_per_sm": 1}, "not together"),
+        ({"programs_per_sm": -1}, "programs_per_sm=-1"),
+    ],
+)
+def test_refuses_what_does_not_go_together(change, message):
+    with pytest.raises(ValueError, match=message):
+        replace(WIDE, swap=False, **({"tail_m": 64} | change))
+
+
+def test_tma_refuses_what_it_cannot_load(make_experts):
+    experts = make_experts(4, 1, 2, 20, 16, torch.bfloat16)
+    with pytest.raises(ValueError, match=r"gate_up_SNH has shape .* divisible by 8"):
+        run(experts, NARROW)
+    experts = make_experts(4, 1, 2, 16, 12, torch.bfloat16)
+    with pytest.raises(ValueError, match=r"gate_up_SNH has shape .* divisible by 8"):
+        run(experts, NARROW)
+    experts = make_experts(4, 1, 2, 16, 16, torch.float32)
+    with pytest.raises(ValueError, match=r"gate_up_SNH has dtype torch.float32"):
+        run(experts, NARROW)
+    experts = make_experts(4, 1, 2, 16, 16, torch.bfloat16)
+    experts.gate_up_SNH = torch.zeros(3 * (512 + 4), dtype=torch.bfloat16, device=experts.x_RH.device).as_strided(
+        (3, 32, 16), (516, 16, 1)
+    )
+    with pytest.raises(ValueError, match=r"gate_up_SNH has strides .* multiples of 16 bytes"):
+        run(experts, NARROW)
+
+
+def test_configs_survive_the_list_that_a_registered_op_takes():
+    for config in VARIANTS.values():
+        assert GemmConfig.from_list(config.as_list()) == config
