@@ -136,10 +136,9 @@ class ResidentExperts:
 
         Not so a stream that is being captured: what runs is the graph, wherever it is replayed.
         """
-        if self.streams.is_capturing():
-            return
-        stream = self.streams.current()
-        self._streams_seen.setdefault(getattr(stream, "cuda_stream", 0), stream)
+        handle = self.streams.current_handle()
+        if handle not in self._streams_seen and not self.streams.is_capturing():
+            self._streams_seen[handle] = self.streams.current()
 
     def streams_seen(self) -> Sequence[StreamLike]:
         return list(self._streams_seen.values())

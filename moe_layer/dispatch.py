@@ -8,6 +8,7 @@ from typing import Any, Protocol
 
 import torch
 import torch.distributed as dist
+import torch.nn.functional as F
 
 from moe_kernels import combine
 from moe_layer.collectives import all_to_all_rows, backend_of
@@ -21,6 +22,7 @@ class Dispatched:
         rows_RH: hidden states.
         row_weights_N: float32, the routing weight of each row to compute.
         lanes_N: int32, the own lane that computes each, -1 for none. The sender's table chose it (docs/design.md).
+        counts_S: int32, how many of the rows each own lane computes.
         fanout: row n to compute reads ``rows_RH[n // fanout]``.
         num_tokens: of the batch over all ranks: equal on all of them, whatever the placement.
         lanes_TK: int32, the global lanes that this rank's own tokens went to.
@@ -30,6 +32,7 @@ class Dispatched:
     rows_RH: torch.Tensor
     row_weights_N: torch.Tensor
     lanes_N: torch.Tensor
+    counts_S: torch.Tensor
     fanout: int
     num_tokens: int
     lanes_TK: torch.Tensor
@@ -41,7 +44,11 @@ class Dispatcher(Protocol):
         """What moves rows of `device`: "local", "gloo" or "nccl"."""
         ...
 
-    def dispatch(self, x_TH: torch.Tensor, weights_TK: torch.Tensor, lanes_TK: torch.Tensor) -> Dispatched: ...
+    def dispatch(
+        self, x_TH: torch.Tensor, weights_TK: torch.Tensor, lanes_TK: torch.Tensor, counts_L: torch.Tensor
+    ) -> Dispatched:
+        """`lanes_TK`: the global lane that each (token, expert) goes to, -1 for none; `counts_L`: how many go to each."""
+        ...
 
     def combine(self, rows_NH: torch.Tensor, dispatched: Dispatched, kernels: str) -> torch.Tensor:
         """The computed rows, weighted already, back to their tokens and summed over K in fixed order: y_TH."""
@@ -54,9 +61,11 @@ class LocalDispatcher:
     def backend(self, device: torch.device) -> str:
         return "local"
 
-    def dispatch(self, x_TH: torch.Tensor, weights_TK: torch.Tensor, lanes_TK: torch.Tensor) -> Dispatched:
+    def dispatch(
+        self, x_TH: torch.Tensor, weights_TK: torch.Tensor, lanes_TK: torch.Tensor, counts_L: torch.Tensor
+    ) -> Dispatched:
         num_tokens, top_k = lanes_TK.shape
-        return Dispatched(x_TH, weights_TK.reshape(-1), lanes_TK.reshape(-1), top_k, num_tokens, lanes_TK)
+        return Dispatched(x_TH, weights_TK.reshape(-1), lanes_TK.reshape(-1), counts_L, top_k, num_tokens, lanes_TK)
 
     def combine(self, rows_NH: torch.Tensor, dispatched: Dispatched, kernels: str) -> torch.Tensor:
         return combine(rows_NH, dispatched.lanes_TK, backend=kernels)
@@ -86,16 +95,18 @@ class AllToAllDispatcher:
         return backend_of(self._group, device)
 
     @torch.compiler.disable
-    def dispatch(self, x_TH: torch.Tensor, weights_TK: torch.Tensor, lanes_TK: torch.Tensor) -> Dispatched:
+    def dispatch(
+        self, x_TH: torch.Tensor, weights_TK: torch.Tensor, lanes_TK: torch.Tensor, counts_L: torch.Tensor
+    ) -> Dispatched:
         num_tokens, top_k = lanes_TK.shape
+        num_ranks, num_lanes = self._num_ranks, self._num_lanes
+        # To each rank: what its lanes get, and how many tokens there are.
+        said = F.pad(counts_L.view(num_ranks, num_lanes), (0, 1), value=num_tokens)
+        heard = all_to_all_rows(said, [1] * num_ranks, [1] * num_ranks, self._group)
+        sums = [said[:, :num_lanes].sum(dim=1), heard[:, :num_lanes].sum(dim=1), heard[:, num_lanes]]
+        send_splits, receive_splits, tokens = torch.stack(sums).tolist()
         lanes = lanes_TK.reshape(-1).long()
-        nowhere = self._num_ranks
-        destination = torch.where(lanes >= 0, lanes // self._num_lanes, nowhere)
-        counts = (destination[None, :] == torch.arange(self._num_ranks, device=lanes.device)[:, None]).sum(dim=1)
-        said = torch.stack([counts, torch.full_like(counts, num_tokens)], dim=1)
-        heard = all_to_all_rows(said, [1] * self._num_ranks, [1] * self._num_ranks, self._group).tolist()
-        send_splits = counts.tolist()
-        receive_splits = [row[0] for row in heard]
+        destination = torch.where(lanes >= 0, lanes // num_lanes, num_ranks)  # those of no lane last, not sent
         order = torch.sort(destination, stable=True).indices[: sum(send_splits)]
         route = _Route(order, send_splits, receive_splits)
 
@@ -105,9 +116,10 @@ class AllToAllDispatcher:
         return Dispatched(
             rows_RH=send(x_TH[order // top_k]),
             row_weights_N=send(weights_TK.reshape(-1)[order]),
-            lanes_N=send((lanes % self._num_lanes).int()[order]),
+            lanes_N=send((lanes % num_lanes).int()[order]),
+            counts_S=heard[:, :num_lanes].sum(dim=0, dtype=torch.int32),
             fanout=1,
-            num_tokens=sum(row[1] for row in heard),
+            num_tokens=sum(tokens),
             lanes_TK=lanes_TK,
             route=route,
         )

@@ -14,7 +14,7 @@ from torch import nn
 from eplb.pool import SlotPool, SlotState, TensorSpec
 from eplb.resident import ResidentExperts
 from eplb.streams import streams_of
-from moe_kernels import build_schedule, expert_down, expert_up, gemm_config
+from moe_kernels import build_schedule, expert_down, expert_up, gemm_config, has_tma
 from moe_layer.collectives import all_gather_flags, broadcast_
 from moe_layer.dispatch import Dispatched
 
@@ -76,13 +76,12 @@ class Experts(nn.Module):
         resident = self.resident
         two_i, hidden_size = self.gate_up_proj.shape[1:]
 
-        def config(n: int, k: int) -> Any:
-            dtype = dispatched.rows_RH.dtype
-            return gemm_config(n, k, dtype, dispatched.num_tokens, self.top_k, resident.num_experts)
-
-        up, down = config(two_i, hidden_size), config(hidden_size, two_i // 2)
+        batch = (dispatched.num_tokens, self.top_k, resident.num_experts)
+        dtype, tma = dispatched.rows_RH.dtype, has_tma(resident.streams.device)
+        up = gemm_config(two_i, hidden_size, dtype, *batch, gated=True, tma=tma)
+        down = gemm_config(hidden_size, two_i // 2, dtype, *batch, gated=False, tma=tma)
         lane_to_slot_S = resident.table.lane_to_slot_S
-        schedule = build_schedule(dispatched.lanes_N, resident.num_lanes, block_m=up.block_m, backend=self.backend)
+        schedule = build_schedule(dispatched.lanes_N, dispatched.counts_S, block_m=up.block_m, backend=self.backend)
         hidden_NI = expert_up(
             dispatched.rows_RH,
             self.gate_up_proj,

@@ -14,8 +14,8 @@ from eplb.groups import ranks_of
 from eplb.pool import SlotPool
 from eplb.resident import ResidentExperts
 from eplb.streams import streams_of
-from moe_kernels import GOLDEN, SHARE_BITS, record_load_, resolve_backend, select_replicas
-from moe_layer.arguments import check_choice, check_integer, physical_per_rank, resolve_device, resolve_dtype
+from moe_kernels import GOLDEN, SHARE_BITS, one_token, resolve_backend, select_replicas
+from moe_layer.arguments import DTYPES, check_choice, check_integer, physical_per_rank, resolve_device, resolve_dtype
 from moe_layer.collectives import broadcast_
 from moe_layer.dispatch import AllToAllDispatcher, Dispatcher, LocalDispatcher
 from moe_layer.experts import ACTIVATIONS, Experts, expert_specs
@@ -150,13 +150,19 @@ class MoELayer(nn.Module):
         self.gate.weight.uniform_(-bound, bound, generator=torch.Generator(device).manual_seed(int(seed)))
         self.experts.reset_parameters(int(seed) + 1)
 
-    def forward(self, x: torch.Tensor, token_mask: torch.Tensor | None = None) -> torch.Tensor:
+    def forward(
+        self,
+        x: torch.Tensor,
+        token_mask: torch.Tensor | None = None,
+        router_logits: torch.Tensor | None = None,
+    ) -> torch.Tensor:
         """Route each token to its experts and sum what they say.
 
         Args:
             x: hidden states ``[..., H]`` in the layer's dtype and on its device. Every rank of the group calls the
                 layer equally often; a rank without tokens passes an empty tensor.
             token_mask: bool ``[...]``; False marks padding, which is routed nowhere, not counted, and comes back as 0.
+            router_logits: ``[..., E]``, float32, float16 or bfloat16, from a router of the model's own; None: the layer's.
 
         Returns:
             The layer's output, shaped like `x`.
@@ -164,48 +170,105 @@ class MoELayer(nn.Module):
         Raises:
             ValueError: shape, dtype or device of an argument do not fit.
         """
-        self._check_input(x, token_mask)
-        x_TH = x.reshape(-1, self.hidden_size).contiguous()
-        weights_TK, expert_ids_TK = self.gate(x_TH, None if token_mask is None else token_mask.reshape(-1))
-        lanes_TK = self._choose_replicas(expert_ids_TK)
-        return self._computed(x_TH, weights_TK, lanes_TK).reshape(x.shape)
+        self._check_input(x, token_mask, router_logits)
+        x_TH = _rows(x)
+        mask_T = None if token_mask is None else token_mask.reshape(-1)
+        logits_TE = self.gate(x_TH) if router_logits is None else _rows(router_logits)
+        if not torch.compiler.is_compiling():
+            self.resident.note_stream()
+        if self._is_one_token_alone(x_TH, logits_TE):
+            y_TH = self._of_one_token(x_TH, logits_TE, mask_T)
+        else:
+            weights_TK, expert_ids_TK = self.gate.choose(logits_TE, mask_T)
+            lanes_TK, counts_L = self._choose_replicas(expert_ids_TK)
+            y_TH = self._computed(x_TH, weights_TK, lanes_TK, counts_L)
+        return y_TH if x.dim() == 2 else y_TH.reshape(x.shape)
 
-    def _choose_replicas(self, expert_ids_TK: torch.Tensor) -> torch.Tensor:
-        """The lane that computes each chosen expert, by the table and its shares; counts the load."""
+    @property
+    def _rank_start(self) -> int:
+        """Ranks start apart on the circles of shares, so that the first tokens of all of them don't meet on one replica."""
+        return (self.resident.rank * GOLDEN) % 2**SHARE_BITS
+
+    @property
+    def _increment_1(self) -> torch.Tensor | None:
+        """What a token adds to the load; nothing where a forward is repeated that was counted."""
+        recording = torch.compiler.is_compiling() or not _is_recomputing()
+        return self.resident.load_increment_1 if recording else None
+
+    def _choose_replicas(self, expert_ids_TK: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """The lane that computes each chosen expert, by the table and its shares, and each lane's count; records the load."""
         resident = self.resident
         table = resident.table
-        if not torch.compiler.is_compiling():
-            resident.note_stream()
-        lanes_TK = select_replicas(
+        return select_replicas(
             expert_ids_TK,
             table.offsets_E1,
             table.lanes_P,
             table.cumulative_P,
             resident.load_E,
-            # Ranks start apart, so that the first tokens of all of them do not meet on one replica.
-            (resident.rank * GOLDEN) % 2**SHARE_BITS,
+            self._rank_start,
+            num_lanes=resident.num_ranks * resident.num_lanes,
+            increment_1=self._increment_1,
             backend=self.backend,
         )
-        if torch.compiler.is_compiling() or not _is_recomputing():
-            record_load_(resident.load_E, expert_ids_TK, resident.load_increment_1, backend=self.backend)
-        return lanes_TK
 
-    def _computed(self, x_TH: torch.Tensor, weights_TK: torch.Tensor, lanes_TK: torch.Tensor) -> torch.Tensor:
+    def _is_one_token_alone(self, x_TH: torch.Tensor, logits_TE: torch.Tensor) -> bool:
+        """Whether the kernels for a single token apply: without gradients, and where no expert can be on another rank."""
+        if x_TH.shape[0] != 1 or not isinstance(self.dispatcher, LocalDispatcher):
+            return False
+        if torch.is_grad_enabled() and (x_TH.requires_grad or logits_TE.requires_grad or not self.experts.is_frozen):
+            return False
+        return resolve_backend(self.backend, x_TH.device) == "triton"
+
+    def _of_one_token(
+        self, x_1H: torch.Tensor, logits_1E: torch.Tensor, token_mask_1: torch.Tensor | None
+    ) -> torch.Tensor:
+        resident, experts, gate = self.resident, self.experts, self.gate
+        table = resident.table
+        return one_token(
+            x_1H,
+            logits_1E,
+            experts.gate_up_proj,
+            experts.down_proj,
+            table.lane_to_slot_S,
+            table.offsets_E1,
+            table.lanes_P,
+            table.cumulative_P,
+            resident.load_E,
+            self._increment_1,
+            self._rank_start,
+            gate.top_k,
+            score_function=gate.rule.score_function,
+            renormalize=gate.rule.renormalize,
+            scale=gate.rule.scale,
+            bias_E=gate.e_score_correction_bias,
+            token_mask_1=token_mask_1,
+            activation=experts.activation,
+            backend="triton",
+            validate=False,  # x and logits were checked, all else is the layer's own
+        )
+
+    def _computed(
+        self, x_TH: torch.Tensor, weights_TK: torch.Tensor, lanes_TK: torch.Tensor, counts_L: torch.Tensor
+    ) -> torch.Tensor:
         experts, resident = self.experts, self.resident
         with_grad = torch.is_grad_enabled() and (
             x_TH.requires_grad or weights_TK.requires_grad or not experts.is_frozen
         )
         if not with_grad or (resident.num_ranks == 1 and resident.controller is None):
-            return self._dispatched(x_TH, weights_TK, lanes_TK)
+            return self._dispatched(x_TH, weights_TK, lanes_TK, counts_L)
         if not experts.is_frozen and resident.controller is not None and resident.controller.config.use_async:
             raise RuntimeError(f"the layer's experts move in the background, but {self.why_not_relocatable()}")
-        return _Recomputed.apply(self, lanes_TK, x_TH, weights_TK, *experts.parameters())
+        return _Recomputed.apply(self, lanes_TK, counts_L, x_TH, weights_TK, *experts.parameters())
 
-    def _dispatched(self, x_TH: torch.Tensor, weights_TK: torch.Tensor, lanes_TK: torch.Tensor) -> torch.Tensor:
-        dispatched = self.dispatcher.dispatch(x_TH, weights_TK, lanes_TK)
+    def _dispatched(
+        self, x_TH: torch.Tensor, weights_TK: torch.Tensor, lanes_TK: torch.Tensor, counts_L: torch.Tensor
+    ) -> torch.Tensor:
+        dispatched = self.dispatcher.dispatch(x_TH, weights_TK, lanes_TK, counts_L)
         return self.dispatcher.combine(self.experts(dispatched), dispatched, self.backend)
 
-    def _check_input(self, x: torch.Tensor, token_mask: torch.Tensor | None) -> None:
+    def _check_input(
+        self, x: torch.Tensor, token_mask: torch.Tensor | None, router_logits: torch.Tensor | None
+    ) -> None:
         weight = self.gate.weight
         if x.dim() == 0 or x.shape[-1] != self.hidden_size:
             raise ValueError(
@@ -218,6 +281,18 @@ class MoELayer(nn.Module):
         if token_mask is not None and (token_mask.shape != x.shape[:-1] or token_mask.dtype != torch.bool):
             raise ValueError(
                 f"token_mask must be bool of shape {tuple(x.shape[:-1])}, got {token_mask.dtype} {tuple(token_mask.shape)}"
+            )
+        if router_logits is None:
+            return
+        if router_logits.shape != (*x.shape[:-1], self.resident.num_experts):
+            raise ValueError(
+                f"router_logits must have shape {(*x.shape[:-1], self.resident.num_experts)}, one logit per token and "
+                f"expert, got {tuple(router_logits.shape)}"
+            )
+        if router_logits.dtype not in DTYPES or router_logits.device != x.device:
+            raise ValueError(
+                f"router_logits must be one of {', '.join(map(str, DTYPES))} and on {x.device}, as x is; got "
+                f"{router_logits.dtype} on {router_logits.device}"
             )
 
     def _apply(self, fn: Any, recurse: bool = True) -> "MoELayer":
@@ -266,8 +341,8 @@ class _Recomputed(torch.autograd.Function):
     """Dispatch, experts and combine; the backward repeats them from the hidden states and *the lanes of this forward*.
 
     How many rows arrive depends on the placement, and an outer checkpoint that repeats the forward after a flip chooses
-    other lanes. So nothing that depends on lanes is kept but the lanes themselves, as an attribute, which no checkpoint
-    replaces; and a pin keeps the slots they lead to (I3).
+    other lanes. So nothing that depends on lanes is kept but the lanes themselves and their counts, as attributes, which no
+    checkpoint replaces; and a pin keeps the slots they lead to (I3).
     """
 
     @staticmethod
@@ -275,29 +350,37 @@ class _Recomputed(torch.autograd.Function):
         ctx: Any,
         layer: MoELayer,
         lanes_TK: torch.Tensor,
+        counts_L: torch.Tensor,
         x_TH: torch.Tensor,
         weights_TK: torch.Tensor,
         *parameters: nn.Parameter,
     ) -> torch.Tensor:
-        ctx.layer, ctx.lanes_TK = layer, lanes_TK
+        ctx.layer, ctx.lanes_TK, ctx.counts_L = layer, lanes_TK, counts_L
         ctx.pin = layer.resident.pin()
         # Parameters only so that autograd notices if they are changed in between.
         ctx.save_for_backward(x_TH, weights_TK, *(parameter for parameter in parameters if parameter.requires_grad))
-        return layer._dispatched(x_TH, weights_TK, lanes_TK)
+        return layer._dispatched(x_TH, weights_TK, lanes_TK, counts_L)
 
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx: Any, grad_TH: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
         layer, (x_TH, weights_TK, *_) = ctx.layer, ctx.saved_tensors
-        wanted = ctx.needs_input_grad[2:]
+        wanted = ctx.needs_input_grad[3:]
         x_TH, weights_TK = x_TH.detach().requires_grad_(), weights_TK.detach().requires_grad_()
         with torch.enable_grad():
-            y_TH = layer._dispatched(x_TH, weights_TK, ctx.lanes_TK)
+            y_TH = layer._dispatched(x_TH, weights_TK, ctx.lanes_TK, ctx.counts_L)
         inputs = (x_TH, weights_TK, *layer.experts.parameters())
         kept = [tensor for tensor, is_wanted in zip(inputs, wanted, strict=True) if is_wanted]
         grads = iter(torch.autograd.grad(y_TH, kept, grad_TH))
         ctx.pin.used_on(layer.resident.streams.current())
-        return None, None, *(next(grads) if is_wanted else None for is_wanted in wanted)
+        return None, None, None, *(next(grads) if is_wanted else None for is_wanted in wanted)
+
+
+def _rows(tensor: torch.Tensor) -> torch.Tensor:
+    """``[..., n]`` as ``[T, n]``, contiguous; a reshape that changes nothing would take the host as long as a launch."""
+    if tensor.dim() == 2 and tensor.is_contiguous():
+        return tensor
+    return tensor.reshape(-1, tensor.shape[-1]).contiguous()
 
 
 def _is_recomputing() -> bool:

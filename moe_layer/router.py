@@ -95,12 +95,16 @@ class Router(nn.Module):
             self.e_score_correction_bias = bias_E.to(self.e_score_correction_bias.device)
         return self
 
-    def forward(
-        self, x_TH: torch.Tensor, token_mask_T: torch.Tensor | None = None
+    def forward(self, x_TH: torch.Tensor) -> torch.Tensor:
+        """The logits [T, E]."""
+        return F.linear(x_TH, self.weight)
+
+    def choose(
+        self, logits_TE: torch.Tensor, token_mask_T: torch.Tensor | None = None
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        """Returns weights_TK (float32) and expert_ids_TK (int32); tokens whose mask is False get id -1 and weight 0."""
+        """weights_TK (float32) and expert_ids_TK (int32); tokens whose mask is False get id -1 and weight 0."""
         return topk_routing(
-            F.linear(x_TH, self.weight),
+            logits_TE,
             self.top_k,
             score_function=self.rule.score_function,
             renormalize=self.rule.renormalize,

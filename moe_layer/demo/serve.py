@@ -65,8 +65,10 @@ class CountingDispatcher(AllToAllDispatcher):
         super().__init__(group, num_lanes)
         self.rows: list[int] = []
 
-    def dispatch(self, x_TH: torch.Tensor, weights_TK: torch.Tensor, lanes_TK: torch.Tensor) -> Dispatched:
-        dispatched = super().dispatch(x_TH, weights_TK, lanes_TK)
+    def dispatch(
+        self, x_TH: torch.Tensor, weights_TK: torch.Tensor, lanes_TK: torch.Tensor, counts_L: torch.Tensor
+    ) -> Dispatched:
+        dispatched = super().dispatch(x_TH, weights_TK, lanes_TK, counts_L)
         self.rows.append(dispatched.rows_RH.shape[0])
         return dispatched
 

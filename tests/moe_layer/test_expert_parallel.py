@@ -95,7 +95,8 @@ def check_dispatch(rank, group, device):
         lanes_TK = torch.tensor(lanes, dtype=torch.int32, device=device)[:count]
         x_TH = torch.arange(12.0, device=device).view(4, 3)[:count] + 100 * sender
         weights_TK = torch.arange(8.0, device=device).view(4, 2)[:count]
-        sent = dispatcher.dispatch(x_TH, weights_TK, lanes_TK)
+        counts_L = torch.tensor([1, 1, 0, 2, 1, 1] if count else [0] * 6, dtype=torch.int32, device=device)
+        sent = dispatcher.dispatch(x_TH, weights_TK, lanes_TK, counts_L)
         assert sent.num_tokens == 4, "the batch is that of all ranks"
         assert sent.fanout == 1 and torch.equal(sent.lanes_TK, lanes_TK)
         # (token, k) of the rows for this rank, in order; the masked token goes nowhere.
@@ -104,6 +105,7 @@ def check_dispatch(rank, group, device):
         assert sent.rows_RH.tolist() == [x[token].tolist() for token, _ in expected]
         assert sent.row_weights_N.tolist() == [float(2 * token + k) for token, k in expected]
         assert sent.lanes_N.tolist() == [lanes[token][k] - 3 * rank for token, k in expected]
+        assert sent.counts_S.dtype == torch.int32 and sent.counts_S.tolist() == [[1, 1, 0], [2, 1, 1]][rank]
         y = dispatcher.combine(sent.rows_RH * sent.row_weights_N[:, None], sent, "torch")
         sums = torch.tensor([1.0, 0.0, 4.0 + 5.0, 6.0 + 7.0])[:, None] * x
         assert y.tolist() == sums[:count].tolist()

@@ -125,11 +125,52 @@ def test_load_counts_the_tokens_of_each_logical_expert(device):
     layer = make_layer("plain", device)
     x = clear_tokens(layer, 12)
     with torch.no_grad():
-        _, ids_TK = layer.gate(x)
+        _, ids_TK = layer.gate.choose(layer.gate(x))
         layer(x)
         layer(x[:5])
     expected = ids_TK.flatten().bincount(minlength=8) + ids_TK[:5].flatten().bincount(minlength=8)
     assert torch.equal(layer.resident.load_E, expected)
+
+
+@pytest.mark.parametrize("backend", ["torch", "triton"])
+@pytest.mark.parametrize("leading", [(1,), (1, 1), ()])
+def test_one_token_alone(backend, leading, device, assert_close):
+    """It has kernels of its own; without a graph only, and with the same experts, counts and masks."""
+    layer = make_layer("plain", device, backend=backend)
+    x = clear_tokens(layer, 1).reshape(*leading, 32)
+    with torch.no_grad():
+        y = layer(x)
+    assert y.shape == x.shape
+    assert_close(y.reshape(1, 32).cpu(), reference_of(layer, x.reshape(1, 32), Weights.of(layer)), scale=2.0)
+    assert layer.resident.load_E.sum() == 2
+    with_grad = layer(x.clone().requires_grad_())
+    assert with_grad.requires_grad
+    assert_close(with_grad.detach(), y)
+    masked = torch.zeros(leading, dtype=torch.bool, device=device)
+    with torch.no_grad():
+        assert (layer(x, masked) == 0).all()
+    assert layer.resident.load_E.sum() == 4
+
+
+@pytest.mark.parametrize("backend", ["torch", "triton"])
+@pytest.mark.parametrize("num_tokens", [1, 12])
+def test_router_logits_of_the_caller(backend, num_tokens, device):
+    layer = make_layer("plain", device, backend=backend)
+    x = clear_tokens(layer, num_tokens)
+    with torch.no_grad():
+        expected, logits = layer(x), layer.gate(x)
+        assert torch.equal(layer(x, router_logits=logits), expected)
+        assert torch.equal(layer(x[None], router_logits=logits[None])[0], expected)
+        assert not torch.equal(layer(x, router_logits=-logits), expected)
+
+
+@pytest.mark.parametrize(
+    "wrong", [torch.zeros(12, 7), torch.zeros(11, 8), torch.zeros(12, 8, dtype=torch.int32)], ids=["E", "T", "dtype"]
+)
+def test_wrong_router_logits_are_refused(wrong, device):
+    layer = make_layer("plain", device)
+    with pytest.raises(ValueError, match="router_logits must"):
+        layer(torch.zeros(12, 32, device=device), router_logits=wrong.to(device))
 
 
 def test_inference_mode(device):
@@ -189,8 +230,9 @@ def test_local_dispatch_copies_nothing_and_combines_in_order(device):
     x_TH = torch.arange(6.0, device=device).view(2, 3)
     weights_TK = torch.tensor([[0.5, 0.25], [1.0, 2.0]], device=device)
     lanes_TK = torch.tensor([[3, 0], [-1, 1]], dtype=torch.int32, device=device)
-    sent = dispatcher.dispatch(x_TH, weights_TK, lanes_TK)
-    assert sent.rows_RH.data_ptr() == x_TH.data_ptr()
+    counts_L = torch.tensor([1, 1, 0, 1], dtype=torch.int32, device=device)
+    sent = dispatcher.dispatch(x_TH, weights_TK, lanes_TK, counts_L)
+    assert sent.rows_RH.data_ptr() == x_TH.data_ptr() and sent.counts_S is counts_L
     assert (sent.fanout, sent.num_tokens) == (2, 2)
     assert sent.lanes_N.tolist() == [3, 0, -1, 1] and sent.row_weights_N.tolist() == [0.5, 0.25, 1.0, 2.0]
     rows_NH = torch.tensor([[1.0], [2.0], [float("nan")], [4.0]], device=device)  # the row of no lane is undefined
