@@ -1,0 +1,44 @@
+"""``python -m bench.ceilings``: what this GPU can do at most, timed as everything else is: the floors' two rates.
+
+The floors of `bench.cases` use fixed rates, so that runs can be compared. A GPU that is slower or faster than those, or hot,
+shows here; rates fall under sustained load, as the power limit lowers the clock.
+"""
+
+import argparse
+from collections.abc import Sequence
+
+import torch
+
+from bench.cases import BF16_FLOPS_PER_S, BYTES_PER_S
+from bench.timing import DEFAULT_SECONDS, time_graph
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(
+        prog="python -m bench.ceilings", description=(__doc__ or "").partition("``: ")[2].partition("\n")[0]
+    )
+    parser.add_argument("--device", default="cuda")
+    parser.add_argument("--seconds", type=float, default=DEFAULT_SECONDS)
+    options = parser.parse_args(arguments)
+    device = torch.device(options.device)
+    size = 8192
+    a, b = (torch.randn(size, size, device=device, dtype=torch.bfloat16) for _ in range(2))
+    out = torch.empty_like(a)
+    product = time_graph(lambda: torch.mm(a, b, out=out), device, options.seconds)
+    _print(f"{size}³ bf16 product", product.median_us, 2 * size**3, "TFLOP/s", BF16_FLOPS_PER_S)
+    many = torch.randn(2**31, device=device, dtype=torch.bfloat16)
+    largest = torch.empty((), device=device, dtype=torch.bfloat16)
+    read = time_graph(lambda: torch.amax(many, dim=0, out=largest), device, options.seconds)
+    _print("read of 4 GiB", read.median_us, many.numel() * 2, "TB/s", BYTES_PER_S)
+    nothing = time_graph(largest.zero_, device, options.seconds)
+    print(f"graph of one tiny kernel {nothing.median_us:4.1f} µs: contained in every time")
+    return 0
+
+
+def _print(what: str, median_us: float, amount: float, unit: str, floor_rate: float) -> None:
+    rate = amount / median_us * 1e6
+    print(f"{what:<20} {median_us:8.1f} µs {rate / 1e12:8.2f} {unit:<8} (floors: {floor_rate / 1e12:.2f})")
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())

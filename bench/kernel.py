@@ -1,0 +1,199 @@
+"""What the benchmarks of single kernels share: each op against its floor, its peers and its PyTorch reference."""
+
+import argparse
+import sys
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from functools import cached_property
+from itertools import groupby
+from typing import Any
+
+import torch
+
+from bench.cases import Case, count_hit, floor_us, make_logits
+from bench.providers import Unavailable, Weights, make_weights
+from bench.report import (
+    DTYPES,
+    WORST_ERROR,
+    Report,
+    add_arguments,
+    chosen_cases,
+    geometric_mean,
+    plot_over_floor,
+    relative_error,
+)
+from bench.timing import Function, time_eager, time_graph
+from moe_kernels import GemmConfig, TileSchedule, build_schedule, gemm_config, has_tma, topk_routing
+
+
+@dataclass(frozen=True)
+class Work:
+    """One op on one case.
+
+    Attributes:
+        runs: by name, the op first, then its peers; each returns what `expected` does, or is in `unchecked`.
+        expected: the op's PyTorch reference: a tensor, or several. Called once, before any run.
+        num_bytes, flops: what the op cannot do without, for its floor.
+        unchecked: peers whose output is of another form.
+    """
+
+    runs: dict[str, Function]
+    expected: Function
+    num_bytes: float
+    flops: float = 0.0
+    unchecked: frozenset[str] = field(default_factory=frozenset)
+
+
+class Inputs:
+    """What the ops of a case take; each is made when it is first asked for. One lane per expert, slot = lane = id."""
+
+    def __init__(self, case: Case, dtype: torch.dtype, device: torch.device, weights: Callable[[], Weights]) -> None:
+        self.case, self.shape = case, case.shape
+        self.num_tokens, self.top_k = case.num_tokens, case.shape.top_k
+        self.num_rows = case.num_tokens * case.shape.top_k
+        self.dtype, self.device = dtype, device
+        self._weights = weights
+
+    @cached_property
+    def weights(self) -> Weights:
+        return self._weights()
+
+    @cached_property
+    def logits_TE(self) -> torch.Tensor:
+        return make_logits(self.case).to(self.device, self.dtype)
+
+    @cached_property
+    def hit(self) -> int:
+        return count_hit(self.logits_TE, self.top_k)
+
+    @cached_property
+    def routing(self) -> tuple[torch.Tensor, torch.Tensor]:
+        """Weights, float32, and ids, int32."""
+        return topk_routing(self.logits_TE, self.top_k)
+
+    @property
+    def ids_TK(self) -> torch.Tensor:
+        return self.routing[1]
+
+    @cached_property
+    def counts_E(self) -> torch.Tensor:
+        return torch.bincount(self.ids_TK.flatten(), minlength=self.shape.num_experts).int()
+
+    @cached_property
+    def ends_E(self) -> torch.Tensor:
+        """The sorted position at which each expert's rows end, as grouped products want it."""
+        return self.counts_E.cumsum(0).int()
+
+    def config(self, op: str) -> GemmConfig:
+        """Of "up" or "down"."""
+        h, i = self.shape.hidden_size, self.shape.intermediate_size
+        n, k = (2 * i, h) if op == "up" else (h, i)
+        batch = (self.num_tokens, self.top_k, self.shape.num_experts)
+        return gemm_config(n, k, self.dtype, *batch, gated=op == "up", tma=has_tma(torch.device(self.device)))
+
+    @cached_property
+    def schedule(self) -> TileSchedule:
+        return build_schedule(self.ids_TK.flatten(), self.counts_E, block_m=self.config("up").block_m)
+
+    @cached_property
+    def lane_to_slot_L(self) -> torch.Tensor:
+        return torch.arange(self.shape.num_experts, dtype=torch.int32, device=self.device)
+
+    def normal(self, *shape: int) -> torch.Tensor:
+        generator = torch.Generator(self.device).manual_seed(0)
+        return torch.randn(*shape, device=self.device, generator=generator).to(self.dtype)
+
+
+def main(op: str, doc: str | None, make_work: Callable[[Inputs], Work], arguments: Sequence[str] | None = None) -> int:
+    """The command line of one op's benchmark; the exit status is 1 if a result is wrong."""
+    parser = argparse.ArgumentParser(
+        prog=f"python -m bench.{op}", description=(doc or "").partition("``: ")[2].partition("\n")[0]
+    )
+    add_arguments(parser)
+    options = parser.parse_args(arguments)
+    cases = chosen_cases(parser, options)
+    complaints: list[str] = []
+    with Report(options.csv, len(cases)) as report, torch.no_grad():
+        for shape, of_shape in groupby(cases, key=lambda case: case.shape):
+            kept: list[Weights] = []
+
+            def weights(shape: Any = shape, kept: list[Weights] = kept) -> Weights:
+                if not kept:
+                    kept.append(make_weights(shape, DTYPES[options.dtype], options.device))
+                return kept[0]
+
+            for case in of_shape:
+                inputs = Inputs(case, DTYPES[options.dtype], options.device, weights)
+                complaints += _measure(op, inputs, make_work(inputs), options, report)
+        report.line("\ngeometric mean of time / floor")
+        for name in dict.fromkeys(row["provider"] for row in report.rows):
+            factors = [row["median_us"] / row["floor_us"] for row in report.rows if row["provider"] == name]
+            report.line(f"  {name:<36}{geometric_mean(factors):8.2f}  ({len(factors)} cases)")
+    if options.plot and report.rows:
+        plot_over_floor(report.rows, options.plot, op)
+    wrong = [complaint for complaint in complaints if complaint.startswith("FAILED")]
+    if wrong:
+        print("\n".join(wrong), file=sys.stderr)
+    return 1 if wrong else 0
+
+
+def _measure(op: str, inputs: Inputs, work: Work, options: argparse.Namespace, report: Report) -> list[str]:
+    """One line and one row for each run; returns what was skipped or wrong."""
+    name = inputs.case.name
+    report.step(name)
+    floor = floor_us(work.flops, work.num_bytes, inputs.dtype)
+    expected = _as_tuple(work.expected())
+    texts, complaints = [], []
+    for provider, run in work.runs.items():
+        error = None
+        try:
+            output = run()
+            if provider not in work.unchecked:
+                error = worst_error(_as_tuple(output), expected)
+            if options.device.type == "cuda":
+                mode, timing = "graph", time_graph(run, options.device, options.seconds)
+            else:
+                mode, timing = "eager", time_eager(run, options.device, options.seconds)[0]
+        except (Unavailable, NotImplementedError) as reason:
+            complaints.append(f"skipped {provider}, {name}: {reason}")
+            continue
+        except RuntimeError as failure:
+            kind = "FAILED" if provider == next(iter(work.runs)) else "skipped"
+            complaints.append(f"{kind} {provider}, {name}: {str(failure).partition(chr(10))[0]}")
+            continue
+        if error is not None and not error <= WORST_ERROR:
+            complaints.append(f"FAILED {provider}, {name}: error {error:.2e} against the reference, or NaN")
+        row = {
+            "op": op,
+            "case": name,
+            "provider": provider,
+            "median_us": timing.median_us,
+            "p20_us": timing.p20_us,
+            "p80_us": timing.p80_us,
+            "floor_us": floor,
+            "rel_err": error,
+            "mode": mode,
+            "dtype": options.dtype,
+            "experts_hit": inputs.hit,
+        }
+        report.row(row)
+        texts.append(f"{provider} {timing.median_us:.1f} ({timing.median_us / floor:.2f}×)")
+    report.line(f"{name:<22} floor {floor:8.1f} µs   " + "   ".join(texts))
+    for complaint in complaints:
+        report.line(f"    {complaint}")
+    return complaints
+
+
+def _as_tuple(output: Any) -> tuple[torch.Tensor, ...]:
+    return (output,) if isinstance(output, torch.Tensor) else tuple(output)
+
+
+def worst_error(outputs: Sequence[torch.Tensor], expected: Sequence[torch.Tensor]) -> float:
+    """Relative error of floats; integers must be equal: 0, or infinity."""
+    errors = []
+    for output, wanted in zip(outputs, expected, strict=True):
+        if wanted.is_floating_point():
+            errors.append(relative_error(output, wanted))
+        else:
+            errors.append(0.0 if torch.equal(output, wanted) else float("inf"))
+    return max(errors, key=lambda error: float("inf") if error != error else error)

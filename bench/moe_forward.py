@@ -1,0 +1,194 @@
+"""``python -m bench.moe_forward``: the forward of one MoE layer, hidden states and router logits to output, against peers.
+
+On a GPU: device time of a CUDA graph's replay with a cold L2 (and with ``--eager`` also without a graph, from the host).
+Every output is checked against float32 in the same run; the exit status is 1 if one is wrong or a provider failed.
+
+To measure a peer that is not built in, write a module that calls `bench.providers.register` and name it:
+``--provider-module my_module --providers moe_layer,mine``.
+"""
+
+import argparse
+import csv
+import sys
+from collections.abc import Callable, Sequence
+from itertools import groupby
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from bench.cases import Case, count_hit, forward_floor_us, make_logits
+from bench.providers import Problem, Provider, Unavailable, find, make_problem, make_weights, reference
+from bench.report import (
+    DTYPES,
+    WORST_ERROR,
+    Report,
+    add_arguments,
+    chosen_cases,
+    geometric_mean,
+    plot_over_floor,
+    relative_error,
+)
+from bench.timing import extra_bytes, time_eager, time_graph
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(
+        prog="python -m bench.moe_forward", description=(__doc__ or "").partition("``: ")[2].partition("\n")[0]
+    )
+    add_arguments(parser)
+    parser.add_argument(
+        "--providers", type=lambda text: text.split(","), metavar="A,B", help="the first is compared with the others"
+    )
+    parser.add_argument("--provider-module", action="append", default=[], metavar="MODULE", help="registers providers")
+    parser.add_argument("--eager", action="store_true", help="also without a CUDA graph: latency, and back to back")
+    parser.add_argument(
+        "--peers", type=Path, metavar="FILE", help="a CSV of known times (case, provider, median_us) to compare with"
+    )
+    options = parser.parse_args(arguments)
+    cases = chosen_cases(parser, options)
+    try:
+        providers = find(options.providers, options.provider_module)
+    except (ValueError, ImportError) as error:
+        parser.error(str(error))
+    known = best_known(options.peers) if options.peers else {}
+    complaints: list[str] = []
+    with Report(options.csv, len(cases) * len(providers)) as report, torch.no_grad():
+        report.line(_header(providers, options.peers))
+        for shape, of_shape in groupby(cases, key=lambda case: case.shape):
+            weights = make_weights(shape, DTYPES[options.dtype], options.device)
+            for case in of_shape:
+                logits_TE = make_logits(case)
+                problem = make_problem(shape, weights, logits_TE)
+                rows, problems = _measure(case, problem, count_hit(logits_TE, shape.top_k), providers, options, report)
+                complaints += problems
+                report.line(_line(case, rows, providers, known.get(case.name) if options.peers else None))
+                for complaint in problems:
+                    report.line(f"    {complaint}")
+            del weights, problem  # before the next shape's are made
+        for line in _summary(report.rows, providers):
+            report.line(line)
+    if options.plot and report.rows:
+        plot_over_floor(report.rows, options.plot, "MoE layer, forward")
+    wrong = [complaint for complaint in complaints if complaint.startswith("FAILED")]
+    if wrong:
+        print("\n".join(wrong), file=sys.stderr)
+    return 1 if wrong else 0
+
+
+def _measure(
+    case: Case, problem: Problem, hit: int, providers: Sequence[Provider], options: argparse.Namespace, report: Report
+) -> tuple[list[dict[str, Any]], list[str]]:
+    """The rows of a case, written to the report as they come; and what was skipped ("skipped …") or wrong ("FAILED …")."""
+    expected = reference(problem)
+    floor = forward_floor_us(case.shape, case.num_tokens, hit, DTYPES[options.dtype])
+    rows: list[dict[str, Any]] = []
+    complaints: list[str] = []
+    for provider in providers:
+        report.step(f"{case.name} {provider.name}")
+        try:
+            forward = provider.prepare(problem)
+            error = relative_error(forward(), expected)
+            memory = extra_bytes(forward, options.device)
+            times = _times(forward, options)
+        except Unavailable as reason:
+            complaints.append(f"skipped {provider.name}, {case.name}: {reason}")
+            continue
+        except Exception as failure:  # a peer's failure, of whatever kind, must not end the others' run
+            message = str(failure).partition("\n")[0]
+            complaints.append(f"FAILED {provider.name}, {case.name}: {type(failure).__name__}: {message}")
+            continue
+        if not error <= WORST_ERROR:
+            complaints.append(f"FAILED {provider.name}, {case.name}: error {error:.2e} against float32, or NaN")
+        for mode, (median_us, p20_us, p80_us) in times.items():
+            row = {
+                "case": case.name,
+                "provider": provider.name,
+                "median_us": median_us,
+                "p20_us": p20_us,
+                "p80_us": p80_us,
+                "floor_us": floor,
+                "rel_err": error,
+                "mode": mode,
+                "dtype": options.dtype,
+                "experts_hit": hit,
+                "extra_bytes": memory,
+            }
+            report.row(row)
+            rows.append(row)
+    return rows, complaints
+
+
+def _times(
+    forward: Callable[[], torch.Tensor], options: argparse.Namespace
+) -> dict[str, tuple[float, float | None, float | None]]:
+    """By mode: median, p20, p80 in µs."""
+    times: dict[str, tuple[float, float | None, float | None]] = {}
+    if options.device.type == "cuda":
+        timing = time_graph(forward, options.device, options.seconds)
+        times["graph"] = timing.median_us, timing.p20_us, timing.p80_us
+    if options.eager or not times:
+        timing, back_to_back_us = time_eager(forward, options.device, options.seconds)
+        times["eager"] = timing.median_us, timing.p20_us, timing.p80_us
+        times["back_to_back"] = back_to_back_us, None, None
+    return times
+
+
+def best_known(path: Path) -> dict[str, tuple[float, str]]:
+    """The best time of each case in a CSV, and whose it is."""
+    best: dict[str, tuple[float, str]] = {}
+    with path.open(newline="") as file:
+        for row in csv.DictReader(file):
+            found = float(row["median_us"]), row["provider"]
+            best[row["case"]] = min(best.get(row["case"], found), found)
+    return best
+
+
+def _header(providers: Sequence[Provider], peers: Path | None) -> str:
+    names = "".join(f"{provider.name + ' µs':>{_width(provider)}}" for provider in providers)
+    return f"{'case':<22}{'hit':>5}{'floor µs':>10}{names}{'× floor':>10}{'speed-up':>10}" + (
+        f"{'known best µs':>30}{'speed-up':>10}" if peers else ""
+    )
+
+
+def _width(provider: Provider) -> int:
+    return max(10, len(provider.name) + 5)
+
+
+def _line(
+    case: Case, rows: Sequence[dict[str, Any]], providers: Sequence[Provider], known: tuple[float, str] | None
+) -> str:
+    """Times in the first mode measured; the factors are of the first provider, against the best of the others."""
+    first: dict[str, float] = {}
+    for row in rows:
+        first.setdefault(row["provider"], row["median_us"])
+    times = "".join(
+        f"{first[provider.name]:>{_width(provider)}.1f}" if provider.name in first else f"{'-':>{_width(provider)}}"
+        for provider in providers
+    )
+    if not rows:
+        return f"{case.name:<22}{'-':>5}{'-':>10}{times}"
+    text = f"{case.name:<22}{rows[0]['experts_hit']:>5}{rows[0]['floor_us']:>10.1f}{times}"
+    ours, others = first.get(providers[0].name), [us for name, us in first.items() if name != providers[0].name]
+    if ours is None:
+        return text
+    text += f"{ours / rows[0]['floor_us']:>10.2f}" + (f"{min(others) / ours:>10.2f}" if others else f"{'-':>10}")
+    return text + (f"{f'{known[0]:.1f} ({known[1]})':>30}{known[0] / ours:>10.2f}" if known else "")
+
+
+def _summary(rows: Sequence[dict[str, Any]], providers: Sequence[Provider]) -> list[str]:
+    lines = ["", "geometric mean of time / floor"]
+    for mode in dict.fromkeys(row["mode"] for row in rows):
+        for provider in providers:
+            factors = [
+                row["median_us"] / row["floor_us"]
+                for row in rows
+                if (row["provider"], row["mode"]) == (provider.name, mode)
+            ]
+            if factors:
+                lines.append(f"  {provider.name:<26}{mode:<14}{geometric_mean(factors):>8.3f}  ({len(factors)} cases)")
+    return lines
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,256 @@
+"""Who computes a forward: this package's layer, and peers.
+
+A peer that is not here (vLLM's kernels, say) is a module of one's own that calls `register()` at import; name it with
+``--provider-module``. What a provider may do before the clock runs (`prepare`) is what a server does once: lay out
+weights, allocate. What it returns does the rest, routing included, and is captured in a CUDA graph.
+"""
+
+import importlib
+import weakref
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+import torch
+import torch.nn.functional as F
+
+from bench.cases import Shape
+from moe_layer import MoELayer
+
+Forward = Callable[[], torch.Tensor]
+
+
+class Unavailable(Exception):  # noqa: N818
+    """A provider cannot run here, or not this problem; says why, and what to install."""
+
+
+@dataclass(frozen=True, eq=False)
+class Weights:
+    """Of one shape's experts: gate_up_ENH ``[E, 2I, H]``, gate rows first, and down_EHI ``[E, H, I]``; contiguous."""
+
+    gate_up_ENH: torch.Tensor
+    down_EHI: torch.Tensor
+
+
+@dataclass(frozen=True, eq=False)
+class Problem:
+    """``y_TH = Σ_k w_tk · down(silu(gate(x_t)) · up(x_t))``, w the softmax of the logits at its top k, renormalised.
+
+    Attributes:
+        weights: the same object for all problems of a shape, so that what is made of them can be kept.
+        x_TH: hidden states, in the weights' dtype.
+        logits_TE: router logits, in the same dtype; no row has a tie at the k-th place.
+    """
+
+    shape: Shape
+    weights: Weights
+    x_TH: torch.Tensor
+    logits_TE: torch.Tensor
+
+    @property
+    def top_k(self) -> int:
+        return self.shape.top_k
+
+
+class Provider(Protocol):
+    name: str
+
+    def prepare(self, problem: Problem) -> Forward:
+        """The forward of `problem`, ready to be called often: [T, H] in the dtype of x.
+
+        Raises:
+            Unavailable: it cannot run.
+        """
+        ...
+
+
+PROVIDERS: dict[str, Provider] = {}
+
+
+def register(provider: Provider) -> None:
+    """Make a provider known by its name.
+
+    Raises:
+        ValueError: the name is taken.
+    """
+    if provider.name in PROVIDERS:
+        raise ValueError(f"a provider named {provider.name!r} is registered already")
+    PROVIDERS[provider.name] = provider
+
+
+def find(names: Sequence[str] | None, modules: Sequence[str] = ()) -> list[Provider]:
+    """The providers of these names, or all, once `modules` have been imported.
+
+    Raises:
+        ValueError: an unknown name.
+    """
+    for module in modules:
+        importlib.import_module(module)
+    unknown = [name for name in names or () if name not in PROVIDERS]
+    if unknown:
+        raise ValueError(f"providers {', '.join(unknown)} unknown: must be among {', '.join(PROVIDERS)}")
+    return [PROVIDERS[name] for name in names or PROVIDERS]
+
+
+def make_weights(shape: Shape, dtype: torch.dtype, device: torch.device, seed: int = 0) -> Weights:
+    """Normal weights that keep the scale of their input."""
+    generator = torch.Generator(device).manual_seed(seed)
+
+    def draw(rows: int, columns: int) -> torch.Tensor:
+        weight = torch.empty(shape.num_experts, rows, columns, device=device, dtype=dtype)
+        for expert in weight:  # one after the other: what is in between needs little memory
+            expert.copy_(torch.randn(rows, columns, device=device, generator=generator) * columns**-0.5)
+        return weight
+
+    return Weights(
+        draw(2 * shape.intermediate_size, shape.hidden_size), draw(shape.hidden_size, shape.intermediate_size)
+    )
+
+
+def make_problem(shape: Shape, weights: Weights, logits_TE: torch.Tensor, seed: int = 0) -> Problem:
+    like = weights.gate_up_ENH
+    generator = torch.Generator(like.device).manual_seed(seed)
+    x_TH = torch.randn(logits_TE.shape[0], shape.hidden_size, device=like.device, generator=generator)
+    return Problem(shape, weights, x_TH.to(like.dtype), logits_TE.to(like.device, like.dtype))
+
+
+def torch_routing(problem: Problem) -> tuple[torch.Tensor, torch.Tensor]:
+    """Routing weights, float32, and ids, int64, in plain PyTorch."""
+    weights_TK, ids_TK = torch.softmax(problem.logits_TE, dim=-1, dtype=torch.float32).topk(problem.top_k, dim=-1)
+    return weights_TK / weights_TK.sum(dim=-1, keepdim=True), ids_TK
+
+
+def reference(problem: Problem) -> torch.Tensor:
+    """The forward in float32, without TF32: expert after expert."""
+    before = torch.get_float32_matmul_precision()
+    torch.set_float32_matmul_precision("highest")
+    try:
+        weights_TK, ids_TK = torch_routing(problem)
+        x_TH = problem.x_TH.float()
+        y_TH = torch.zeros_like(x_TH)
+        for expert in ids_TK.unique().tolist():
+            token, k = torch.where(ids_TK == expert)
+            gate, up = (x_TH[token] @ problem.weights.gate_up_ENH[expert].float().T).chunk(2, dim=-1)
+            rows = (F.silu(gate) * up) @ problem.weights.down_EHI[expert].float().T
+            y_TH.index_add_(0, token, rows * weights_TK[token, k, None])  # an expert has a token once
+        return y_TH
+    finally:
+        torch.set_float32_matmul_precision(before)
+
+
+class _Ours:
+    """`MoELayer`, unregistered, with one shadow slot: the table, the shares and the load recording are part of it."""
+
+    name = "moe_layer"
+
+    def __init__(self) -> None:
+        self._layers: weakref.WeakKeyDictionary[Weights, MoELayer] = weakref.WeakKeyDictionary()
+
+    def prepare(self, problem: Problem) -> Forward:
+        if problem.weights not in self._layers:
+            self._layers[problem.weights] = make_layer(problem)
+        layer = self._layers[problem.weights]
+        return lambda: layer(problem.x_TH, router_logits=problem.logits_TE)
+
+
+def make_layer(problem: Problem) -> MoELayer:
+    """A layer of one rank with the problem's weights (a second copy of them, in its slots)."""
+    shape, weights = problem.shape, problem.weights
+    layer = MoELayer(
+        shape.hidden_size,
+        shape.intermediate_size,
+        shape.num_experts,
+        shape.top_k,
+        num_shadow_slots=1,
+        device=problem.x_TH.device,
+        dtype=problem.x_TH.dtype,
+    )
+    layer.experts.load_state_dict({"gate_up_proj": weights.gate_up_ENH, "down_proj": weights.down_EHI})
+    return layer
+
+
+class _TorchGroupedMM:
+    """PyTorch alone: sort by expert, `grouped_mm` twice, and the sum over k in fixed order. No host sync."""
+
+    name = "torch_grouped_mm"
+
+    def prepare(self, problem: Problem) -> Forward:
+        grouped_mm = torch_grouped_mm()
+        gate_up_EHN = problem.weights.gate_up_ENH.transpose(1, 2)
+        down_EIH = problem.weights.down_EHI.transpose(1, 2)
+        experts = torch.arange(problem.shape.num_experts, device=problem.x_TH.device)
+
+        def forward() -> torch.Tensor:
+            weights_TK, ids_TK = torch_routing(problem)
+            sorted_ids, order_N = ids_TK.flatten().sort(stable=True)
+            ends_E = torch.searchsorted(sorted_ids, experts, right=True, out_int32=True)
+            product = grouped_mm(problem.x_TH[order_N // problem.top_k], gate_up_EHN, offs=ends_E)
+            gate, up = product.chunk(2, dim=-1)
+            sorted_rows = grouped_mm(F.silu(gate) * up, down_EIH, offs=ends_E)
+            rows_NH = torch.empty_like(sorted_rows).index_copy_(0, order_N, sorted_rows)
+            rows_TKH = rows_NH.view(*weights_TK.shape, -1) * weights_TK[:, :, None].to(rows_NH.dtype)
+            return rows_TKH.sum(dim=1)
+
+        return _checked_once(forward)
+
+
+def torch_grouped_mm() -> Any:
+    """PyTorch's grouped product.
+
+    Raises:
+        Unavailable: this PyTorch has none.
+    """
+    found = getattr(F, "grouped_mm", None) or getattr(torch, "_grouped_mm", None)
+    if found is None:
+        raise Unavailable(f"PyTorch {torch.__version__} has no grouped_mm: install 2.10 or newer")
+    return found
+
+
+class _TransformersGroupedMM:
+    """The experts of transformers' Qwen3-MoE with its `grouped_mm` implementation."""
+
+    name = "transformers_grouped_mm"
+
+    def prepare(self, problem: Problem) -> Forward:
+        try:
+            from transformers import Qwen3MoeConfig
+            from transformers.models.qwen3_moe.modeling_qwen3_moe import Qwen3MoeExperts
+        except ImportError as error:
+            raise Unavailable(f"{error}: pip install 'transformers>=5.0'") from error
+        shape = problem.shape
+        config = Qwen3MoeConfig(
+            hidden_size=shape.hidden_size,
+            moe_intermediate_size=shape.intermediate_size,
+            num_experts=shape.num_experts,
+            num_experts_per_tok=shape.top_k,
+        )
+        config._experts_implementation = "grouped_mm"
+        with torch.device("meta"):
+            experts = Qwen3MoeExperts(config)
+        for name, weight in (("gate_up_proj", problem.weights.gate_up_ENH), ("down_proj", problem.weights.down_EHI)):
+            setattr(experts, name, torch.nn.Parameter(weight, requires_grad=False))
+
+        def forward() -> torch.Tensor:
+            weights_TK, ids_TK = torch_routing(problem)
+            return experts(problem.x_TH, ids_TK, weights_TK.to(problem.x_TH.dtype))
+
+        return _checked_once(forward)
+
+
+def _checked_once(forward: Forward) -> Forward:
+    """`forward`, after one call that shows whether PyTorch has its kernels for this device, dtype and shape.
+
+    Raises:
+        Unavailable: it has not.
+    """
+    try:
+        forward()
+    except (NotImplementedError, RuntimeError) as error:
+        if isinstance(error, torch.OutOfMemoryError):
+            raise
+        raise Unavailable(str(error).partition("\n")[0]) from error
+    return forward
+
+
+for _provider in (_Ours(), _TorchGroupedMM(), _TransformersGroupedMM()):
+    register(_provider)

@@ -1,0 +1,149 @@
+"""How a function is timed: device time in a CUDA graph, latency and throughput from the host.
+
+All times are in µs.
+"""
+
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from functools import lru_cache
+from typing import Any
+
+import numpy as np
+import torch
+
+Function = Callable[[], Any]
+
+WARM_UPS = 3
+# As Triton's `do_bench_cudagraph`. Under load for longer, the power limit lowers the clock: see docs/performance.md.
+DEFAULT_SECONDS = 0.02
+LEAST_REPEATS, MOST_REPEATS = 10, 200
+LEAST_FLUSH = 256 * 2**20  # bytes
+
+
+@dataclass(frozen=True)
+class Timing:
+    median_us: float
+    p20_us: float
+    p80_us: float
+    num_samples: int
+
+    @classmethod
+    def of(cls, samples_us: Sequence[float]) -> "Timing":
+        p20, median, p80 = np.quantile(samples_us, (0.2, 0.5, 0.8)).tolist()
+        return cls(median, p20, p80, len(samples_us))
+
+
+def time_graphs(functions: Sequence[Function], device: torch.device, seconds: float = DEFAULT_SECONDS) -> list[Timing]:
+    """Device time of each function, replayed in turn from CUDA graphs with a cold L2.
+
+    Before each replay a buffer of four times the L2 is written, as Triton's `do_bench` does. The host enqueues everything
+    without waiting, and is ahead of the device, as a flush takes longer than the launches; so the time from event to event
+    is the device's alone. Interleaved, drifts of the clock hit all functions alike.
+
+    Args:
+        functions: without host syncs; each is captured once, after a warm-up.
+        device: a CUDA device.
+        seconds: about how long each function is timed; 10 to 200 repeats.
+    """
+    with torch.cuda.device(device):
+        graphs = [_capture(function) for function in functions]
+        flush = _flush_buffer(device)
+        estimate_us = sum(_samples(graphs, flush, 3)[1])  # of all functions once
+        repeats = _repeats(estimate_us, seconds * len(graphs))
+        samples, _ = _samples(graphs, flush, repeats)
+        del graphs
+        return [Timing.of(of_one) for of_one in samples]
+
+
+def time_graph(function: Function, device: torch.device, seconds: float = DEFAULT_SECONDS) -> Timing:
+    """`time_graphs` of one function."""
+    return time_graphs([function], device, seconds)[0]
+
+
+def time_eager(function: Function, device: torch.device, seconds: float = DEFAULT_SECONDS) -> tuple[Timing, float]:
+    """What a caller without graphs waits for: (latency, time per call back to back).
+
+    The latency is from the call on an idle device to the end of its work, with the host's part; the L2 keeps what the
+    last call left. Back to back, many calls are enqueued and waited for once: what is longer of host and device.
+    """
+    for _ in range(WARM_UPS):
+        function()
+    synchronize(device)
+    estimate_us = min(_wall(function, device) for _ in range(3))
+    repeats = _repeats(estimate_us, seconds / 2)
+    latency = Timing.of([_wall(function, device) for _ in range(repeats)])
+    throughput_us = _wall(lambda: [function() for _ in range(repeats)], device) / repeats
+    return latency, throughput_us
+
+
+def synchronize(device: torch.device) -> None:
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+
+
+def extra_bytes(function: Function, device: torch.device) -> int | None:
+    """The most memory that one call allocates beyond what was allocated before, its output included; None on a CPU."""
+    if device.type != "cuda":
+        return None
+    synchronize(device)
+    before = torch.cuda.memory_allocated(device)
+    torch.cuda.reset_peak_memory_stats(device)
+    output = function()
+    synchronize(device)
+    peak = torch.cuda.max_memory_allocated(device)
+    del output
+    return peak - before
+
+
+def _capture(function: Function) -> torch.cuda.CUDAGraph:
+    side = torch.cuda.Stream()
+    side.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(side):
+        for _ in range(WARM_UPS):
+            function()
+    torch.cuda.current_stream().wait_stream(side)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        function()
+    graph.replay()
+    return graph
+
+
+def _samples(
+    graphs: Sequence[torch.cuda.CUDAGraph], flush: torch.Tensor, repeats: int
+) -> tuple[list[list[float]], list[float]]:
+    """Times of each graph's replays, and for each graph the time of a flush and a replay."""
+    events = [[[torch.cuda.Event(enable_timing=True) for _ in range(3)] for _ in range(repeats)] for _ in graphs]
+    for _ in range(10):  # the host's lead
+        flush.zero_()
+    for repeat in range(repeats):
+        for number, graph in enumerate(graphs):
+            before_flush, begin, end = events[number][repeat]
+            before_flush.record()
+            flush.zero_()
+            begin.record()
+            graph.replay()
+            end.record()
+    torch.cuda.synchronize()
+    samples = [[1e3 * begin.elapsed_time(end) for _, begin, end in of_graph] for of_graph in events]
+    rounds = [float(np.median([1e3 * first.elapsed_time(end) for first, _, end in of_graph])) for of_graph in events]
+    return samples, rounds
+
+
+@lru_cache(maxsize=1)
+def _flush_buffer(device: torch.device) -> torch.Tensor:
+    size = max(4 * torch.cuda.get_device_properties(device).L2_cache_size, LEAST_FLUSH)
+    return torch.empty(size // 4, dtype=torch.int32, device=device)
+
+
+def _repeats(estimate_us: float, seconds: float) -> int:
+    return int(min(max(1e6 * seconds / max(estimate_us, 1e-3), LEAST_REPEATS), MOST_REPEATS))
+
+
+def _wall(function: Function, device: torch.device) -> float:
+    synchronize(device)
+    begin = time.perf_counter_ns()
+    function()
+    synchronize(device)
+    return (time.perf_counter_ns() - begin) / 1e3

@@ -1,0 +1,116 @@
+"""``python -m bench.tune``: times candidate tiles of both grouped GEMMs; what `moe_kernels.config` keeps was chosen from this.
+
+Both GEMMs of a layer share one schedule, so candidates are compared by rows per tile, up and down together. Every candidate's
+result is compared with the first one's, bit for bit: tiles may be chosen freely only as long as they change none.
+"""
+
+import argparse
+import sys
+from collections.abc import Iterator, Sequence
+from itertools import groupby, product
+
+import torch
+
+from bench.cases import Case
+from bench.kernel import Inputs
+from bench.providers import Weights, make_weights
+from bench.report import DTYPES, Report, add_arguments, chosen_cases
+from bench.timing import time_graph
+from moe_kernels import GemmConfig, TileSchedule, build_schedule, expert_down, expert_up, has_tma
+
+NUM_WARPS = {(64, 128): 4, (64, 256): 4, (128, 128): 4, (128, 256): 8}
+
+
+def candidates(op: str, rows_per_expert: float) -> Iterator[GemmConfig]:
+    """Of "up" or "down": what is worth a try at so many rows per expert."""
+    if rows_per_expert <= 32:
+        for block_m, (block_n, block_k, num_stages) in product(
+            (16, 32), ((128, 128, 3), (128, 64, 4), (128, 64, 5), (128, 64, 6), (64, 128, 4))
+        ):
+            if block_n == 128 or op == "down":
+                yield GemmConfig(block_m, block_n, block_k, 4, num_stages, tma=True, swap=True)
+    if 8 < rows_per_expert <= 128:
+        yield GemmConfig(64, 128, 64, 4, 4, tma=True, swap=True)
+    for (block_m, block_n), num_warps in NUM_WARPS.items():
+        if (block_m == 64 and not 8 < rows_per_expert <= 128) or (block_m == 128 and rows_per_expert < 32):
+            continue
+        for num_stages, tail_m in product((3, 4), (0, 64) if block_m == 128 else (0,)):
+            yield GemmConfig(block_m, block_n, 64, num_warps, num_stages, tma=True, tail_m=tail_m)
+        if op == "down":
+            for num_stages, programs, group_m in product((3, 4), (1, 2), (8, 16)):
+                yield GemmConfig(
+                    block_m, block_n, 64, num_warps, num_stages, group_m, tma=True, programs_per_sm=programs
+                )
+
+
+def tune(report: Report, case: Case, inputs: Inputs, seconds: float, best: int) -> bool:
+    """Prints and writes all candidates of a case; whether all results had equal bits."""
+    shape, device = case.shape, inputs.device
+    x_TH = inputs.normal(inputs.num_tokens, shape.hidden_size)
+    weights_N = inputs.routing[0].flatten()
+    rows_per_expert = inputs.num_rows / shape.num_experts
+    schedules: dict[int, TileSchedule] = {}
+    expected: dict[str, torch.Tensor] = {}
+    all_equal = True
+
+    def run(op: str, config: GemmConfig) -> torch.Tensor:
+        schedule = schedules[config.block_m]
+        slots = inputs.lane_to_slot_L
+        if op == "up":
+            return expert_up(x_TH, inputs.weights.gate_up_ENH, slots, schedule, fanout=inputs.top_k, config=config)
+        return expert_down(expected["up"], inputs.weights.down_EHI, slots, schedule, weights_N, config=config)
+
+    for op in ("up", "down"):
+        times: list[tuple[float, GemmConfig]] = []
+        for config in candidates(op, rows_per_expert):
+            if config.block_m not in schedules:
+                flat_ids = inputs.ids_TK.flatten()
+                schedules[config.block_m] = build_schedule(flat_ids, inputs.counts_E, block_m=config.block_m)
+            try:
+                result = run(op, config)
+                timing = time_graph(lambda op=op, config=config: run(op, config), device, seconds)  # type: ignore[misc]
+            except RuntimeError as error:  # too much shared memory
+                report.line(f"  {case.name} {op} {config}: {str(error).splitlines()[0][:100]}")
+                continue
+            equal = torch.equal(result, expected.setdefault(op, result))
+            all_equal &= equal
+            times.append((timing.median_us, config))
+            report.row(
+                {"case": case.name, "op": op, "config": " ".join(map(str, config.as_list()))}
+                | {"median_us": round(timing.median_us, 2), "p20_us": round(timing.p20_us, 2)}
+                | {"p80_us": round(timing.p80_us, 2), "equal_bits": equal}
+            )
+        for median_us, config in sorted(times, key=lambda pair: pair[0])[:best]:
+            report.line(f"{case.name:<20} {op:<5} {median_us:9.1f} µs  {' '.join(map(str, config.as_list()))}")
+    return all_equal
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(
+        prog="python -m bench.tune", description=(__doc__ or "").partition("``: ")[2].partition("\n")[0]
+    )
+    add_arguments(parser)
+    parser.add_argument(
+        "--best", type=int, default=3, help="how many to print for each case and op; all are in the CSV"
+    )
+    options = parser.parse_args(arguments)
+    if not has_tma(torch.device(options.device)):
+        parser.error(f"--device {options.device}: the candidates need a GPU with a tensor memory accelerator")
+    all_equal = True
+    cases = [case for case in chosen_cases(parser, options) if case.num_tokens > 1]  # one token has kernels of its own
+    with Report(options.csv, len(cases)) as report, torch.no_grad():
+        report.line("fields: block_m block_n block_k num_warps num_stages group_m tma swap tail_m programs_per_sm")
+        for shape, of_shape in groupby(cases, key=lambda case: case.shape):
+            weights: Weights = make_weights(shape, DTYPES[options.dtype], options.device)
+            for case in of_shape:
+                inputs = Inputs(case, DTYPES[options.dtype], options.device, lambda weights=weights: weights)  # type: ignore[misc]
+                all_equal &= tune(report, case, inputs, options.seconds, options.best)
+                report.step(case.name)
+            del weights, inputs
+    if not all_equal:
+        print("some candidates gave other bits than the first: see the column equal_bits", file=sys.stderr)
+    return 0 if all_equal else 1
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,144 @@
+"""The scripts from end to end, on tiny shapes."""
+
+from __future__ import annotations
+
+import csv
+import importlib.util
+from pathlib import Path
+
+import pytest
+import torch
+
+from bench import moe_forward, providers, table_cost, table_flip
+from bench.environment import environment
+
+TINY = ["--shapes", "8:2:64:32", "--tokens", "1,20", "--seconds", "0.01", "--device", "cpu"]
+OPS = ("routing", "select_replicas", "schedule", "expert_up", "expert_down", "combine")
+
+
+def rows_of(path: Path) -> list[dict[str, str]]:
+    with path.open(newline="") as file:
+        return list(csv.DictReader(file))
+
+
+class Wrong:
+    name = "wrong"
+
+    def __init__(self, output):
+        self.output = output
+
+    def prepare(self, problem):
+        if self.output is None:
+            raise providers.Unavailable("not on a Tuesday")
+        return lambda: torch.full_like(problem.x_TH, self.output)
+
+
+@pytest.fixture
+def register(monkeypatch):
+    monkeypatch.setattr(providers, "PROVIDERS", dict(providers.PROVIDERS))
+    return providers.register
+
+
+@pytest.mark.parametrize("dtype", ["bf16", "fp32"])
+def test_moe_forward(tmp_path, capsys, dtype):
+    path, picture = tmp_path / "out.csv", tmp_path / "out.png"
+    arguments = [*TINY, "--dtype", dtype, "--providers", "moe_layer,torch_grouped_mm", "--csv", str(path)]
+    plot = ["--plot", str(picture)] if importlib.util.find_spec("matplotlib") else []
+    assert moe_forward.main([*arguments, *plot]) == 0
+    rows = rows_of(path)
+    assert [(row["case"], row["provider"], row["mode"]) for row in rows] == [
+        (f"8:2:64:32/T{tokens}", provider, mode)
+        for tokens in (1, 20)
+        for provider in ("moe_layer", "torch_grouped_mm")
+        for mode in ("eager", "back_to_back")
+    ]
+    for row in rows:
+        assert float(row["rel_err"]) < (1e-2 if dtype == "bf16" else 1e-5)
+        assert float(row["median_us"]) > 0 and float(row["floor_us"]) > 0
+        assert row["dtype"] == dtype and set(environment()) <= set(row)
+    assert picture.exists() == bool(plot)
+    out = capsys.readouterr().out
+    assert "8:2:64:32/T20" in out and "geometric mean" in out
+
+
+@pytest.mark.parametrize("output", [0.0, float("nan")])
+def test_a_wrong_output_fails_the_run_after_the_table(register, tmp_path, capsys, output):
+    register(Wrong(output))
+    path = tmp_path / "out.csv"
+    assert moe_forward.main([*TINY, "--providers", "wrong,torch_grouped_mm", "--csv", str(path)]) == 1
+    said = capsys.readouterr()
+    assert "FAILED wrong, 8:2:64:32/T20" in said.err and "geometric mean" in said.out
+    assert {row["provider"] for row in rows_of(path)} == {"wrong", "torch_grouped_mm"}
+
+
+def test_who_is_skipped_is_said(register, capsys):
+    register(Wrong(None))
+    assert moe_forward.main([*TINY, "--providers", "torch_grouped_mm,wrong"]) == 0
+    assert "skipped wrong, 8:2:64:32/T1: not on a Tuesday" in capsys.readouterr().out
+
+
+def test_known_times_of_peers(tmp_path, capsys):
+    path = tmp_path / "peers.csv"
+    path.write_text("case,provider,median_us\n8:2:64:32/T1,A,10\n8:2:64:32/T1,B,5\n")
+    assert moe_forward.main([*TINY, "--providers", "torch_grouped_mm", "--peers", str(path)]) == 0
+    assert "5.0 (B)" in capsys.readouterr().out
+    peers = moe_forward.best_known(Path(moe_forward.__file__).parent / "results/h200/peers.csv")
+    assert len(peers) == 39 and peers["qwen3/T1"] == (41.0, "vLLM")
+
+
+def test_bad_arguments(capsys):
+    for arguments in (["--shapes", "qwen4"], ["--providers", "nobody"], ["--provider-module", "no_such_module"]):
+        with pytest.raises(SystemExit) as refusal:
+            moe_forward.main(arguments)
+        assert refusal.value.code == 2
+    assert "no_such_module" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("op", OPS)
+def test_kernels(op, tmp_path):
+    script = importlib.import_module(f"bench.{op}")
+    path = tmp_path / "out.csv"
+    assert script.main(op, script.__doc__, script.make_work, [*TINY, "--csv", str(path)]) == 0
+    rows = rows_of(path)
+    assert {row["case"] for row in rows} == {"8:2:64:32/T1", "8:2:64:32/T20"}
+    assert len({row["provider"] for row in rows}) >= 2
+    assert {float(row["rel_err"]) for row in rows if row["rel_err"] and row["provider"] == rows[0]["provider"]} == {0.0}
+
+
+def test_a_wrong_kernel_fails_the_run(capsys):
+    from bench.kernel import Work, main
+
+    work = Work(runs={"op": lambda: torch.tensor([1, 2])}, expected=lambda: torch.tensor([1, 3]), num_bytes=16)
+    assert main("op", "", lambda inputs: work, TINY) == 1
+    assert "FAILED op, 8:2:64:32/T1" in capsys.readouterr().err
+
+
+def test_table_cost(tmp_path, capsys):
+    path = tmp_path / "out.csv"
+    assert table_cost.main([*TINY, "--csv", str(path)]) == 0
+    rows = rows_of(path)
+    assert [row["provider"] for row in rows[:5]] == [
+        "hard-wired, counts given",
+        "hard-wired, counted",
+        "table",
+        "hard-wired, lanes given",
+        "table with replicas",
+    ]
+    assert {row["bits_equal"] for row in rows} == {"True"}
+    assert "geometric mean" in capsys.readouterr().out
+
+
+def test_table_cost_fails_if_bits_differ(monkeypatch, capsys):
+    monkeypatch.setattr(table_cost.MoELayer, "forward", lambda self, x, **_: torch.zeros_like(x))
+    assert table_cost.main(TINY) == 1
+    assert "other bits" in capsys.readouterr().err
+
+
+def test_table_flip(tmp_path):
+    path = tmp_path / "out.csv"
+    arguments = ["--layers", "1,3", "--experts", "8", "--redundant", "2", "--ranks", "2", "--repeats", "20"]
+    assert table_flip.main([*arguments, "--device", "cpu", "--csv", str(path)]) == 0
+    assert [(row["layers"], row["mode"], row["bytes"]) for row in rows_of(path)] == [
+        ("1", "host", "116"),
+        ("3", "host", "348"),
+    ]

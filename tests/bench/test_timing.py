@@ -1,0 +1,58 @@
+"""The clocks."""
+
+from __future__ import annotations
+
+import time
+
+import pytest
+import torch
+
+from bench.timing import Timing, extra_bytes, time_eager, time_graph, time_graphs
+
+CPU = torch.device("cpu")
+
+
+def test_percentiles():
+    timing = Timing.of([float(n) for n in range(101)])
+    assert (timing.median_us, timing.num_samples) == (50.0, 101)
+    assert (timing.p20_us, timing.p80_us) == pytest.approx((20.0, 80.0))
+
+
+def test_eager_on_a_cpu():
+    calls = []
+
+    def work():
+        calls.append(None)
+        time.sleep(1e-3)
+
+    latency, back_to_back_us = time_eager(work, CPU, seconds=0.001)
+    assert latency.num_samples == 10 and len(calls) == 3 + 3 + 10 + 10
+    assert 1e3 <= latency.p20_us <= latency.median_us <= latency.p80_us < 1e5
+    assert 1e3 <= back_to_back_us < 1e5
+    assert extra_bytes(work, CPU) is None
+
+
+def test_at_most_200_repeats():
+    assert time_eager(lambda: None, CPU, seconds=1.0)[0].num_samples == 200
+
+
+@pytest.mark.gpu
+def test_graph_time_is_the_device_time_with_a_cold_l2():
+    device = torch.device("cuda", torch.cuda.current_device())
+    source, target = torch.zeros(2, 2**28, dtype=torch.uint8, device=device)
+    little = torch.zeros(2**20, dtype=torch.uint8, device=device)
+    copy, nothing = time_graphs([lambda: target.copy_(source), little.zero_], device, seconds=0.05)
+    assert nothing.median_us < 30  # not the host's part of a launch, nor the flush
+    seconds_at_8_tb = 2 * 2**28 / 8e12
+    assert copy.median_us > 1e6 * seconds_at_8_tb
+    assert copy.median_us > 3 * nothing.median_us
+
+
+@pytest.mark.gpu
+def test_extra_bytes_counts_the_output_and_what_is_in_between():
+    device = torch.device("cuda", torch.cuda.current_device())
+    size = 2**22
+    x = torch.zeros(size, dtype=torch.uint8, device=device)
+    used = extra_bytes(lambda: (x + 1) + 1, device)
+    assert used is not None and 2 * size <= used < 3 * size
+    assert time_graph(lambda: x + 1, device, seconds=0.01).num_samples >= 20
