@@ -62,6 +62,7 @@ class Experts(nn.Module):
         self._view_slots(dict.fromkeys(resident.pool.tensors, trainable))
 
     def _view_slots(self, trainable: dict[str, bool]) -> None:
+        self._tma = has_tma(self.resident.pool.device)
         for name, tensor in self.resident.pool.tensors.items():
             # `.data`: the same memory with a version counter of its own, as a slot that is filled between a forward and
             # its backward is one that neither reads (I1, I3).
@@ -77,9 +78,9 @@ class Experts(nn.Module):
         two_i, hidden_size = self.gate_up_proj.shape[1:]
 
         batch = (dispatched.num_tokens, self.top_k, resident.num_experts)
-        dtype, tma = dispatched.rows_RH.dtype, has_tma(resident.streams.device)
-        up = gemm_config(two_i, hidden_size, dtype, *batch, gated=True, tma=tma)
-        down = gemm_config(hidden_size, two_i // 2, dtype, *batch, gated=False, tma=tma)
+        dtype = dispatched.rows_RH.dtype
+        up = gemm_config(two_i, hidden_size, dtype, *batch, gated=True, tma=self._tma)
+        down = gemm_config(hidden_size, two_i // 2, dtype, *batch, tma=self._tma)
         lane_to_slot_S = resident.table.lane_to_slot_S
         schedule = build_schedule(dispatched.lanes_N, dispatched.counts_S, block_m=up.block_m, backend=self.backend)
         hidden_NI = expert_up(

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import functools
 from dataclasses import astuple, dataclass
 
 import torch
@@ -104,7 +103,6 @@ _TABLE_TMA: tuple[tuple[int | None, GemmConfig, GemmConfig, GemmConfig], ...] = 
 _TMA_ARCHITECTURES = (9, 10)  # compute capability, major: with as much shared memory as the tiles above need
 
 
-@functools.cache
 def has_tma(device: torch.device) -> bool:
     """Whether the TMA kernels' tiles fit a device; the CPU's interpreter runs them, but gains nothing."""
     if device.type != "cuda" or torch.version.cuda is None:
@@ -112,7 +110,6 @@ def has_tma(device: torch.device) -> bool:
     return torch.cuda.get_device_capability(device)[0] in _TMA_ARCHITECTURES
 
 
-@functools.lru_cache(maxsize=4096)  # a forward asks twice, with few different arguments
 def gemm_config(
     n: int,
     k: int,

@@ -11,7 +11,7 @@ import torch
 import triton
 import triton.language as tl
 
-from moe_kernels.backend import gdc_launch_dependents, gdc_wait, on_device, resolve_backend, uses_pdl
+from moe_kernels.backend import gdc_launch_dependents, gdc_wait, on_device, registered_op, resolve_backend, uses_pdl
 from moe_kernels.checks import check_tensor
 from moe_kernels.scan import count_hits, first_index, load_bins, num_steps, rank_hits, row_ends, scan_options
 
@@ -226,7 +226,7 @@ def _counts(bins: torch.Tensor, num_bins: int) -> torch.Tensor:
     return bins.new_zeros(num_bins, dtype=torch.int64).index_add_(0, bins.long(), torch.ones_like(bins).long())
 
 
-@torch.library.custom_op("moe_kernels::select_replicas", mutates_args=("load_E",))
+@registered_op("moe_kernels::select_replicas", mutates_args=("load_E",))
 def _select_replicas(
     expert_ids_TK: torch.Tensor,
     table_offsets_E1: torch.Tensor,

@@ -14,7 +14,7 @@ import torch.nn.functional as F
 import triton
 import triton.language as tl
 
-from moe_kernels.backend import gdc_launch_dependents, gdc_wait, on_device, resolve_backend, uses_pdl
+from moe_kernels.backend import gdc_launch_dependents, gdc_wait, on_device, registered_op, resolve_backend, uses_pdl
 from moe_kernels.checks import check_tensor
 from moe_kernels.scan import count_hits, first_index, load_bins, num_steps, rank_hits, row_ends, scan_options
 
@@ -173,7 +173,7 @@ def build_schedule_torch(lanes_N: torch.Tensor, counts_L: torch.Tensor, *, block
     )
 
 
-@torch.library.custom_op("moe_kernels::build_schedule", mutates_args=())
+@registered_op("moe_kernels::build_schedule")
 def _build_schedule(
     lanes_N: torch.Tensor, counts_L: torch.Tensor, block_m: int, backend: str
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:

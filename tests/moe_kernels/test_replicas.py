@@ -174,7 +174,7 @@ def test_opcheck(device):
     table = table_of([[ONE // 2, ONE], [ONE]], device)
     for increment in (None, one):
         arguments = (int32([[0, 1], [0, -1]], device), *table, load.clone(), 5, 2 * SPREAD, increment, "torch")
-        torch.library.opcheck(_select_replicas, arguments)
+        torch.library.opcheck(_select_replicas.registered, arguments)
 
 
 @pytest.mark.parametrize(
