@@ -10,7 +10,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from bench.report import geometric_mean, plot_over_floor
+from bench.report import WORST_ERROR, geometric_mean, plot_over_floor
 
 OURS = "moe_layer"
 
@@ -25,6 +25,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     options = parser.parse_args(arguments)
     with options.results.open(newline="") as file:
         results = [row for row in csv.DictReader(file) if row["mode"] == "graph"]
+    wrong = [row["case"] for row in results if row["provider"] == OURS and not float(row["rel_err"]) <= WORST_ERROR]
+    if wrong or len({row["dtype"] for row in results}) > 1:
+        parser.error(f"{options.results}: must have one dtype, and no wrong results ({', '.join(wrong) or 'none'})")
     with options.peers.open(newline="") as file:
         peers = list(csv.DictReader(file))
     print("| case | experts hit | floor µs | moe_layer µs | × floor | best peer µs | which | speed-up |")

@@ -172,7 +172,7 @@ class MoELayer(nn.Module):
         """
         self._check_input(x, token_mask, router_logits)
         x_TH = _rows(x)
-        mask_T = None if token_mask is None else token_mask.reshape(-1)
+        mask_T = None if token_mask is None else token_mask.reshape(-1).contiguous()
         logits_TE = self.gate(x_TH) if router_logits is None else _rows(router_logits)
         if not torch.compiler.is_compiling():
             self.resident.note_stream()
@@ -212,11 +212,25 @@ class MoELayer(nn.Module):
         )
 
     def _is_one_token_alone(self, x_TH: torch.Tensor, logits_TE: torch.Tensor) -> bool:
-        """Whether the kernels for a single token apply: without gradients, and where no expert can be on another rank."""
-        if x_TH.shape[0] != 1 or not isinstance(self.dispatcher, LocalDispatcher):
+        """Whether the kernels for a single token apply: without gradients, where no expert can be on another rank.
+
+        Nor where somebody listens to the layer's parts or has put others in their places, which would be passed over.
+        """
+        if x_TH.shape[0] != 1 or type(self.dispatcher) is not LocalDispatcher:
             return False
-        if torch.is_grad_enabled() and (x_TH.requires_grad or logits_TE.requires_grad or not self.experts.is_frozen):
+        experts, gate = self.experts, self.gate
+        if torch.is_grad_enabled() and (x_TH.requires_grad or logits_TE.requires_grad or not experts.is_frozen):
             return False
+        if (
+            type(experts) is not Experts
+            or type(gate) is not Router
+            or experts._forward_hooks
+            or experts._forward_pre_hooks
+        ):
+            return False
+        bias_E = gate.e_score_correction_bias
+        if experts.gate_up_proj.dtype != x_TH.dtype or (bias_E is not None and bias_E.dtype != torch.float32):
+            return False  # cast part by part; the separate ops say what is wrong
         return resolve_backend(self.backend, x_TH.device) == "triton"
 
     def _of_one_token(
@@ -244,7 +258,7 @@ class MoELayer(nn.Module):
             token_mask_1=token_mask_1,
             activation=experts.activation,
             backend="triton",
-            validate=False,  # x and logits were checked, all else is the layer's own
+            validate=False,  # `_check_input` and `_is_one_token_alone` have looked
         )
 
     def _computed(
@@ -278,10 +292,13 @@ class MoELayer(nn.Module):
             raise ValueError(f"x must have the layer's dtype {weight.dtype}, got {x.dtype}")
         if x.device != weight.device:
             raise ValueError(f"x must be on the layer's device {weight.device}, got {x.device}")
-        if token_mask is not None and (token_mask.shape != x.shape[:-1] or token_mask.dtype != torch.bool):
-            raise ValueError(
-                f"token_mask must be bool of shape {tuple(x.shape[:-1])}, got {token_mask.dtype} {tuple(token_mask.shape)}"
-            )
+        if token_mask is not None:
+            if token_mask.shape != x.shape[:-1] or token_mask.dtype != torch.bool:
+                raise ValueError(
+                    f"token_mask must be bool of shape {tuple(x.shape[:-1])}, got {token_mask.dtype} {tuple(token_mask.shape)}"
+                )
+            if token_mask.device != x.device:
+                raise ValueError(f"token_mask must be on {x.device}, as x is, got {token_mask.device}")
         if router_logits is None:
             return
         if router_logits.shape != (*x.shape[:-1], self.resident.num_experts):

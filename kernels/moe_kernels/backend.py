@@ -63,7 +63,8 @@ def uses_pdl(tensor: torch.Tensor) -> bool:
     Such a kernel (programmatic dependent launch, from Hopper on) is set up beforehand and holds at `gdc_wait()` until its
     predecessor has ended and all of that one's writes are seen. *Every* program begins with that wait, also one that
     reads nothing new: a wait covers only the one kernel before, so what an older kernel wrote is there only if that
-    predecessor had itself waited. After it, `gdc_launch_dependents()` lets the next kernel be set up at once.
+    predecessor had itself waited. (`one_token` has one founded exception.) After it, `gdc_launch_dependents()` lets the
+    next kernel be set up at once.
     """
     return not INTERPRETED and tensor.is_cuda and _has_pdl(tensor.device.index)
 
@@ -73,11 +74,14 @@ def _has_pdl(device_index: int) -> bool:
     return torch.version.cuda is not None and torch.cuda.get_device_capability(device_index) >= (9, 0)
 
 
+_PLAIN = {torch.Tensor, torch.nn.Parameter, int, float, bool, str, list, type(None)}
+
+
 class RegisteredOp:
     """A function registered with `torch.library`; called directly where registration would add nothing but host time.
 
-    That is: in eager mode, without gradients, modes or tracers. A registered op's way through the dispatcher and back to
-    Python takes longer than many of these kernels run.
+    That is: in eager mode, for plain tensors, without gradients, modes, transforms or tracers. A registered op's way
+    through the dispatcher and back to Python takes longer than many of these kernels run.
     """
 
     def __init__(self, name: str, function: Callable[..., Any], mutates_args: tuple[str, ...] = ()) -> None:
@@ -91,6 +95,8 @@ class RegisteredOp:
             torch.compiler.is_compiling()
             or torch._C._len_torch_dispatch_stack()
             or torch._C._len_torch_function_stack()
+            or torch._C._functorch.peek_interpreter_stack() is not None
+            or not _PLAIN.issuperset(map(type, arguments))
             or (
                 torch.is_grad_enabled()
                 and any(isinstance(argument, torch.Tensor) and argument.requires_grad for argument in arguments)

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import torch
 
+from moe_kernels.config import has_tma
+
 FLOATS = (torch.float32, torch.float16, torch.bfloat16)
 
 
@@ -46,14 +48,25 @@ def check_slots(name: str, weights: torch.Tensor) -> None:
 
 
 def check_tma(name: str, weights: torch.Tensor, columns: int | None = None) -> None:
-    """What the tensor memory accelerator asks of slots: 16-bit elements, and rows, slots and base in units of 16 bytes."""
-    slots, rows, inner = weights.shape
+    """What the tensor memory accelerator asks of shapes: 16-bit elements, and rows in units of 16 bytes."""
+    _, rows, inner = weights.shape
     if weights.element_size() != 2:
         raise ValueError(f"{name} has dtype {weights.dtype}: config.tma needs torch.float16 or torch.bfloat16")
     if inner % 8 or (rows if columns is None else columns) % 8:
         raise ValueError(f"{name} has shape {tuple(weights.shape)}: config.tma needs sizes divisible by 8")
-    if (weights.stride(0) % 8 and slots > 1) or weights.data_ptr() % 16:
+
+
+def check_tma_address(name: str, tensor: torch.Tensor) -> None:
+    """What it asks of a GPU and of addresses, which a tracer does not have: called inside the registered ops."""
+    if tensor.is_cuda and not has_tma(tensor.device):
+        raise ValueError(f"{name} is on {tensor.device}: config.tma needs a GPU for which has_tma() is true")
+    if (tensor.stride(0) % 8 and tensor.shape[0] > 1) or tensor.data_ptr() % 16:
         raise ValueError(
-            f"{name} has strides {weights.stride()} and begins at {weights.data_ptr():#x}: config.tma needs slots that "
+            f"{name} has strides {tensor.stride()} and begins at {tensor.data_ptr():#x}: config.tma needs slots and rows that "
             "begin at multiples of 16 bytes"
         )
+
+
+def slot_stride(weights: torch.Tensor) -> int:
+    """Elements from slot to slot; of a single slot the tensor's own stride says nothing."""
+    return weights.stride(0) if weights.shape[0] > 1 else weights.shape[1] * weights.shape[2]

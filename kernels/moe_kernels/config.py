@@ -21,8 +21,8 @@ class GemmConfig:
         num_warps: warps per program.
         num_stages: depth of the software pipeline of loads; does not change any bit of the result.
         group_m: tiles that share a column block before the next column block begins (reuse of weights in L2).
-        tma: whether the weights come through the tensor memory accelerator (16-bit dtypes on Hopper and Blackwell data
-            center GPUs; sizes divisible by 8). The others below are only for these kernels.
+        tma: whether the weights come through the tensor memory accelerator (16-bit dtypes on Hopper; H and I divisible by
+            8). The others below are only for these kernels.
         swap: weights on the M side of the product, for few rows: the tensor core takes 64 rows there and 16 on the N side.
         tail_m: tiles of at most so many rows are computed as ones of `tail_m` rows; 0, or a power of two, at least 64.
         programs_per_sm: `expert_down` only: so many persistent programs per multiprocessor; 0 is one program per tile.
@@ -52,6 +52,11 @@ class GemmConfig:
         # Smaller tails would be multiplied by mma.sync, whose bits are not those of wgmma.
         if self.tail_m and (self.tail_m < 64 or self.tail_m & (self.tail_m - 1)):
             raise ValueError(f"tail_m={self.tail_m}: must be 0, or a power of two and at least 64")
+        if self.tail_m >= self.block_m and self.tail_m:
+            raise ValueError(f"tail_m={self.tail_m}: must be less than block_m={self.block_m}")
+        if self.tma and not (128 if self.swap else 32) <= self.block_n <= 256:
+            # Swapped, gate and up rows are 64 each at least, or they would be multiplied by mma.sync; a box holds 256.
+            raise ValueError(f"block_n={self.block_n}: must be in [{128 if self.swap else 32}, 256] with tma=True")
         if self.tail_m and (self.swap or self.programs_per_sm):
             raise ValueError(f"tail_m={self.tail_m}: not together with swap or programs_per_sm")
 
@@ -100,11 +105,12 @@ _TABLE_TMA: tuple[tuple[int | None, GemmConfig, GemmConfig, GemmConfig], ...] = 
     (512, _WIDE, _WIDE_SHORT, _WIDE_PERSISTENT),
     (None, _WIDE, _WIDE_PERSISTENT, _WIDE_PERSISTENT),
 )
-_TMA_ARCHITECTURES = (9, 10)  # compute capability, major: with as much shared memory as the tiles above need
+# Compute capability, major. Blackwell has TMA too, but whether its products keep equal bits for all variants is not known.
+_TMA_ARCHITECTURES = (9,)
 
 
 def has_tma(device: torch.device) -> bool:
-    """Whether the TMA kernels' tiles fit a device; the CPU's interpreter runs them, but gains nothing."""
+    """Whether the TMA kernels are for this device: Hopper. The CPU's interpreter runs them too, but gains nothing."""
     if device.type != "cuda" or torch.version.cuda is None:
         return False
     return torch.cuda.get_device_capability(device)[0] in _TMA_ARCHITECTURES
@@ -135,12 +141,12 @@ def gemm_config(
         top_k: experts per token.
         num_experts: logical experts of the layer.
         gated: True for `expert_up`, False for `expert_down`.
-        tma: `has_tma(device)`, the same on all ranks; used for 16-bit dtypes and sizes divisible by 8 (TMA needs rows of
-            a multiple of 16 bytes).
+        tma: `has_tma(device)`, the same on all ranks; used for 16-bit dtypes where H and I are divisible by 8 (TMA needs
+            rows of a multiple of 16 bytes).
         shared_memory: bytes that a block may use without TMA; it limits only `num_stages`, which changes no bit.
 
     Returns:
-        The configuration; `block_m` depends only on `dtype`, `tma`, whether n and k are divisible by 8, and the bucket of
+        The configuration; `block_m` depends only on `dtype`, `tma`, whether H and I are divisible by 8, and the bucket of
         rows per expert, so that both GEMMs of a layer can use one schedule.
 
     Raises:

@@ -15,6 +15,7 @@ import triton.language as tl
 from triton.tools.tensor_descriptor import TensorDescriptor
 
 from moe_kernels.backend import gdc_launch_dependents, gdc_wait, on_device, uses_pdl
+from moe_kernels.checks import check_tma_address, slot_stride
 from moe_kernels.config import GemmConfig
 from moe_kernels.numerics import dot, narrow
 from moe_kernels.tile_order import tile_and_column_block
@@ -153,6 +154,8 @@ def expert_down_tma(
     config: GemmConfig,
 ) -> torch.Tensor:
     """Launches the kernel; arguments as `expert_down`'s."""
+    check_tma_address("hidden_NI", hidden_NI)
+    check_tma_address("down_SHI", down_SHI)
     slots, hidden_size, intermediate = down_SHI.shape
     rows_NH = hidden_NI.new_empty((order_N.shape[0], hidden_size))
     num_programs = tile_lane.shape[0] * triton.cdiv(hidden_size, config.block_n)
@@ -163,7 +166,12 @@ def expert_down_tma(
         num_programs = min(num_programs, config.programs_per_sm * multiprocessors)
 
     def rows_of(block_m: int) -> TensorDescriptor:
-        return TensorDescriptor(hidden_NI, list(hidden_NI.shape), [hidden_NI.stride(0), 1], [block_m, config.block_k])
+        return TensorDescriptor(
+            hidden_NI,
+            list(hidden_NI.shape),
+            [hidden_NI.stride(0) if len(hidden_NI) > 1 else intermediate, 1],
+            [block_m, config.block_k],
+        )
 
     hidden = rows_of(config.block_m)
     pdl = uses_pdl(hidden_NI)
@@ -174,7 +182,7 @@ def expert_down_tma(
             TensorDescriptor(
                 down_SHI,
                 [slots, hidden_size, intermediate],
-                [down_SHI.stride(0), intermediate, 1],
+                [slot_stride(down_SHI), intermediate, 1],
                 [1, config.block_n, config.block_k],
             ),
             lane_to_slot_L,

@@ -13,6 +13,7 @@ import triton.language as tl
 from triton.tools.tensor_descriptor import TensorDescriptor
 
 from moe_kernels.backend import gdc_launch_dependents, gdc_wait, on_device, uses_pdl
+from moe_kernels.checks import check_tma_address, slot_stride
 from moe_kernels.config import GemmConfig
 from moe_kernels.numerics import dot, gated, narrow
 from moe_kernels.tile_order import tile_and_column_block
@@ -185,8 +186,9 @@ def expert_up_tma(
     config: GemmConfig,
 ) -> torch.Tensor:
     """Launches the kernel; arguments as `expert_up`'s."""
+    check_tma_address("gate_up_SNH", gate_up_SNH)
     slots, double, hidden_size = gate_up_SNH.shape
-    intermediate, block_i, stride_slot = double // 2, config.block_n // 2, gate_up_SNH.stride(0)
+    intermediate, block_i, stride_slot = double // 2, config.block_n // 2, slot_stride(gate_up_SNH)
     hidden_NI = x_RH.new_empty((order_N.shape[0], intermediate))
     grid = (tile_lane.shape[0] * triton.cdiv(intermediate, block_i),)
     if not grid[0]:
@@ -195,6 +197,8 @@ def expert_up_tma(
         shape, strides = [slots, double, hidden_size], [stride_slot, hidden_size, 1]
         block = [1, block_i, config.block_k]
     else:
+        # Not in the order of their strides, which cuTensorMapEncodeTiled's documentation asks for and neither driver (580)
+        # nor GPU minds: it is what brings gate and up rows into shared memory interleaved.
         shape = [slots, intermediate // 8, 2, 8, hidden_size]
         strides = [stride_slot, 8 * hidden_size, intermediate * hidden_size, hidden_size, 1]
         block = [1, block_i // 8, 2, 8, config.block_k]

@@ -212,7 +212,8 @@ def _down_kernel(
     row = tl.program_id(0).to(tl.int64)
     k = tl.arange(0, BLOCK_K)
     choice_ptr = _choice_in(scratch_ptr, SCRATCH)
-    slot = tl.load(choice_ptr + k, mask=k < TOP_K, other=-1).to(tl.int64)
+    # From L2: before its own wait a program may have an older line of this memory in L1.
+    slot = tl.load(choice_ptr + k, mask=k < TOP_K, other=-1, cache_modifier=".cg").to(tl.int64)
     chosen = slot >= 0
     at = down_ptr + (slot * stride_slot + row * INTERMEDIATE)[:, None]
     i = tl.arange(0, BLOCK_I)[None, :]
@@ -228,7 +229,9 @@ def _down_kernel(
         inside = chosen[:, None] & (i < INTERMEDIATE)
         down = tl.load(at + i, mask=inside, other=0.0)
         product += widen(down) * widen(tl.load(hidden_at + i, mask=inside, other=0.0))
-    weights = tl.load(choice_ptr + TOP_K + k, mask=k < TOP_K, other=0).to(tl.float32, bitcast=True)
+    weights = tl.load(choice_ptr + TOP_K + k, mask=k < TOP_K, other=0, cache_modifier=".cg").to(
+        tl.float32, bitcast=True
+    )
     y = tl.sum(tl.sum(product, axis=1) * weights, axis=0)
     tl.store(y_ptr + row, narrow(y, y_ptr.dtype.element_ty))
 
@@ -298,6 +301,7 @@ def _make_plan(
 
 
 _plans: dict[Any, _Plan] = {}
+_MOST_PLANS = 256  # kinds of layers; a process has few
 
 
 def _one_token_triton(
@@ -326,17 +330,18 @@ def _one_token_triton(
     device_index = x_1H.get_device()
     key = (
         device_index,
-        x_1H.dtype,
-        logits_1E.dtype,
+        (x_1H.dtype, logits_1E.dtype, gate_up_SNH.dtype, down_SHI.dtype, None if bias_E is None else bias_E.dtype),
         (hidden_size, intermediate, stride_up, stride_down, num_experts, num_entries, num_lanes, top_k),
-        (score_function, renormalize, scale, activation),
-        (bias_E is None, token_mask_1 is None, increment_1 is None),
+        (score_function, renormalize, activation),
+        (token_mask_1 is None, increment_1 is None),
     )
     aligned = not (x_1H.data_ptr() | gate_up_SNH.data_ptr() | down_SHI.data_ptr()) % 16
     plan = _plans.get(key) if aligned else None
     if plan is None:
         plan = _make_plan(x_1H, down_SHI, num_experts, top_k, score_function, renormalize, activation)
         if aligned:
+            if len(_plans) >= _MOST_PLANS:
+                _plans.clear()
             _plans[key] = plan
     # hidden, and behind it the choice: one allocation, which takes the host as long as a launch.
     scratch = x_1H.new_empty(plan.scratch + 8 * top_k // x_1H.element_size())
@@ -373,7 +378,7 @@ _EARLY_BYTES = 32 << 20
 
 
 def _block(size: int) -> int:
-    """The widest block that wastes no loads, or what holds them all."""
+    """The widest block that divides the size; else 1024, or what holds it all."""
     return next((block for block in (2048, 1024, 512) if size % block == 0), min(1024, triton.next_power_of_2(size)))
 
 

@@ -102,7 +102,8 @@ def test_kernels(op, tmp_path):
     rows = rows_of(path)
     assert {row["case"] for row in rows} == {"8:2:64:32/T1", "8:2:64:32/T20"}
     assert len({row["provider"] for row in rows}) >= 2
-    assert {float(row["rel_err"]) for row in rows if row["rel_err"] and row["provider"] == rows[0]["provider"]} == {0.0}
+    # On a CPU the op is its own reference (tests/moe_kernels compares them); what is seen here is that peers do the same.
+    assert all(float(row["rel_err"]) < 1e-2 for row in rows if row["rel_err"])
 
 
 def test_a_wrong_kernel_fails_the_run(capsys):

@@ -17,7 +17,7 @@ def files(tmp_path):
             writer.writerows(rows)
         return str(path)
 
-    row = {"experts_hit": 8, "floor_us": 10.0, "mode": "graph"}
+    row = {"experts_hit": 8, "floor_us": 10.0, "mode": "graph", "rel_err": 0.002, "dtype": "bf16"}
     results = [
         row | {"case": "qwen3/T1", "provider": "moe_layer", "median_us": 20.0},
         row | {"case": "qwen3/T1", "provider": "moe_layer", "median_us": 99.0, "mode": "eager"},
@@ -51,3 +51,17 @@ def test_a_case_without_peers_is_an_error(files, tmp_path):
     peers.write_text("case,provider,median_us\nqwen3/T1,A,1\n")
     with pytest.raises(SystemExit):
         main([results, str(peers)])
+
+
+@pytest.mark.parametrize("change", [{"rel_err": "nan"}, {"rel_err": 0.1}, {"dtype": "fp32"}])
+def test_wrong_results_are_not_shown(files, tmp_path, change):
+    results, peers = files
+    with open(results, newline="") as file:
+        rows = list(csv.DictReader(file))
+    rows[0] |= change
+    with open(results, "w", newline="") as file:
+        writer = csv.DictWriter(file, rows[0])
+        writer.writeheader()
+        writer.writerows(rows)
+    with pytest.raises(SystemExit):
+        main([results, peers])

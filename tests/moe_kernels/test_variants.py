@@ -16,6 +16,7 @@ from moe_kernels import (
     expert_up_torch,
     gemm_config,
 )
+from moe_kernels.config import _TABLE_TMA
 
 NARROW = GemmConfig(16, 128, 64, 4, 3, tma=True, swap=True)
 MIDDLE = GemmConfig(64, 128, 64, 4, 3, group_m=2, tma=True)
@@ -23,7 +24,7 @@ WIDE = GemmConfig(128, 128, 64, 8, 3, tma=True, tail_m=64)
 PERSISTENT = GemmConfig(64, 128, 64, 4, 3, group_m=3, tma=True, programs_per_sm=1)
 VARIANTS = {
     "16 rows, swapped": NARROW,
-    "32 rows, swapped": replace(NARROW, block_m=32, block_n=64),
+    "32 rows, swapped": replace(NARROW, block_m=32),
     "64 rows": MIDDLE,
     "128 rows, tails": WIDE,
     "persistent": PERSISTENT,
@@ -114,6 +115,26 @@ def test_tma_variants_have_equal_bits(make_experts, shape):
             assert torch.equal(actual, wanted), name
 
 
+SERVED = sorted({config for row in _TABLE_TMA for config in row[1:]}, key=GemmConfig.as_list)
+
+
+@pytest.mark.parametrize("config", SERVED, ids=lambda config: "-".join(map(str, config.as_list())))
+def test_served_configs_have_equal_bits_in_any_company(make_experts, config):
+    """Whether a row is in a tail depends on the other rows of its expert: its bits must not."""
+    experts = make_experts(200, 2, 2, 192, 136, torch.bfloat16)
+    hidden, rows = run(experts, config)
+    # In the interpreter, block_k decides where float64 products are rounded.
+    for other in (replace(NARROW, block_k=config.block_k), replace(config, tail_m=0)):
+        for actual, wanted in zip(run(experts, other), (hidden, rows), strict=True):
+            assert torch.equal(actual, wanted)
+    # Fewer and fewer of them: the rows that are left are computed in full tiles, in tails and alone.
+    for kept in (140, 70, 33, 1):
+        few = replace(
+            experts, lanes_N=torch.where(torch.arange(400, device=rows.device) < 2 * kept, experts.lanes_N, -1)
+        )
+        assert torch.equal(run(few, config)[1], rows[: int((few.lanes_N >= 0).sum())])
+
+
 @pytest.mark.parametrize("num_tokens", [1, 16, 64, 256, 1024, 16384])
 def test_configured_pair_on_a_ragged_shape(make_experts, assert_close, num_tokens):
     """The configurations that serving uses, both GEMMs with their own."""
@@ -141,11 +162,40 @@ def test_configured_pair_on_a_ragged_shape(make_experts, assert_close, num_token
         ({"tail_m": 96}, "tail_m=96"),
         ({"tail_m": 64, "programs_per_sm": 1}, "not together"),
         ({"programs_per_sm": -1}, "programs_per_sm=-1"),
+        ({"block_m": 64}, "tail_m=64: must be less than block_m=64"),
+        ({"block_n": 512}, "block_n=512"),
+        ({"block_n": 64, "swap": True, "tail_m": 0}, "block_n=64"),
     ],
 )
 def test_refuses_what_does_not_go_together(change, message):
     with pytest.raises(ValueError, match=message):
-        replace(WIDE, swap=False, **({"tail_m": 64} | change))
+        replace(WIDE, **change)
+
+
+def test_compiles_as_one_graph(make_experts):
+    experts = make_experts(9, 2, 3, 64, 32, torch.bfloat16)
+    schedule = build_schedule(experts.lanes_N, experts.counts_L, block_m=NARROW.block_m)
+
+    def both(x):
+        common = (experts.lane_to_slot_L, schedule)
+        hidden = expert_up(x, experts.gate_up_SNH, *common, fanout=2, config=NARROW)
+        return expert_down(hidden, experts.down_SHI, *common, experts.row_weights_N, config=NARROW)
+
+    computed = experts.lanes_N >= 0
+    compiled = torch.compile(both, fullgraph=True, backend="aot_eager")
+    assert torch.equal(compiled(experts.x_RH)[computed], both(experts.x_RH)[computed])
+
+
+def test_one_slot_may_have_any_stride(make_experts, assert_close):
+    experts = make_experts(5, 1, 1, 16, 16, torch.bfloat16)
+    experts.lane_to_slot_L.zero_()
+    odd = {
+        name: getattr(experts, name)[:1].as_strided((1, *getattr(experts, name).shape[1:]), (259, 16, 1))
+        for name in ("gate_up_SNH", "down_SHI")
+    }
+    alone = replace(experts, **odd)
+    for actual, wanted in zip(run(alone, NARROW), run(experts, NARROW, backend="torch"), strict=True):
+        assert_close(actual, wanted, scale=2)
 
 
 def test_tma_refuses_what_it_cannot_load(make_experts):

@@ -152,6 +152,43 @@ def test_one_token_alone(backend, leading, device, assert_close):
     assert layer.resident.load_E.sum() == 4
 
 
+def test_one_token_passes_over_nobody(device):
+    """Hooks on the experts and dispatchers of one's own see one token too."""
+    seen = []
+
+    class Counting(LocalDispatcher):
+        def dispatch(self, *arguments):
+            seen.append("dispatch")
+            return super().dispatch(*arguments)
+
+    layer = make_layer("plain", device, backend="triton")
+    layer.experts.register_forward_hook(lambda *_: seen.append("hook"))
+    with torch.no_grad():
+        layer(clear_tokens(layer, 1))
+        layer = make_layer("plain", device, backend="triton", dispatcher=Counting())
+        layer(clear_tokens(layer, 1))
+    assert seen == ["hook", "dispatch"]
+
+
+@pytest.mark.parametrize("num_tokens", [1, 2])
+def test_parts_of_different_dtypes_are_refused(num_tokens, device):
+    layer = make_layer("plain", device, torch.bfloat16, backend="triton")
+    layer.gate.float()
+    with torch.no_grad(), pytest.raises(ValueError, match="dtype"):
+        layer(torch.zeros(num_tokens, 32, device=device))
+
+
+@pytest.mark.parametrize("num_tokens", [1, 3])
+def test_masks_of_any_stride_but_on_the_same_device(num_tokens, device):
+    layer = make_layer("plain", device)
+    x = clear_tokens(layer, num_tokens)
+    mask = torch.ones(num_tokens, 2, dtype=torch.bool, device=device)[:, 0]
+    with torch.no_grad():
+        assert torch.equal(layer(x, mask), layer(x))
+        with pytest.raises(ValueError, match="token_mask must be on"):
+            layer(x, torch.ones(num_tokens, dtype=torch.bool, device="meta"))
+
+
 @pytest.mark.parametrize("backend", ["torch", "triton"])
 @pytest.mark.parametrize("num_tokens", [1, 12])
 def test_router_logits_of_the_caller(backend, num_tokens, device):
