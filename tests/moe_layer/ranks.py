@@ -128,7 +128,7 @@ class Service:
             )
 
     def assert_well(self) -> None:
-        """Health and metrics after relocations, with all of them at rest."""
+        """Health and metrics after relocations, with all of them at rest. Collective."""
         health, metrics = self.controller.health(), self.controller.metrics()
         slot_bytes = self.layers[0].resident.pool.slot_bytes
         assert health.last_error is None and metrics.failures == 0, health
@@ -139,3 +139,5 @@ class Service:
         assert metrics.abandoned == 0 and metrics.windows >= 1, metrics
         assert 0 < (metrics.balancedness or 0) <= 1, metrics
         assert metrics.fill_seconds > 0 and metrics.grace_seconds > 0, metrics
+        # Who is done closes its controller, and the others' health then says so: not before they have looked.
+        everybody(True, self.group, self.device)
