@@ -110,8 +110,8 @@ def _cell(value: Any) -> Any:
     )
 
 
-def plot_over_floor(rows: Sequence[Mapping[str, Any]], path: Path, title: str) -> None:
-    """Time over floor by case, a marker for each provider."""
+def plot_over_floor(rows: Sequence[Mapping[str, Any]], path: Path, title: str, hardware: str | None = None) -> None:
+    """Time over floor by case, a marker for each provider, the first on top; `hardware`: this machine's if None."""
     plt = require_matplotlib()
     cases = list(dict.fromkeys(row["case"] for row in rows))
     providers = list(dict.fromkeys((row["provider"], row["mode"]) for row in rows))
@@ -123,13 +123,24 @@ def plot_over_floor(rows: Sequence[Mapping[str, Any]], path: Path, title: str) -
             if (row["provider"], row["mode"]) == (provider, mode)
         ]
         label = provider if mode == "graph" else f"{provider}, {mode}"
-        axis.plot(*zip(*points, strict=True), marker, label=label, markersize=5, alpha=0.8)
+        is_first = (provider, mode) == providers[0]
+        axis.plot(
+            *zip(*points, strict=True),
+            marker,
+            label=label,
+            markersize=6 if is_first else 5,
+            alpha=1 if is_first else 0.6,
+            zorder=3 if is_first else 2,
+        )
     axis.axhline(1, color="k", linewidth=1)
-    if max(row["median_us"] / row["floor_us"] for row in rows) > 10:
+    if max(row["median_us"] / row["floor_us"] for row in rows) > 4:
         axis.set_yscale("log")
+        ticks = [tick for tick in (1, 1.25, 1.5, 2, 3, 4, 6, 8, 10, 20, 50, 100) if tick <= axis.get_ylim()[1]]
+        axis.set_yticks(ticks, [f"{tick:g}" for tick in ticks])
+        axis.minorticks_off()
     axis.set_xticks(range(len(cases)), cases, rotation=90)
     axis.set_ylabel("time / floor")
-    axis.set_title(f"{title} ({environment()['device']})")
+    axis.set_title(f"{title} ({hardware or environment()['device']})")
     axis.grid(axis="y", which="both", linewidth=0.3)
     axis.legend(fontsize="small")
     figure.savefig(path, dpi=110)

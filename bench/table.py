@@ -52,7 +52,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         f"\ngeometric means over {len(ours_over_floor)} cases: moe_layer {ours:.3f} × floor, best peers {best:.3f} × floor"
     )
     if options.plot:
-        plot_over_floor(_plot_rows(results, peers), options.plot, "One MoE layer's forward")
+        plot_over_floor(_plot_rows(results, peers), options.plot, "One MoE layer's forward", results[0]["device"])
     return 0
 
 

@@ -17,7 +17,7 @@ def files(tmp_path):
             writer.writerows(rows)
         return str(path)
 
-    row = {"experts_hit": 8, "floor_us": 10.0, "mode": "graph", "rel_err": 0.002, "dtype": "bf16"}
+    row = {"experts_hit": 8, "floor_us": 10.0, "mode": "graph", "rel_err": 0.002, "dtype": "bf16", "device": "a GPU"}
     results = [
         row | {"case": "qwen3/T1", "provider": "moe_layer", "median_us": 20.0},
         row | {"case": "qwen3/T1", "provider": "moe_layer", "median_us": 99.0, "mode": "eager"},
