@@ -69,3 +69,43 @@ def resolve_device(device: Any) -> torch.device:
     if index >= count:
         raise ValueError(f"device must be one of this machine's, which has {count} CUDA devices; got {device!r}")
     return torch.device("cuda", index)
+
+
+def check_forward_input(
+    x: torch.Tensor,
+    token_mask: torch.Tensor | None,
+    router_logits: torch.Tensor | None,
+    weight: torch.Tensor,
+    hidden_size: int,
+    num_experts: int,
+) -> None:
+    """What `MoELayer.forward` is given; `weight`: any of the layer's, whose dtype and device count.
+
+    Raises:
+        ValueError: shape, dtype or device of an argument do not fit.
+    """
+    if x.dim() == 0 or x.shape[-1] != hidden_size:
+        raise ValueError(f"x must have hidden_size={hidden_size} as its last dimension, got shape {tuple(x.shape)}")
+    if x.dtype != weight.dtype:
+        raise ValueError(f"x must have the layer's dtype {weight.dtype}, got {x.dtype}")
+    if x.device != weight.device:
+        raise ValueError(f"x must be on the layer's device {weight.device}, got {x.device}")
+    if token_mask is not None:
+        if token_mask.shape != x.shape[:-1] or token_mask.dtype != torch.bool:
+            raise ValueError(
+                f"token_mask must be bool of shape {tuple(x.shape[:-1])}, got {token_mask.dtype} {tuple(token_mask.shape)}"
+            )
+        if token_mask.device != x.device:
+            raise ValueError(f"token_mask must be on {x.device}, as x is, got {token_mask.device}")
+    if router_logits is None:
+        return
+    if router_logits.shape != (*x.shape[:-1], num_experts):
+        raise ValueError(
+            f"router_logits must have shape {(*x.shape[:-1], num_experts)}, one logit per token and "
+            f"expert, got {tuple(router_logits.shape)}"
+        )
+    if router_logits.dtype not in DTYPES or router_logits.device != x.device:
+        raise ValueError(
+            f"router_logits must be one of {', '.join(map(str, DTYPES))} and on {x.device}, as x is; got "
+            f"{router_logits.dtype} on {router_logits.device}"
+        )

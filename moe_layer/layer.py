@@ -15,7 +15,14 @@ from eplb.pool import SlotPool
 from eplb.resident import ResidentExperts
 from eplb.streams import streams_of
 from moe_kernels import GOLDEN, SHARE_BITS, one_token, resolve_backend, select_replicas
-from moe_layer.arguments import DTYPES, check_choice, check_integer, physical_per_rank, resolve_device, resolve_dtype
+from moe_layer.arguments import (
+    check_choice,
+    check_forward_input,
+    check_integer,
+    physical_per_rank,
+    resolve_device,
+    resolve_dtype,
+)
 from moe_layer.collectives import broadcast_
 from moe_layer.dispatch import AllToAllDispatcher, Dispatcher, LocalDispatcher
 from moe_layer.experts import ACTIVATIONS, Experts, expert_specs
@@ -170,7 +177,7 @@ class MoELayer(nn.Module):
         Raises:
             ValueError: shape, dtype or device of an argument do not fit.
         """
-        self._check_input(x, token_mask, router_logits)
+        check_forward_input(x, token_mask, router_logits, self.gate.weight, self.hidden_size, self.resident.num_experts)
         x_TH = _rows(x)
         mask_T = None if token_mask is None else token_mask.reshape(-1).contiguous()
         logits_TE = self.gate(x_TH) if router_logits is None else _rows(router_logits)
@@ -258,7 +265,7 @@ class MoELayer(nn.Module):
             token_mask_1=token_mask_1,
             activation=experts.activation,
             backend="triton",
-            validate=False,  # `_check_input` and `_is_one_token_alone` have looked
+            validate=False,  # `check_forward_input` and `_is_one_token_alone` have looked
         )
 
     def _computed(
@@ -279,38 +286,6 @@ class MoELayer(nn.Module):
     ) -> torch.Tensor:
         dispatched = self.dispatcher.dispatch(x_TH, weights_TK, lanes_TK, counts_L)
         return self.dispatcher.combine(self.experts(dispatched), dispatched, self.backend)
-
-    def _check_input(
-        self, x: torch.Tensor, token_mask: torch.Tensor | None, router_logits: torch.Tensor | None
-    ) -> None:
-        weight = self.gate.weight
-        if x.dim() == 0 or x.shape[-1] != self.hidden_size:
-            raise ValueError(
-                f"x must have hidden_size={self.hidden_size} as its last dimension, got shape {tuple(x.shape)}"
-            )
-        if x.dtype != weight.dtype:
-            raise ValueError(f"x must have the layer's dtype {weight.dtype}, got {x.dtype}")
-        if x.device != weight.device:
-            raise ValueError(f"x must be on the layer's device {weight.device}, got {x.device}")
-        if token_mask is not None:
-            if token_mask.shape != x.shape[:-1] or token_mask.dtype != torch.bool:
-                raise ValueError(
-                    f"token_mask must be bool of shape {tuple(x.shape[:-1])}, got {token_mask.dtype} {tuple(token_mask.shape)}"
-                )
-            if token_mask.device != x.device:
-                raise ValueError(f"token_mask must be on {x.device}, as x is, got {token_mask.device}")
-        if router_logits is None:
-            return
-        if router_logits.shape != (*x.shape[:-1], self.resident.num_experts):
-            raise ValueError(
-                f"router_logits must have shape {(*x.shape[:-1], self.resident.num_experts)}, one logit per token and "
-                f"expert, got {tuple(router_logits.shape)}"
-            )
-        if router_logits.dtype not in DTYPES or router_logits.device != x.device:
-            raise ValueError(
-                f"router_logits must be one of {', '.join(map(str, DTYPES))} and on {x.device}, as x is; got "
-                f"{router_logits.dtype} on {router_logits.device}"
-            )
 
     def _apply(self, fn: Any, recurse: bool = True) -> "MoELayer":
         self.experts.refuse_if_bound_and_changed(fn)  # before any other part has changed

@@ -24,7 +24,7 @@ MODULES = {
         "expert_down_tma",
         "expert_up",
         "expert_up_tma",
-        "one_token",
+        "one_token_triton",
         "replicas",
         "routing",
         "schedule",
@@ -146,7 +146,7 @@ def compile_one_token(arch: int, dtype: torch.dtype) -> None:
         "BLOCK_K": 8,
         "SCRATCH": 6144,
     }
-    compile_kernel("one_token", "_choice_kernel", choice, constants, arch, num_warps=1, launch_pdl=pdl)
+    compile_kernel("one_token_triton", "_choice_kernel", choice, constants, arch, num_warps=1, launch_pdl=pdl)
     sizes = {"HIDDEN_SIZE": 2880, "INTERMEDIATE": 768, "PDL": pdl, "SCRATCH": 6144}
     for name, types, constants in (
         ("_up_kernel", ("x_ptr", "gate_up_ptr", "scratch_ptr"), {"ACTIVATION": "silu", "BLOCK_H": 1024}),
@@ -157,7 +157,13 @@ def compile_one_token(arch: int, dtype: torch.dtype) -> None:
         ),
     ):
         compiled = compile_kernel(
-            "one_token", name, dict.fromkeys(types, element), sizes | constants, arch, num_warps=4, launch_pdl=pdl
+            "one_token_triton",
+            name,
+            dict.fromkeys(types, element),
+            sizes | constants,
+            arch,
+            num_warps=4,
+            launch_pdl=pdl,
         )
         assert "ld.global.v4" in compiled.asm["ptx"], "weights must be loaded 16 bytes at a time"
 

@@ -1,7 +1,5 @@
 """All of a forward for one token, against the separate ops."""
 
-import sys
-
 import pytest
 import torch
 from hypothesis import given, settings
@@ -21,7 +19,6 @@ from moe_kernels import (
 from moe_kernels.one_token import _one_token
 
 ONE = 1 << SHARE_BITS
-MODULE = sys.modules["moe_kernels.one_token"]  # the package has a function of this name
 
 
 def table_of(replicas, device):
@@ -125,8 +122,8 @@ def test_equals_the_separate_ops(
 @pytest.mark.parametrize("backend", ["torch", "triton"])
 @pytest.mark.parametrize("sizes", [(128, 24), (130, 72), (60, 192)])
 def test_several_blocks(make_experts, assert_close, monkeypatch, backend, sizes):
-    monkeypatch.setattr(MODULE, "_block", lambda size: 64)
-    monkeypatch.setattr(MODULE, "_ELEMENTS", 64)
+    monkeypatch.setattr("moe_kernels.one_token_triton._block", lambda size: 64)
+    monkeypatch.setattr("moe_kernels.one_token_triton._ELEMENTS", 64)
     given_arguments = arguments(make_experts, [1, 1, 1], 2, *sizes, torch.bfloat16)
     expected, _ = separate(given_arguments)
     assert_close(one_token(**given_arguments, backend=backend), expected, scale=4)

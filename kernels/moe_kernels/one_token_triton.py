@@ -1,0 +1,375 @@
+# mypy: allow-incomplete-defs
+# Of the arguments of a kernel only the constants are annotated.
+"""The kernels of `one_token` and their launches.
+
+K experts per token, E logical experts, P entries of the table, H hidden, I intermediate, S slots, L lanes.
+"""
+
+from __future__ import annotations
+
+from contextlib import nullcontext
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import triton
+import triton.language as tl
+
+from moe_kernels.backend import (
+    PreparedLaunch,
+    current_device,
+    gdc_launch_dependents,
+    gdc_wait,
+    on_device,
+    raw_stream,
+    uses_pdl,
+)
+from moe_kernels.numerics import gated, narrow, widen
+from moe_kernels.replicas import GOLDEN, SHARE_ONE
+from moe_kernels.routing import choose_experts
+
+_SHARE_MASK = tl.constexpr(SHARE_ONE - 1)
+_GOLDEN = tl.constexpr(GOLDEN)
+_LINE_BYTES = 128
+
+
+@triton.jit
+def _prefetch(pointer, num_elements, LINE: tl.constexpr):
+    """Begin to bring up to 32 lines of LINE elements into L2."""
+    address = pointer + tl.minimum(tl.arange(0, 32) * LINE, num_elements - 1)
+    tl.inline_asm_elementwise(
+        "prefetch.global.L2 [$1]; mov.u32 $0, 0;", "=r,l", [address], dtype=tl.int32, is_pure=False, pack=1
+    )
+
+
+@triton.jit
+def _choice_in(scratch_ptr, SCRATCH: tl.constexpr):
+    """Slots and weights' bits, int32 [2, K], behind the SCRATCH elements of hidden."""
+    return (scratch_ptr + SCRATCH).to(tl.pointer_type(tl.int32), bitcast=True)
+
+
+@triton.jit(
+    do_not_specialize=["rank_start"],
+    do_not_specialize_on_alignment=[
+        "logits_ptr", "bias_ptr", "mask_ptr", "offsets_ptr", "table_lanes_ptr", "cumulative_ptr", "lane_to_slot_ptr",
+        "increment_ptr", "load_ptr",
+    ],
+)  # fmt: skip
+def _choice_kernel(
+    # inputs
+    logits_ptr,
+    bias_ptr,  # None: no bias
+    mask_ptr,  # None: the token counts
+    scale,
+    offsets_ptr,
+    table_lanes_ptr,
+    cumulative_ptr,
+    lane_to_slot_ptr,
+    increment_ptr,  # None: nothing is recorded
+    rank_start,
+    # outputs
+    load_ptr,  # read first
+    scratch_ptr,
+    # shapes
+    num_experts,
+    num_entries,
+    num_lanes,
+    SCRATCH: tl.constexpr,
+    # constants
+    TOP_K: tl.constexpr,
+    SOFTMAX: tl.constexpr,
+    RENORMALIZE: tl.constexpr,
+    PDL: tl.constexpr,
+    # tunables
+    BLOCK_E: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+):
+    """`topk_routing` and `select_replicas` of one token, and on to the slots; one warp.
+
+    An expert that the token has is its only element of this batch, so it stands at the start of its circle.
+
+    Example: logits [1, 3, 3, 2], K = 2 (renormalized softmax); experts 1 and 2 in the lanes 1 and 2, these in the slots
+    7 and 5 → slots [7, 5] and the bits of [0.5, 0.5] behind hidden, load [0, 1, 1, 0].
+    """
+    if PDL:  # see `uses_pdl`
+        gdc_wait()
+        gdc_launch_dependents()
+        # What the choice leads to is on its way while the choice is made.
+        _prefetch(offsets_ptr, num_experts + 1, 32)
+        _prefetch(load_ptr, num_experts, 16)
+        _prefetch(table_lanes_ptr, num_entries, 32)
+        _prefetch(cumulative_ptr, num_entries, 32)
+        _prefetch(lane_to_slot_ptr, num_lanes, 32)
+    weights, ids = choose_experts(
+        logits_ptr, bias_ptr, num_experts, scale, TOP_K, SOFTMAX, RENORMALIZE, BLOCK_E, BLOCK_K
+    )
+    k = tl.arange(0, BLOCK_K)
+    searching = k < TOP_K
+    if mask_ptr is not None:
+        searching &= tl.load(mask_ptr) != 0
+    first = tl.load(offsets_ptr + ids, mask=searching, other=0)
+    last = tl.load(offsets_ptr + ids + 1, mask=searching, other=0)
+    load = tl.load(load_ptr + ids, mask=searching, other=0)
+    if increment_ptr is not None:
+        # The ids are distinct, so each counter has one writer.
+        tl.store(load_ptr + ids, load + tl.load(increment_ptr), mask=searching)
+    position = (rank_start + load * _GOLDEN) & _SHARE_MASK  # wraps modulo 2**64, which the mask makes exact
+    lane = tl.full((BLOCK_K,), -1, dtype=tl.int32)
+    for replica in range(0, tl.max(last - first, axis=0)):
+        entry = first + replica
+        searching &= entry < last
+        candidate = tl.load(table_lanes_ptr + entry, mask=searching, other=-1)
+        found = searching & (position < tl.load(cumulative_ptr + entry, mask=searching, other=0))
+        lane = tl.where(found, candidate, lane)
+        searching &= ~found
+    slot = tl.load(lane_to_slot_ptr + lane, mask=lane >= 0, other=-1)
+    choice_ptr = _choice_in(scratch_ptr, SCRATCH)
+    tl.store(choice_ptr + k, slot, mask=k < TOP_K)
+    weights = tl.where(lane >= 0, weights, 0.0)
+    tl.store(choice_ptr + TOP_K + k, weights.to(tl.int32, bitcast=True), mask=k < TOP_K)
+
+
+@triton.jit
+def _up_kernel(
+    # inputs
+    x_ptr,
+    gate_up_ptr,
+    # input and output
+    scratch_ptr,
+    # shapes and strides, in elements
+    stride_slot,
+    SCRATCH: tl.constexpr,
+    HIDDEN_SIZE: tl.constexpr,
+    INTERMEDIATE: tl.constexpr,
+    # constants
+    ACTIVATION: tl.constexpr,
+    PDL: tl.constexpr,
+    # tunables
+    BLOCK_H: tl.constexpr,
+):
+    """One element of hidden of one expert."""
+    if PDL:  # see `uses_pdl`
+        gdc_wait()
+        gdc_launch_dependents()
+    column, k = tl.program_id(0).to(tl.int64), tl.program_id(1)
+    slot = tl.load(_choice_in(scratch_ptr, SCRATCH) + k).to(tl.int64)
+    if slot < 0:
+        return
+    at = gate_up_ptr + slot * stride_slot + column * HIDDEN_SIZE
+    gate = tl.zeros((BLOCK_H,), dtype=tl.float32)
+    up = tl.zeros((BLOCK_H,), dtype=tl.float32)
+    for first in tl.static_range(0, HIDDEN_SIZE, BLOCK_H):
+        h = first + tl.arange(0, BLOCK_H)
+        if first + BLOCK_H <= HIDDEN_SIZE:
+            gate_weight, up_weight = tl.load(at + h), tl.load(at + INTERMEDIATE * HIDDEN_SIZE + h)
+            x = widen(tl.load(x_ptr + h))
+        else:
+            inside = h < HIDDEN_SIZE
+            gate_weight = tl.load(at + h, mask=inside, other=0.0)
+            up_weight = tl.load(at + INTERMEDIATE * HIDDEN_SIZE + h, mask=inside, other=0.0)
+            x = widen(tl.load(x_ptr + h, mask=inside, other=0.0))
+        gate += widen(gate_weight) * x
+        up += widen(up_weight) * x
+    hidden = gated(tl.sum(gate, axis=0), tl.sum(up, axis=0), ACTIVATION)
+    tl.store(scratch_ptr + k * INTERMEDIATE + column, narrow(hidden, scratch_ptr.dtype.element_ty))
+
+
+@triton.jit
+def _down_kernel(
+    # inputs
+    scratch_ptr,
+    down_ptr,
+    # outputs
+    y_ptr,
+    # shapes and strides, in elements
+    stride_slot,
+    SCRATCH: tl.constexpr,
+    HIDDEN_SIZE: tl.constexpr,
+    INTERMEDIATE: tl.constexpr,
+    TOP_K: tl.constexpr,
+    # constants
+    EARLY: tl.constexpr,
+    PDL: tl.constexpr,
+    # tunables
+    BLOCK_K: tl.constexpr,
+    BLOCK_I: tl.constexpr,
+):
+    """One element of y, the sum over all experts in a fixed order, in float32.
+
+    EARLY: the choice and the first weights are read before the wait. The choice is there, as every program of the
+    kernel before has waited for it before it let this one start; weights in a slot that a table names don't change.
+    """
+    if PDL and not EARLY:  # see `uses_pdl`
+        gdc_wait()
+        gdc_launch_dependents()
+    row = tl.program_id(0).to(tl.int64)
+    k = tl.arange(0, BLOCK_K)
+    choice_ptr = _choice_in(scratch_ptr, SCRATCH)
+    # From L2: before its own wait a program may have an older line of this memory in L1.
+    slot = tl.load(choice_ptr + k, mask=k < TOP_K, other=-1, cache_modifier=".cg").to(tl.int64)
+    chosen = slot >= 0
+    at = down_ptr + (slot * stride_slot + row * INTERMEDIATE)[:, None]
+    i = tl.arange(0, BLOCK_I)[None, :]
+    inside = chosen[:, None] & (i < INTERMEDIATE)
+    down = tl.load(at + i, mask=inside, other=0.0)
+    if PDL and EARLY:
+        gdc_wait()
+        gdc_launch_dependents()
+    hidden_at = scratch_ptr + k[:, None] * INTERMEDIATE
+    product = widen(down) * widen(tl.load(hidden_at + i, mask=inside, other=0.0))
+    for first in tl.static_range(BLOCK_I, INTERMEDIATE, BLOCK_I):
+        i = first + tl.arange(0, BLOCK_I)[None, :]
+        inside = chosen[:, None] & (i < INTERMEDIATE)
+        down = tl.load(at + i, mask=inside, other=0.0)
+        product += widen(down) * widen(tl.load(hidden_at + i, mask=inside, other=0.0))
+    weights = tl.load(choice_ptr + TOP_K + k, mask=k < TOP_K, other=0, cache_modifier=".cg").to(
+        tl.float32, bitcast=True
+    )
+    y = tl.sum(tl.sum(product, axis=1) * weights, axis=0)
+    tl.store(y_ptr + row, narrow(y, y_ptr.dtype.element_ty))
+
+
+@dataclass(frozen=True)
+class _Plan:
+    """The three launches of layers of one kind, and where the choice lies behind hidden (elements)."""
+
+    choice: PreparedLaunch
+    up: PreparedLaunch
+    down: PreparedLaunch
+    scratch: int
+
+
+def _make_plan(
+    x_1H: torch.Tensor,
+    down_SHI: torch.Tensor,
+    num_experts: int,
+    top_k: int,
+    score_function: str,
+    renormalize: bool,
+    activation: str,
+) -> _Plan:
+    _, hidden_size, intermediate = down_SHI.shape
+    block_k, pdl = triton.next_power_of_2(top_k), uses_pdl(x_1H)
+    scratch = -(-top_k * intermediate // 16) * 16
+    down_bytes = top_k * hidden_size * intermediate * x_1H.element_size()
+    return _Plan(
+        choice=PreparedLaunch(
+            _choice_kernel,
+            (1, 1, 1),
+            {"num_warps": 1, "launch_pdl": pdl},
+            SCRATCH=scratch,
+            TOP_K=top_k,
+            SOFTMAX=score_function == "softmax",
+            RENORMALIZE=renormalize,
+            PDL=pdl,
+            BLOCK_E=triton.next_power_of_2(num_experts),
+            BLOCK_K=block_k,
+        ),
+        up=PreparedLaunch(
+            _up_kernel,
+            (intermediate, top_k, 1),
+            {"num_warps": 4, "launch_pdl": pdl},
+            SCRATCH=scratch,
+            HIDDEN_SIZE=hidden_size,
+            INTERMEDIATE=intermediate,
+            ACTIVATION=activation,
+            PDL=pdl,
+            BLOCK_H=_block(hidden_size),
+        ),
+        down=PreparedLaunch(
+            _down_kernel,
+            (hidden_size, 1, 1),
+            {"num_warps": 4, "launch_pdl": pdl},
+            SCRATCH=scratch,
+            HIDDEN_SIZE=hidden_size,
+            INTERMEDIATE=intermediate,
+            TOP_K=top_k,
+            EARLY=pdl and down_bytes <= _EARLY_BYTES,
+            PDL=pdl,
+            BLOCK_K=block_k,
+            BLOCK_I=min(triton.next_power_of_2(intermediate), max(_ELEMENTS // block_k, 16)),
+        ),
+        scratch=scratch,
+    )
+
+
+_plans: dict[Any, _Plan] = {}
+_MOST_PLANS = 256  # kinds of layers; a process has few
+
+
+def one_token_triton(
+    x_1H: torch.Tensor,
+    logits_1E: torch.Tensor,
+    gate_up_SNH: torch.Tensor,
+    down_SHI: torch.Tensor,
+    lane_to_slot_L: torch.Tensor,
+    table_offsets_E1: torch.Tensor,
+    table_lanes_P: torch.Tensor,
+    table_cumulative_P: torch.Tensor,
+    load_E: torch.Tensor,
+    increment_1: torch.Tensor | None,
+    rank_start: int,
+    top_k: int,
+    score_function: str,
+    renormalize: bool,
+    scale: float,
+    bias_E: torch.Tensor | None,
+    token_mask_1: torch.Tensor | None,
+    activation: str,
+) -> torch.Tensor:
+    _, hidden_size, intermediate = down_SHI.shape
+    num_experts, num_entries, num_lanes = load_E.shape[0], table_lanes_P.shape[0], lane_to_slot_L.shape[0]
+    stride_up, stride_down = gate_up_SNH.stride(0), down_SHI.stride(0)
+    device_index = x_1H.get_device()
+    key = (
+        device_index,
+        (x_1H.dtype, logits_1E.dtype, gate_up_SNH.dtype, down_SHI.dtype, None if bias_E is None else bias_E.dtype),
+        (hidden_size, intermediate, stride_up, stride_down, num_experts, num_entries, num_lanes, top_k),
+        (score_function, renormalize, activation),
+        (token_mask_1 is None, increment_1 is None),
+    )
+    aligned = not (x_1H.data_ptr() | gate_up_SNH.data_ptr() | down_SHI.data_ptr()) % 16
+    plan = _plans.get(key) if aligned else None
+    if plan is None:
+        plan = _make_plan(x_1H, down_SHI, num_experts, top_k, score_function, renormalize, activation)
+        if aligned:
+            if len(_plans) >= _MOST_PLANS:
+                _plans.clear()
+            _plans[key] = plan
+    # hidden, and behind it the choice: one allocation, which takes the host as long as a launch.
+    scratch = x_1H.new_empty(plan.scratch + 8 * top_k // x_1H.element_size())
+    y_1H = torch.empty_like(x_1H)
+    with on_device(x_1H) if device_index != current_device() else nullcontext():
+        stream = raw_stream(device_index)
+        plan.choice(
+            stream,
+            logits_1E,
+            bias_E,
+            token_mask_1,
+            scale,
+            table_offsets_E1,
+            table_lanes_P,
+            table_cumulative_P,
+            lane_to_slot_L,
+            increment_1,
+            rank_start,
+            load_E,
+            scratch,
+            num_experts,
+            num_entries,
+            num_lanes,
+        )
+        plan.up(stream, x_1H, gate_up_SNH, scratch, stride_up)
+        plan.down(stream, scratch, down_SHI, y_1H, stride_down)
+    return y_1H
+
+
+_ELEMENTS = 8192  # weights that a program of the down projection reads at once
+# Down projections up to this size gain if their first weights are read before the up projections have ended; larger ones
+# lose (measured on an H200, docs/performance.md).
+_EARLY_BYTES = 32 << 20
+
+
+def _block(size: int) -> int:
+    """The widest block that divides the size; else 1024, or what holds it all."""
+    return next((block for block in (2048, 1024, 512) if size % block == 0), min(1024, triton.next_power_of_2(size)))
