@@ -35,11 +35,12 @@ _LINE_BYTES = 128
 
 @triton.jit
 def _prefetch(pointer, num_elements, LINE: tl.constexpr):
-    """Begin to bring up to 32 lines of LINE elements into L2."""
-    address = pointer + tl.minimum(tl.arange(0, 32) * LINE, num_elements - 1)
-    tl.inline_asm_elementwise(
-        "prefetch.global.L2 [$1]; mov.u32 $0, 0;", "=r,l", [address], dtype=tl.int32, is_pure=False, pack=1
-    )
+    """Begin to bring up to 32 lines of LINE elements into L2; nothing if there are no elements."""
+    if num_elements > 0:
+        address = pointer + tl.minimum(tl.arange(0, 32) * LINE, num_elements - 1)
+        tl.inline_asm_elementwise(
+            "prefetch.global.L2 [$1]; mov.u32 $0, 0;", "=r,l", [address], dtype=tl.int32, is_pure=False, pack=1
+        )
 
 
 @triton.jit
