@@ -79,6 +79,26 @@ def test_i5_outputs_are_bitwise_equal_through_every_stage_of_a_wave(dtype, devic
     assert torch.equal(layer.resident.load_E, twin.resident.load_E)
 
 
+def test_i5_one_token_alone_while_experts_move(device):
+    """The kernels for a single token, natively or in the interpreter."""
+    layer, twin = make_pair(device, torch.bfloat16, backend="triton")
+    relocator = Relocator([layer])
+    x = torch.randn(1, 32, generator=torch.Generator().manual_seed(0)).to(device, torch.bfloat16)
+    with torch.no_grad():
+        expected = twin(x)
+        assert expected.any()
+        for expert in layer.gate.choose(layer.gate(x))[1].flatten().tolist():
+            old = layer.resident.live_slots()[expert][0]
+            fill = relocator.fill(0, expert)
+            assert torch.equal(layer(x), expected)
+            handoff = relocator.publish(fill)
+            relocator.flip(handoff)
+            assert torch.equal(layer(x), expected)
+            relocator.release(fill, handoff)
+            poison(layer, old, device)
+            assert torch.equal(layer(x), expected)
+
+
 def test_an_old_slot_that_is_overwritten_after_grace_changes_nothing(device):
     """That the flip really leads away from the old slot: else the test above could not fail."""
     layer, twin = make_pair(device)
@@ -289,16 +309,17 @@ def captured(layer: MoELayer, x: torch.Tensor) -> tuple[torch.cuda.CUDAGraph, to
 
 
 @pytest.mark.gpu
+@pytest.mark.parametrize("num_tokens", [1, 24])
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-def test_i5_graph_replays_across_flips_are_bitwise_equal(dtype):
+def test_i5_graph_replays_across_flips_are_bitwise_equal(dtype, num_tokens):
     layer, twin = make_pair("cuda", dtype)
     relocator = Relocator([layer])
-    x = torch.zeros(24, 32, device="cuda", dtype=dtype)
+    x = torch.zeros(num_tokens, 32, device="cuda", dtype=dtype)
     with torch.no_grad():
         graph, y = captured(layer, x)
         counted = layer.resident.load_E.clone()
         for number, expert in enumerate([3, 0, 3, 7, 5, 0, 1, 2, 4, 6]):
-            x.copy_(torch.randn(24, 32, device="cuda"))
+            x.copy_(torch.randn(num_tokens, 32, device="cuda"))
             graph.replay()
             expected = twin(x)
             assert torch.equal(y, expected)
@@ -316,7 +337,7 @@ def test_i5_graph_replays_across_flips_are_bitwise_equal(dtype):
             y.zero_()
             graph.replay()
             assert torch.equal(y, expected), f"replay after flip {number + 1}"
-        assert (layer.resident.load_E - counted).sum() == 10 * 5 * 24 * 2
+        assert (layer.resident.load_E - counted).sum() == 10 * 5 * num_tokens * 2
 
 
 @pytest.mark.gpu
