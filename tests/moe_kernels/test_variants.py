@@ -15,8 +15,13 @@ from moe_kernels import (
     expert_up,
     expert_up_torch,
     gemm_config,
+    has_tma,
 )
 from moe_kernels.config import _TABLE_TMA
+
+pytestmark = pytest.mark.skipif(
+    torch.cuda.is_available() and not has_tma(torch.device("cuda")), reason="needs a GPU with has_tma(), or none"
+)
 
 NARROW = GemmConfig(16, 128, 64, 4, 3, tma=True, swap=True)
 MIDDLE = GemmConfig(64, 128, 64, 4, 3, group_m=2, tma=True)
