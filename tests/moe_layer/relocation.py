@@ -1,11 +1,14 @@
-"""Relocations by hand on one rank: the steps of a wave, one after another, with no worker."""
+"""Relocations by hand on one rank: the steps of a wave, one after another, with no worker; and what is run meanwhile."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 
 import numpy as np
+import torch
+from torch.utils.checkpoint import checkpoint
 
+from eplb import EplbConfig, EplbController
 from eplb.communicator import LocalCommunicator
 from eplb.fill import Handoff, WaveFill
 from eplb.placement import Placement
@@ -13,6 +16,7 @@ from eplb.plan import LayerUpdate, Move, Wave
 from eplb.shares import equal_shares
 from eplb.table import flip
 from moe_layer import MoELayer
+from tests.moe_layer.reference import give_unit_scale
 
 
 def moved(placement: Placement, expert: int) -> LayerUpdate:
@@ -76,3 +80,38 @@ class Relocator:
     def move_without_grace(self, expert: int, layer: int = 0) -> None:
         """Up to the flip. Old versions may be in use."""
         self.flip(self.publish(self.fill(layer, expert)))
+
+
+def make_pair(device: str, dtype: torch.dtype = torch.float32, **options) -> tuple[MoELayer, MoELayer]:
+    """A registered layer, and a twin that never moves."""
+    layer, twin = (
+        give_unit_scale(MoELayer(32, 16, 8, 2, num_shadow_slots=2, device=device, dtype=dtype, **options))
+        for _ in range(2)
+    )
+    EplbController(EplbConfig(use_async=False)).register(layer)
+    settle(device)
+    return layer, twin
+
+
+def settle(device: str) -> None:
+    """What the test wrote into slots itself is there, before the side stream reads or writes them."""
+    if device == "cuda":
+        torch.cuda.synchronize()
+
+
+def poison(layer: MoELayer, slot: int, device: str) -> None:
+    """Nobody may read this slot any more: NaN."""
+    layer.resident.pool.slab(slot).fill_(255)
+    settle(device)
+
+
+def as_is(layer, x):
+    return layer(x)
+
+
+def checkpointed(layer, x):
+    return checkpoint(layer, x, use_reentrant=False)
+
+
+def checkpointed_reentrant(layer, x):
+    return checkpoint(layer, x, use_reentrant=True)

@@ -8,7 +8,6 @@ import time
 import pytest
 import torch
 import torch.distributed as dist
-from torch.utils.checkpoint import checkpoint
 
 from eplb.pool import SlotState
 from moe_layer import make_pool
@@ -24,6 +23,7 @@ from tests.moe_layer.ranks import (
     wait_until,
 )
 from tests.moe_layer.reference import give_unit_scale
+from tests.moe_layer.relocation import as_is, checkpointed, checkpointed_reentrant
 
 
 def make_service(rank, group, device, dtype=torch.float32, controller_group=None, redundant=None, **options) -> Service:
@@ -277,15 +277,6 @@ def check_no_redundant_experts(rank, group, device) -> None:
 
 def check_gradients_across_flips(rank, group, device) -> None:
     """I3 over ranks: forward, flip on all ranks, backward. The old version is not graced before."""
-
-    def as_is(layer, x):
-        return layer(x)
-
-    def checkpointed(layer, x):
-        return checkpoint(layer, x, use_reentrant=False)
-
-    def checkpointed_reentrant(layer, x):
-        return checkpoint(layer, x, use_reentrant=True)
 
     for run in (as_is, checkpointed, checkpointed_reentrant):
         layer, twin = (make_layer(group, device, seed=4, num_redundant_experts=2, num_shadow_slots=2) for _ in range(2))
