@@ -23,7 +23,7 @@ from bench.report import (
     relative_error,
 )
 from bench.timing import Function, time_eager, time_graph
-from moe_kernels import GemmConfig, TileSchedule, build_schedule, gemm_config, has_tma, topk_routing
+from moe_kernels import GemmConfig, TileSchedule, build_schedule, gemm_configs, has_tma, topk_routing
 
 
 @dataclass(frozen=True)
@@ -86,10 +86,9 @@ class Inputs:
 
     def config(self, op: str) -> GemmConfig:
         """Of "up" or "down"."""
-        h, i = self.shape.hidden_size, self.shape.intermediate_size
-        n, k = (2 * i, h) if op == "up" else (h, i)
-        batch = (self.num_tokens, self.top_k, self.shape.num_experts)
-        return gemm_config(n, k, self.dtype, *batch, gated=op == "up", tma=has_tma(torch.device(self.device)))
+        sizes = (self.shape.hidden_size, self.shape.intermediate_size)
+        batch = (self.dtype, self.num_tokens, self.top_k, self.shape.num_experts)
+        return gemm_configs(*sizes, *batch, tma=has_tma(self.device))[0 if op == "up" else 1]
 
     @cached_property
     def schedule(self) -> TileSchedule:

@@ -26,7 +26,7 @@ from moe_kernels import (
     combine,
     expert_down,
     expert_up,
-    gemm_config,
+    gemm_configs,
     has_tma,
     select_replicas,
     topk_routing,
@@ -101,9 +101,8 @@ def _computed(
 ) -> torch.Tensor:
     shape, dtype, num_tokens = problem.shape, problem.x_TH.dtype, problem.x_TH.shape[0]
 
-    batch, tma = (num_tokens, shape.top_k, shape.num_experts), has_tma(problem.x_TH.device)
-    up = gemm_config(2 * shape.intermediate_size, shape.hidden_size, dtype, *batch, gated=True, tma=tma)
-    down = gemm_config(shape.hidden_size, shape.intermediate_size, dtype, *batch, tma=tma)
+    batch = (dtype, num_tokens, shape.top_k, shape.num_experts)
+    up, down = gemm_configs(shape.hidden_size, shape.intermediate_size, *batch, tma=has_tma(problem.x_TH.device))
     experts = layer.experts
     schedule = build_schedule(lanes_TK.view(-1), counts_L, block_m=up.block_m)
     hidden_NI = expert_up(problem.x_TH, experts.gate_up_proj, lane_to_slot_L, schedule, fanout=shape.top_k, config=up)

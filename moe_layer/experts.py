@@ -14,7 +14,7 @@ from torch import nn
 from eplb.pool import SlotPool, SlotState, TensorSpec
 from eplb.resident import ResidentExperts
 from eplb.streams import streams_of
-from moe_kernels import build_schedule, expert_down, expert_up, gemm_config, has_tma
+from moe_kernels import build_schedule, expert_down, expert_up, gemm_configs, has_tma
 from moe_layer.collectives import all_gather_flags, broadcast_
 from moe_layer.dispatch import Dispatched
 
@@ -75,12 +75,16 @@ class Experts(nn.Module):
     def forward(self, dispatched: Dispatched) -> torch.Tensor:
         """The rows to compute, each by the expert in its lane and scaled by its routing weight: rows_NH, unordered as sent."""
         resident = self.resident
-        two_i, hidden_size = self.gate_up_proj.shape[1:]
-
-        batch = (dispatched.num_tokens, self.top_k, resident.num_experts)
-        dtype = dispatched.rows_RH.dtype
-        up = gemm_config(two_i, hidden_size, dtype, *batch, gated=True, tma=self._tma)
-        down = gemm_config(hidden_size, two_i // 2, dtype, *batch, tma=self._tma)
+        _, hidden_size, intermediate_size = self.down_proj.shape
+        up, down = gemm_configs(
+            hidden_size,
+            intermediate_size,
+            dispatched.rows_RH.dtype,
+            dispatched.num_tokens,
+            self.top_k,
+            resident.num_experts,
+            tma=self._tma,
+        )
         lane_to_slot_S = resident.table.lane_to_slot_S
         schedule = build_schedule(dispatched.lanes_N, dispatched.counts_S, block_m=up.block_m, backend=self.backend)
         hidden_NI = expert_up(

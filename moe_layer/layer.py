@@ -218,6 +218,12 @@ class MoELayer(nn.Module):
             backend=self.backend,
         )
 
+    def _needs_grad(self, *tensors: torch.Tensor) -> bool:
+        """Whether a gradient flows to these or to the experts' weights."""
+        return torch.is_grad_enabled() and (
+            any(tensor.requires_grad for tensor in tensors) or not self.experts.is_frozen
+        )
+
     def _is_one_token_alone(self, x_TH: torch.Tensor, logits_TE: torch.Tensor) -> bool:
         """Whether the kernels for a single token apply: without gradients, where no expert can be on another rank.
 
@@ -226,7 +232,7 @@ class MoELayer(nn.Module):
         if x_TH.shape[0] != 1 or type(self.dispatcher) is not LocalDispatcher:
             return False
         experts, gate = self.experts, self.gate
-        if torch.is_grad_enabled() and (x_TH.requires_grad or logits_TE.requires_grad or not experts.is_frozen):
+        if self._needs_grad(x_TH, logits_TE):
             return False
         if (
             type(experts) is not Experts
@@ -272,9 +278,7 @@ class MoELayer(nn.Module):
         self, x_TH: torch.Tensor, weights_TK: torch.Tensor, lanes_TK: torch.Tensor, counts_L: torch.Tensor
     ) -> torch.Tensor:
         experts, resident = self.experts, self.resident
-        with_grad = torch.is_grad_enabled() and (
-            x_TH.requires_grad or weights_TK.requires_grad or not experts.is_frozen
-        )
+        with_grad = self._needs_grad(x_TH, weights_TK)
         if not with_grad or (resident.num_ranks == 1 and resident.controller is None):
             return self._dispatched(x_TH, weights_TK, lanes_TK, counts_L)
         if not experts.is_frozen and resident.controller is not None and resident.controller.config.use_async:

@@ -5,7 +5,7 @@ They know slots, lanes and rows; neither which expert a slot holds nor what a ra
 
 from moe_kernels.backend import resolve_backend
 from moe_kernels.combine import combine, combine_torch
-from moe_kernels.config import GemmConfig, gemm_config, has_tma
+from moe_kernels.config import GemmConfig, gemm_config, gemm_configs, has_tma
 from moe_kernels.expert_down import expert_down, expert_down_torch
 from moe_kernels.expert_up import expert_up, expert_up_torch
 from moe_kernels.one_token import one_token, one_token_torch
@@ -27,6 +27,7 @@ __all__ = [
     "expert_up",
     "expert_up_torch",
     "gemm_config",
+    "gemm_configs",
     "has_tma",
     "one_token",
     "one_token_torch",

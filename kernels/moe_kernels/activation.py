@@ -8,6 +8,12 @@ import torch.nn.functional as F
 ACTIVATIONS = ("silu", "gelu")
 
 
+def check_activation(activation: str) -> None:
+    """Raises ValueError for an unknown one."""
+    if activation not in ACTIVATIONS:
+        raise ValueError(f"activation={activation!r}: must be one of {ACTIVATIONS}")
+
+
 def gated(activation: str, gate: torch.Tensor, up: torch.Tensor) -> torch.Tensor:
     """act(gate) * up; "gelu" is the exact one (with erf)."""
     return (F.silu(gate) if activation == "silu" else F.gelu(gate)) * up

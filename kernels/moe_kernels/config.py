@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from dataclasses import astuple, dataclass
 
 import torch
@@ -109,6 +110,7 @@ _TABLE_TMA: tuple[tuple[int | None, GemmConfig, GemmConfig, GemmConfig], ...] = 
 _TMA_ARCHITECTURES = (9,)
 
 
+@functools.cache  # asked at each launch
 def has_tma(device: torch.device) -> bool:
     """Whether the TMA kernels are for this device: Hopper. The CPU's interpreter runs them too, but gains nothing."""
     if device.type != "cuda" or torch.version.cuda is None:
@@ -172,6 +174,22 @@ def gemm_config(
     stage = (config.block_m + block_n) * block_k * dtype.itemsize
     num_stages = max(1, min(config.num_stages, shared_memory // stage))
     return GemmConfig(config.block_m, block_n, block_k, config.num_warps, num_stages, config.group_m)
+
+
+def gemm_configs(
+    hidden_size: int,
+    intermediate_size: int,
+    dtype: torch.dtype,
+    num_tokens: int,
+    top_k: int,
+    num_experts: int,
+    *,
+    tma: bool = False,
+) -> tuple[GemmConfig, GemmConfig]:
+    """`gemm_config` of a layer's `expert_up` and `expert_down`, which share one schedule."""
+    batch = (dtype, num_tokens, top_k, num_experts)
+    up = gemm_config(2 * intermediate_size, hidden_size, *batch, gated=True, tma=tma)
+    return up, gemm_config(hidden_size, intermediate_size, *batch, tma=tma)
 
 
 def _next_power_of_2(value: int) -> int:

@@ -19,7 +19,7 @@ from moe_kernels.expert_down_tma import expert_down_tma
 from moe_kernels.numerics import dot, narrow
 from moe_kernels.row_blocks import elementwise, padded_rows, row_blocks, unversioned
 from moe_kernels.schedule import TileSchedule
-from moe_kernels.tile_order import tile_and_column_block
+from moe_kernels.tile_order import load_tile
 
 
 @triton.jit
@@ -59,12 +59,12 @@ def _expert_down_kernel(
     program = tl.program_id(0)
     if program >= num_tiles * num_column_blocks:
         return
-    tile, column_block = tile_and_column_block(program, num_tiles, num_column_blocks, GROUP_M)
-    lane = tl.load(tile_lane_ptr + tile)
-    position = tl.load(tile_start_ptr + tile) + tl.arange(0, BLOCK_M)
-    end = tl.load(offsets_ptr + lane + 1)
+    column_block, start, end, slot = load_tile(
+        program, num_tiles, num_column_blocks, lane_to_slot_ptr, offsets_ptr, tile_lane_ptr, tile_start_ptr, GROUP_M
+    )
+    slot = slot.to(tl.int64)
+    position = start + tl.arange(0, BLOCK_M)
     inside = position < end
-    slot = tl.load(lane_to_slot_ptr + lane).to(tl.int64)
 
     first_column = column_block * BLOCK_N
     column = first_column + tl.arange(0, BLOCK_N)

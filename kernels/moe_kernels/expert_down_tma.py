@@ -1,6 +1,6 @@
 # mypy: allow-incomplete-defs
 # Of the arguments of a kernel only the constants are annotated.
-"""`expert_down` where there is a tensor memory accelerator (Hopper, Blackwell): weights and rows come by TMA.
+"""`expert_down` where there is a tensor memory accelerator (Hopper): weights and rows come by TMA.
 
 N flat rows, H hidden, I intermediate, S slots, L lanes.
 """
@@ -18,7 +18,7 @@ from moe_kernels.backend import gdc_launch_dependents, gdc_wait, on_device, uses
 from moe_kernels.checks import check_tma_address, slot_stride
 from moe_kernels.config import GemmConfig
 from moe_kernels.numerics import dot, narrow
-from moe_kernels.tile_order import tile_and_column_block
+from moe_kernels.tile_order import load_tile
 
 
 @triton.jit
@@ -106,11 +106,16 @@ def _expert_down_tma_kernel(
     num_column_blocks: tl.constexpr = (HIDDEN_SIZE + BLOCK_N - 1) // BLOCK_N
     if PERSISTENT:
         for program in tl.range(tl.program_id(0), num_tiles * num_column_blocks, num_programs, flatten=True):
-            tile, column_block = tile_and_column_block(program, num_tiles, num_column_blocks, GROUP_M)
-            lane = tl.load(tile_lane_ptr + tile)
-            start = tl.load(tile_start_ptr + tile)
-            end = tl.load(offsets_ptr + lane + 1)
-            slot = tl.load(lane_to_slot_ptr + lane)
+            column_block, start, end, slot = load_tile(
+                program,
+                num_tiles,
+                num_column_blocks,
+                lane_to_slot_ptr,
+                offsets_ptr,
+                tile_lane_ptr,
+                tile_start_ptr,
+                GROUP_M,
+            )
             _down_tile(
                 hidden, down, row_weights_ptr, order_ptr, rows_ptr, start, end, slot, column_block,
                 HIDDEN_SIZE, INTERMEDIATE, SWAP, True, BLOCK_M, BLOCK_N, BLOCK_K,
@@ -119,11 +124,9 @@ def _expert_down_tma_kernel(
     program = tl.program_id(0)
     if program >= num_tiles * num_column_blocks:
         return
-    tile, column_block = tile_and_column_block(program, num_tiles, num_column_blocks, GROUP_M)
-    lane = tl.load(tile_lane_ptr + tile)
-    start = tl.load(tile_start_ptr + tile)
-    end = tl.load(offsets_ptr + lane + 1)
-    slot = tl.load(lane_to_slot_ptr + lane)
+    column_block, start, end, slot = load_tile(
+        program, num_tiles, num_column_blocks, lane_to_slot_ptr, offsets_ptr, tile_lane_ptr, tile_start_ptr, GROUP_M
+    )
     if (TAIL_M > 0) & (end - start <= TAIL_M):  # not `and`: without tails the compiler drops the branch
         _down_tile(
             hidden_tail, down, row_weights_ptr, order_ptr, rows_ptr, start, end, slot, column_block,

@@ -12,16 +12,16 @@ import torch.nn.functional as F
 import triton
 import triton.language as tl
 
-from moe_kernels.activation import ACTIVATIONS, gated, gated_backward_gate, gated_backward_up
+from moe_kernels.activation import check_activation, gated, gated_backward_gate, gated_backward_up
 from moe_kernels.backend import gdc_launch_dependents, gdc_wait, on_device, registered_op, resolve_backend, uses_pdl
-from moe_kernels.checks import FLOATS, check_rows, check_slots, check_tensor, check_tma
+from moe_kernels.checks import FLOATS, check_gate_up, check_rows, check_tensor, check_tma
 from moe_kernels.config import GemmConfig
 from moe_kernels.expert_up_tma import expert_up_tma
 from moe_kernels.numerics import dot, narrow
 from moe_kernels.numerics import gated as gated_in_kernel
 from moe_kernels.row_blocks import elementwise, padded_rows, row_blocks, unversioned
 from moe_kernels.schedule import TileSchedule
-from moe_kernels.tile_order import tile_and_column_block
+from moe_kernels.tile_order import load_tile
 
 
 @triton.jit
@@ -66,11 +66,12 @@ def _expert_up_kernel(
     program = tl.program_id(0)
     if program >= num_tiles * num_column_blocks:
         return
-    tile, column_block = tile_and_column_block(program, num_tiles, num_column_blocks, GROUP_M)
-    lane = tl.load(tile_lane_ptr + tile)
-    position = tl.load(tile_start_ptr + tile) + tl.arange(0, BLOCK_M)
-    inside = position < tl.load(offsets_ptr + lane + 1)
-    slot = tl.load(lane_to_slot_ptr + lane).to(tl.int64)
+    column_block, start, end, slot = load_tile(
+        program, num_tiles, num_column_blocks, lane_to_slot_ptr, offsets_ptr, tile_lane_ptr, tile_start_ptr, GROUP_M
+    )
+    slot = slot.to(tl.int64)
+    position = start + tl.arange(0, BLOCK_M)
+    inside = position < end
     source = tl.load(order_ptr + position, mask=inside, other=0) // fanout
 
     first_column = column_block * BLOCK_I
@@ -305,15 +306,11 @@ def expert_up(
     device = x_RH.device
     check_tensor("x_RH", x_RH, (None, None), FLOATS, contiguous=False)
     check_rows("x_RH", x_RH)
-    check_tensor("gate_up_SNH", gate_up_SNH, (None, None, x_RH.shape[1]), x_RH.dtype, device, contiguous=False)
-    check_slots("gate_up_SNH", gate_up_SNH)
-    if gate_up_SNH.shape[1] % 2:
-        raise ValueError(f"gate_up_SNH has shape {tuple(gate_up_SNH.shape)}: dimension 1 must be even (gate, up)")
+    check_gate_up(gate_up_SNH, x_RH.shape[1], x_RH.dtype, device)
     check_tensor("lane_to_slot_L", lane_to_slot_L, (schedule.offsets_L1.shape[0] - 1,), torch.int32, device)
     if fanout < 1:
         raise ValueError(f"fanout={fanout}: must be at least 1")
-    if activation not in ACTIVATIONS:
-        raise ValueError(f"activation={activation!r}: must be one of {ACTIVATIONS}")
+    check_activation(activation)
     check_tensor("schedule.order_N", schedule.order_N, (x_RH.shape[0] * fanout,), torch.int32, device)
     if config.block_m != schedule.block_m:
         raise ValueError(f"config.block_m={config.block_m}: must be the schedule's, {schedule.block_m}")

@@ -1,6 +1,6 @@
 # mypy: allow-incomplete-defs
 # Of the arguments of a kernel only the constants are annotated.
-"""`expert_up` where there is a tensor memory accelerator (Hopper, Blackwell): weights come by TMA, with the slot as coordinate.
+"""`expert_up` where there is a tensor memory accelerator (Hopper): weights come by TMA, with the slot as coordinate.
 
 R source rows, N = R * fanout flat rows, H hidden, I intermediate, S slots, L lanes.
 """
@@ -16,7 +16,7 @@ from moe_kernels.backend import gdc_launch_dependents, gdc_wait, on_device, uses
 from moe_kernels.checks import check_tma_address, slot_stride
 from moe_kernels.config import GemmConfig
 from moe_kernels.numerics import dot, gated, narrow
-from moe_kernels.tile_order import tile_and_column_block
+from moe_kernels.tile_order import load_tile
 
 
 @triton.jit
@@ -150,11 +150,9 @@ def _expert_up_tma_kernel(
     program = tl.program_id(0)
     if program >= num_tiles * num_column_blocks:
         return
-    tile, column_block = tile_and_column_block(program, num_tiles, num_column_blocks, GROUP_M)
-    lane = tl.load(tile_lane_ptr + tile)
-    start = tl.load(tile_start_ptr + tile)
-    end = tl.load(offsets_ptr + lane + 1)
-    slot = tl.load(lane_to_slot_ptr + lane)
+    column_block, start, end, slot = load_tile(
+        program, num_tiles, num_column_blocks, lane_to_slot_ptr, offsets_ptr, tile_lane_ptr, tile_start_ptr, GROUP_M
+    )
     if SWAP:
         _narrow_tile(
             x_ptr, gate_up, order_ptr, hidden_ptr, start, end, slot, column_block, fanout, stride_row,

@@ -10,12 +10,12 @@ from __future__ import annotations
 import torch
 import torch.nn.functional as F
 
-from moe_kernels.activation import ACTIVATIONS, gated
+from moe_kernels.activation import check_activation, gated
 from moe_kernels.backend import registered_op, resolve_backend
-from moe_kernels.checks import FLOATS, check_slots, check_tensor
+from moe_kernels.checks import FLOATS, check_gate_up, check_slots, check_tensor
 from moe_kernels.one_token_triton import one_token_triton
-from moe_kernels.replicas import SHARE_ONE, select_replicas_torch
-from moe_kernels.routing import SCORE_FUNCTIONS, topk_routing_torch
+from moe_kernels.replicas import check_table, select_replicas_torch
+from moe_kernels.routing import check_rule, topk_routing_torch
 
 
 def one_token_torch(
@@ -161,8 +161,20 @@ def one_token(
     Raises:
         ValueError: an argument breaks one of these rules.
     """
+    device = x_1H.device
     if validate:
-        _check(**{name: value for name, value in locals().items() if name not in ("backend", "validate")})
+        check_tensor("x_1H", x_1H, (1, None), FLOATS)
+        check_gate_up(gate_up_SNH, x_1H.shape[1], x_1H.dtype, device)
+        num_slots, double, hidden_size = gate_up_SNH.shape
+        check_tensor("down_SHI", down_SHI, (num_slots, hidden_size, double // 2), x_1H.dtype, device, contiguous=False)
+        check_slots("down_SHI", down_SHI)
+        check_tensor("lane_to_slot_L", lane_to_slot_L, (None,), torch.int32, device)
+        check_table(table_offsets_E1, table_lanes_P, table_cumulative_P, load_E, rank_start, increment_1, device)
+        check_tensor("logits_1E", logits_1E, (1, load_E.shape[0]), FLOATS, device)
+        check_rule(load_E.shape[0], top_k, score_function, bias_E, device)
+        if token_mask_1 is not None:
+            check_tensor("token_mask_1", token_mask_1, (1,), torch.bool, device)
+        check_activation(activation)
     return _one_token(
         x_1H,
         logits_1E,
@@ -182,58 +194,5 @@ def one_token(
         bias_E,
         token_mask_1,
         activation,
-        resolve_backend(backend, x_1H.device),
+        resolve_backend(backend, device),
     )
-
-
-def _check(
-    x_1H: torch.Tensor,
-    logits_1E: torch.Tensor,
-    gate_up_SNH: torch.Tensor,
-    down_SHI: torch.Tensor,
-    lane_to_slot_L: torch.Tensor,
-    table_offsets_E1: torch.Tensor,
-    table_lanes_P: torch.Tensor,
-    table_cumulative_P: torch.Tensor,
-    load_E: torch.Tensor,
-    increment_1: torch.Tensor | None,
-    rank_start: int,
-    top_k: int,
-    score_function: str,
-    renormalize: bool,
-    scale: float,
-    bias_E: torch.Tensor | None,
-    token_mask_1: torch.Tensor | None,
-    activation: str,
-) -> None:
-    device = x_1H.device
-    check_tensor("x_1H", x_1H, (1, None), FLOATS)
-    hidden_size = x_1H.shape[1]
-    check_tensor("gate_up_SNH", gate_up_SNH, (None, None, hidden_size), x_1H.dtype, device, contiguous=False)
-    check_slots("gate_up_SNH", gate_up_SNH)
-    if gate_up_SNH.shape[1] % 2:
-        raise ValueError(f"gate_up_SNH has shape {tuple(gate_up_SNH.shape)}: dimension 1 must be even (gate, up)")
-    shape = (gate_up_SNH.shape[0], hidden_size, gate_up_SNH.shape[1] // 2)
-    check_tensor("down_SHI", down_SHI, shape, x_1H.dtype, device, contiguous=False)
-    check_slots("down_SHI", down_SHI)
-    check_tensor("load_E", load_E, (None,), torch.int64, device)
-    num_experts = load_E.shape[0]
-    check_tensor("logits_1E", logits_1E, (1, num_experts), FLOATS, device)
-    check_tensor("lane_to_slot_L", lane_to_slot_L, (None,), torch.int32, device)
-    check_tensor("table_offsets_E1", table_offsets_E1, (num_experts + 1,), torch.int32, device)
-    check_tensor("table_lanes_P", table_lanes_P, (None,), torch.int32, device)
-    check_tensor("table_cumulative_P", table_cumulative_P, (table_lanes_P.shape[0],), torch.int32, device)
-    if increment_1 is not None:
-        check_tensor("increment_1", increment_1, (1,), torch.int64, device)
-    if not 0 <= rank_start < SHARE_ONE:
-        raise ValueError(f"rank_start={rank_start}: must be in [0, {SHARE_ONE})")
-    if not 1 <= top_k <= num_experts:
-        raise ValueError(f"top_k={top_k}: must be in [1, {num_experts}], the number of experts")
-    if score_function not in SCORE_FUNCTIONS:
-        raise ValueError(f"score_function={score_function!r}: must be one of {SCORE_FUNCTIONS}")
-    if bias_E is not None:
-        check_tensor("bias_E", bias_E, (num_experts,), torch.float32, device)
-    if token_mask_1 is not None:
-        check_tensor("token_mask_1", token_mask_1, (1,), torch.bool, device)
-    if activation not in ACTIVATIONS:
-        raise ValueError(f"activation={activation!r}: must be one of {ACTIVATIONS}")

@@ -25,12 +25,8 @@ from moe_kernels.backend import (
     uses_pdl,
 )
 from moe_kernels.numerics import gated, narrow, widen
-from moe_kernels.replicas import GOLDEN, SHARE_ONE
+from moe_kernels.replicas import circle_start
 from moe_kernels.routing import choose_experts
-
-_SHARE_MASK = tl.constexpr(SHARE_ONE - 1)
-_GOLDEN = tl.constexpr(GOLDEN)
-_LINE_BYTES = 128
 
 
 @triton.jit
@@ -114,7 +110,7 @@ def _choice_kernel(
     if increment_ptr is not None:
         # The ids are distinct, so each counter has one writer.
         tl.store(load_ptr + ids, load + tl.load(increment_ptr), mask=searching)
-    position = (rank_start + load * _GOLDEN) & _SHARE_MASK  # wraps modulo 2**64, which the mask makes exact
+    position = circle_start(rank_start, load)
     lane = tl.full((BLOCK_K,), -1, dtype=tl.int32)
     for replica in range(0, tl.max(last - first, axis=0)):
         entry = first + replica

@@ -27,6 +27,12 @@ _GOLDEN = tl.constexpr(GOLDEN)
 
 
 @triton.jit
+def circle_start(rank_start, load):
+    """int64: where an expert with this load begins on its circle."""
+    return (rank_start + load * _GOLDEN) & _SHARE_MASK  # wraps modulo 2**64, which the mask makes exact
+
+
+@triton.jit
 def _ranks_below(position, count):
     """How many of the ranks 0 … count - 1 have a step below `position`: ceil(position * count / 2**30).
 
@@ -108,8 +114,7 @@ def _select_replicas_kernel(
         tl.store(load_ptr + expert, load + count * increment, mask=is_expert)
 
     if several:
-        start = (rank_start + load * _GOLDEN) & _SHARE_MASK  # wraps modulo 2**64, which the mask makes exact
-        start = start.to(tl.int32)
+        start = circle_start(rank_start, load).to(tl.int32)
         home = -1  # the lane at the start
         begin = 0
         for entry in range(first_entry, last_entry):
@@ -221,6 +226,26 @@ def select_replicas_torch(
     return lanes.to(torch.int32).view(expert_ids_TK.shape), counts_L1[:num_lanes].to(torch.int32)
 
 
+def check_table(
+    offsets_E1: torch.Tensor,
+    lanes_P: torch.Tensor,
+    cumulative_P: torch.Tensor,
+    load_E: torch.Tensor,
+    rank_start: int,
+    increment_1: torch.Tensor | None,
+    device: torch.device,
+) -> None:
+    """What every op that chooses replicas asks of the table and the counter."""
+    check_tensor("load_E", load_E, (None,), torch.int64, device)
+    check_tensor("table_offsets_E1", offsets_E1, (load_E.shape[0] + 1,), torch.int32, device)
+    check_tensor("table_lanes_P", lanes_P, (None,), torch.int32, device)
+    check_tensor("table_cumulative_P", cumulative_P, (lanes_P.shape[0],), torch.int32, device)
+    if not 0 <= rank_start < SHARE_ONE:
+        raise ValueError(f"rank_start={rank_start}: must be in [0, 2**{SHARE_BITS})")
+    if increment_1 is not None:
+        check_tensor("increment_1", increment_1, (1,), torch.int64, device)
+
+
 def _counts(bins: torch.Tensor, num_bins: int) -> torch.Tensor:
     """int64 [num_bins]; `bincount` would take a host sync."""
     return bins.new_zeros(num_bins, dtype=torch.int64).index_add_(0, bins.long(), torch.ones_like(bins).long())
@@ -299,16 +324,9 @@ def select_replicas(
     """
     device = expert_ids_TK.device
     check_tensor("expert_ids_TK", expert_ids_TK, (None, None), torch.int32)
-    check_tensor("load_E", load_E, (None,), torch.int64, device)
-    check_tensor("table_offsets_E1", table_offsets_E1, (load_E.shape[0] + 1,), torch.int32, device)
-    check_tensor("table_lanes_P", table_lanes_P, (None,), torch.int32, device)
-    check_tensor("table_cumulative_P", table_cumulative_P, (table_lanes_P.shape[0],), torch.int32, device)
-    if not 0 <= rank_start < SHARE_ONE:
-        raise ValueError(f"rank_start={rank_start}: must be in [0, 2**{SHARE_BITS})")
+    check_table(table_offsets_E1, table_lanes_P, table_cumulative_P, load_E, rank_start, increment_1, device)
     if num_lanes < 1:
         raise ValueError(f"num_lanes={num_lanes}: must be at least 1")
-    if increment_1 is not None:
-        check_tensor("increment_1", increment_1, (1,), torch.int64, device)
     return _select_replicas(
         expert_ids_TK,
         table_offsets_E1,

@@ -193,6 +193,18 @@ def topk_routing_torch(
     return weights.contiguous(), ids.to(torch.int32).contiguous()
 
 
+def check_rule(
+    num_experts: int, top_k: int, score_function: str, bias_E: torch.Tensor | None, device: torch.device
+) -> None:
+    """What every op that chooses experts asks of the rule."""
+    if not 1 <= top_k <= num_experts:
+        raise ValueError(f"top_k={top_k}: must be in [1, {num_experts}], the number of experts")
+    if score_function not in SCORE_FUNCTIONS:
+        raise ValueError(f"score_function={score_function!r}: must be one of {SCORE_FUNCTIONS}")
+    if bias_E is not None:
+        check_tensor("bias_E", bias_E, (num_experts,), torch.float32, device)
+
+
 @registered_op("moe_kernels::topk_routing")
 def _topk_routing(
     logits_TE: torch.Tensor,
@@ -290,12 +302,7 @@ def topk_routing(
     """
     check_tensor("logits_TE", logits_TE, (None, None), FLOATS)
     num_tokens, num_experts = logits_TE.shape
-    if not 1 <= top_k <= num_experts:
-        raise ValueError(f"top_k={top_k}: must be in [1, {num_experts}], the number of experts")
-    if score_function not in SCORE_FUNCTIONS:
-        raise ValueError(f"score_function={score_function!r}: must be one of {SCORE_FUNCTIONS}")
-    if bias_E is not None:
-        check_tensor("bias_E", bias_E, (num_experts,), torch.float32, logits_TE.device)
+    check_rule(num_experts, top_k, score_function, bias_E, logits_TE.device)
     if token_mask_T is not None:
         check_tensor("token_mask_T", token_mask_T, (num_tokens,), torch.bool, logits_TE.device)
     resolved = resolve_backend(backend, logits_TE.device)

@@ -21,3 +21,24 @@ def tile_and_column_block(program, num_tiles, num_column_blocks, GROUP_M: tl.con
     size = tl.minimum(num_tiles - first, GROUP_M)
     within = program % per_group
     return first + within % size, within // size
+
+
+@triton.jit
+def load_tile(
+    program,
+    num_tiles,
+    num_column_blocks,
+    lane_to_slot_ptr,
+    offsets_ptr,
+    tile_lane_ptr,
+    tile_start_ptr,
+    GROUP_M: tl.constexpr,
+):
+    """What a program computes: its column block, the sorted positions [start, end) that are its tile's and what is left of
+    the lane behind it, and the slot of the lane's weights."""
+    tile, column_block = tile_and_column_block(program, num_tiles, num_column_blocks, GROUP_M)
+    lane = tl.load(tile_lane_ptr + tile)
+    start = tl.load(tile_start_ptr + tile)
+    end = tl.load(offsets_ptr + lane + 1)
+    slot = tl.load(lane_to_slot_ptr + lane)
+    return column_block, start, end, slot

@@ -73,6 +73,9 @@ class SimStreams:
     def current(self) -> SimStream:
         return self.compute
 
+    def current_handle(self) -> int:
+        return 0
+
     def run(self, stream: SimStream, work: Callable[[], object]) -> None:
         self._faults.maybe("streams.run")
         stream.enqueue(work)

@@ -13,7 +13,7 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from moe_kernels import combine, expert_down, expert_up, gemm_config, replicas, routing, schedule  # noqa: F401
+from moe_kernels import combine, expert_down, expert_up, gemm_config, gemm_configs, replicas, routing, schedule  # noqa: F401
 from moe_kernels.scan import scan_options
 
 MODULES = {
@@ -171,9 +171,7 @@ def compile_one_token(arch: int, dtype: torch.dtype) -> None:
 def compile_tma_gemms(arch: int, dtype: torch.dtype, num_tokens: int, hidden_size: int, intermediate: int) -> None:
     """What serving uses: wgmma, and as much shared memory as such a GPU has."""
     element = DTYPES[dtype]
-    batch = (num_tokens, 1, 1)
-    up = gemm_config(2 * intermediate, hidden_size, dtype, *batch, gated=True, tma=True)
-    down = gemm_config(hidden_size, intermediate, dtype, *batch, tma=True)
+    up, down = gemm_configs(hidden_size, intermediate, dtype, num_tokens, 1, 1, tma=True)
     for module, config in (("expert_up_tma", up), ("expert_down_tma", down)):
         n, k = config.block_n, config.block_k
         sizes = {"HIDDEN_SIZE": hidden_size, "INTERMEDIATE": intermediate, "PDL": True, "SWAP": config.swap}

@@ -14,7 +14,7 @@ from moe_kernels import (
     expert_down_torch,
     expert_up,
     expert_up_torch,
-    gemm_config,
+    gemm_configs,
     has_tma,
 )
 from moe_kernels.config import _TABLE_TMA
@@ -145,9 +145,7 @@ def test_configured_pair_on_a_ragged_shape(make_experts, assert_close, num_token
     """The configurations that serving uses, both GEMMs with their own."""
     rows = min(num_tokens, 150)
     experts = make_experts(rows, 2, 5, 200, 72, torch.bfloat16)
-    batch = (num_tokens, 2, 5)
-    up = gemm_config(144, 200, torch.bfloat16, *batch, gated=True, tma=True)
-    down = gemm_config(200, 72, torch.bfloat16, *batch, tma=True)
+    up, down = gemm_configs(200, 72, torch.bfloat16, num_tokens, 2, 5, tma=True)
     assert up.tma and down.tma and up.block_m == down.block_m
     schedule = build_schedule(experts.lanes_N, experts.counts_L, block_m=up.block_m)
     common = (experts.lane_to_slot_L, schedule)
