@@ -90,9 +90,14 @@ class Inputs:
         batch = (self.dtype, self.num_tokens, self.top_k, self.shape.num_experts)
         return gemm_configs(*sizes, *batch, tma=has_tma(self.device))[0 if op == "up" else 1]
 
+    @property
+    def tiling(self) -> dict[str, int]:
+        """What a schedule for both GEMMs is built with."""
+        return {"block_m": self.config("up").block_m, "extra_m": self.config("up").extra_m}
+
     @cached_property
     def schedule(self) -> TileSchedule:
-        return build_schedule(self.ids_TK.flatten(), self.counts_E, block_m=self.config("up").block_m)
+        return build_schedule(self.ids_TK.flatten(), self.counts_E, **self.tiling)
 
     @cached_property
     def lane_to_slot_L(self) -> torch.Tensor:

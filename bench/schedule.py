@@ -9,14 +9,14 @@ from moe_kernels import TileSchedule, build_schedule, build_schedule_torch
 
 
 def make_work(inputs: Inputs) -> Work:
-    lanes_N, counts_E, block_m = inputs.ids_TK.flatten(), inputs.counts_E, inputs.config("up").block_m
+    lanes_N, counts_E = inputs.ids_TK.flatten(), inputs.counts_E
     keys_N = lanes_N.short()  # narrow keys, which radix sorts like
     return Work(
         runs={
-            "build_schedule": lambda: _tensors(build_schedule(lanes_N, counts_E, block_m=block_m)),
+            "build_schedule": lambda: _tensors(build_schedule(lanes_N, counts_E, **inputs.tiling)),
             "torch.sort alone": lambda: torch.sort(keys_N, stable=True),
         },
-        expected=lambda: _tensors(build_schedule_torch(lanes_N, counts_E, block_m=block_m)),
+        expected=lambda: _tensors(build_schedule_torch(lanes_N, counts_E, **inputs.tiling)),
         num_bytes=2 * lanes_N.nbytes + 2 * counts_E.nbytes + 2 * inputs.schedule.tile_lane.nbytes,
         unchecked=frozenset({"torch.sort alone"}),
     )

@@ -42,8 +42,9 @@ def candidates(op: str, rows_per_expert: float) -> Iterator[GemmConfig]:
     for (block_m, block_n), num_warps in NUM_WARPS.items():
         if (block_m == 64 and not 8 < rows_per_expert <= 128) or (block_m == 128 and rows_per_expert < 32):
             continue
-        for num_stages, tail_m in product((3, 4), (0, 64) if block_m == 128 else (0,)):
-            yield GemmConfig(block_m, block_n, 64, num_warps, num_stages, tma=True, tail_m=tail_m)
+        tails = ((0, 0), (64, 0), (64, 64)) if block_m == 128 else ((0, 0),)
+        for num_stages, (tail_m, extra_m) in product((3, 4), tails):
+            yield GemmConfig(block_m, block_n, 64, num_warps, num_stages, tma=True, tail_m=tail_m, extra_m=extra_m)
         if op == "down":
             for num_stages, programs, group_m in product((3, 4), (1, 2), (8, 16)):
                 yield GemmConfig(
@@ -57,13 +58,13 @@ def tune(report: Report, case: Case, inputs: Inputs, seconds: float, best: int) 
     x_TH = inputs.normal(inputs.num_tokens, shape.hidden_size)
     weights_N = inputs.routing[0].flatten()
     rows_per_expert = inputs.num_rows / shape.num_experts
-    schedules: dict[int, TileSchedule] = {}
+    schedules: dict[tuple[int, int], TileSchedule] = {}
     expected: dict[str, torch.Tensor] = {}
     all_equal = True
     slots, wrong = inputs.lane_to_slot_L, []
 
     def run(op: str, config: GemmConfig) -> torch.Tensor:
-        schedule = schedules[config.block_m]
+        schedule = schedules[config.block_m, config.extra_m]
         if op == "up":
             return expert_up(x_TH, inputs.weights.gate_up_ENH, slots, schedule, fanout=inputs.top_k, config=config)
         return expert_down(expected["up"], inputs.weights.down_EHI, slots, schedule, weights_N, config=config)
@@ -73,9 +74,10 @@ def tune(report: Report, case: Case, inputs: Inputs, seconds: float, best: int) 
             raise SystemExit(f"{case.name}: no candidate of the up projection fits this GPU")
         times: list[tuple[float, GemmConfig]] = []
         for config in candidates(op, rows_per_expert):
-            if config.block_m not in schedules:
+            tiling = config.block_m, config.extra_m
+            if tiling not in schedules:
                 flat_ids = inputs.ids_TK.flatten()
-                schedules[config.block_m] = build_schedule(flat_ids, inputs.counts_E, block_m=config.block_m)
+                schedules[tiling] = build_schedule(flat_ids, inputs.counts_E, block_m=tiling[0], extra_m=tiling[1])
             try:
                 result = run(op, config)
                 timing = time_graph(lambda op=op, config=config: run(op, config), device, seconds)  # type: ignore[misc]
@@ -84,7 +86,7 @@ def tune(report: Report, case: Case, inputs: Inputs, seconds: float, best: int) 
                 continue
             if op not in expected:
                 expected[op] = result
-                schedule = schedules[config.block_m]
+                schedule = schedules[tiling]
                 reference = (
                     expert_up_torch(x_TH, inputs.weights.gate_up_ENH, slots, schedule, fanout=inputs.top_k)
                     if op == "up"
@@ -128,7 +130,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
         if shape.hidden_size % 8 or shape.intermediate_size % 8:
             parser.error(f"--shapes {shape.name}: the candidates need sizes divisible by 8")
     with Report(options.csv, len(cases)) as report, torch.no_grad():
-        report.line("fields: block_m block_n block_k num_warps num_stages group_m tma swap tail_m programs_per_sm")
+        report.line(
+            "fields: block_m block_n block_k num_warps num_stages group_m tma swap tail_m programs_per_sm extra_m"
+        )
         for shape, of_shape in groupby(cases, key=lambda case: case.shape):
             weights: Weights = make_weights(shape, DTYPES[options.dtype], options.device)
             for case in of_shape:

@@ -86,7 +86,9 @@ class Experts(nn.Module):
             tma=self._tma,
         )
         lane_to_slot_S = resident.table.lane_to_slot_S
-        schedule = build_schedule(dispatched.lanes_N, dispatched.counts_S, block_m=up.block_m, backend=self.backend)
+        schedule = build_schedule(
+            dispatched.lanes_N, dispatched.counts_S, block_m=up.block_m, extra_m=up.extra_m, backend=self.backend
+        )
         hidden_NI = expert_up(
             dispatched.rows_RH,
             self.gate_up_proj,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import bisect
 import functools
 from dataclasses import astuple, dataclass
 
@@ -26,6 +27,8 @@ class GemmConfig:
             8). The others below are only for these kernels.
         swap: weights on the M side of the product, for few rows: the tensor core takes 64 rows there and 16 on the N side.
         tail_m: tiles of at most so many rows are computed as ones of `tail_m` rows; 0, or a power of two, at least 64.
+        extra_m: an expert's last rows, if at most so many, are computed together with the `block_m` before them, by the
+            same load of the weights; 0, or a power of two, at least 64. The tile schedule must have been built with it.
         programs_per_sm: `expert_down` only: so many persistent programs per multiprocessor; 0 is one program per tile.
     """
 
@@ -39,27 +42,30 @@ class GemmConfig:
     swap: bool = False
     tail_m: int = 0
     programs_per_sm: int = 0
+    extra_m: int = 0
 
     def __post_init__(self) -> None:
         for name, least in (("block_m", 16), ("block_n", 32), ("block_k", 16), ("num_warps", 1)):
             value = getattr(self, name)
             if value < least or value & (value - 1):
                 raise ValueError(f"{name}={value}: must be a power of two and at least {least}")
-        for name, least in (("num_stages", 1), ("group_m", 1), ("tail_m", 0), ("programs_per_sm", 0)):
+        for name, least in (("num_stages", 1), ("group_m", 1), ("programs_per_sm", 0)):
             if getattr(self, name) < least:
                 raise ValueError(f"{name}={getattr(self, name)}: must be at least {least}")
-        if not self.tma and (self.swap or self.tail_m or self.programs_per_sm):
-            raise ValueError(f"{self}: swap, tail_m and programs_per_sm need tma=True")
-        # Smaller tails would be multiplied by mma.sync, whose bits are not those of wgmma.
-        if self.tail_m and (self.tail_m < 64 or self.tail_m & (self.tail_m - 1)):
-            raise ValueError(f"tail_m={self.tail_m}: must be 0, or a power of two and at least 64")
-        if self.tail_m >= self.block_m and self.tail_m:
-            raise ValueError(f"tail_m={self.tail_m}: must be less than block_m={self.block_m}")
+        if not self.tma and (self.swap or self.tail_m or self.programs_per_sm or self.extra_m):
+            raise ValueError(f"{self}: swap, tail_m, programs_per_sm and extra_m need tma=True")
+        for name in ("tail_m", "extra_m"):
+            value = getattr(self, name)
+            # Fewer rows would be multiplied by mma.sync, whose bits are not those of wgmma.
+            if value and (value < 64 or value & (value - 1)):
+                raise ValueError(f"{name}={value}: must be 0, or a power of two and at least 64")
+            if value >= self.block_m:
+                raise ValueError(f"{name}={value}: must be less than block_m={self.block_m}")
+            if value and (self.swap or self.programs_per_sm):
+                raise ValueError(f"{name}={value}: not together with swap or programs_per_sm")
         if self.tma and not (128 if self.swap else 32) <= self.block_n <= 256:
             # Swapped, gate and up rows are 64 each at least, or they would be multiplied by mma.sync; a box holds 256.
             raise ValueError(f"block_n={self.block_n}: must be in [{128 if self.swap else 32}, 256] with tma=True")
-        if self.tail_m and (self.swap or self.programs_per_sm):
-            raise ValueError(f"tail_m={self.tail_m}: not together with swap or programs_per_sm")
 
     def as_list(self) -> list[int]:
         """What a registered op takes: the fields in their order, as integers."""
@@ -68,9 +74,8 @@ class GemmConfig:
     @classmethod
     def from_list(cls, values: list[int]) -> GemmConfig:
         """The reverse of `as_list`."""
-        block_m, block_n, block_k, num_warps, num_stages, group_m, tma, swap, tail_m, programs_per_sm = values
-        tiles = (block_m, block_n, block_k, num_warps, num_stages, group_m)
-        return cls(*tiles, bool(tma), bool(swap), tail_m, programs_per_sm)
+        block_m, block_n, block_k, num_warps, num_stages, group_m, tma, swap, *rest = values
+        return cls(block_m, block_n, block_k, num_warps, num_stages, group_m, bool(tma), bool(swap), *rest)
 
 
 # (most rows per expert, config). Shared memory of a tile: (block_m + block_n) * block_k * itemsize * num_stages bytes.
@@ -88,23 +93,33 @@ _TABLE_32_BIT: tuple[tuple[int | None, GemmConfig], ...] = (
 # CUDA C++ Programming Guide, "Compute Capabilities"). The rest of a tile's use (epilogue) reuses the stages' memory.
 _SHARED_MEMORY = 99 * 1024
 
-# With TMA, tuned on an H200 (`python -m bench.tune`, docs/performance.md): (most rows per expert, up, down).
+# With TMA, tuned on an H200 (`python -m bench.tune`, docs/performance.md).
 _NARROW = GemmConfig(block_m=16, block_n=128, block_k=128, num_warps=4, num_stages=3, tma=True, swap=True)
+_NARROW_32 = GemmConfig(block_m=32, block_n=128, block_k=64, num_warps=4, num_stages=5, tma=True, swap=True)
 _MIDDLE = GemmConfig(block_m=64, block_n=256, block_k=64, num_warps=4, num_stages=4, tma=True)
-_MIDDLE_SHORT = GemmConfig(block_m=64, block_n=256, block_k=64, num_warps=4, num_stages=3, tma=True, programs_per_sm=1)
+_MIDDLE_DOWN = GemmConfig(block_m=64, block_n=128, block_k=64, num_warps=4, num_stages=4, tma=True)
 _WIDE = GemmConfig(block_m=128, block_n=256, block_k=64, num_warps=8, num_stages=4, tma=True, tail_m=64)
-_WIDE_PERSISTENT = GemmConfig(
-    block_m=128, block_n=256, block_k=64, num_warps=8, num_stages=4, tma=True, programs_per_sm=1
+_WIDE_DOWN = GemmConfig(block_m=128, block_n=128, block_k=64, num_warps=4, num_stages=3, group_m=4, tma=True, tail_m=64)
+_MERGED = GemmConfig(
+    block_m=128, block_n=256, block_k=64, num_warps=8, num_stages=4, group_m=4, tma=True, tail_m=64, extra_m=64
 )
-# Where the inner dimension is short, loads and stores of a tile weigh more: two programs take turns, with half the columns.
+_PERSISTENT = GemmConfig(block_m=128, block_n=256, block_k=64, num_warps=8, num_stages=4, tma=True, programs_per_sm=1)
+# Where the inner dimension is short, loads and stores of a tile weigh more: two persistent programs take turns.
+_MIDDLE_SHORT = GemmConfig(block_m=64, block_n=128, block_k=64, num_warps=4, num_stages=3, tma=True, programs_per_sm=2)
 _WIDE_SHORT = GemmConfig(block_m=128, block_n=128, block_k=64, num_warps=4, num_stages=3, tma=True, programs_per_sm=2)
-_SHORT = 2048
-_TABLE_TMA: tuple[tuple[int | None, GemmConfig, GemmConfig, GemmConfig], ...] = (
-    # most rows per expert, expert_up, expert_down with a short inner dimension, with a long one
-    (8, _NARROW, _NARROW, _NARROW),
-    (32, _MIDDLE, _MIDDLE_SHORT, _MIDDLE),
-    (512, _WIDE, _WIDE_SHORT, _WIDE_PERSISTENT),
-    (None, _WIDE, _WIDE_PERSISTENT, _WIDE_PERSISTENT),
+
+_Pair = tuple[GemmConfig, GemmConfig]
+_INTERMEDIATE = (1024, 4096)  # up to these sizes: the first column below, the second
+_ANY = 1 << 62
+_TABLE_TMA: tuple[tuple[int, int, tuple[_Pair, _Pair, _Pair]], ...] = (
+    # most rows per expert, most tokens, (expert_up, expert_down) by the intermediate size
+    (8, _ANY, 3 * ((_NARROW, _NARROW),)),
+    (32, 64, 3 * ((_NARROW_32, _NARROW_32),)),  # no expert has more than two such tiles, however skewed the routing is
+    (32, _ANY, ((_MIDDLE, _MIDDLE_SHORT), (_MIDDLE, _MIDDLE_DOWN), (_MIDDLE, _MIDDLE_DOWN))),
+    (64, _ANY, ((_WIDE, _WIDE_SHORT), (_WIDE, _WIDE_DOWN), (_WIDE, _WIDE_DOWN))),
+    (128, _ANY, 3 * ((_MERGED, _MERGED),)),
+    (256, _ANY, ((_WIDE, _PERSISTENT), (_MERGED, _MERGED), (_MERGED, _MERGED))),
+    (_ANY, _ANY, ((_WIDE, _PERSISTENT), (_WIDE, _PERSISTENT), (_WIDE, _WIDE))),
 )
 # Compute capability, major. Blackwell has TMA too, but whether its products keep equal bits for all variants is not known.
 _TMA_ARCHITECTURES = (9,)
@@ -148,8 +163,8 @@ def gemm_config(
         shared_memory: bytes that a block may use without TMA; it limits only `num_stages`, which changes no bit.
 
     Returns:
-        The configuration; `block_m` depends only on `dtype`, `tma`, whether H and I are divisible by 8, and the bucket of
-        rows per expert, so that both GEMMs of a layer can use one schedule.
+        The configuration; `block_m` and `extra_m` depend only on `dtype`, `tma`, H, I, and the bucket of rows per expert,
+        so that both GEMMs of a layer can use one schedule.
 
     Raises:
         ValueError: a size that is not positive (`num_tokens` may be 0), or a dtype that is not supported.
@@ -165,8 +180,9 @@ def gemm_config(
     rows_per_expert = bucket * top_k // num_experts
     columns = n // 2 if gated else n
     if tma and dtype.itemsize == 2 and columns % 8 == 0 and k % 8 == 0:
-        row = next(row for row in _TABLE_TMA if row[0] is None or rows_per_expert <= row[0])
-        return row[1] if gated else row[2] if k <= _SHORT else row[3]
+        pairs = next(pairs for rows, tokens, pairs in _TABLE_TMA if rows_per_expert <= rows and bucket <= tokens)
+        up, down = pairs[bisect.bisect_left(_INTERMEDIATE, columns if gated else k)]
+        return up if gated else down
     table = _TABLE_16_BIT if dtype.itemsize == 2 else _TABLE_32_BIT
     config = next(config for most, config in table if most is None or rows_per_expert <= most)
     block_n = min(config.block_n, max(32, _next_power_of_2(n)))

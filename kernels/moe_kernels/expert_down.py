@@ -270,7 +270,7 @@ def expert_down(
         lane_to_slot_L: [L] int32, contiguous; read on the device. Entries of lanes without rows are not used.
         schedule: of the N flat rows.
         row_weights_N: [N] float32, contiguous, in flat order.
-        config: tile sizes; `config.block_m` must be the schedule's.
+        config: tile sizes; `config.block_m` and `config.extra_m` must be the schedule's.
         backend: see `resolve_backend`.
 
     Returns:
@@ -287,8 +287,7 @@ def expert_down(
     check_tensor("lane_to_slot_L", lane_to_slot_L, (schedule.offsets_L1.shape[0] - 1,), torch.int32, device)
     check_tensor("schedule.order_N", schedule.order_N, (hidden_NI.shape[0],), torch.int32, device)
     check_tensor("row_weights_N", row_weights_N, (hidden_NI.shape[0],), torch.float32, device)
-    if config.block_m != schedule.block_m:
-        raise ValueError(f"config.block_m={config.block_m}: must be the schedule's, {schedule.block_m}")
+    schedule.check_config(config)
     if config.tma:
         check_tma("down_SHI", down_SHI)
     return _expert_down(

@@ -22,33 +22,20 @@ from moe_kernels.tile_order import load_tile
 
 
 @triton.jit
-def _down_tile(
-    hidden,  # descriptor [N, I]
-    down,  # descriptor [S, H, I]
+def _store_rows(
+    rows_ptr,
+    product,
     row_weights_ptr,
     order_ptr,
-    rows_ptr,
     start,
     end,
-    slot,
-    column_block,
+    first_column,
     HIDDEN_SIZE: tl.constexpr,
-    INTERMEDIATE: tl.constexpr,
-    SWAP: tl.constexpr,
     HALVES: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
-    BLOCK_K: tl.constexpr,
 ):
-    """Rows past the tile's end are read (they are the next lane's, or zero past the tensor's end) and not stored."""
-    first_column = column_block * BLOCK_N
-    product = tl.zeros((BLOCK_N, BLOCK_M) if SWAP else (BLOCK_M, BLOCK_N), dtype=tl.float32)
-    for first in tl.range(0, INTERMEDIATE, BLOCK_K):
-        block = hidden.load([start, first])
-        weights = down.load([slot, first_column, first]).reshape(BLOCK_N, BLOCK_K)
-        product = dot(weights, block.T, product) if SWAP else dot(block, weights.T, product)
-    if SWAP:
-        product = product.T
+    """The tile's rows that exist, times their routing weights, to their flat places."""
     position = start + tl.arange(0, BLOCK_M)
     inside = position < end
     flat = tl.load(order_ptr + position, mask=inside, other=0)
@@ -67,11 +54,61 @@ def _down_tile(
         tl.store(row_at + column, rows, mask=inside[:, None] & (first_column + column < HIDDEN_SIZE))
 
 
+@triton.jit
+def _down_tile(
+    hidden,  # descriptor [N, I]
+    hidden_extra,  # with boxes of EXTRA_M rows
+    down,  # descriptor [S, H, I]
+    row_weights_ptr,
+    order_ptr,
+    rows_ptr,
+    start,
+    end,
+    slot,
+    column_block,
+    HIDDEN_SIZE: tl.constexpr,
+    INTERMEDIATE: tl.constexpr,
+    SWAP: tl.constexpr,
+    HALVES: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    EXTRA_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+):
+    """Rows past the tile's end are read (they are the next lane's, or zero past the tensor's end) and not stored.
+
+    EXTRA_M: so many rows behind the tile are multiplied by the same weights.
+    """
+    first_column = column_block * BLOCK_N
+    product = tl.zeros((BLOCK_N, BLOCK_M) if SWAP else (BLOCK_M, BLOCK_N), dtype=tl.float32)
+    if EXTRA_M > 0:
+        extra = tl.zeros((EXTRA_M, BLOCK_N), dtype=tl.float32)
+    for first in tl.range(0, INTERMEDIATE, BLOCK_K):
+        block = hidden.load([start, first])
+        if EXTRA_M > 0:
+            extra_block = hidden_extra.load([start + BLOCK_M, first])
+        weights = down.load([slot, first_column, first]).reshape(BLOCK_N, BLOCK_K)
+        product = dot(weights, block.T, product) if SWAP else dot(block, weights.T, product)
+        if EXTRA_M > 0:
+            extra = dot(extra_block, weights.T, extra)
+    if SWAP:
+        product = product.T
+    _store_rows(
+        rows_ptr, product, row_weights_ptr, order_ptr, start, end, first_column, HIDDEN_SIZE, HALVES, BLOCK_M, BLOCK_N
+    )
+    if EXTRA_M > 0:
+        start += BLOCK_M
+        _store_rows(
+            rows_ptr, extra, row_weights_ptr, order_ptr, start, end, first_column, HIDDEN_SIZE, HALVES, EXTRA_M, BLOCK_N
+        )
+
+
 @triton.jit(do_not_specialize=["num_programs"])
 def _expert_down_tma_kernel(
     # inputs
     hidden,
     hidden_tail,  # with boxes of TAIL_M rows
+    hidden_extra,  # with boxes of EXTRA_M rows
     down,
     lane_to_slot_ptr,
     row_weights_ptr,
@@ -93,12 +130,13 @@ def _expert_down_tma_kernel(
     SWAP: tl.constexpr,
     TAIL_M: tl.constexpr,
     BLOCK_M: tl.constexpr,
+    EXTRA_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
     BLOCK_K: tl.constexpr,
     GROUP_M: tl.constexpr,
 ):
     """One tile of rows, BLOCK_N columns of the output; if PERSISTENT, every num_programs-th such, and the loads of the
-    next begin before the last is stored. TAIL_M: see `_expert_up_tma_kernel`."""
+    next begin before the last is stored. TAIL_M and EXTRA_M: see `_expert_up_tma_kernel`."""
     if PDL:
         gdc_wait()
         gdc_launch_dependents()
@@ -117,8 +155,8 @@ def _expert_down_tma_kernel(
                 GROUP_M,
             )
             _down_tile(
-                hidden, down, row_weights_ptr, order_ptr, rows_ptr, start, end, slot, column_block,
-                HIDDEN_SIZE, INTERMEDIATE, SWAP, True, BLOCK_M, BLOCK_N, BLOCK_K,
+                hidden, hidden_extra, down, row_weights_ptr, order_ptr, rows_ptr, start, end, slot, column_block,
+                HIDDEN_SIZE, INTERMEDIATE, SWAP, True, BLOCK_M, 0, BLOCK_N, BLOCK_K,
             )  # fmt: skip
         return
     program = tl.program_id(0)
@@ -129,13 +167,18 @@ def _expert_down_tma_kernel(
     )
     if (TAIL_M > 0) & (end - start <= TAIL_M):  # not `and`: without tails the compiler drops the branch
         _down_tile(
-            hidden_tail, down, row_weights_ptr, order_ptr, rows_ptr, start, end, slot, column_block,
-            HIDDEN_SIZE, INTERMEDIATE, SWAP, False, TAIL_M if TAIL_M > 0 else BLOCK_M, BLOCK_N, BLOCK_K,
+            hidden_tail, hidden_extra, down, row_weights_ptr, order_ptr, rows_ptr, start, end, slot, column_block,
+            HIDDEN_SIZE, INTERMEDIATE, SWAP, False, TAIL_M if TAIL_M > 0 else BLOCK_M, 0, BLOCK_N, BLOCK_K,
+        )  # fmt: skip
+    elif (EXTRA_M > 0) & (end - start > BLOCK_M) & (end - start <= BLOCK_M + EXTRA_M):
+        _down_tile(
+            hidden, hidden_extra, down, row_weights_ptr, order_ptr, rows_ptr, start, end, slot, column_block,
+            HIDDEN_SIZE, INTERMEDIATE, SWAP, False, BLOCK_M, EXTRA_M, BLOCK_N, BLOCK_K,
         )  # fmt: skip
     else:
         _down_tile(
-            hidden, down, row_weights_ptr, order_ptr, rows_ptr, start, end, slot, column_block,
-            HIDDEN_SIZE, INTERMEDIATE, SWAP, False, BLOCK_M, BLOCK_N, BLOCK_K,
+            hidden, hidden_extra, down, row_weights_ptr, order_ptr, rows_ptr, start, end, slot, column_block,
+            HIDDEN_SIZE, INTERMEDIATE, SWAP, False, BLOCK_M, 0, BLOCK_N, BLOCK_K,
         )  # fmt: skip
 
 
@@ -182,6 +225,7 @@ def expert_down_tma(
         _expert_down_tma_kernel[(num_programs,)](
             hidden,
             rows_of(config.tail_m) if config.tail_m else hidden,
+            rows_of(config.extra_m) if config.extra_m else hidden,
             TensorDescriptor(
                 down_SHI,
                 [slots, hidden_size, intermediate],
@@ -204,6 +248,7 @@ def expert_down_tma(
             SWAP=config.swap,
             TAIL_M=config.tail_m,
             BLOCK_M=config.block_m,
+            EXTRA_M=config.extra_m,
             BLOCK_N=config.block_n,
             BLOCK_K=config.block_k,
             GROUP_M=config.group_m,

@@ -293,7 +293,7 @@ def expert_up(
         schedule: of the R * fanout flat rows.
         fanout: flat rows per source row: K before a dispatch, 1 after it.
         activation: "silu", or "gelu" (the exact one).
-        config: tile sizes; `config.block_m` must be the schedule's.
+        config: tile sizes; `config.block_m` and `config.extra_m` must be the schedule's.
         backend: see `resolve_backend`.
 
     Returns:
@@ -312,8 +312,7 @@ def expert_up(
         raise ValueError(f"fanout={fanout}: must be at least 1")
     check_activation(activation)
     check_tensor("schedule.order_N", schedule.order_N, (x_RH.shape[0] * fanout,), torch.int32, device)
-    if config.block_m != schedule.block_m:
-        raise ValueError(f"config.block_m={config.block_m}: must be the schedule's, {schedule.block_m}")
+    schedule.check_config(config)
     if config.tma:
         check_tma("gate_up_SNH", gate_up_SNH, columns=gate_up_SNH.shape[1] // 2)
     return _expert_up(

@@ -47,6 +47,12 @@ def _store_hidden(hidden_ptr, hidden, position, end, first_column, INTERMEDIATE:
 
 
 @triton.jit
+def _gated_interleaved(product, ACTIVATION: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_I: tl.constexpr):
+    gate, up = product.reshape(BLOCK_M, BLOCK_I // 8, 2, 8).permute(0, 1, 3, 2).split()
+    return gated(gate.reshape(BLOCK_M, BLOCK_I), up.reshape(BLOCK_M, BLOCK_I), ACTIVATION)
+
+
+@triton.jit
 def _wide_tile(
     x_ptr,
     gate_up,  # descriptor [S, I / 8, 2, 8, H]
@@ -62,20 +68,34 @@ def _wide_tile(
     INTERMEDIATE: tl.constexpr,
     ACTIVATION: tl.constexpr,
     BLOCK_M: tl.constexpr,
+    EXTRA_M: tl.constexpr,
     BLOCK_I: tl.constexpr,
     BLOCK_K: tl.constexpr,
 ):
     """Many rows: x on the M side. One product of gate and up rows, interleaved by eight, the columns that a thread of
-    the tensor core's layout holds: so the activation stays within registers."""
+    the tensor core's layout holds: so the activation stays within registers.
+
+    EXTRA_M: so many rows behind the tile are multiplied by the same weights.
+    """
     position, row_at = _rows_of_tile(x_ptr, order_ptr, start, end, fanout, stride_row, BLOCK_M)
     product = tl.zeros((BLOCK_M, 2 * BLOCK_I), dtype=tl.float32)
+    if EXTRA_M > 0:
+        extra_position, extra_at = _rows_of_tile(x_ptr, order_ptr, start + BLOCK_M, end, fanout, stride_row, EXTRA_M)
+        extra = tl.zeros((EXTRA_M, 2 * BLOCK_I), dtype=tl.float32)
     for first in tl.range(0, HIDDEN_SIZE, BLOCK_K):
         x = _load_x(row_at, first, HIDDEN_SIZE, BLOCK_K)
+        if EXTRA_M > 0:
+            extra_x = _load_x(extra_at, first, HIDDEN_SIZE, BLOCK_K)
         weights = gate_up.load([slot, column_block * (BLOCK_I // 8), 0, 0, first]).reshape(2 * BLOCK_I, BLOCK_K)
         product = dot(x, weights.T, product)
-    gate, up = product.reshape(BLOCK_M, BLOCK_I // 8, 2, 8).permute(0, 1, 3, 2).split()
-    hidden = gated(gate.reshape(BLOCK_M, BLOCK_I), up.reshape(BLOCK_M, BLOCK_I), ACTIVATION)
-    _store_hidden(hidden_ptr, hidden, position, end, column_block * BLOCK_I, INTERMEDIATE, BLOCK_I)
+        if EXTRA_M > 0:
+            extra = dot(extra_x, weights.T, extra)
+    first_column = column_block * BLOCK_I
+    hidden = _gated_interleaved(product, ACTIVATION, BLOCK_M, BLOCK_I)
+    _store_hidden(hidden_ptr, hidden, position, end, first_column, INTERMEDIATE, BLOCK_I)
+    if EXTRA_M > 0:
+        hidden = _gated_interleaved(extra, ACTIVATION, EXTRA_M, BLOCK_I)
+        _store_hidden(hidden_ptr, hidden, extra_position, end, first_column, INTERMEDIATE, BLOCK_I)
 
 
 @triton.jit
@@ -134,13 +154,15 @@ def _expert_up_tma_kernel(
     SWAP: tl.constexpr,
     TAIL_M: tl.constexpr,
     BLOCK_M: tl.constexpr,
+    EXTRA_M: tl.constexpr,
     BLOCK_I: tl.constexpr,
     BLOCK_K: tl.constexpr,
     GROUP_M: tl.constexpr,
 ):
     """One tile of rows, BLOCK_I columns of gate and of up.
 
-    A tile of at most TAIL_M rows is computed as one of TAIL_M: an expert's last tile is often nearly empty.
+    An expert's last rows are often few. A tile of at most TAIL_M rows is computed as one of TAIL_M; one of more than
+    BLOCK_M rows (see `TileSchedule.extra_m`) has the weights in common for all of them.
     """
     if PDL:
         gdc_wait()
@@ -161,12 +183,17 @@ def _expert_up_tma_kernel(
     elif (TAIL_M > 0) & (end - start <= TAIL_M):  # not `and`: without tails the compiler drops the branch
         _wide_tile(
             x_ptr, gate_up, order_ptr, hidden_ptr, start, end, slot, column_block, fanout, stride_row,
-            HIDDEN_SIZE, INTERMEDIATE, ACTIVATION, TAIL_M if TAIL_M > 0 else BLOCK_M, BLOCK_I, BLOCK_K,
+            HIDDEN_SIZE, INTERMEDIATE, ACTIVATION, TAIL_M if TAIL_M > 0 else BLOCK_M, 0, BLOCK_I, BLOCK_K,
+        )  # fmt: skip
+    elif (EXTRA_M > 0) & (end - start > BLOCK_M) & (end - start <= BLOCK_M + EXTRA_M):
+        _wide_tile(
+            x_ptr, gate_up, order_ptr, hidden_ptr, start, end, slot, column_block, fanout, stride_row,
+            HIDDEN_SIZE, INTERMEDIATE, ACTIVATION, BLOCK_M, EXTRA_M, BLOCK_I, BLOCK_K,
         )  # fmt: skip
     else:
         _wide_tile(
             x_ptr, gate_up, order_ptr, hidden_ptr, start, end, slot, column_block, fanout, stride_row,
-            HIDDEN_SIZE, INTERMEDIATE, ACTIVATION, BLOCK_M, BLOCK_I, BLOCK_K,
+            HIDDEN_SIZE, INTERMEDIATE, ACTIVATION, BLOCK_M, 0, BLOCK_I, BLOCK_K,
         )  # fmt: skip
 
 
@@ -221,6 +248,7 @@ def expert_up_tma(
             SWAP=config.swap,
             TAIL_M=config.tail_m,
             BLOCK_M=config.block_m,
+            EXTRA_M=config.extra_m,
             BLOCK_I=block_i,
             BLOCK_K=config.block_k,
             GROUP_M=config.group_m,

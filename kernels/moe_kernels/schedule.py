@@ -16,6 +16,7 @@ import triton.language as tl
 
 from moe_kernels.backend import gdc_launch_dependents, gdc_wait, on_device, registered_op, resolve_backend, uses_pdl
 from moe_kernels.checks import check_tensor
+from moe_kernels.config import GemmConfig
 from moe_kernels.scan import count_hits, first_index, load_bins, num_steps, rank_hits, row_ends, scan_options
 
 
@@ -32,6 +33,7 @@ class TileSchedule:
         tile_start: [max_tiles] int32, the first sorted position of each tile; -1 from num_tiles on.
         num_tiles: [1] int32, how many tiles there are.
         block_m: M; a tile ends after M rows, or where its lane ends.
+        extra_m: if after M rows at most so many are left of the lane, they belong to the tile too.
     """
 
     order_N: torch.Tensor
@@ -40,12 +42,28 @@ class TileSchedule:
     tile_start: torch.Tensor
     num_tiles: torch.Tensor
     block_m: int
+    extra_m: int = 0
+
+    def check_config(self, config: GemmConfig) -> None:
+        """Raises ValueError unless the schedule was built for `config`."""
+        for name in ("block_m", "extra_m"):
+            value, own = getattr(config, name), getattr(self, name)
+            if value != own:
+                raise ValueError(f"config.{name}={value}: must be the schedule's, {own}")
 
 
 def max_tiles(num_rows: int, num_lanes: int, block_m: int) -> int:
-    """Most tiles that `num_rows` rows can make: every lane that can have a row has one, and the rest fills up."""
+    """Most tiles that `num_rows` rows can make: every lane that can have a row has one, and the rest fills up.
+
+    (With `extra_m` there are fewer.)
+    """
     nonempty = min(num_rows, num_lanes)
     return nonempty + (num_rows - nonempty) // block_m
+
+
+@triton.jit
+def _num_tiles(counts, BLOCK_M: tl.constexpr, EXTRA_M: tl.constexpr):
+    return tl.maximum((counts - EXTRA_M + BLOCK_M - 1) // BLOCK_M, tl.minimum(counts, 1))
 
 
 @triton.jit(do_not_specialize=["num_rows", "max_tiles"])  # or serving would compile when one is a multiple of 16
@@ -65,6 +83,7 @@ def _build_schedule_kernel(
     max_tiles,
     # constants
     BLOCK_M: tl.constexpr,
+    EXTRA_M: tl.constexpr,
     PDL: tl.constexpr,
     # tunables
     BLOCK: tl.constexpr,
@@ -73,8 +92,8 @@ def _build_schedule_kernel(
 ):
     """Rows and tiles of one lane; the last program those of no lane: rows at the end, unused tiles.
 
-    Example (M = 16): lanes [1, 0, -1, 1], counts [1, 2] → order [1, 0, 3, 2], offsets [0, 1, 3], tile_lane [0, 1],
-    tile_start [0, 1], num_tiles 2.
+    Example (M = 16, no extra rows): lanes [1, 0, -1, 1], counts [1, 2] → order [1, 0, 3, 2], offsets [0, 1, 3],
+    tile_lane [0, 1], tile_start [0, 1], num_tiles 2.
     """
     if PDL:  # see `uses_pdl`
         gdc_wait()
@@ -88,14 +107,14 @@ def _build_schedule_kernel(
     index = first_index(num_rows, BLOCK, ROWS)
     bins = load_bins(lanes_ptr, index, 0, num_rows, num_lanes, BLOCK, ROWS)
 
-    tiles = (counts + BLOCK_M - 1) // BLOCK_M
+    tiles = _num_tiles(counts, BLOCK_M, EXTRA_M)
     # Two sums for the price of one.
     both = tl.sum(tl.where(lanes < lane, counts + (tiles.to(tl.int64) << 32), 0), axis=0)
     start, first_tile = both.to(tl.int32), (both >> 32).to(tl.int32)
     tl.store(offsets_ptr + lane, start)
     tl.store(num_tiles_ptr, first_tile, mask=is_lane == 0)
     # The masks keep a wrong count from a write out of bounds, here and below.
-    last_tile = tl.where(is_lane, tl.minimum(first_tile + tl.cdiv(count, BLOCK_M), max_tiles), max_tiles)
+    last_tile = tl.where(is_lane, tl.minimum(first_tile + _num_tiles(count, BLOCK_M, EXTRA_M), max_tiles), max_tiles)
     TILES: tl.constexpr = min(BLOCK, 512)  # that are written at once
     for first in range(first_tile, last_tile, TILES):
         tile = first + tl.arange(0, TILES)
@@ -118,7 +137,9 @@ def _build_schedule_kernel(
         tl.store(order_ptr + position, index + step * (BLOCK // ROWS), mask=mine & inside)
 
 
-def _build_schedule_triton(lanes_N: torch.Tensor, counts_L: torch.Tensor, *, block_m: int) -> TileSchedule:
+def _build_schedule_triton(
+    lanes_N: torch.Tensor, counts_L: torch.Tensor, *, block_m: int, extra_m: int
+) -> TileSchedule:
     num_rows, num_lanes = lanes_N.numel(), counts_L.numel()
     most = max_tiles(num_rows, num_lanes, block_m)
     schedule = TileSchedule(
@@ -128,6 +149,7 @@ def _build_schedule_triton(lanes_N: torch.Tensor, counts_L: torch.Tensor, *, blo
         tile_start=lanes_N.new_empty(most),
         num_tiles=lanes_N.new_empty(1),
         block_m=block_m,
+        extra_m=extra_m,
     )
     pdl = uses_pdl(lanes_N)
     with on_device(lanes_N):
@@ -143,6 +165,7 @@ def _build_schedule_triton(lanes_N: torch.Tensor, counts_L: torch.Tensor, *, blo
             num_lanes,
             most,
             BLOCK_M=block_m,
+            EXTRA_M=extra_m,
             PDL=pdl,
             BLOCK_L=triton.next_power_of_2(num_lanes),
             launch_pdl=pdl,
@@ -151,12 +174,15 @@ def _build_schedule_triton(lanes_N: torch.Tensor, counts_L: torch.Tensor, *, blo
     return schedule
 
 
-def build_schedule_torch(lanes_N: torch.Tensor, counts_L: torch.Tensor, *, block_m: int) -> TileSchedule:
+def build_schedule_torch(
+    lanes_N: torch.Tensor, counts_L: torch.Tensor, *, block_m: int, extra_m: int = 0
+) -> TileSchedule:
     """Reference of `build_schedule`."""
     num_lanes = counts_L.numel()
     bins = torch.where((lanes_N >= 0) & (lanes_N < num_lanes), lanes_N, num_lanes)
-    offsets_L1 = F.pad(counts_L.long().cumsum(0), (1, 0))
-    tiles_L = (counts_L.long() + block_m - 1) // block_m
+    counts_L = counts_L.long()
+    offsets_L1 = F.pad(counts_L.cumsum(0), (1, 0))
+    tiles_L = torch.maximum((counts_L - extra_m + block_m - 1) // block_m, counts_L.clamp(max=1))
     last_L = tiles_L.cumsum(0)
     num_tiles = tiles_L.sum()
     tile = torch.arange(max_tiles(lanes_N.numel(), num_lanes, block_m), device=lanes_N.device)
@@ -170,27 +196,28 @@ def build_schedule_torch(lanes_N: torch.Tensor, counts_L: torch.Tensor, *, block
         tile_start=torch.where(used, start, -1).to(torch.int32),
         num_tiles=num_tiles.to(torch.int32).view(1),
         block_m=block_m,
+        extra_m=extra_m,
     )
 
 
 @registered_op("moe_kernels::build_schedule")
 def _build_schedule(
-    lanes_N: torch.Tensor, counts_L: torch.Tensor, block_m: int, backend: str
+    lanes_N: torch.Tensor, counts_L: torch.Tensor, block_m: int, extra_m: int, backend: str
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
     build = _build_schedule_triton if backend == "triton" else build_schedule_torch
-    built = build(lanes_N, counts_L, block_m=block_m)
+    built = build(lanes_N, counts_L, block_m=block_m, extra_m=extra_m)
     return built.order_N, built.offsets_L1, built.tile_lane, built.tile_start, built.num_tiles
 
 
 @_build_schedule.register_fake
-def _build_schedule_fake(lanes_N, counts_L, block_m, backend):
+def _build_schedule_fake(lanes_N, counts_L, block_m, extra_m, backend):
     num_rows, num_lanes = lanes_N.shape[0], counts_L.shape[0]
     sizes = (num_rows, num_lanes + 1, *(2 * (max_tiles(num_rows, num_lanes, block_m),)), 1)
     return tuple(lanes_N.new_empty(size, dtype=torch.int32) for size in sizes)
 
 
 def build_schedule(
-    lanes_N: torch.Tensor, counts_L: torch.Tensor, *, block_m: int, backend: str = "auto"
+    lanes_N: torch.Tensor, counts_L: torch.Tensor, *, block_m: int, extra_m: int = 0, backend: str = "auto"
 ) -> TileSchedule:
     """Sort the rows by lane (stable) and cut them into tiles that never span lanes. No host sync.
 
@@ -199,6 +226,7 @@ def build_schedule(
         counts_L: [L] int32, contiguous, L at least 1; how many rows each lane has. With wrong counts the schedule is
             undefined.
         block_m: M, a power of two, at least 16; the `GemmConfig.block_m` of the GEMMs that use the schedule.
+        extra_m: in [0, M]; their `GemmConfig.extra_m`.
         backend: see `resolve_backend`.
 
     Raises:
@@ -210,7 +238,9 @@ def build_schedule(
         raise ValueError(f"counts_L has shape {tuple(counts_L.shape)}: there must be at least 1 lane")
     if block_m < 16 or block_m & (block_m - 1):
         raise ValueError(f"block_m={block_m}: must be a power of two and at least 16")
+    if not 0 <= extra_m <= block_m:
+        raise ValueError(f"extra_m={extra_m}: must be in [0, {block_m}], block_m")
     order_N, offsets_L1, tile_lane, tile_start, num_tiles = _build_schedule(
-        lanes_N, counts_L, block_m, resolve_backend(backend, lanes_N.device)
+        lanes_N, counts_L, block_m, extra_m, resolve_backend(backend, lanes_N.device)
     )
-    return TileSchedule(order_N, offsets_L1, tile_lane, tile_start, num_tiles, block_m)
+    return TileSchedule(order_N, offsets_L1, tile_lane, tile_start, num_tiles, block_m, extra_m)

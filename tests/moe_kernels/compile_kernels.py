@@ -126,7 +126,7 @@ def compile_small(arch: int) -> None:
             "schedule",
             "_build_schedule_kernel",
             {},
-            scan | {"BLOCK_M": 64, "BLOCK_L": 256},
+            scan | {"BLOCK_M": 64, "EXTRA_M": 0, "BLOCK_L": 256},
             arch,
             options["num_warps"],
         )
@@ -175,15 +175,20 @@ def compile_tma_gemms(arch: int, dtype: torch.dtype, num_tokens: int, hidden_siz
     for module, config in (("expert_up_tma", up), ("expert_down_tma", down)):
         n, k = config.block_n, config.block_k
         sizes = {"HIDDEN_SIZE": hidden_size, "INTERMEDIATE": intermediate, "PDL": True, "SWAP": config.swap}
-        tiles = {"TAIL_M": config.tail_m, "BLOCK_M": config.block_m, "BLOCK_K": k, "GROUP_M": config.group_m}
+        tiles = {"TAIL_M": config.tail_m, "BLOCK_M": config.block_m, "EXTRA_M": config.extra_m}
+        tiles |= {"BLOCK_K": k, "GROUP_M": config.group_m}
         if module == "expert_up_tma":
             box = f"1,{n // 2},{k}" if config.swap else f"1,{n // 16},2,8,{k}"
             types = {"gate_up": f"tensordesc<{element}[{box}]>", "x_ptr": f"*{element}", "hidden_ptr": f"*{element}"}
             tiles |= {"ACTIVATION": "silu", "BLOCK_I": n // 2}
         else:
             types = {"row_weights_ptr": "*fp32", "rows_ptr": f"*{element}", "down": f"tensordesc<{element}[1,{n},{k}]>"}
-            for name, rows in (("hidden", config.block_m), ("hidden_tail", config.tail_m or config.block_m)):
-                types[name] = f"tensordesc<{element}[{rows},{k}]>"
+            for name, rows in (
+                ("hidden", config.block_m),
+                ("hidden_tail", config.tail_m),
+                ("hidden_extra", config.extra_m),
+            ):
+                types[name] = f"tensordesc<{element}[{rows or config.block_m},{k}]>"
             tiles |= {"PERSISTENT": config.programs_per_sm > 0, "BLOCK_N": n}
         options = {"num_warps": config.num_warps, "num_stages": config.num_stages, "launch_pdl": True}
         compiled = compile_kernel(module, f"_{module}_kernel", types, sizes | tiles, arch, **options)
@@ -200,7 +205,7 @@ if __name__ == "__main__":
             compile_gemms(arch, dtype, rows, even_k=rows != 16, activation="gelu" if rows == 32 else "silu")
     if arch == 90:
         for dtype in (torch.float16, torch.bfloat16):
-            for num_tokens in (1, 16, 64, 256):
+            for num_tokens in (1, 16, 64, 128, 256):
                 compile_tma_gemms(arch, dtype, num_tokens, 2048, 768)
                 compile_tma_gemms(arch, dtype, num_tokens, 2880, 2880)
             compile_tma_gemms(arch, dtype, 256, 4096, 14336)

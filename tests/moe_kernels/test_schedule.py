@@ -10,9 +10,9 @@ from tests.moe_kernels.conftest import counts_of
 FIELDS = ("order_N", "offsets_L1", "tile_lane", "tile_start", "num_tiles")
 
 
-def build(lanes, num_lanes, block_m=16, device="cpu", backend="torch") -> TileSchedule:
+def build(lanes, num_lanes, block_m=16, device="cpu", backend="torch", extra_m=0) -> TileSchedule:
     lanes_N = torch.tensor(lanes, dtype=torch.int32, device=device)
-    return build_schedule(lanes_N, counts_of(lanes_N, num_lanes), block_m=block_m, backend=backend)
+    return build_schedule(lanes_N, counts_of(lanes_N, num_lanes), block_m=block_m, extra_m=extra_m, backend=backend)
 
 
 def as_lists(schedule: TileSchedule) -> dict[str, list[int]]:
@@ -39,17 +39,31 @@ def test_example_of_several_tiles(device, backend):
     assert schedule["tile_start"] == [0, 16, 20, -1]
 
 
-@given(st.integers(1, 6).flatmap(lambda n: st.tuples(st.lists(st.integers(-1, n - 1), max_size=90), st.just(n))))
-def test_invariants(case):
+@pytest.mark.parametrize("backend", ["torch", "triton"])
+def test_example_of_extra_rows(device, backend):
+    """Of 20 rows, 4 are left after one tile of 16, of 21 5; of 3 there is one tile; 36 make two, the last of 20."""
+    lanes = [0] * 20 + [1] * 21 + [2] * 3 + [4] * 36
+    schedule = as_lists(build(lanes, 5, 16, device, backend, extra_m=4))
+    used = schedule["num_tiles"][0]
+    assert schedule["tile_lane"][:used] == [0, 1, 1, 2, 4, 4]
+    assert schedule["tile_start"][:used] == [0, 20, 36, 41, 44, 60]
+
+
+@given(
+    st.integers(1, 6).flatmap(lambda n: st.tuples(st.lists(st.integers(-1, n - 1), max_size=90), st.just(n))),
+    st.integers(0, 16),
+)
+def test_invariants(case, extra_m):
     lanes, num_lanes = case
-    schedule = build(lanes, num_lanes)
+    schedule = build(lanes, num_lanes, extra_m=extra_m)
     order, offsets = schedule.order_N.tolist(), schedule.offsets_L1.tolist()
     assert sorted(order) == list(range(len(lanes)))  # every row once
     assert order == sorted(order, key=lambda row: lanes[row] % (num_lanes + 1))  # those of no lane last
     in_tiles = []
     for tile in range(schedule.num_tiles.item()):
         lane, start = schedule.tile_lane[tile].item(), schedule.tile_start[tile].item()
-        rows = order[start : min(start + 16, offsets[lane + 1])]
+        left = offsets[lane + 1] - start
+        rows = order[start : start + (left if left <= 16 + extra_m else 16)]
         assert rows and all(lanes[row] == lane for row in rows)  # a tile never spans lanes
         in_tiles += rows
     assert in_tiles == sorted(
@@ -82,23 +96,28 @@ def test_kernel_equals_reference_at_the_edges(small_blocks, device, lanes, num_l
     assert as_lists(build(lanes, num_lanes, 16, device, "triton")) == expected
 
 
-def assert_kernel_equals_reference(rows, num_lanes, block_m, seed, device):
+def assert_kernel_equals_reference(rows, num_lanes, block_m, seed, device, extra_m=0):
     lanes = torch.randint(-1, num_lanes, (rows,), generator=torch.Generator().manual_seed(seed)).tolist()
-    expected = as_lists(build(lanes, num_lanes, block_m, device, "torch"))
-    assert as_lists(build(lanes, num_lanes, block_m, device, "triton")) == expected
+    expected = as_lists(build(lanes, num_lanes, block_m, device, "torch", extra_m))
+    assert as_lists(build(lanes, num_lanes, block_m, device, "triton", extra_m)) == expected
 
 
-shapes = {"rows": st.integers(0, 150), "num_lanes": st.integers(1, 10), "block_m": st.sampled_from([16, 128])}
+shapes = {
+    "rows": st.integers(0, 150),
+    "num_lanes": st.integers(1, 10),
+    "block_m": st.sampled_from([16, 128]),
+    "extra_m": st.sampled_from([0, 8, 16]),
+}
 
 
 @given(**shapes, seed=st.integers(0, 9))
-def test_kernel_equals_reference(device, rows, num_lanes, block_m, seed):
-    assert_kernel_equals_reference(rows, num_lanes, block_m, seed, device)
+def test_kernel_equals_reference(device, rows, num_lanes, block_m, extra_m, seed):
+    assert_kernel_equals_reference(rows, num_lanes, block_m, seed, device, extra_m)
 
 
 @given(**shapes, seed=st.integers(0, 9))
-def test_kernel_equals_reference_over_several_blocks(small_blocks, device, rows, num_lanes, block_m, seed):
-    assert_kernel_equals_reference(rows, num_lanes, block_m, seed, device)
+def test_kernel_equals_reference_over_several_blocks(small_blocks, device, rows, num_lanes, block_m, extra_m, seed):
+    assert_kernel_equals_reference(rows, num_lanes, block_m, seed, device, extra_m)
 
 
 @pytest.mark.parametrize("rows", [600, 2047, 8192, 8193, 20000])  # up to one full block of each size, two, three
@@ -119,6 +138,7 @@ def test_wrong_counts_write_nothing_out_of_bounds(device, counts):
         *(lanes, wrong, order, offsets, tile_lane, tile_start_whole[guard:-guard], num_tiles),
         *(100, 3, most),
         BLOCK_M=16,
+        EXTRA_M=0,
         PDL=False,
         BLOCK=256,
         ROWS=2,
@@ -130,7 +150,7 @@ def test_wrong_counts_write_nothing_out_of_bounds(device, counts):
 
 def test_opcheck(device):
     lanes, counts = (torch.tensor(values, dtype=torch.int32, device=device) for values in ([1, 0, -1, 1], [1, 2, 0]))
-    torch.library.opcheck(_build_schedule.registered, (lanes, counts, 16, "torch"))
+    torch.library.opcheck(_build_schedule.registered, (lanes, counts, 16, 8, "torch"))
 
 
 @pytest.mark.parametrize(
@@ -142,6 +162,8 @@ def test_opcheck(device):
         ("counts_L", {"counts_L": torch.zeros(0, dtype=torch.int32)}),
         ("block_m", {"block_m": 8}),
         ("block_m", {"block_m": 48}),
+        ("extra_m", {"extra_m": -1}),
+        ("extra_m", {"extra_m": 17}),
     ],
 )
 def test_refused(name, change):

@@ -26,12 +26,14 @@ pytestmark = pytest.mark.skipif(
 NARROW = GemmConfig(16, 128, 64, 4, 3, tma=True, swap=True)
 MIDDLE = GemmConfig(64, 128, 64, 4, 3, group_m=2, tma=True)
 WIDE = GemmConfig(128, 128, 64, 8, 3, tma=True, tail_m=64)
+MERGED = replace(WIDE, extra_m=64)
 PERSISTENT = GemmConfig(64, 128, 64, 4, 3, group_m=3, tma=True, programs_per_sm=1)
 VARIANTS = {
     "16 rows, swapped": NARROW,
     "32 rows, swapped": replace(NARROW, block_m=32),
     "64 rows": MIDDLE,
     "128 rows, tails": WIDE,
+    "128 rows and more": MERGED,
     "persistent": PERSISTENT,
     "portable": replace(MIDDLE, block_m=32, tma=False),
 }
@@ -48,7 +50,9 @@ def routed(experts, name, lanes_N):
 
 
 def run(experts, config, backend="triton", activation="silu"):
-    schedule = build_schedule(experts.lanes_N, experts.counts_L, block_m=config.block_m, backend=backend)
+    schedule = build_schedule(
+        experts.lanes_N, experts.counts_L, block_m=config.block_m, extra_m=config.extra_m, backend=backend
+    )
     down_config = config
     up_config = replace(config, programs_per_sm=0)
     hidden = expert_up(
@@ -115,12 +119,12 @@ def test_tma_variants_have_equal_bits(make_experts, shape):
     """So block sizes, swapping, tails and persistence may be chosen by what differs between ranks, if ever needed."""
     experts = make_experts(*shape, torch.bfloat16)
     expected = run(experts, NARROW)
-    for name in ("32 rows, swapped", "64 rows", "128 rows, tails", "persistent"):
+    for name in ("32 rows, swapped", "64 rows", "128 rows, tails", "128 rows and more", "persistent"):
         for actual, wanted in zip(run(experts, VARIANTS[name]), expected, strict=True):
             assert torch.equal(actual, wanted), name
 
 
-SERVED = sorted({config for row in _TABLE_TMA for config in row[1:]}, key=GemmConfig.as_list)
+SERVED = sorted({config for *_, pairs in _TABLE_TMA for pair in pairs for config in pair}, key=GemmConfig.as_list)
 
 
 @pytest.mark.parametrize("config", SERVED, ids=lambda config: "-".join(map(str, config.as_list())))
@@ -129,7 +133,7 @@ def test_served_configs_have_equal_bits_in_any_company(make_experts, config):
     experts = make_experts(200, 2, 2, 192, 136, torch.bfloat16)
     hidden, rows = run(experts, config)
     # In the interpreter, block_k decides where float64 products are rounded.
-    for other in (replace(NARROW, block_k=config.block_k), replace(config, tail_m=0)):
+    for other in (replace(NARROW, block_k=config.block_k), replace(config, tail_m=0, extra_m=0)):
         for actual, wanted in zip(run(experts, other), (hidden, rows), strict=True):
             assert torch.equal(actual, wanted)
     # Fewer and fewer of them: the rows that are left are computed in full tiles, in tails and alone.
@@ -140,14 +144,14 @@ def test_served_configs_have_equal_bits_in_any_company(make_experts, config):
         assert torch.equal(run(few, config)[1], rows[: int((few.lanes_N >= 0).sum())])
 
 
-@pytest.mark.parametrize("num_tokens", [1, 16, 64, 256, 1024, 16384])
+@pytest.mark.parametrize("num_tokens", [1, 16, 64, 128, 256, 1024, 16384])
 def test_configured_pair_on_a_ragged_shape(make_experts, assert_close, num_tokens):
     """The configurations that serving uses, both GEMMs with their own."""
     rows = min(num_tokens, 150)
     experts = make_experts(rows, 2, 5, 200, 72, torch.bfloat16)
     up, down = gemm_configs(200, 72, torch.bfloat16, num_tokens, 2, 5, tma=True)
-    assert up.tma and down.tma and up.block_m == down.block_m
-    schedule = build_schedule(experts.lanes_N, experts.counts_L, block_m=up.block_m)
+    assert up.tma and down.tma and (up.block_m, up.extra_m) == (down.block_m, down.extra_m)
+    schedule = build_schedule(experts.lanes_N, experts.counts_L, block_m=up.block_m, extra_m=up.extra_m)
     common = (experts.lane_to_slot_L, schedule)
     hidden = expert_up(experts.x_RH, experts.gate_up_SNH, *common, fanout=2, config=up, backend="triton")
     actual = expert_down(hidden, experts.down_SHI, *common, experts.row_weights_N, config=down, backend="triton")
@@ -164,6 +168,9 @@ def test_configured_pair_on_a_ragged_shape(make_experts, assert_close, num_token
         ({"tail_m": 32}, "tail_m=32"),
         ({"tail_m": 96}, "tail_m=96"),
         ({"tail_m": 64, "programs_per_sm": 1}, "not together"),
+        ({"extra_m": 32}, "extra_m=32"),
+        ({"extra_m": 128}, "extra_m=128: must be less than block_m=128"),
+        ({"extra_m": 64, "tail_m": 0, "programs_per_sm": 1}, "extra_m=64: not together"),
         ({"programs_per_sm": -1}, "programs_per_sm=-1"),
         ({"block_m": 64}, "tail_m=64: must be less than block_m=64"),
         ({"block_n": 512}, "block_n=512"),
