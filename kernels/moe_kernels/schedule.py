@@ -29,11 +29,12 @@ class TileSchedule:
             rows with lane -1 come last and are in no tile.
         offsets_L1: [L + 1] int32, the sorted position at which each lane starts; the last is the number of rows that
             are computed.
-        tile_lane: [max_tiles] int32, the lane of each tile; -1 from num_tiles on.
+        tile_lane: [max_tiles] int32, the lane of each tile, those of a lane in order; -1 from num_tiles on.
         tile_start: [max_tiles] int32, the first sorted position of each tile; -1 from num_tiles on.
         num_tiles: [1] int32, how many tiles there are.
         block_m: M; a tile ends after M rows, or where its lane ends.
-        extra_m: if after M rows at most so many are left of the lane, they belong to the tile too.
+        extra_m: if after M rows at most so many are left of the lane, they belong to the tile too. Lanes with such a longer
+            tile come first, as what begins last should be short.
     """
 
     order_N: torch.Tensor
@@ -64,6 +65,12 @@ def max_tiles(num_rows: int, num_lanes: int, block_m: int) -> int:
 @triton.jit
 def _num_tiles(counts, BLOCK_M: tl.constexpr, EXTRA_M: tl.constexpr):
     return tl.maximum((counts - EXTRA_M + BLOCK_M - 1) // BLOCK_M, tl.minimum(counts, 1))
+
+
+@triton.jit
+def _has_extra(counts, BLOCK_M: tl.constexpr, EXTRA_M: tl.constexpr):
+    """1 for a lane whose last tile has extra rows, else 0."""
+    return (_num_tiles(counts, BLOCK_M, EXTRA_M) * BLOCK_M < counts).to(tl.int32)
 
 
 @triton.jit(do_not_specialize=["num_rows", "max_tiles"])  # or serving would compile when one is a multiple of 16
@@ -108,8 +115,11 @@ def _build_schedule_kernel(
     bins = load_bins(lanes_ptr, index, 0, num_rows, num_lanes, BLOCK, ROWS)
 
     tiles = _num_tiles(counts, BLOCK_M, EXTRA_M)
+    earlier = lanes < lane
+    longer, own_longer = _has_extra(counts, BLOCK_M, EXTRA_M), _has_extra(count, BLOCK_M, EXTRA_M)
+    first_tiles = (longer > own_longer) | ((longer == own_longer) & earlier)
     # Two sums for the price of one.
-    both = tl.sum(tl.where(lanes < lane, counts + (tiles.to(tl.int64) << 32), 0), axis=0)
+    both = tl.sum(tl.where(earlier, counts, 0) + (tl.where(first_tiles, tiles, 0).to(tl.int64) << 32), axis=0)
     start, first_tile = both.to(tl.int32), (both >> 32).to(tl.int32)
     tl.store(offsets_ptr + lane, start)
     tl.store(num_tiles_ptr, first_tile, mask=is_lane == 0)
@@ -183,11 +193,13 @@ def build_schedule_torch(
     counts_L = counts_L.long()
     offsets_L1 = F.pad(counts_L.cumsum(0), (1, 0))
     tiles_L = torch.maximum((counts_L - extra_m + block_m - 1) // block_m, counts_L.clamp(max=1))
-    last_L = tiles_L.cumsum(0)
+    order_L = torch.argsort((tiles_L * block_m >= counts_L).int(), stable=True)
+    last_L = tiles_L[order_L].cumsum(0)
     num_tiles = tiles_L.sum()
     tile = torch.arange(max_tiles(lanes_N.numel(), num_lanes, block_m), device=lanes_N.device)
-    lane = torch.searchsorted(last_L, tile, right=True).clamp(max=num_lanes - 1)
-    start = offsets_L1[lane] + (tile - (last_L - tiles_L)[lane]) * block_m
+    place = torch.searchsorted(last_L, tile, right=True).clamp(max=num_lanes - 1)
+    lane = order_L[place]
+    start = offsets_L1[lane] + (tile - (last_L[place] - tiles_L[lane])) * block_m
     used = tile < num_tiles
     return TileSchedule(
         order_N=torch.argsort(bins, stable=True).to(torch.int32),

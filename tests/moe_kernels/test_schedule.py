@@ -41,12 +41,15 @@ def test_example_of_several_tiles(device, backend):
 
 @pytest.mark.parametrize("backend", ["torch", "triton"])
 def test_example_of_extra_rows(device, backend):
-    """Of 20 rows, 4 are left after one tile of 16, of 21 5; of 3 there is one tile; 36 make two, the last of 20."""
+    """Of 20 rows, 4 are left after one tile of 16, of 21 5; of 3 there is one tile; 36 make two, the last of 20.
+
+    The lanes with a longer tile come first.
+    """
     lanes = [0] * 20 + [1] * 21 + [2] * 3 + [4] * 36
     schedule = as_lists(build(lanes, 5, 16, device, backend, extra_m=4))
     used = schedule["num_tiles"][0]
-    assert schedule["tile_lane"][:used] == [0, 1, 1, 2, 4, 4]
-    assert schedule["tile_start"][:used] == [0, 20, 36, 41, 44, 60]
+    assert schedule["tile_lane"][:used] == [0, 4, 4, 1, 1, 2]
+    assert schedule["tile_start"][:used] == [0, 44, 60, 20, 36, 41]
 
 
 @given(
@@ -66,9 +69,9 @@ def test_invariants(case, extra_m):
         rows = order[start : start + (left if left <= 16 + extra_m else 16)]
         assert rows and all(lanes[row] == lane for row in rows)  # a tile never spans lanes
         in_tiles += rows
-    assert in_tiles == sorted(
-        (row for row, lane in enumerate(lanes) if lane >= 0), key=lambda row: (lanes[row], row)
-    )  # stable
+    computed = [row for row, lane in enumerate(lanes) if lane >= 0]
+    assert sorted(in_tiles) == computed
+    assert sorted(in_tiles, key=lambda row: lanes[row]) == sorted(computed, key=lambda row: (lanes[row], row))  # stable
     assert schedule.num_tiles.item() <= max_tiles(len(lanes), num_lanes, 16) == schedule.tile_lane.numel()
 
 
