@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+import triton
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -182,6 +183,20 @@ def test_refuses(make_experts, name, change):
     given_arguments = arguments(make_experts, [1, 1, 1], 2, 16, 8)
     with pytest.raises(ValueError, match=name):
         one_token(**(given_arguments | {name: change(given_arguments)}))
+
+
+@pytest.mark.gpu
+def test_hooks_of_a_profiler_see_every_launch(make_experts):
+    given_arguments = arguments(make_experts, [1, 1, 1], 2, 16, 8) | {"increment_1": None}
+    expected = one_token(**given_arguments, backend="triton")  # compiles
+    seen, hooks = [], triton.knobs.runtime.launch_enter_hook
+    assert torch.equal(one_token(**given_arguments, backend="triton"), expected)
+    hooks.add(seen.append)
+    try:
+        assert torch.equal(one_token(**given_arguments, backend="triton"), expected)
+    finally:
+        hooks.remove(seen.append)
+    assert len(seen) == 3
 
 
 @pytest.mark.parametrize("backend", ["torch", "triton"])
