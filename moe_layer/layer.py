@@ -177,34 +177,27 @@ class MoELayer(nn.Module):
         Raises:
             ValueError: shape, dtype or device of an argument do not fit.
         """
-        check_forward_input(x, token_mask, router_logits, self.gate.weight, self.hidden_size, self.resident.num_experts)
+        gate, experts = _part(self, "gate"), _part(self, "experts")
+        resident = experts.resident
+        weight_EH = _part(gate, "weight")
+        check_forward_input(x, token_mask, router_logits, weight_EH, self.hidden_size, resident.num_experts)
         x_TH = _rows(x)
         mask_T = None if token_mask is None else token_mask.reshape(-1).contiguous()
-        logits_TE = self.gate(x_TH) if router_logits is None else _rows(router_logits)
+        logits_TE = gate(x_TH) if router_logits is None else _rows(router_logits)
         if not torch.compiler.is_compiling():
-            self.resident.note_stream()
-        if self._is_one_token_alone(x_TH, logits_TE):
-            y_TH = self._of_one_token(x_TH, logits_TE, mask_T)
+            resident.note_stream()
+        if self._is_one_token_alone(gate, experts, x_TH, logits_TE):
+            y_TH = _of_one_token(gate, experts, x_TH, logits_TE, mask_T)
         else:
-            weights_TK, expert_ids_TK = self.gate.choose(logits_TE, mask_T)
-            lanes_TK, counts_L = self._choose_replicas(expert_ids_TK)
+            weights_TK, expert_ids_TK = gate.choose(logits_TE, mask_T)
+            lanes_TK, counts_L = self._choose_replicas(resident, expert_ids_TK)
             y_TH = self._computed(x_TH, weights_TK, lanes_TK, counts_L)
         return y_TH if x.dim() == 2 else y_TH.reshape(x.shape)
 
-    @property
-    def _rank_start(self) -> int:
-        """Ranks start apart on the circles of shares, so that the first tokens of all of them don't meet on one replica."""
-        return (self.resident.rank * GOLDEN) % 2**SHARE_BITS
-
-    @property
-    def _increment_1(self) -> torch.Tensor | None:
-        """What a token adds to the load; nothing where a forward is repeated that was counted."""
-        recording = torch.compiler.is_compiling() or not _is_recomputing()
-        return self.resident.load_increment_1 if recording else None
-
-    def _choose_replicas(self, expert_ids_TK: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    def _choose_replicas(
+        self, resident: ResidentExperts, expert_ids_TK: torch.Tensor
+    ) -> tuple[torch.Tensor, torch.Tensor]:
         """The lane that computes each chosen expert, by the table and its shares, and each lane's count; records the load."""
-        resident = self.resident
         table = resident.table
         return select_replicas(
             expert_ids_TK,
@@ -212,9 +205,9 @@ class MoELayer(nn.Module):
             table.lanes_P,
             table.cumulative_P,
             resident.load_E,
-            self._rank_start,
+            _rank_start(resident),
             num_lanes=resident.num_ranks * resident.num_lanes,
-            increment_1=self._increment_1,
+            increment_1=_increment_1(resident),
             backend=self.backend,
         )
 
@@ -224,14 +217,15 @@ class MoELayer(nn.Module):
             any(tensor.requires_grad for tensor in tensors) or not self.experts.is_frozen
         )
 
-    def _is_one_token_alone(self, x_TH: torch.Tensor, logits_TE: torch.Tensor) -> bool:
+    def _is_one_token_alone(
+        self, gate: nn.Module, experts: nn.Module, x_TH: torch.Tensor, logits_TE: torch.Tensor
+    ) -> bool:
         """Whether the kernels for a single token apply: without gradients, where no expert can be on another rank.
 
         Nor where somebody listens to the layer's parts or has put others in their places, which would be passed over.
         """
         if x_TH.shape[0] != 1 or type(self.dispatcher) is not LocalDispatcher:
             return False
-        experts, gate = self.experts, self.gate
         if self._needs_grad(x_TH, logits_TE):
             return False
         if (
@@ -241,38 +235,10 @@ class MoELayer(nn.Module):
             or experts._forward_pre_hooks
         ):
             return False
-        bias_E = gate.e_score_correction_bias
-        if experts.gate_up_proj.dtype != x_TH.dtype or (bias_E is not None and bias_E.dtype != torch.float32):
+        bias_E = _part(gate, "e_score_correction_bias")
+        if _part(experts, "gate_up_proj").dtype != x_TH.dtype or (bias_E is not None and bias_E.dtype != torch.float32):
             return False  # cast part by part; the separate ops say what is wrong
         return resolve_backend(self.backend, x_TH.device) == "triton"
-
-    def _of_one_token(
-        self, x_1H: torch.Tensor, logits_1E: torch.Tensor, token_mask_1: torch.Tensor | None
-    ) -> torch.Tensor:
-        resident, experts, gate = self.resident, self.experts, self.gate
-        table = resident.table
-        return one_token(
-            x_1H,
-            logits_1E,
-            experts.gate_up_proj,
-            experts.down_proj,
-            table.lane_to_slot_S,
-            table.offsets_E1,
-            table.lanes_P,
-            table.cumulative_P,
-            resident.load_E,
-            self._increment_1,
-            self._rank_start,
-            gate.top_k,
-            score_function=gate.rule.score_function,
-            renormalize=gate.rule.renormalize,
-            scale=gate.rule.scale,
-            bias_E=gate.e_score_correction_bias,
-            token_mask_1=token_mask_1,
-            activation=experts.activation,
-            backend="triton",
-            validate=False,  # `check_forward_input` and `_is_one_token_alone` have looked
-        )
 
     def _computed(
         self, x_TH: torch.Tensor, weights_TK: torch.Tensor, lanes_TK: torch.Tensor, counts_L: torch.Tensor
@@ -370,6 +336,64 @@ class _Recomputed(torch.autograd.Function):
         grads = iter(torch.autograd.grad(y_TH, kept, grad_TH))
         ctx.pin.used_on(layer.resident.streams.current())
         return None, None, None, *(next(grads) if is_wanted else None for is_wanted in wanted)
+
+
+def _part(module: nn.Module, name: str) -> Any:
+    """`getattr(module, name)` of a parameter, submodule or buffer, without the half microsecond after which nn.Module finds it.
+
+    Nothing is remembered: what has been replaced is seen, as is a plain attribute in its place.
+    """
+    if name in module._parameters:
+        return module._parameters[name]
+    if name in module._modules:
+        return module._modules[name]
+    if name in module._buffers:
+        return module._buffers[name]
+    return getattr(module, name)
+
+
+def _of_one_token(
+    gate: Router,
+    experts: Experts,
+    x_1H: torch.Tensor,
+    logits_1E: torch.Tensor,
+    token_mask_1: torch.Tensor | None,
+) -> torch.Tensor:
+    resident = experts.resident
+    table, rule = resident.table, gate.rule
+    return one_token(
+        x_1H,
+        logits_1E,
+        _part(experts, "gate_up_proj"),
+        _part(experts, "down_proj"),
+        table.lane_to_slot_S,
+        table.offsets_E1,
+        table.lanes_P,
+        table.cumulative_P,
+        resident.load_E,
+        _increment_1(resident),
+        _rank_start(resident),
+        gate.top_k,
+        score_function=rule.score_function,
+        renormalize=rule.renormalize,
+        scale=rule.scale,
+        bias_E=_part(gate, "e_score_correction_bias"),
+        token_mask_1=token_mask_1,
+        activation=experts.activation,
+        backend="triton",
+        validate=False,  # `check_forward_input` and `_is_one_token_alone` have looked
+    )
+
+
+def _rank_start(resident: ResidentExperts) -> int:
+    """Ranks start apart on the circles of shares, so that the first tokens of all of them don't meet on one replica."""
+    return (resident.rank * GOLDEN) % 2**SHARE_BITS
+
+
+def _increment_1(resident: ResidentExperts) -> torch.Tensor | None:
+    """What a token adds to the load; nothing where a forward is repeated that was counted."""
+    recording = torch.compiler.is_compiling() or not _is_recomputing()
+    return resident.load_increment_1 if recording else None
 
 
 def _rows(tensor: torch.Tensor) -> torch.Tensor:

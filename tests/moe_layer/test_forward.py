@@ -1,5 +1,7 @@
 """The layer against the dense float64 reference, forward and gradients, on one rank."""
 
+import copy
+
 import pytest
 import torch
 
@@ -168,6 +170,74 @@ def test_one_token_passes_over_nobody(device):
         layer = make_layer("plain", device, backend="triton", dispatcher=Counting())
         layer(clear_tokens(layer, 1))
     assert seen == ["hook", "dispatch"]
+
+
+def new_bias(layer):
+    layer.gate.e_score_correction_bias = torch.linspace(1, -1, 8, device=layer.gate.weight.device)
+
+
+def bias_as_a_parameter(layer):
+    bias_E = torch.linspace(-1, 1, 8, device=layer.gate.weight.device)
+    layer.gate.e_score_correction_bias = torch.nn.Parameter(bias_E, requires_grad=False)
+
+
+def new_gate(layer):
+    layer.gate = copy.deepcopy(layer.gate)
+    layer.gate.weight = torch.nn.Parameter(-layer.gate.weight)
+
+
+def gate_weight_as_a_plain_attribute(layer):
+    weight = -layer.gate.weight.detach()
+    del layer.gate.weight
+    layer.gate.weight = weight
+
+
+def new_rule(layer):
+    layer.gate.rule = RouterRule("softmax", renormalize=False, scale=3.0)
+
+
+def new_experts(layer):
+    layer.experts = make_layer("plain", layer.gate.weight.device.type, backend="triton").experts
+    layer.experts.down_proj = torch.nn.Parameter(-layer.experts.down_proj)
+
+
+def projection_as_a_plain_attribute(layer):
+    down = -layer.experts.down_proj.detach()
+    del layer.experts.down_proj
+    layer.experts.down_proj = down
+
+
+def new_table(layer):
+    table = layer.resident.table
+    table.lanes_P = table.lanes_P.roll(1)
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        new_bias, bias_as_a_parameter, new_gate, gate_weight_as_a_plain_attribute, new_rule, new_experts,
+        projection_as_a_plain_attribute, new_table,
+    ],
+)  # fmt: skip
+def test_one_token_sees_what_was_replaced(change, device, assert_close):
+    layer = make_layer("plain", device, router="minimax_m2", backend="triton")
+    x = clear_tokens(layer, 1)
+    with torch.no_grad():
+        before = layer(x)
+        change(layer)
+        after = layer(x)
+        assert_close(after, layer(x.repeat(2, 1))[:1], scale=2.0)
+    assert not torch.allclose(after, before, atol=1e-3)
+
+
+def test_one_token_by_a_functional_call(device):
+    layer = make_layer("plain", device, backend="triton")
+    x = clear_tokens(layer, 1)
+    with torch.no_grad():
+        y = layer(x)
+        doubled = {"experts.down_proj": 2 * layer.experts.down_proj}
+        assert torch.equal(torch.func.functional_call(layer, doubled, x), 2 * y)
+        assert torch.equal(layer(x), y)
 
 
 @pytest.mark.parametrize("num_tokens", [1, 2])
