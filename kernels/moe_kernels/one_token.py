@@ -152,8 +152,8 @@ def one_token(
         table_offsets_E1, table_lanes_P, table_cumulative_P, load_E, increment_1, rank_start: as of `select_replicas`.
         activation: "silu", or "gelu" (the exact one).
         backend: see `resolve_backend`.
-        validate: False for a caller whose arguments keep these rules by construction: the checks take the host as long
-            as a launch.
+        validate: False for a caller whose arguments keep these rules by construction and whose `backend` is resolved: the
+            checks take the host as long as a launch.
 
     Returns:
         y_1H, of the dtype of x.
@@ -161,8 +161,8 @@ def one_token(
     Raises:
         ValueError: an argument breaks one of these rules.
     """
-    device = x_1H.device
     if validate:
+        device = x_1H.device
         check_tensor("x_1H", x_1H, (1, None), FLOATS)
         check_gate_up(gate_up_SNH, x_1H.shape[1], x_1H.dtype, device)
         num_slots, double, hidden_size = gate_up_SNH.shape
@@ -175,6 +175,7 @@ def one_token(
         if token_mask_1 is not None:
             check_tensor("token_mask_1", token_mask_1, (1,), torch.bool, device)
         check_activation(activation)
+        backend = resolve_backend(backend, device)
     return _one_token(
         x_1H,
         logits_1E,
@@ -194,5 +195,5 @@ def one_token(
         bias_E,
         token_mask_1,
         activation,
-        resolve_backend(backend, device),
+        backend,
     )

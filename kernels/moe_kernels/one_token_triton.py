@@ -315,7 +315,7 @@ def one_token_triton(
     activation: str,
 ) -> torch.Tensor:
     _, hidden_size, intermediate = down_SHI.shape
-    num_experts, num_entries, num_lanes = load_E.shape[0], table_lanes_P.shape[0], lane_to_slot_L.shape[0]
+    num_experts, num_entries, num_lanes = load_E.numel(), table_lanes_P.numel(), lane_to_slot_L.numel()
     stride_up, stride_down = gate_up_SNH.stride(0), down_SHI.stride(0)
     device_index = x_1H.get_device()
     key = (
