@@ -18,6 +18,8 @@ WARM_UPS = 3
 # As Triton's `do_bench_cudagraph`. Under load for longer, the power limit lowers the clock: see docs/performance.md.
 DEFAULT_SECONDS = 0.02
 LEAST_REPEATS, MOST_REPEATS = 10, 200
+# Idle before the samples are taken, so that the clock does not tell what the GPU did before (a reference in float32, say).
+IDLE_SECONDS = 0.5
 LEAST_FLUSH = 256 * 2**20  # bytes
 
 
@@ -39,7 +41,7 @@ def time_graphs(functions: Sequence[Function], device: torch.device, seconds: fl
 
     Before each replay a buffer of four times the L2 is written, as Triton's `do_bench` does. The host enqueues everything
     without waiting, and is ahead of the device, as a flush takes longer than the launches; so the time from event to event
-    is the device's alone. Interleaved, drifts of the clock hit all functions alike.
+    is the device's alone. The device has idled before. Interleaved, drifts of the clock hit all functions alike.
 
     Args:
         functions: without host syncs; each is captured once, after a warm-up.
@@ -51,6 +53,7 @@ def time_graphs(functions: Sequence[Function], device: torch.device, seconds: fl
         flush = _flush_buffer(device)
         estimate_us = sum(_samples(graphs, flush, 3)[1])  # of all functions once
         repeats = _repeats(estimate_us, seconds * len(graphs))
+        time.sleep(IDLE_SECONDS)
         samples, _ = _samples(graphs, flush, repeats)
         del graphs
         return [Timing.of(of_one) for of_one in samples]
