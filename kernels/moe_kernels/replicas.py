@@ -13,7 +13,20 @@ import triton.language as tl
 
 from moe_kernels.backend import gdc_launch_dependents, gdc_wait, on_device, registered_op, resolve_backend, uses_pdl
 from moe_kernels.checks import check_tensor
-from moe_kernels.scan import count_hits, first_index, load_bins, num_steps, rank_hits, row_ends, scan_options
+from moe_kernels.scan import (
+    chunk_options,
+    count_chunks,
+    count_hits,
+    first_index,
+    load_bins,
+    load_chunk,
+    num_steps,
+    rank_hits,
+    rank_in_bins,
+    row_ends,
+    scan_options,
+    start_chunks,
+)
 
 SHARE_BITS = 30
 SHARE_ONE = 1 << SHARE_BITS
@@ -50,7 +63,8 @@ def _ranks_between(begin, end, start, count):
     return _ranks_below(low, count), _ranks_below(high, count), _ranks_below(high - _SHARE_MASK - 1, count)
 
 
-@triton.jit(do_not_specialize=["rank_start", "num_elements"])  # or serving would compile when one is a multiple of 16
+# Unspecialized, or serving would compile when one is a multiple of 16.
+@triton.jit(do_not_specialize=["rank_start", "num_elements", "num_chunks"])
 def _select_replicas_kernel(
     # inputs
     ids_ptr,
@@ -59,12 +73,16 @@ def _select_replicas_kernel(
     cumulative_ptr,
     increment_ptr,  # None: nothing is recorded
     rank_start,
+    # input and output
+    chunks_ptr,  # of many elements, whose lanes `_find_lanes_kernel` finds; else None
+    load_ptr,
     # outputs
-    load_ptr,  # read first
     lanes_ptr,
     counts_ptr,
+    circles_ptr,  # of many elements: start and count of each expert
     # shapes
     num_elements,
+    num_chunks,
     num_experts,
     num_entries,
     num_lanes,
@@ -75,7 +93,7 @@ def _select_replicas_kernel(
     ROWS: tl.constexpr,
     BLOCK_P: tl.constexpr,
 ):
-    """All elements of one expert; the last program those of no expert, which has no replicas.
+    """All elements of one expert; the last program those of no expert, which has no replicas. Of many, only their number.
 
     Example: expert 0 has the lanes 3 and 5 with shares 3/4 and 1/4, load 0, rank_start 0; ids [0, 0, 0, 0] → steps
     [0, 1/4, 1/2, 3/4] of the circle; lane 3 has the ranks below 3, lane 5 the others → lanes [3, 3, 3, 5],
@@ -93,28 +111,32 @@ def _select_replicas_kernel(
     entries = tl.arange(0, BLOCK_P)
     # Early, so that the lanes are in the cache when the offsets say which one is meant.
     table_lanes = tl.load(table_lanes_ptr + entries, mask=entries < num_entries, other=-1)
-    steps = num_steps(num_elements, BLOCK)
-    index = first_index(num_elements, BLOCK, ROWS)
-    bins = load_bins(ids_ptr, index, 0, num_elements, num_experts, BLOCK, ROWS)
+    if chunks_ptr is None:
+        steps = num_steps(num_elements, BLOCK)
+        index = first_index(num_elements, BLOCK, ROWS)
+        bins = load_bins(ids_ptr, index, 0, num_elements, num_experts, BLOCK, ROWS)
 
     several = last_entry - first_entry > 1  # if not, no rank matters: one walk does
     lane = tl.load(table_lanes_ptr + first_entry, mask=first_entry < last_entry, other=-1)
-    mine = bins == expert
-    hits = count_hits(mine)
-    for step in range(1, steps):
-        bins = load_bins(ids_ptr, index, step, num_elements, num_experts, BLOCK, ROWS)  # ahead of the stores
-        if not several:
-            before = (step - 1) * (BLOCK // ROWS)
-            tl.store(lanes_ptr + before + index, lane, mask=mine & (index < num_elements - before))
+    if chunks_ptr is None:
         mine = bins == expert
-        hits += count_hits(mine)
-    count = tl.sum(hits)
+        hits = count_hits(mine)
+        for step in range(1, steps):
+            bins = load_bins(ids_ptr, index, step, num_elements, num_experts, BLOCK, ROWS)  # ahead of the stores
+            if not several:
+                before = (step - 1) * (BLOCK // ROWS)
+                tl.store(lanes_ptr + before + index, lane, mask=mine & (index < num_elements - before))
+            mine = bins == expert
+            hits += count_hits(mine)
+        count = tl.sum(hits)
+    else:
+        count = start_chunks(chunks_ptr, expert, num_chunks, BLOCK)
     if increment_ptr is not None:
         tl.debug_barrier()  # every thread has read the counter before one of them writes it
         tl.store(load_ptr + expert, load + count * increment, mask=is_expert)
 
+    start = circle_start(rank_start, load).to(tl.int32)
     if several:
-        start = circle_start(rank_start, load).to(tl.int32)
         home = -1  # the lane at the start
         begin = 0
         for entry in range(first_entry, last_entry):
@@ -124,31 +146,84 @@ def _select_replicas_kernel(
             tl.store(counts_ptr + lane, high - low + around)
             home = tl.where((begin <= start) & (start < end), lane, home)
             begin = end
-        ends = row_ends(hits, 0)
-        for back in range(steps):
-            step = steps - 1 - back
-            mine = bins == expert
-            # Ahead of time; after the last step, in vain.
-            bins = load_bins(ids_ptr, index, tl.maximum(step - 1, 0), num_elements, num_experts, BLOCK, ROWS)
-            rank, ends = rank_hits(mine, ends)
-            lanes = tl.zeros_like(rank) + home
-            begin = 0
-            for entry in range(first_entry, last_entry):
-                lane = tl.load(table_lanes_ptr + entry)
-                end = tl.load(cumulative_ptr + entry)
-                low, high, _ = _ranks_between(begin, end, start, count)
-                lanes = tl.where((rank >= low) & (rank < high), lane, lanes)
-                begin = end
-            tl.store(lanes_ptr + step * (BLOCK // ROWS) + index, lanes, mask=mine)
+        if chunks_ptr is None:
+            ends = row_ends(hits, 0)
+            for back in range(steps):
+                step = steps - 1 - back
+                mine = bins == expert
+                # Ahead of time; after the last step, in vain.
+                bins = load_bins(ids_ptr, index, tl.maximum(step - 1, 0), num_elements, num_experts, BLOCK, ROWS)
+                rank, ends = rank_hits(mine, ends)
+                lanes = tl.zeros_like(rank) + home
+                begin = 0
+                for entry in range(first_entry, last_entry):
+                    lane = tl.load(table_lanes_ptr + entry)
+                    end = tl.load(cumulative_ptr + entry)
+                    low, high, _ = _ranks_between(begin, end, start, count)
+                    lanes = tl.where((rank >= low) & (rank < high), lane, lanes)
+                    begin = end
+                tl.store(lanes_ptr + step * (BLOCK // ROWS) + index, lanes, mask=mine)
     else:
-        last = (steps - 1) * (BLOCK // ROWS)
-        tl.store(lanes_ptr + last + index, lane, mask=mine & (index < num_elements - last))
+        if chunks_ptr is None:
+            last = (steps - 1) * (BLOCK // ROWS)
+            tl.store(lanes_ptr + last + index, lane, mask=mine & (index < num_elements - last))
         tl.store(counts_ptr + lane, count, mask=lane >= 0)
+    if chunks_ptr is not None:
+        tl.store(circles_ptr + 2 * expert, start, mask=is_expert)
+        tl.store(circles_ptr + 2 * expert + 1, count, mask=is_expert)
 
     if num_entries < num_lanes:  # then some lanes hold no expert; they are shared out among the programs
         for lane in range(expert, num_lanes, num_experts + 1):
             is_named = tl.sum((table_lanes == lane).to(tl.int32), axis=0) > 0
             tl.store(counts_ptr + lane, 0, mask=is_named == 0)
+
+
+@triton.jit(do_not_specialize=["num_elements"])  # as above
+def _find_lanes_kernel(
+    # inputs
+    ids_ptr,
+    offsets_ptr,
+    table_lanes_ptr,
+    cumulative_ptr,
+    starts_ptr,
+    circles_ptr,
+    # outputs
+    lanes_ptr,
+    # shapes
+    num_elements,
+    num_experts,
+    # constants
+    PDL: tl.constexpr,
+    # tunables
+    CHUNK: tl.constexpr,
+):
+    """The elements of one chunk.
+
+    Example: expert 0 as above, with the circle [0, 4]; ids [0, 0, 0, 0], starts [[0], [4]] → lanes [3, 3, 3, 5].
+    """
+    if PDL:  # see `uses_pdl`
+        gdc_wait()
+        gdc_launch_dependents()
+    index, expert = load_chunk(ids_ptr, num_elements, num_experts, CHUNK)
+    is_expert = expert < num_experts
+    first_entry = tl.load(offsets_ptr + expert, mask=is_expert, other=0)
+    last_entry = tl.load(offsets_ptr + expert + 1, mask=is_expert, other=0)
+    start = tl.load(circles_ptr + 2 * expert, mask=is_expert, other=0)
+    count = tl.load(circles_ptr + 2 * expert + 1, mask=is_expert, other=1)
+    rank = rank_in_bins(expert, starts_ptr, CHUNK)
+    turned = start - _SHARE_MASK - 1  # the start as those see it that have passed the end of the circle
+    start = tl.where(rank < _ranks_below(-turned, count), start, turned)
+    lane = tl.full((CHUNK,), -1, dtype=tl.int32)
+    searching = is_expert
+    for replica in range(0, tl.max(last_entry - first_entry, axis=0)):
+        entry = first_entry + replica
+        searching &= entry < last_entry
+        candidate = tl.load(table_lanes_ptr + entry, mask=searching, other=-1)
+        end = tl.load(cumulative_ptr + entry, mask=searching, other=0)
+        found = searching & (rank < _ranks_below(end - start, count))
+        lane = tl.where(found, candidate, lane)
+        searching &= ~found
+    tl.store(lanes_ptr + index, lane, mask=index < num_elements)
 
 
 def _select_replicas_triton(
@@ -166,6 +241,9 @@ def _select_replicas_triton(
     num_elements, num_experts, num_entries = expert_ids_TK.numel(), load_E.numel(), table_lanes_P.numel()
     pdl = uses_pdl(load_E)
     with on_device(load_E):
+        chunks_BC, circles_E2, num_chunks = count_chunks(expert_ids_TK, num_experts), None, 0
+        if chunks_BC is not None:
+            circles_E2, num_chunks = expert_ids_TK.new_empty((num_experts, 2)), chunks_BC.shape[1]
         _select_replicas_kernel[(num_experts + 1,)](
             expert_ids_TK,
             table_offsets_E1,
@@ -173,10 +251,13 @@ def _select_replicas_triton(
             table_cumulative_P,
             increment_1,
             rank_start,
+            chunks_BC,
             load_E,
             lanes_TK,
             counts_L,
+            circles_E2,
             num_elements,
+            num_chunks,
             num_experts,
             num_entries,
             num_lanes,
@@ -185,6 +266,21 @@ def _select_replicas_triton(
             launch_pdl=pdl,
             **scan_options(num_elements),
         )
+        if chunks_BC is not None:
+            _find_lanes_kernel[(num_chunks,)](
+                expert_ids_TK,
+                table_offsets_E1,
+                table_lanes_P,
+                table_cumulative_P,
+                chunks_BC,
+                circles_E2,
+                lanes_TK,
+                num_elements,
+                num_experts,
+                PDL=pdl,
+                launch_pdl=pdl,
+                **chunk_options(),
+            )
     return lanes_TK, counts_L
 
 

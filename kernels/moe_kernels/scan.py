@@ -1,26 +1,41 @@
 # mypy: allow-incomplete-defs
 # Of the arguments of a kernel only the constants are annotated.
-"""What the ops share in which each program scans all keys and places those of its own bin, in their order.
+"""What the ops share that rank keys by bin: each among those of its bin, in their order; without global atomics.
 
-That reads N keys per bin, all but once from the cache; in return an op is one launch, without atomics, zeroed memory or
-anything else that programs would have to tell each other.
+Few keys: one launch, in which each program scans all keys and ranks those of its own bin. That reads N keys per bin, all
+but once from the cache; in return there is nothing that programs would have to tell each other.
 
 The keys are cut into ROWS consecutive rows, one for each warp, which are walked in `num_steps` steps. A first walk counts
 the hits of each row; one scan over the rows then says where each begins; a second walk ranks the hits. So warps wait for
 each other once, however many keys there are. The second walk goes backwards: of the step that it begins with the keys
 are still in registers (so few keys are read only once), and of those next to it in the cache.
+
+Many keys: three launches, which read each key twice, however many bins there are. The keys are cut into chunks of CHUNK.
+First `count_chunks` counts the keys of each chunk in each bin; then the op's program of a bin adds up what the chunks have
+of it (`start_chunks`); last, a program for each chunk ranks its keys (`load_chunk`, `rank_in_bins`).
 """
 
 from __future__ import annotations
 
+import torch
 import triton
 import triton.language as tl
 
+from moe_kernels.backend import gdc_launch_dependents, gdc_wait, uses_pdl
+
 SMALLEST_BLOCK, LARGEST_BLOCK = 512, 8192  # of keys that a program looks at in a step
+MANY_KEYS = 16384  # from here on three launches take less time than one
+# Keys are compared with all of their chunk, so smaller chunks are placed faster; but there are more of them to count.
+CHUNK = 64
+LARGEST_BLOCK_B = 512  # of bins that a program counts
+BLOCK_C = 2048  # of chunks that a program adds up in a step
 
 
 def scan_options(num_keys: int) -> dict[str, int]:
-    """Launch options; few different ones, as each is compiled. One step up to the largest block."""
+    """Launch options; few different ones, as each is compiled. Few keys are one step up to the largest block."""
+    if num_keys >= MANY_KEYS:
+        warps = max(1, BLOCK_C // 256)
+        return {"BLOCK": BLOCK_C, "ROWS": warps, "num_warps": warps}
     block = SMALLEST_BLOCK
     while block < min(num_keys, LARGEST_BLOCK):
         block *= 4
@@ -54,6 +69,11 @@ def first_index(num_keys, BLOCK: tl.constexpr, ROWS: tl.constexpr):
 
 
 @triton.jit
+def _bin_of(key, num_bins):
+    return tl.minimum(key.to(tl.uint32), num_bins).to(tl.int32)  # unsigned, -1 is the largest
+
+
+@triton.jit
 def load_bins(keys_ptr, first, step, num_keys, num_bins, BLOCK: tl.constexpr, ROWS: tl.constexpr):
     """The bins of the keys of a step: the key, or `num_bins` if it is outside [0, num_bins); there also what is past the end.
 
@@ -68,7 +88,7 @@ def load_bins(keys_ptr, first, step, num_keys, num_bins, BLOCK: tl.constexpr, RO
         key = tl.load(keys_ptr + first, mask=first < end, other=-1)
     else:
         key = tl.load(keys_ptr + first, mask=first // 4 * 4 < end, other=-1)
-    return tl.minimum(key.to(tl.uint32), num_bins).to(tl.int32)  # unsigned, -1 is the largest
+    return _bin_of(key, num_bins)
 
 
 @triton.jit
@@ -99,3 +119,87 @@ def rank_hits(mine, ends):
         ends -= (hits >> byte) & 255
         first = tl.where(8 * part == byte, tl.trans(ends + ((before >> byte) & 255))[:, :, None], first)
     return first[:, :, :, None] + tl.cumsum(mine.to(tl.int32), axis=3) - 1, ends
+
+
+def chunk_options() -> dict[str, int]:
+    """Launch options of a program for each chunk: a key for each thread."""
+    return {"CHUNK": CHUNK, "num_warps": max(1, CHUNK // 32)}
+
+
+def count_chunks(keys: torch.Tensor, num_bins: int) -> torch.Tensor | None:
+    """Of many keys, how many of each chunk are in each bin, as in `load_bins`: int32 [num_bins + 1, chunks]. Else None."""
+    if keys.numel() < MANY_KEYS:
+        return None
+    counts_BC = keys.new_empty((num_bins + 1, triton.cdiv(keys.numel(), CHUNK)))
+    block, pdl = min(triton.next_power_of_2(num_bins + 1), LARGEST_BLOCK_B), uses_pdl(keys)
+    _count_chunks_kernel[(counts_BC.shape[1], triton.cdiv(num_bins + 1, block))](
+        keys,
+        counts_BC,
+        keys.numel(),
+        num_bins,
+        PDL=pdl,
+        BLOCK_B=block,
+        launch_pdl=pdl,
+        **chunk_options(),
+    )
+    return counts_BC
+
+
+@triton.jit(do_not_specialize=["num_keys"])  # or serving would compile when it is a multiple of 16
+def _count_chunks_kernel(
+    # inputs
+    keys_ptr,
+    # outputs
+    counts_ptr,
+    # shapes
+    num_keys,
+    num_bins,
+    # constants
+    PDL: tl.constexpr,
+    # tunables
+    CHUNK: tl.constexpr,
+    BLOCK_B: tl.constexpr,
+):
+    """One chunk, BLOCK_B bins.
+
+    Example (CHUNK 16): keys [1, 0, -1, 1], 2 bins → counts [[1], [2], [13]], in the last also what is past the end.
+    """
+    if PDL:  # see `uses_pdl`
+        gdc_wait()
+        gdc_launch_dependents()
+    first = tl.program_id(1) * BLOCK_B
+    _, bins = load_chunk(keys_ptr, num_keys, num_bins, CHUNK)
+    counts = tl.histogram(bins - first, BLOCK_B, mask=(bins >= first) & (bins < first + BLOCK_B))
+    bin = first + tl.arange(0, BLOCK_B)
+    tl.store(counts_ptr + bin.to(tl.int64) * tl.num_programs(0) + tl.program_id(0), counts, mask=bin <= num_bins)
+
+
+@triton.jit
+def load_chunk(keys_ptr, num_keys, num_bins, CHUNK: tl.constexpr):
+    """Where the keys of the program's chunk stand, and their bins as in `load_bins`."""
+    index = tl.program_id(0) * CHUNK + tl.arange(0, CHUNK)
+    return index, _bin_of(tl.load(keys_ptr + index, mask=index < num_keys, other=-1), num_bins)
+
+
+@triton.jit
+def start_chunks(counts_ptr, bin, num_chunks, BLOCK: tl.constexpr):
+    """Replace the counts of a bin by the rank of its first key in each chunk; returns how many keys it has."""
+    counts_ptr += bin.to(tl.int64) * num_chunks
+    total = 0
+    for first in range(0, num_chunks, BLOCK):
+        chunk = first + tl.arange(0, BLOCK)
+        counts = tl.load(counts_ptr + chunk, mask=chunk < num_chunks, other=0)
+        tl.store(counts_ptr + chunk, total + tl.cumsum(counts, axis=0) - counts, mask=chunk < num_chunks)
+        total += tl.sum(counts, axis=0)
+    return total
+
+
+@triton.jit
+def rank_in_bins(bins, starts_ptr, CHUNK: tl.constexpr):
+    """Ranks of the keys of the program's chunk; `starts_ptr`: what `start_chunks` has left."""
+    starts = tl.load(starts_ptr + bins.to(tl.int64) * tl.num_programs(0) + tl.program_id(0))
+    place = tl.arange(0, CHUNK)
+    # In one number, those before a key in its bin are its next smaller ones, one for each place before it at most.
+    order = bins * CHUNK + place
+    between = (order[None, :] - 1 - order[:, None]).to(tl.uint32)  # unsigned, a later one is far off
+    return starts + tl.sum((between < place[None, :]).to(tl.int32), axis=0)

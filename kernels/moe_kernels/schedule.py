@@ -17,7 +17,20 @@ import triton.language as tl
 from moe_kernels.backend import gdc_launch_dependents, gdc_wait, on_device, registered_op, resolve_backend, uses_pdl
 from moe_kernels.checks import check_tensor
 from moe_kernels.config import GemmConfig
-from moe_kernels.scan import count_hits, first_index, load_bins, num_steps, rank_hits, row_ends, scan_options
+from moe_kernels.scan import (
+    chunk_options,
+    count_chunks,
+    count_hits,
+    first_index,
+    load_bins,
+    load_chunk,
+    num_steps,
+    rank_hits,
+    rank_in_bins,
+    row_ends,
+    scan_options,
+    start_chunks,
+)
 
 
 @dataclass(frozen=True)
@@ -73,11 +86,14 @@ def _has_extra(counts, BLOCK_M: tl.constexpr, EXTRA_M: tl.constexpr):
     return (_num_tiles(counts, BLOCK_M, EXTRA_M) * BLOCK_M < counts).to(tl.int32)
 
 
-@triton.jit(do_not_specialize=["num_rows", "max_tiles"])  # or serving would compile when one is a multiple of 16
+# Unspecialized, or serving would compile when one is a multiple of 16.
+@triton.jit(do_not_specialize=["num_rows", "num_chunks", "max_tiles"])
 def _build_schedule_kernel(
     # inputs
     lanes_ptr,
     counts_ptr,
+    # input and output
+    chunks_ptr,  # of many rows, which `_place_rows_kernel` places; else None
     # outputs
     order_ptr,
     offsets_ptr,
@@ -86,6 +102,7 @@ def _build_schedule_kernel(
     num_tiles_ptr,
     # shapes
     num_rows,
+    num_chunks,
     num_lanes,
     max_tiles,
     # constants
@@ -110,9 +127,12 @@ def _build_schedule_kernel(
     lanes = tl.arange(0, BLOCK_L)
     counts = tl.load(counts_ptr + lanes, mask=lanes < num_lanes, other=0)
     count = tl.load(counts_ptr + lane, mask=is_lane, other=0)
-    steps = num_steps(num_rows, BLOCK)
-    index = first_index(num_rows, BLOCK, ROWS)
-    bins = load_bins(lanes_ptr, index, 0, num_rows, num_lanes, BLOCK, ROWS)
+    if chunks_ptr is None:
+        steps = num_steps(num_rows, BLOCK)
+        index = first_index(num_rows, BLOCK, ROWS)
+        bins = load_bins(lanes_ptr, index, 0, num_rows, num_lanes, BLOCK, ROWS)
+    else:
+        start_chunks(chunks_ptr, lane, num_chunks, BLOCK)
 
     tiles = _num_tiles(counts, BLOCK_M, EXTRA_M)
     earlier = lanes < lane
@@ -132,19 +152,49 @@ def _build_schedule_kernel(
         tl.store(tile_lane_ptr + tile, tl.where(is_lane, lane, -1), mask=inside)
         tl.store(tile_start_ptr + tile, tl.where(is_lane, start + (tile - first_tile) * BLOCK_M, -1), mask=inside)
 
-    hits = count_hits(bins == lane)
-    for step in range(1, steps):
-        bins = load_bins(lanes_ptr, index, step, num_rows, num_lanes, BLOCK, ROWS)
-        hits += count_hits(bins == lane)
-    ends = row_ends(hits, start)
-    for back in range(steps):
-        step = steps - 1 - back
-        mine = bins == lane
-        # Ahead of time; after the last step, in vain.
-        bins = load_bins(lanes_ptr, index, tl.maximum(step - 1, 0), num_rows, num_lanes, BLOCK, ROWS)
-        position, ends = rank_hits(mine, ends)
-        inside = position.to(tl.uint32) < num_rows  # unsigned, a negative one is past the end
-        tl.store(order_ptr + position, index + step * (BLOCK // ROWS), mask=mine & inside)
+    if chunks_ptr is None:
+        hits = count_hits(bins == lane)
+        for step in range(1, steps):
+            bins = load_bins(lanes_ptr, index, step, num_rows, num_lanes, BLOCK, ROWS)
+            hits += count_hits(bins == lane)
+        ends = row_ends(hits, start)
+        for back in range(steps):
+            step = steps - 1 - back
+            mine = bins == lane
+            # Ahead of time; after the last step, in vain.
+            bins = load_bins(lanes_ptr, index, tl.maximum(step - 1, 0), num_rows, num_lanes, BLOCK, ROWS)
+            position, ends = rank_hits(mine, ends)
+            inside = position.to(tl.uint32) < num_rows  # unsigned, a negative one is past the end
+            tl.store(order_ptr + position, index + step * (BLOCK // ROWS), mask=mine & inside)
+
+
+@triton.jit(do_not_specialize=["num_rows"])  # as above
+def _place_rows_kernel(
+    # inputs
+    lanes_ptr,
+    offsets_ptr,
+    starts_ptr,
+    # outputs
+    order_ptr,
+    # shapes
+    num_rows,
+    num_lanes,
+    # constants
+    PDL: tl.constexpr,
+    # tunables
+    CHUNK: tl.constexpr,
+):
+    """The rows of one chunk.
+
+    Example: lanes [1, 0, -1, 1], offsets [0, 1, 3], starts [[0], [0], [0]] → order [1, 0, 3, 2].
+    """
+    if PDL:  # see `uses_pdl`
+        gdc_wait()
+        gdc_launch_dependents()
+    row, bins = load_chunk(lanes_ptr, num_rows, num_lanes, CHUNK)
+    position = tl.load(offsets_ptr + bins) + rank_in_bins(bins, starts_ptr, CHUNK)
+    inside = position.to(tl.uint32) < num_rows  # as above
+    tl.store(order_ptr + position, row, mask=inside)
 
 
 def _build_schedule_triton(
@@ -163,15 +213,19 @@ def _build_schedule_triton(
     )
     pdl = uses_pdl(lanes_N)
     with on_device(lanes_N):
+        chunks_BC = count_chunks(lanes_N, num_lanes)
+        num_chunks = 0 if chunks_BC is None else chunks_BC.shape[1]
         _build_schedule_kernel[(num_lanes + 1,)](
             lanes_N,
             counts_L,
+            chunks_BC,
             schedule.order_N,
             schedule.offsets_L1,
             schedule.tile_lane,
             schedule.tile_start,
             schedule.num_tiles,
             num_rows,
+            num_chunks,
             num_lanes,
             most,
             BLOCK_M=block_m,
@@ -181,6 +235,18 @@ def _build_schedule_triton(
             launch_pdl=pdl,
             **scan_options(num_rows),
         )
+        if chunks_BC is not None:
+            _place_rows_kernel[(num_chunks,)](
+                lanes_N,
+                schedule.offsets_L1,
+                chunks_BC,
+                schedule.order_N,
+                num_rows,
+                num_lanes,
+                PDL=pdl,
+                launch_pdl=pdl,
+                **chunk_options(),
+            )
     return schedule
 
 

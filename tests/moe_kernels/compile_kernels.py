@@ -14,7 +14,7 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
 from moe_kernels import combine, expert_down, expert_up, gemm_config, gemm_configs, replicas, routing, schedule  # noqa: F401
-from moe_kernels.scan import scan_options
+from moe_kernels.scan import MANY_KEYS, chunk_options, scan_options
 
 MODULES = {
     name: sys.modules[f"moe_kernels.{name}"]
@@ -27,6 +27,7 @@ MODULES = {
         "one_token_triton",
         "replicas",
         "routing",
+        "scan",
         "schedule",
     )
 }
@@ -110,9 +111,11 @@ def compile_small(arch: int) -> None:
                 arch,
                 num_warps=1,
             )
-    for num_keys in (512, 2048, 8192):
+    for num_keys in (512, 2048, 8192, MANY_KEYS):
         options = scan_options(num_keys)
         scan = {"BLOCK": options["BLOCK"], "ROWS": options["ROWS"]}
+        if num_keys < MANY_KEYS:
+            scan["chunks_ptr"] = None
         for increment in ({}, {"increment_ptr": None}):
             compile_small_one(
                 "replicas",
@@ -130,6 +133,13 @@ def compile_small(arch: int) -> None:
             arch,
             options["num_warps"],
         )
+    options = chunk_options()
+    chunk = {"CHUNK": options["CHUNK"]}
+    for block in (2, 128, 512):
+        count = chunk | {"BLOCK_B": block}
+        compile_small_one("scan", "_count_chunks_kernel", {}, count, arch, options["num_warps"])
+    compile_small_one("replicas", "_find_lanes_kernel", {}, chunk, arch, options["num_warps"])
+    compile_small_one("schedule", "_place_rows_kernel", {}, chunk, arch, options["num_warps"])
 
 
 def compile_one_token(arch: int, dtype: torch.dtype) -> None:

@@ -23,6 +23,15 @@ def small_blocks(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(scan, "LARGEST_BLOCK", 32)
 
 
+@pytest.fixture
+def small_chunks(monkeypatch: pytest.MonkeyPatch) -> None:
+    """So that few keys are many, in several chunks, and few bins several blocks."""
+    monkeypatch.setattr(scan, "MANY_KEYS", 1)
+    monkeypatch.setattr(scan, "CHUNK", 16)
+    monkeypatch.setattr(scan, "LARGEST_BLOCK_B", 4)
+    monkeypatch.setattr(scan, "BLOCK_C", 16)
+
+
 def in_slots(weights_SNK: torch.Tensor, padding: int = 24) -> torch.Tensor:
     """The same weights as a view with `padding` elements of NaN between the slots, as in a pool."""
     slots, rows, columns = weights_SNK.shape

@@ -9,6 +9,7 @@ from hypothesis import strategies as st
 
 from moe_kernels import GOLDEN, SHARE_BITS, select_replicas
 from moe_kernels.replicas import _ranks_below, _select_replicas
+from moe_kernels.scan import MANY_KEYS
 
 ONE = 1 << SHARE_BITS
 
@@ -51,9 +52,15 @@ def test_golden_is_the_golden_ratio():
     assert abs(Fraction(GOLDEN, ONE) - Fraction(((5**0.5) - 1) / 2)) < Fraction(1, ONE)
 
 
-@pytest.mark.parametrize("backend", ["torch", "triton"])
+@pytest.fixture(params=["torch", "triton", "triton in chunks"])
+def backend(request):
+    if request.param == "triton in chunks":
+        request.getfixturevalue("small_chunks")
+    return request.param.split()[0]
+
+
 def test_example(device, backend):
-    """The kernel's docstring."""
+    """The kernels' docstrings."""
     table = int32([0, 2], device), int32([3, 5], device), int32([3 * ONE // 4, ONE], device)
     load, one = (torch.full((1,), value, dtype=torch.int64, device=device) for value in (0, 1))
     ids = int32([[0, 0], [0, 0]], device)
@@ -115,7 +122,14 @@ def test_kernel_equals_reference_over_several_blocks(small_blocks, device, table
     assert_kernel_equals_reference(ids, table, load[: len(table)], rank_start, device, increment=increment)
 
 
-@pytest.mark.parametrize("tokens", [600, 2047, 8192, 8193, 20002])  # up to one full block of each size, two, three
+@given(**cases, increment=st.sampled_from([None, 1]))
+def test_kernel_equals_reference_over_several_chunks(small_chunks, device, table, picks, load, rank_start, increment):
+    ids = [[pick, 0] for pick in picks]
+    assert_kernel_equals_reference(ids, table, load[: len(table)], rank_start, device, increment=increment)
+
+
+# Up to one full block of each size, two; in chunks.
+@pytest.mark.parametrize("tokens", [600, 2047, 8192, 8193, MANY_KEYS - 1, MANY_KEYS, MANY_KEYS + 1234])
 @pytest.mark.parametrize("low", [-1, 2])
 def test_kernel_equals_reference_for_many_tokens(device, tokens, low):
     """Of all experts, and all of one."""
@@ -157,7 +171,6 @@ def test_a_share_of_zero_gets_nothing():
     assert counts.tolist()[:4] == [0, 250, 0, 250]
 
 
-@pytest.mark.parametrize("backend", ["torch", "triton"])
 def test_edges(device, backend):
     """No tokens; ids of no expert; an expert without replicas; no entries at all."""
     lanes, counts, load = select([], [[ONE]], [5], 0, device, backend, increment=1)

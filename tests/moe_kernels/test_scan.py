@@ -3,7 +3,21 @@ import torch
 import triton
 import triton.language as tl
 
-from moe_kernels.scan import count_hits, first_index, load_bins, num_steps, rank_hits, row_ends, scan_options
+from moe_kernels.scan import (
+    MANY_KEYS,
+    chunk_options,
+    count_chunks,
+    count_hits,
+    first_index,
+    load_bins,
+    load_chunk,
+    num_steps,
+    rank_hits,
+    rank_in_bins,
+    row_ends,
+    scan_options,
+    start_chunks,
+)
 
 
 @triton.jit(do_not_specialize=["num_keys"])  # as the ops
@@ -61,7 +75,46 @@ def test_ranks(device, block, rows, fraction):
 
 @pytest.mark.parametrize(
     ("num_keys", "block", "warps"),
-    [(0, 512, 4), (512, 512, 4), (513, 2048, 4), (2049, 8192, 16), (8192, 8192, 16), (10**6, 8192, 16)],
+    [(0, 512, 4), (512, 512, 4), (513, 2048, 4), (2049, 8192, 16), (MANY_KEYS - 1, 8192, 16), (MANY_KEYS, 2048, 8)],
 )
 def test_options(num_keys, block, warps):
     assert scan_options(num_keys) == {"BLOCK": block, "ROWS": warps, "num_warps": warps}
+
+
+def test_example_of_chunks(small_chunks, device):
+    """The kernel's docstring."""
+    assert count_chunks(torch.tensor([1, 0, -1, 1], dtype=torch.int32, device=device), 2).tolist() == [[1], [2], [13]]
+
+
+def test_only_many_keys_are_cut_into_chunks(device):
+    keys = torch.zeros(MANY_KEYS, dtype=torch.int32, device=device)
+    assert count_chunks(keys[1:], 1) is None
+    assert count_chunks(keys, 1).sum(1).tolist() == [MANY_KEYS, 0]
+
+
+@triton.jit
+def _start_chunks_kernel(counts_ptr, totals_ptr, num_chunks, BLOCK: tl.constexpr):
+    bin = tl.program_id(0)
+    tl.store(totals_ptr + bin, start_chunks(counts_ptr, bin, num_chunks, BLOCK))
+
+
+@triton.jit
+def _chunk_ranks_kernel(keys_ptr, starts_ptr, ranks_ptr, num_keys, num_bins, CHUNK: tl.constexpr):
+    index, bins = load_chunk(keys_ptr, num_keys, num_bins, CHUNK)
+    tl.store(ranks_ptr + index, rank_in_bins(bins, starts_ptr, CHUNK), mask=index < num_keys)
+
+
+@pytest.mark.parametrize("num_keys", [1, 15, 16, 17, 700])  # the last has more chunks than one block
+@pytest.mark.parametrize("num_bins", [1, 3, 9])
+@pytest.mark.parametrize("hot", [0, 0.9, 1])  # how many are in the last bin, the one of those outside
+def test_ranks_in_chunks(small_chunks, device, num_keys, num_bins, hot):
+    random = torch.Generator().manual_seed(0)
+    keys = torch.randint(0, num_bins, (num_keys,), generator=random, dtype=torch.int32)
+    keys[torch.rand(num_keys, generator=random) < hot] = -1
+    hits = torch.where(keys < 0, num_bins, keys) == torch.arange(num_bins + 1)[:, None]
+    counts = count_chunks(keys.to(device), num_bins)
+    totals, ranks = counts.new_empty(num_bins + 1), counts.new_empty(num_keys)
+    _start_chunks_kernel[(num_bins + 1,)](counts, totals, counts.shape[1], BLOCK=32)
+    _chunk_ranks_kernel[(counts.shape[1],)](keys.to(device), counts, ranks, num_keys, num_bins, **chunk_options())
+    assert totals[:-1].tolist() == hits.sum(1)[:-1].tolist()
+    assert ranks.tolist() == ((hits.cumsum(1) - 1) * hits).sum(0).tolist()

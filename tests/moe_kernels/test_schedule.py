@@ -4,7 +4,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from moe_kernels import TileSchedule, build_schedule
-from moe_kernels.schedule import _build_schedule, _build_schedule_kernel, max_tiles
+from moe_kernels.scan import MANY_KEYS, chunk_options, count_chunks
+from moe_kernels.schedule import _build_schedule, _build_schedule_kernel, _place_rows_kernel, max_tiles
 from tests.moe_kernels.conftest import counts_of
 
 FIELDS = ("order_N", "offsets_L1", "tile_lane", "tile_start", "num_tiles")
@@ -83,6 +84,7 @@ def test_max_tiles_is_reached_and_never_passed(rows, num_lanes, block_m):
     assert build(lanes, num_lanes, block_m).num_tiles.item() == max_tiles(rows, num_lanes, block_m)
 
 
+@pytest.mark.parametrize("size", ["small_blocks", "small_chunks"])
 @pytest.mark.parametrize(
     ("lanes", "num_lanes"),
     [
@@ -94,7 +96,8 @@ def test_max_tiles_is_reached_and_never_passed(rows, num_lanes, block_m):
         ([9, 0, 1, 9], 2),  # a lane that does not exist is not computed
     ],
 )
-def test_kernel_equals_reference_at_the_edges(small_blocks, device, lanes, num_lanes):
+def test_kernel_equals_reference_at_the_edges(request, size, device, lanes, num_lanes):
+    request.getfixturevalue(size)
     expected = as_lists(build(lanes, num_lanes, 16, device, "torch"))
     assert as_lists(build(lanes, num_lanes, 16, device, "triton")) == expected
 
@@ -123,13 +126,20 @@ def test_kernel_equals_reference_over_several_blocks(small_blocks, device, rows,
     assert_kernel_equals_reference(rows, num_lanes, block_m, seed, device, extra_m)
 
 
-@pytest.mark.parametrize("rows", [600, 2047, 8192, 8193, 20000])  # up to one full block of each size, two, three
+@given(**shapes, seed=st.integers(0, 9))
+def test_kernel_equals_reference_over_several_chunks(small_chunks, device, rows, num_lanes, block_m, seed):
+    assert_kernel_equals_reference(rows, num_lanes, block_m, seed, device)
+
+
+# Up to one full block of each size, two; in chunks.
+@pytest.mark.parametrize("rows", [600, 2047, 8192, 8193, MANY_KEYS - 1, MANY_KEYS, MANY_KEYS + 1234])
 def test_kernel_equals_reference_for_many_rows(device, rows):
     assert_kernel_equals_reference(rows, 3, 16, 0, device)
 
 
+@pytest.mark.parametrize("many", [False, True])
 @pytest.mark.parametrize("counts", [[0, 0, 0], [90, -90, 7], [-50, 0, 0], [5, 70, 900], [2**29] * 3])
-def test_wrong_counts_write_nothing_out_of_bounds(device, counts):
+def test_wrong_counts_write_nothing_out_of_bounds(small_chunks, device, counts, many):
     lanes = torch.randint(-1, 3, (100,), generator=torch.Generator().manual_seed(0), dtype=torch.int32).to(device)
     wrong = torch.tensor(counts, dtype=torch.int32, device=device)
     guard, most = 1000, max_tiles(100, 3, 16)
@@ -137,9 +147,11 @@ def test_wrong_counts_write_nothing_out_of_bounds(device, counts):
     order, offsets, tile_lane = (whole[guard:-guard] for whole in outputs.values())
     tile_start_whole = torch.full_like(outputs[most], 77)
     num_tiles = torch.zeros(1, dtype=torch.int32, device=device)
+    chunks = count_chunks(lanes, 3) if many else None
+    num_chunks = chunks.shape[1] if many else 0
     _build_schedule_kernel[(4,)](
-        *(lanes, wrong, order, offsets, tile_lane, tile_start_whole[guard:-guard], num_tiles),
-        *(100, 3, most),
+        *(lanes, wrong, chunks, order, offsets, tile_lane, tile_start_whole[guard:-guard], num_tiles),
+        *(100, num_chunks, 3, most),
         BLOCK_M=16,
         EXTRA_M=0,
         PDL=False,
@@ -147,6 +159,8 @@ def test_wrong_counts_write_nothing_out_of_bounds(device, counts):
         ROWS=2,
         BLOCK_L=4,
     )
+    if many:
+        _place_rows_kernel[(num_chunks,)](lanes, offsets, chunks, order, 100, 3, PDL=False, **chunk_options())
     for whole in (*outputs.values(), tile_start_whole):
         assert (whole[:guard] == 77).all() and (whole[-guard:] == 77).all()
 
