@@ -98,8 +98,9 @@ def _choice_kernel(
         _prefetch(cumulative_ptr, num_entries, 32)
         _prefetch(lane_to_slot_ptr, num_lanes, 32)
     weights, ids = choose_experts(
-        logits_ptr, bias_ptr, num_experts, scale, TOP_K, SOFTMAX, RENORMALIZE, BLOCK_E, BLOCK_K
+        logits_ptr, bias_ptr, 1, num_experts, scale, TOP_K, SOFTMAX, RENORMALIZE, 1, BLOCK_E, BLOCK_K
     )
+    weights, ids = tl.reshape(weights, (BLOCK_K,)), tl.reshape(ids, (BLOCK_K,))
     k = tl.arange(0, BLOCK_K)
     searching = k < TOP_K
     if mask_ptr is not None:

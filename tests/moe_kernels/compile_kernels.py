@@ -5,6 +5,7 @@ Prints one line per variant: name, architecture, shared memory in bytes, registe
 
 from __future__ import annotations
 
+import re
 import sys
 from typing import Any
 
@@ -31,6 +32,7 @@ MODULES = {
         "schedule",
     )
 }
+ALIGNED = ("stride_row", "stride_slot", "hidden_size", "intermediate", "num_experts")
 DTYPES = {torch.float32: "fp32", torch.float16: "fp16", torch.bfloat16: "bf16"}
 
 
@@ -45,8 +47,7 @@ def compile_kernel(module: str, name: str, types: dict[str, str], constants: dic
     aligned = {
         (place,): [["tt.divisibility", 16]]
         for place, argument in enumerate(kernel.arg_names)
-        if argument not in constants
-        and (argument.endswith("_ptr") or argument in ("stride_row", "stride_slot", "hidden_size", "intermediate"))
+        if argument not in constants and (argument.endswith("_ptr") or argument in ALIGNED)
     }
     compiled = triton.compile(
         ASTSource(kernel, signature, places, aligned), target=GPUTarget("cuda", arch, 32), options=options
@@ -79,12 +80,13 @@ def compile_gemms(arch: int, dtype: torch.dtype, rows_per_expert: int, even_k: b
 
 def compile_small_one(
     module: str, name: str, types: dict[str, str], constants: dict[str, Any], arch: int, num_warps: int = 4
-) -> None:
+):  # type: ignore[no-untyped-def]
     pdl = arch >= 90
     compiled = compile_kernel(module, name, types, constants | {"PDL": pdl}, arch, num_warps=num_warps, launch_pdl=pdl)
     ptx = compiled.asm["ptx"]
     wait, access = ptx.find("griddepcontrol.wait"), min(ptx.find("ld.global"), ptx.find("st.global"))
     assert 0 <= wait < access if pdl else wait == -1, "must wait for the kernel before, and before all else"
+    return compiled
 
 
 def compile_small(arch: int) -> None:
@@ -97,20 +99,26 @@ def compile_small(arch: int) -> None:
             arch,
         )
         for softmax, bias in ((True, {"bias_ptr": None, "mask_ptr": None}), (False, {})):
-            compile_small_one(
-                "routing",
-                "_topk_routing_kernel",
-                {
-                    "logits_ptr": f"*{dtype}",
-                    "bias_ptr": "*fp32",
-                    "mask_ptr": "*i1",
-                    "scale": "fp32",
-                    "weights_ptr": "*fp32",
-                },
-                {"TOP_K": 8, "SOFTMAX": softmax, "RENORMALIZE": softmax, "BLOCK_E": 256, "BLOCK_K": 8} | bias,
-                arch,
-                num_warps=1,
-            )
+            for experts in (64, 128, 256):
+                tokens = routing._tokens_per_program(experts)
+                compiled = compile_small_one(
+                    "routing",
+                    "_topk_routing_kernel",
+                    {
+                        "logits_ptr": f"*{dtype}",
+                        "bias_ptr": "*fp32",
+                        "mask_ptr": "*i1",
+                        "scale": "fp32",
+                        "weights_ptr": "*fp32",
+                    },
+                    {"TOP_K": 8, "SOFTMAX": softmax, "RENORMALIZE": softmax, "BLOCK_E": experts, "BLOCK_K": 8}
+                    | {"TOKENS": tokens}
+                    | bias,
+                    arch,
+                    num_warps=tokens,
+                )
+                warps = set(re.findall(r"warpsPerCTA = \[(.*?)\]", compiled.asm["ttgir"]))
+                assert warps == {f"{tokens}, 1"}, f"a warp must have a token of its own: {warps}"
     for num_keys in (512, 2048, 8192, MANY_KEYS):
         options = scan_options(num_keys)
         scan = {"BLOCK": options["BLOCK"], "ROWS": options["ROWS"]}

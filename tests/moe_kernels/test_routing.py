@@ -40,6 +40,17 @@ def test_kernel_matches_reference(device, assert_close, tokens, experts, top_k, 
         assert_close(weights, expected_weights)
 
 
+@pytest.mark.parametrize("experts", [16, 128, 257])
+def test_a_token_has_the_same_bits_among_any(device, experts):
+    """Also where a program has several tokens."""
+    logits, mask = logits_of(9, experts, device), torch.tensor([True, False] * 4 + [True], device=device)
+    weights, ids = topk_routing(logits, 3, token_mask_T=mask, backend="triton")
+    for first, last in ((0, 1), (1, 9), (2, 4), (3, 8), (8, 9)):
+        rows = slice(first, last)
+        some = topk_routing(logits[rows].clone(), 3, token_mask_T=mask[rows].clone(), backend="triton")
+        assert torch.equal(some[0], weights[rows]) and torch.equal(some[1], ids[rows])
+
+
 @pytest.mark.parametrize("backend", ["torch", "triton"])
 def test_bias_chooses_but_does_not_weigh(device, backend):
     logits = torch.tensor([[0.0, 1.0, 2.0]], device=device)
