@@ -24,7 +24,7 @@ import triton.language as tl
 from moe_kernels.backend import gdc_launch_dependents, gdc_wait, uses_pdl
 
 SMALLEST_BLOCK, LARGEST_BLOCK = 512, 8192  # of keys that a program looks at in a step
-MANY_KEYS = 16384  # from here on three launches take less time than one
+MANY_KEYS = 65536  # from here on three launches take less time than one (H200, docs/performance.md)
 # Keys are compared with all of their chunk, so smaller chunks are placed faster; but there are more of them to count.
 CHUNK = 64
 LARGEST_BLOCK_B = 512  # of bins that a program counts

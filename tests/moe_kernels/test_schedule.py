@@ -127,8 +127,8 @@ def test_kernel_equals_reference_over_several_blocks(small_blocks, device, rows,
 
 
 @given(**shapes, seed=st.integers(0, 9))
-def test_kernel_equals_reference_over_several_chunks(small_chunks, device, rows, num_lanes, block_m, seed):
-    assert_kernel_equals_reference(rows, num_lanes, block_m, seed, device)
+def test_kernel_equals_reference_over_several_chunks(small_chunks, device, rows, num_lanes, block_m, extra_m, seed):
+    assert_kernel_equals_reference(rows, num_lanes, block_m, seed, device, extra_m)
 
 
 # Up to one full block of each size, two; in chunks.
