@@ -1,6 +1,6 @@
 """``python -m bench.table_cost``: what table, shares and load recording cost a forward that could also do without.
 
-The same forward twice, replayed in turn in one run: with the table, and with the experts hard-wired to rows of the weights
+The same forward twice, in one run: with the table, and with the experts hard-wired to rows of the weights
 (`hard_wired`). All must give the same bits. Without replicas the forward with the table is `MoELayer`'s, and hard-wired a
 row's slot is its expert's id; how many rows each expert has is given (what any layer must find out, so this is the strict
 comparison), or counted. With replicas, whose lanes lead to the same weights, each row's lane is given.

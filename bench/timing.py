@@ -3,6 +3,7 @@
 All times are in µs.
 """
 
+import random
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -37,11 +38,12 @@ class Timing:
 
 
 def time_graphs(functions: Sequence[Function], device: torch.device, seconds: float = DEFAULT_SECONDS) -> list[Timing]:
-    """Device time of each function, replayed in turn from CUDA graphs with a cold L2.
+    """Device time of each function, replayed from CUDA graphs with a cold L2, all once in each round, in random order.
 
     Before each replay a buffer of four times the L2 is written, as Triton's `do_bench` does. The host enqueues everything
     without waiting, and is ahead of the device, as a flush takes longer than the launches; so the time from event to event
-    is the device's alone. The device has idled before. Interleaved, drifts of the clock hit all functions alike.
+    is the device's alone. The device has idled before. Interleaved, drifts of the clock hit all functions alike; in the same
+    order in every round they would not: what follows a light function finds a higher clock.
 
     Args:
         functions: without host syncs; each is captured once, after a warm-up.
@@ -120,13 +122,14 @@ def _samples(
     events = [[[torch.cuda.Event(enable_timing=True) for _ in range(3)] for _ in range(repeats)] for _ in graphs]
     for _ in range(10):  # the host's lead
         flush.zero_()
+    order = random.Random(0)
     for repeat in range(repeats):
-        for number, graph in enumerate(graphs):
+        for number in order.sample(range(len(graphs)), len(graphs)):
             before_flush, begin, end = events[number][repeat]
             before_flush.record()
             flush.zero_()
             begin.record()
-            graph.replay()
+            graphs[number].replay()
             end.record()
     torch.cuda.synchronize()
     samples = [[1e3 * begin.elapsed_time(end) for _, begin, end in of_graph] for of_graph in events]
