@@ -96,8 +96,7 @@ _SHARED_MEMORY = 99 * 1024
 # With TMA, tuned on an H200 (`python -m bench.tune`, docs/performance.md).
 _NARROW = GemmConfig(block_m=16, block_n=128, block_k=128, num_warps=4, num_stages=3, tma=True, swap=True)
 _NARROW_32 = GemmConfig(block_m=32, block_n=128, block_k=64, num_warps=4, num_stages=5, tma=True, swap=True)
-_MIDDLE = GemmConfig(block_m=64, block_n=256, block_k=64, num_warps=4, num_stages=4, tma=True)
-_MIDDLE_DOWN = GemmConfig(block_m=64, block_n=128, block_k=64, num_warps=4, num_stages=4, tma=True)
+_MIDDLE = GemmConfig(block_m=64, block_n=128, block_k=64, num_warps=4, num_stages=4, tma=True)
 _WIDE = GemmConfig(block_m=128, block_n=256, block_k=64, num_warps=8, num_stages=4, tma=True, tail_m=64)
 _WIDE_DOWN = GemmConfig(block_m=128, block_n=128, block_k=64, num_warps=4, num_stages=3, group_m=4, tma=True, tail_m=64)
 _MERGED = GemmConfig(
@@ -115,7 +114,7 @@ _TABLE_TMA: tuple[tuple[int, int, tuple[_Pair, _Pair, _Pair]], ...] = (
     # most rows per expert, most tokens, (expert_up, expert_down) by the intermediate size
     (8, _ANY, 3 * ((_NARROW, _NARROW),)),
     (32, 64, 3 * ((_NARROW_32, _NARROW_32),)),  # no expert has more than two such tiles, however skewed the routing is
-    (32, _ANY, ((_MIDDLE, _MIDDLE_SHORT), (_MIDDLE, _MIDDLE_DOWN), (_MIDDLE, _MIDDLE_DOWN))),
+    (32, _ANY, ((_MIDDLE, _MIDDLE_SHORT), (_MIDDLE, _MIDDLE), (_MIDDLE, _MIDDLE))),
     (64, _ANY, ((_WIDE, _WIDE_SHORT), (_WIDE, _WIDE_DOWN), (_WIDE, _WIDE_DOWN))),
     (128, _ANY, 3 * ((_MERGED, _MERGED),)),
     (256, _ANY, ((_WIDE, _PERSISTENT), (_MERGED, _MERGED), (_MERGED, _MERGED))),

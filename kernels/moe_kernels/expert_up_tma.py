@@ -21,19 +21,20 @@ from moe_kernels.tile_order import load_tile
 
 @triton.jit
 def _rows_of_tile(x_ptr, order_ptr, start, end, fanout, stride_row, BLOCK_M: tl.constexpr):
-    """Sorted positions of the tile's rows, and where their source rows begin; past the end the last row again."""
+    """Sorted positions of the tile's rows, which of them exist, and where their source rows begin."""
     position = start + tl.arange(0, BLOCK_M)
-    source = tl.load(order_ptr + tl.minimum(position, end - 1)) // fanout
-    return position, x_ptr + source.to(tl.int64)[:, None] * stride_row
+    inside = position < end
+    source = tl.load(order_ptr + position, mask=inside, other=0) // fanout
+    return position, inside[:, None], x_ptr + source.to(tl.int64)[:, None] * stride_row
 
 
 @triton.jit
-def _load_x(row_at, first, HIDDEN_SIZE: tl.constexpr, BLOCK_K: tl.constexpr):
-    k = first + tl.arange(0, BLOCK_K)
-    if HIDDEN_SIZE % BLOCK_K == 0:
-        return tl.load(row_at + k[None, :])
-    else:
-        return tl.load(row_at + k[None, :], mask=k[None, :] < HIDDEN_SIZE, other=0.0)
+def _load_x(row_at, inside, first, HIDDEN_SIZE: tl.constexpr, BLOCK_K: tl.constexpr):
+    """Zeros for rows that are not `inside`: to read any others instead would take as much of the L2's bandwidth."""
+    k = first + tl.arange(0, BLOCK_K)[None, :]
+    if HIDDEN_SIZE % BLOCK_K != 0:
+        inside &= k < HIDDEN_SIZE
+    return tl.load(row_at + k, mask=inside, other=0.0)
 
 
 @triton.jit
@@ -77,15 +78,17 @@ def _wide_tile(
 
     EXTRA_M: so many rows behind the tile are multiplied by the same weights.
     """
-    position, row_at = _rows_of_tile(x_ptr, order_ptr, start, end, fanout, stride_row, BLOCK_M)
+    position, inside, row_at = _rows_of_tile(x_ptr, order_ptr, start, end, fanout, stride_row, BLOCK_M)
     product = tl.zeros((BLOCK_M, 2 * BLOCK_I), dtype=tl.float32)
     if EXTRA_M > 0:
-        extra_position, extra_at = _rows_of_tile(x_ptr, order_ptr, start + BLOCK_M, end, fanout, stride_row, EXTRA_M)
+        extra_position, extra_inside, extra_at = _rows_of_tile(
+            x_ptr, order_ptr, start + BLOCK_M, end, fanout, stride_row, EXTRA_M
+        )
         extra = tl.zeros((EXTRA_M, 2 * BLOCK_I), dtype=tl.float32)
     for first in tl.range(0, HIDDEN_SIZE, BLOCK_K):
-        x = _load_x(row_at, first, HIDDEN_SIZE, BLOCK_K)
+        x = _load_x(row_at, inside, first, HIDDEN_SIZE, BLOCK_K)
         if EXTRA_M > 0:
-            extra_x = _load_x(extra_at, first, HIDDEN_SIZE, BLOCK_K)
+            extra_x = _load_x(extra_at, extra_inside, first, HIDDEN_SIZE, BLOCK_K)
         weights = gate_up.load([slot, column_block * (BLOCK_I // 8), 0, 0, first]).reshape(2 * BLOCK_I, BLOCK_K)
         product = dot(x, weights.T, product)
         if EXTRA_M > 0:
@@ -118,12 +121,12 @@ def _narrow_tile(
     BLOCK_K: tl.constexpr,
 ):
     """Few rows: the weights on the M side, which takes at least 64 rows of them, and x on the N side, which takes 16."""
-    position, row_at = _rows_of_tile(x_ptr, order_ptr, start, end, fanout, stride_row, BLOCK_M)
+    position, inside, row_at = _rows_of_tile(x_ptr, order_ptr, start, end, fanout, stride_row, BLOCK_M)
     first_column = column_block * BLOCK_I
     gate = tl.zeros((BLOCK_I, BLOCK_M), dtype=tl.float32)
     up = tl.zeros((BLOCK_I, BLOCK_M), dtype=tl.float32)
     for first in tl.range(0, HIDDEN_SIZE, BLOCK_K):
-        x = _load_x(row_at, first, HIDDEN_SIZE, BLOCK_K).T
+        x = _load_x(row_at, inside, first, HIDDEN_SIZE, BLOCK_K).T
         gate = dot(gate_up.load([slot, first_column, first]).reshape(BLOCK_I, BLOCK_K), x, gate)
         up = dot(gate_up.load([slot, INTERMEDIATE + first_column, first]).reshape(BLOCK_I, BLOCK_K), x, up)
     _store_hidden(hidden_ptr, gated(gate.T, up.T, ACTIVATION), position, end, first_column, INTERMEDIATE, BLOCK_I)
