@@ -142,7 +142,7 @@ def plot_over_floor(rows: Sequence[Mapping[str, Any]], path: Path, title: str, h
     axis.set_ylabel("time / floor")
     axis.set_title(f"{title} ({hardware or environment()['device']})")
     axis.grid(axis="y", which="both", linewidth=0.3)
-    axis.legend(fontsize="small")
+    figure.legend(fontsize="small", loc="outside right upper")
     figure.savefig(path, dpi=110)
     plt.close(figure)
 

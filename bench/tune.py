@@ -42,9 +42,10 @@ def candidates(op: str, rows_per_expert: float) -> Iterator[GemmConfig]:
     for (block_m, block_n), num_warps in NUM_WARPS.items():
         if (block_m == 64 and not 8 < rows_per_expert <= 128) or (block_m == 128 and rows_per_expert < 32):
             continue
-        tails = ((0, 0), (64, 0), (64, 64)) if block_m == 128 else ((0, 0),)
-        for num_stages, (tail_m, extra_m) in product((3, 4), tails):
-            yield GemmConfig(block_m, block_n, 64, num_warps, num_stages, tma=True, tail_m=tail_m, extra_m=extra_m)
+        tails = ((0, 0, 8), *product((64,), (0, 64), (4, 8))) if block_m == 128 else ((0, 0, 8),)
+        for num_stages, (tail_m, extra_m, group_m) in product((3, 4), tails):
+            sizes = (block_m, block_n, 64, num_warps, num_stages, group_m)
+            yield GemmConfig(*sizes, tma=True, tail_m=tail_m, extra_m=extra_m)
         if op == "down":
             for num_stages, programs, group_m in product((3, 4), (1, 2), (8, 16)):
                 yield GemmConfig(
