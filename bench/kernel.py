@@ -90,10 +90,11 @@ class Inputs:
         batch = (self.dtype, self.num_tokens, self.top_k, self.shape.num_experts)
         return gemm_configs(*sizes, *batch, tma=has_tma(self.device))[0 if op == "up" else 1]
 
-    @property
+    @cached_property
     def tiling(self) -> dict[str, int]:
         """What a schedule for both GEMMs is built with."""
-        return {"block_m": self.config("up").block_m, "extra_m": self.config("up").extra_m}
+        up = self.config("up")
+        return {"block_m": up.block_m, "extra_m": up.extra_m}
 
     @cached_property
     def schedule(self) -> TileSchedule:

@@ -1,6 +1,6 @@
 """``python -m bench.tune``: times candidate tiles of both grouped GEMMs; what `moe_kernels.config` keeps was chosen from this.
 
-Both GEMMs of a layer share one schedule, so candidates are compared by rows per tile, up and down together. Every candidate's
+Both GEMMs of a layer share one schedule: choose a pair of one `block_m` and one `extra_m`. Every candidate's
 result is compared with the first one's, bit for bit: tiles may be chosen freely only as long as they change none.
 """
 
@@ -42,6 +42,7 @@ def candidates(op: str, rows_per_expert: float) -> Iterator[GemmConfig]:
     for (block_m, block_n), num_warps in NUM_WARPS.items():
         if (block_m == 64 and not 8 < rows_per_expert <= 128) or (block_m == 128 and rows_per_expert < 32):
             continue
+        # (tail_m, extra_m, group_m)
         tails = ((0, 0, 8), *product((64,), (0, 64), (4, 8))) if block_m == 128 else ((0, 0, 8),)
         for num_stages, (tail_m, extra_m, group_m) in product((3, 4), tails):
             sizes = (block_m, block_n, 64, num_warps, num_stages, group_m)

@@ -341,8 +341,10 @@ class _Recomputed(torch.autograd.Function):
 def _part(module: nn.Module, name: str) -> Any:
     """`getattr(module, name)` of a parameter, submodule or buffer, without the half microsecond after which nn.Module finds it.
 
-    Nothing is remembered: what has been replaced is seen, as is a plain attribute in its place.
+    Nothing is remembered: what has been replaced is seen, as is a plain attribute or a property in its place.
     """
+    if name in module.__dict__ or hasattr(type(module), name):
+        return getattr(module, name)
     if name in module._parameters:
         return module._parameters[name]
     if name in module._modules:

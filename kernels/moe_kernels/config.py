@@ -108,7 +108,7 @@ _MIDDLE_SHORT = GemmConfig(block_m=64, block_n=128, block_k=64, num_warps=4, num
 _WIDE_SHORT = GemmConfig(block_m=128, block_n=128, block_k=64, num_warps=4, num_stages=3, tma=True, programs_per_sm=2)
 
 _Pair = tuple[GemmConfig, GemmConfig]
-_INTERMEDIATE = (1024, 4096)  # up to these sizes: the first column below, the second
+_INTERMEDIATE = (1024, 4096)  # up to these sizes: the first column below, the second; larger ones: the third
 _ANY = 1 << 62
 _TABLE_TMA: tuple[tuple[int, int, tuple[_Pair, _Pair, _Pair]], ...] = (
     # most rows per expert, most tokens, (expert_up, expert_down) by the intermediate size
@@ -162,8 +162,8 @@ def gemm_config(
         shared_memory: bytes that a block may use without TMA; it limits only `num_stages`, which changes no bit.
 
     Returns:
-        The configuration; `block_m` and `extra_m` depend only on `dtype`, `tma`, H, I, and the bucket of rows per expert,
-        so that both GEMMs of a layer can use one schedule.
+        The configuration; `block_m` and `extra_m` depend only on `dtype`, `tma`, H, I, and the buckets of tokens and of rows
+        per expert, so that both GEMMs of a layer can use one schedule.
 
     Raises:
         ValueError: a size that is not positive (`num_tokens` may be 0), or a dtype that is not supported.

@@ -75,7 +75,7 @@ def _down_tile(
     BLOCK_N: tl.constexpr,
     BLOCK_K: tl.constexpr,
 ):
-    """Rows past the tile's end are read (they are the next lane's, or zero past the tensor's end) and not stored.
+    """Rows past the tile's end are read (the next lane's, of no lane, or zero past the tensor's end) and not stored.
 
     EXTRA_M: so many rows behind the tile are multiplied by the same weights.
     """

@@ -199,7 +199,8 @@ def _find_lanes_kernel(
 ):
     """The elements of one chunk.
 
-    Example: expert 0 as above, with the circle [0, 4]; ids [0, 0, 0, 0], starts [[0], [4]] → lanes [3, 3, 3, 5].
+    Example: expert 0 as above, with the circle [0, 4] (start, count); ids [0, 0, 0, 0] in one chunk, starts [[0], [0]] →
+    lanes [3, 3, 3, 5].
     """
     if PDL:  # see `uses_pdl`
         gdc_wait()

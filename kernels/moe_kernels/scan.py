@@ -34,7 +34,7 @@ BLOCK_C = 2048  # of chunks that a program adds up in a step
 def scan_options(num_keys: int) -> dict[str, int]:
     """Launch options; few different ones, as each is compiled. Few keys are one step up to the largest block."""
     if num_keys >= MANY_KEYS:
-        warps = max(1, BLOCK_C // 256)
+        warps = max(1, BLOCK_C // 256)  # at least 8 counts for each thread
         return {"BLOCK": BLOCK_C, "ROWS": warps, "num_warps": warps}
     block = SMALLEST_BLOCK
     while block < min(num_keys, LARGEST_BLOCK):

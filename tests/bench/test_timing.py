@@ -2,20 +2,22 @@
 
 from __future__ import annotations
 
+import itertools
 import time
 
 import pytest
 import torch
 
+from bench import timing
 from bench.timing import Timing, extra_bytes, time_eager, time_graph, time_graphs
 
 CPU = torch.device("cpu")
 
 
 def test_percentiles():
-    timing = Timing.of([float(n) for n in range(101)])
-    assert (timing.median_us, timing.num_samples) == (50.0, 101)
-    assert (timing.p20_us, timing.p80_us) == pytest.approx((20.0, 80.0))
+    of_hundred = Timing.of([float(n) for n in range(101)])
+    assert (of_hundred.median_us, of_hundred.num_samples) == (50.0, 101)
+    assert (of_hundred.p20_us, of_hundred.p80_us) == pytest.approx((20.0, 80.0))
 
 
 def test_eager_on_a_cpu():
@@ -34,6 +36,31 @@ def test_eager_on_a_cpu():
 
 def test_at_most_200_repeats():
     assert time_eager(lambda: None, CPU, seconds=1.0)[0].num_samples == 200
+
+
+def test_each_round_has_every_graph_once_in_changing_order(monkeypatch):
+    clock, visited = itertools.count(), []
+
+    class Event:
+        def __init__(self, enable_timing):
+            assert enable_timing
+
+        def record(self):
+            self.time = next(clock)
+
+        def elapsed_time(self, end):
+            return end.time - self.time
+
+    class Graph:
+        def __init__(self, number):
+            self.replay = lambda: visited.append(number)
+
+    monkeypatch.setattr(torch.cuda, "Event", Event)
+    monkeypatch.setattr(torch.cuda, "synchronize", lambda: None)
+    samples, rounds = timing._samples([Graph(number) for number in range(3)], torch.zeros(1), 20)
+    orders = [tuple(visited[first : first + 3]) for first in range(0, 60, 3)]
+    assert all(sorted(order) == [0, 1, 2] for order in orders) and len(set(orders)) > 3
+    assert samples == [[1e3] * 20] * 3 and rounds == [2e3] * 3
 
 
 @pytest.mark.gpu

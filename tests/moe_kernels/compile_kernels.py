@@ -99,7 +99,7 @@ def compile_small(arch: int) -> None:
             arch,
         )
         for softmax, bias in ((True, {"bias_ptr": None, "mask_ptr": None}), (False, {})):
-            for experts in (64, 128, 256):
+            for experts in (16, 48, 64, 128, 256):
                 tokens = routing._tokens_per_program(experts)
                 compiled = compile_small_one(
                     "routing",
@@ -111,7 +111,13 @@ def compile_small(arch: int) -> None:
                         "scale": "fp32",
                         "weights_ptr": "*fp32",
                     },
-                    {"TOP_K": 8, "SOFTMAX": softmax, "RENORMALIZE": softmax, "BLOCK_E": experts, "BLOCK_K": 8}
+                    {
+                        "TOP_K": 8,
+                        "SOFTMAX": softmax,
+                        "RENORMALIZE": softmax,
+                        "BLOCK_E": triton.next_power_of_2(experts),
+                        "BLOCK_K": 8,
+                    }
                     | {"TOKENS": tokens}
                     | bias,
                     arch,
@@ -133,14 +139,9 @@ def compile_small(arch: int) -> None:
                 arch,
                 options["num_warps"],
             )
-        compile_small_one(
-            "schedule",
-            "_build_schedule_kernel",
-            {},
-            scan | {"BLOCK_M": 64, "EXTRA_M": 0, "BLOCK_L": 256},
-            arch,
-            options["num_warps"],
-        )
+        for extra in (0, 64):
+            tiles = {"BLOCK_M": 128, "EXTRA_M": extra, "BLOCK_L": 256}
+            compile_small_one("schedule", "_build_schedule_kernel", {}, scan | tiles, arch, options["num_warps"])
     options = chunk_options()
     chunk = {"CHUNK": options["CHUNK"]}
     for block in (2, 128, 512):

@@ -13,6 +13,7 @@ from moe_kernels import (
     expert_down,
     expert_up,
     gemm_config,
+    scan,
     select_replicas,
     topk_routing,
 )
@@ -93,6 +94,16 @@ def test_forward(device, assert_close, dtype, backend):
     assert_close(y, dense(*exact), scale=2)
     assert (y[-2:] == 0).all()
     assert inputs["count"].sum() == (TOKENS - 2) * TOP_K
+
+
+def test_forward_of_many_rows(small_chunks, device):
+    """Choice and schedule in chunks: the same bits and counts as in one launch."""
+    in_chunks, inputs = arguments(device, torch.bfloat16), arguments(device, torch.bfloat16)
+    y = chain(**in_chunks, backend="triton")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(scan, "MANY_KEYS", 1 << 30)
+        assert torch.equal(y, chain(**inputs, backend="triton"))
+    assert torch.equal(in_chunks["count"], inputs["count"])
 
 
 @pytest.mark.parametrize("backend", ["torch", "triton"])

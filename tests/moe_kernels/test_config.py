@@ -29,7 +29,7 @@ def test_both_gemms_share_a_schedule_and_only_the_bucket_counts(dtype):
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
 def test_with_tma_both_gemms_share_a_schedule_and_fit_a_hopper_gpu(dtype):
     for tokens, (hidden, intermediate) in itertools.product(
-        (0, 1, 16, 64, 256, 512, 1024, 2048, 4096, 70_000), ((2048, 768), (4096, 14336), (64, 8))
+        (0, 1, 16, 64, 256, 512, 1024, 2048, 4096, 70_000), ((2048, 768), (2880, 2880), (4096, 14336), (64, 8))
     ):
         up = gemm_config(2 * intermediate, hidden, dtype, tokens, 8, 128, gated=True, tma=True)
         down = gemm_config(hidden, intermediate, dtype, tokens, 8, 128, tma=True)

@@ -137,9 +137,9 @@ def test_kernel_equals_reference_for_many_rows(device, rows):
     assert_kernel_equals_reference(rows, 3, 16, 0, device)
 
 
-@pytest.mark.parametrize("many", [False, True])
+@pytest.mark.parametrize(("many", "extra_m"), [(False, 0), (False, 8), (True, 0)])
 @pytest.mark.parametrize("counts", [[0, 0, 0], [90, -90, 7], [-50, 0, 0], [5, 70, 900], [2**29] * 3])
-def test_wrong_counts_write_nothing_out_of_bounds(small_chunks, device, counts, many):
+def test_wrong_counts_write_nothing_out_of_bounds(small_chunks, device, counts, many, extra_m):
     lanes = torch.randint(-1, 3, (100,), generator=torch.Generator().manual_seed(0), dtype=torch.int32).to(device)
     wrong = torch.tensor(counts, dtype=torch.int32, device=device)
     guard, most = 1000, max_tiles(100, 3, 16)
@@ -153,7 +153,7 @@ def test_wrong_counts_write_nothing_out_of_bounds(small_chunks, device, counts, 
         *(lanes, wrong, chunks, order, offsets, tile_lane, tile_start_whole[guard:-guard], num_tiles),
         *(100, num_chunks, 3, most),
         BLOCK_M=16,
-        EXTRA_M=0,
+        EXTRA_M=extra_m,
         PDL=False,
         BLOCK=256,
         ROWS=2,

@@ -182,6 +182,19 @@ def test_refuses_what_does_not_go_together(change, message):
         replace(WIDE, **change)
 
 
+@pytest.mark.parametrize(("built_for", "used"), [(WIDE, MERGED), (MERGED, WIDE)], ids=["without", "with"])
+def test_a_schedule_of_other_extra_rows_is_refused(make_experts, built_for, used):
+    experts = make_experts(9, 2, 3, 64, 32, torch.bfloat16)
+    schedule = build_schedule(experts.lanes_N, experts.counts_L, block_m=128, extra_m=built_for.extra_m)
+    common = (experts.lane_to_slot_L, schedule)
+    message = f"config.extra_m={used.extra_m}: must be the schedule's, {built_for.extra_m}"
+    with pytest.raises(ValueError, match=message):
+        expert_up(experts.x_RH, experts.gate_up_SNH, *common, fanout=2, config=used)
+    hidden = torch.zeros(18, 32, dtype=torch.bfloat16, device=experts.x_RH.device)
+    with pytest.raises(ValueError, match=message):
+        expert_down(hidden, experts.down_SHI, *common, experts.row_weights_N, config=used)
+
+
 def test_compiles_as_one_graph(make_experts):
     experts = make_experts(9, 2, 3, 64, 32, torch.bfloat16)
     schedule = build_schedule(experts.lanes_N, experts.counts_L, block_m=NARROW.block_m)

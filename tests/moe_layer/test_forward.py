@@ -230,6 +230,43 @@ def test_one_token_sees_what_was_replaced(change, device, assert_close):
     assert not torch.allclose(after, before, atol=1e-3)
 
 
+class Wrapped(torch.nn.Module):
+    """A router whose choice is another's, upside down."""
+
+    def __init__(self, gate):
+        super().__init__()
+        self.gate = gate
+
+    def __getattr__(self, name):
+        return super().__getattr__(name) if name in ("gate", "_modules") else getattr(self.gate, name)
+
+    def forward(self, x_TH):
+        return -self.gate(x_TH)
+
+    def choose(self, *arguments):
+        return self.gate.choose(*arguments)
+
+
+class WithProperty(MoELayer):
+    @property
+    def gate(self):
+        return Wrapped(self._modules["gate"])
+
+
+@pytest.mark.parametrize("num_tokens", [1, 2])
+@pytest.mark.parametrize("how", ["in the instance's __dict__", "as a property"])
+def test_a_gate_in_the_way_of_the_layers_own_is_asked(how, num_tokens, device):
+    layer = make_layer("plain", device)
+    x = clear_tokens(layer, num_tokens)
+    with torch.no_grad():
+        upside_down = layer(x, router_logits=-layer.gate(x))
+        if how == "as a property":
+            layer.__class__ = WithProperty
+        else:
+            object.__setattr__(layer, "gate", Wrapped(layer.gate))
+        assert torch.equal(layer(x), upside_down)
+
+
 def test_one_token_by_a_functional_call(device):
     layer = make_layer("plain", device, backend="triton")
     x = clear_tokens(layer, 1)
