@@ -131,11 +131,12 @@ def compile_small(arch: int) -> None:
         if num_keys < MANY_KEYS:
             scan["chunks_ptr"] = None
         for increment in ({}, {"increment_ptr": None}):
+            few = num_keys < MANY_KEYS
             compile_small_one(
                 "replicas",
-                "_select_replicas_kernel",
+                "_select_replicas_kernel" if few else "_count_replicas_kernel",
                 {"load_ptr": "*i64", "increment_ptr": "*i64"},
-                scan | {"BLOCK_P": 512} | increment,
+                {"BLOCK": options["BLOCK"], "BLOCK_P": 512} | ({"ROWS": options["ROWS"]} if few else {}) | increment,
                 arch,
                 options["num_warps"],
             )
