@@ -25,7 +25,7 @@ from moe_kernels.backend import (
     uses_pdl,
 )
 from moe_kernels.numerics import gated, narrow, widen
-from moe_kernels.replicas import circle_start
+from moe_kernels.replicas_triton import circle_start
 from moe_kernels.routing import choose_experts
 
 

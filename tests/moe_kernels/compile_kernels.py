@@ -14,7 +14,7 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from moe_kernels import combine, expert_down, expert_up, gemm_config, gemm_configs, replicas, routing, schedule  # noqa: F401
+from moe_kernels import combine, expert_down, expert_up, gemm_config, gemm_configs, replicas_triton, routing, schedule  # noqa: F401
 from moe_kernels.scan import MANY_KEYS, chunk_options, scan_options
 
 MODULES = {
@@ -26,7 +26,7 @@ MODULES = {
         "expert_up",
         "expert_up_tma",
         "one_token_triton",
-        "replicas",
+        "replicas_triton",
         "routing",
         "scan",
         "schedule",
@@ -133,7 +133,7 @@ def compile_small(arch: int) -> None:
         for increment in ({}, {"increment_ptr": None}):
             few = num_keys < MANY_KEYS
             compile_small_one(
-                "replicas",
+                "replicas_triton",
                 "_select_replicas_kernel" if few else "_count_replicas_kernel",
                 {"load_ptr": "*i64", "increment_ptr": "*i64"},
                 {"BLOCK": options["BLOCK"], "BLOCK_P": 512} | ({"ROWS": options["ROWS"]} if few else {}) | increment,
@@ -148,7 +148,7 @@ def compile_small(arch: int) -> None:
     for block in (2, 128, 512):
         count = chunk | {"BLOCK_B": block}
         compile_small_one("scan", "_count_chunks_kernel", {}, count, arch, options["num_warps"])
-    compile_small_one("replicas", "_find_lanes_kernel", {}, chunk, arch, options["num_warps"])
+    compile_small_one("replicas_triton", "_find_lanes_kernel", {}, chunk, arch, options["num_warps"])
     compile_small_one("schedule", "_place_rows_kernel", {}, chunk, arch, options["num_warps"])
 
 

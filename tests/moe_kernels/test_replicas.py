@@ -8,7 +8,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from moe_kernels import GOLDEN, SHARE_BITS, select_replicas
-from moe_kernels.replicas import _ranks_below, _select_replicas
+from moe_kernels.replicas import _select_replicas
+from moe_kernels.replicas_triton import _ranks_below
 from moe_kernels.scan import MANY_KEYS
 
 ONE = 1 << SHARE_BITS

@@ -1,0 +1,329 @@
+# mypy: allow-incomplete-defs
+# Of the arguments of a kernel only the constants are annotated.
+"""The kernels of `select_replicas` and their launches.
+
+T tokens, E logical experts, K experts per token, L lanes, P replicas of all experts together (entries of the table).
+"""
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+
+from moe_kernels.backend import gdc_launch_dependents, gdc_wait, on_device, uses_pdl
+from moe_kernels.scan import (
+    chunk_options,
+    count_chunks,
+    count_hits,
+    first_index,
+    load_bins,
+    load_chunk,
+    num_steps,
+    rank_hits,
+    rank_in_bins,
+    row_ends,
+    scan_options,
+    start_chunks,
+)
+
+SHARE_BITS = 30
+SHARE_ONE = 1 << SHARE_BITS
+# round(2**30 / golden ratio): the most even sequence of starts (three-gap theorem), so that a run of small batches
+# honours the shares too.
+GOLDEN = 663608942
+
+_SHARE_BITS = tl.constexpr(SHARE_BITS)
+_SHARE_MASK = tl.constexpr(SHARE_ONE - 1)
+_GOLDEN = tl.constexpr(GOLDEN)
+
+
+@triton.jit
+def circle_start(rank_start, load):
+    """int64: where an expert with this load begins on its circle."""
+    return (rank_start + load * _GOLDEN) & _SHARE_MASK  # wraps modulo 2**64, which the mask makes exact
+
+
+@triton.jit
+def _ranks_below(position, count):
+    """How many of the ranks 0 … count - 1 have a step below `position`: ceil(position * count / 2**30).
+
+    floor(rank * 2**30 / count) < position is the same as rank < position * count / 2**30, so no element is divided.
+    """
+    position = tl.minimum(tl.maximum(position, 0), _SHARE_MASK + 1)
+    return ((position.to(tl.int64) * count + _SHARE_MASK) >> _SHARE_BITS).to(tl.int32)
+
+
+@triton.jit
+def _ranks_between(begin, end, start, count):
+    """The ranks of the replica that has [begin, end) of the circle: [low, high), and below `around` if it has the start."""
+    low = (begin - start) & _SHARE_MASK
+    high = low + (end - begin)
+    return _ranks_below(low, count), _ranks_below(high, count), _ranks_below(high - _SHARE_MASK - 1, count)
+
+
+@triton.jit
+def _count_lanes(counts_ptr, table_lanes_ptr, cumulative_ptr, first_entry, last_entry, start, count):
+    """Write how many of an expert's `count` elements each of its replicas has; returns the lane that has the start."""
+    home = -1
+    begin = 0
+    for entry in range(first_entry, last_entry):
+        lane = tl.load(table_lanes_ptr + entry)
+        end = tl.load(cumulative_ptr + entry)
+        low, high, around = _ranks_between(begin, end, start, count)
+        tl.store(counts_ptr + lane, high - low + around)
+        home = tl.where((begin <= start) & (start < end), lane, home)
+        begin = end
+    return home
+
+
+@triton.jit
+def _clear_lanes(counts_ptr, table_lanes, expert, num_experts, num_lanes):
+    """Write 0 for the lanes that no entry of the table names; they are shared out among the programs."""
+    for lane in range(expert, num_lanes, num_experts + 1):
+        is_named = tl.sum((table_lanes == lane).to(tl.int32), axis=0) > 0
+        tl.store(counts_ptr + lane, 0, mask=is_named == 0)
+
+
+# Unspecialized, or serving would compile when one is a multiple of 16.
+@triton.jit(do_not_specialize=["rank_start", "num_elements"])
+def _select_replicas_kernel(
+    # inputs
+    ids_ptr,
+    offsets_ptr,
+    table_lanes_ptr,
+    cumulative_ptr,
+    increment_ptr,  # None: nothing is recorded
+    rank_start,
+    # outputs
+    load_ptr,  # read first
+    lanes_ptr,
+    counts_ptr,
+    # shapes
+    num_elements,
+    num_experts,
+    num_entries,
+    num_lanes,
+    # constants
+    PDL: tl.constexpr,
+    # tunables
+    BLOCK: tl.constexpr,
+    ROWS: tl.constexpr,
+    BLOCK_P: tl.constexpr,
+):
+    """All elements of one expert; the last program those of no expert, which has no replicas.
+
+    Example: expert 0 has the lanes 3 and 5 with shares 3/4 and 1/4, load 0, rank_start 0; ids [0, 0, 0, 0] → steps
+    [0, 1/4, 1/2, 3/4] of the circle; lane 3 has the ranks below 3, lane 5 the others → lanes [3, 3, 3, 5],
+    counts [0, 0, 0, 3, 0, 1], load 4.
+    """
+    if PDL:  # see `uses_pdl`
+        gdc_wait()
+        gdc_launch_dependents()
+    expert = tl.program_id(0)
+    is_expert = expert < num_experts
+    first_entry = tl.load(offsets_ptr + expert, mask=is_expert, other=0)
+    last_entry = tl.load(offsets_ptr + expert + 1, mask=is_expert, other=0)
+    load = tl.load(load_ptr + expert, mask=is_expert, other=0)
+    increment = tl.load(increment_ptr) if increment_ptr is not None else 0
+    entries = tl.arange(0, BLOCK_P)
+    # Early, so that the lanes are in the cache when the offsets say which one is meant.
+    table_lanes = tl.load(table_lanes_ptr + entries, mask=entries < num_entries, other=-1)
+    steps = num_steps(num_elements, BLOCK)
+    index = first_index(num_elements, BLOCK, ROWS)
+    bins = load_bins(ids_ptr, index, 0, num_elements, num_experts, BLOCK, ROWS)
+
+    several = last_entry - first_entry > 1  # if not, no rank matters: one walk does
+    lane = tl.load(table_lanes_ptr + first_entry, mask=first_entry < last_entry, other=-1)
+    mine = bins == expert
+    hits = count_hits(mine)
+    for step in range(1, steps):
+        bins = load_bins(ids_ptr, index, step, num_elements, num_experts, BLOCK, ROWS)  # ahead of the stores
+        if not several:
+            before = (step - 1) * (BLOCK // ROWS)
+            tl.store(lanes_ptr + before + index, lane, mask=mine & (index < num_elements - before))
+        mine = bins == expert
+        hits += count_hits(mine)
+    count = tl.sum(hits)
+    if increment_ptr is not None:
+        tl.debug_barrier()  # every thread has read the counter before one of them writes it
+        tl.store(load_ptr + expert, load + count * increment, mask=is_expert)
+
+    if several:
+        start = circle_start(rank_start, load).to(tl.int32)
+        home = _count_lanes(counts_ptr, table_lanes_ptr, cumulative_ptr, first_entry, last_entry, start, count)
+        ends = row_ends(hits, 0)
+        for back in range(steps):
+            step = steps - 1 - back
+            mine = bins == expert
+            # Ahead of time; after the last step, in vain.
+            bins = load_bins(ids_ptr, index, tl.maximum(step - 1, 0), num_elements, num_experts, BLOCK, ROWS)
+            rank, ends = rank_hits(mine, ends)
+            lanes = tl.zeros_like(rank) + home
+            begin = 0
+            for entry in range(first_entry, last_entry):
+                lane = tl.load(table_lanes_ptr + entry)
+                end = tl.load(cumulative_ptr + entry)
+                low, high, _ = _ranks_between(begin, end, start, count)
+                lanes = tl.where((rank >= low) & (rank < high), lane, lanes)
+                begin = end
+            tl.store(lanes_ptr + step * (BLOCK // ROWS) + index, lanes, mask=mine)
+    else:
+        last = (steps - 1) * (BLOCK // ROWS)
+        tl.store(lanes_ptr + last + index, lane, mask=mine & (index < num_elements - last))
+        tl.store(counts_ptr + lane, count, mask=lane >= 0)
+    if num_entries < num_lanes:  # then some lanes hold no expert
+        _clear_lanes(counts_ptr, table_lanes, expert, num_experts, num_lanes)
+
+
+@triton.jit(do_not_specialize=["rank_start", "num_chunks"])  # as above
+def _count_replicas_kernel(
+    # inputs
+    offsets_ptr,
+    table_lanes_ptr,
+    cumulative_ptr,
+    increment_ptr,  # None: nothing is recorded
+    rank_start,
+    # outputs
+    chunks_ptr,  # read first, as is the next: of `count_chunks`, and what `start_chunks` makes of it
+    load_ptr,
+    counts_ptr,
+    circles_ptr,
+    # shapes
+    num_chunks,
+    num_experts,
+    num_entries,
+    num_lanes,
+    # constants
+    PDL: tl.constexpr,
+    # tunables
+    BLOCK: tl.constexpr,
+    BLOCK_P: tl.constexpr,
+):
+    """Of many elements, what `_select_replicas_kernel` does but for their lanes, which `_find_lanes_kernel` finds.
+
+    Example: expert 0 as above, four elements in one chunk, chunks [[4], [0]] → chunks [[0], [0]], counts and load as above, and
+    the circle [0, 4]: start and count.
+    """
+    if PDL:  # see `uses_pdl`
+        gdc_wait()
+        gdc_launch_dependents()
+    expert = tl.program_id(0)
+    is_expert = expert < num_experts
+    first_entry = tl.load(offsets_ptr + expert, mask=is_expert, other=0)
+    last_entry = tl.load(offsets_ptr + expert + 1, mask=is_expert, other=0)
+    load = tl.load(load_ptr + expert, mask=is_expert, other=0)
+    increment = tl.load(increment_ptr) if increment_ptr is not None else 0
+    count = start_chunks(chunks_ptr, expert, num_chunks, BLOCK)
+    if increment_ptr is not None:
+        tl.debug_barrier()  # every thread has read the counter before one of them writes it
+        tl.store(load_ptr + expert, load + count * increment, mask=is_expert)
+    start = circle_start(rank_start, load).to(tl.int32)
+    _count_lanes(counts_ptr, table_lanes_ptr, cumulative_ptr, first_entry, last_entry, start, count)
+    tl.store(circles_ptr + 2 * expert, start, mask=is_expert)
+    tl.store(circles_ptr + 2 * expert + 1, count, mask=is_expert)
+    if num_entries < num_lanes:  # as above
+        entries = tl.arange(0, BLOCK_P)
+        table_lanes = tl.load(table_lanes_ptr + entries, mask=entries < num_entries, other=-1)
+        _clear_lanes(counts_ptr, table_lanes, expert, num_experts, num_lanes)
+
+
+@triton.jit(do_not_specialize=["num_elements"])  # as above
+def _find_lanes_kernel(
+    # inputs
+    ids_ptr,
+    offsets_ptr,
+    table_lanes_ptr,
+    cumulative_ptr,
+    starts_ptr,
+    circles_ptr,
+    # outputs
+    lanes_ptr,
+    # shapes
+    num_elements,
+    num_experts,
+    # constants
+    PDL: tl.constexpr,
+    # tunables
+    CHUNK: tl.constexpr,
+):
+    """The elements of one chunk.
+
+    Example: expert 0 as above, with the circle [0, 4] (start, count); ids [0, 0, 0, 0] in one chunk, starts [[0], [0]] →
+    lanes [3, 3, 3, 5].
+    """
+    if PDL:  # see `uses_pdl`
+        gdc_wait()
+        gdc_launch_dependents()
+    index, expert = load_chunk(ids_ptr, num_elements, num_experts, CHUNK)
+    is_expert = expert < num_experts
+    first_entry = tl.load(offsets_ptr + expert, mask=is_expert, other=0)
+    last_entry = tl.load(offsets_ptr + expert + 1, mask=is_expert, other=0)
+    start = tl.load(circles_ptr + 2 * expert, mask=is_expert, other=0)
+    count = tl.load(circles_ptr + 2 * expert + 1, mask=is_expert, other=1)
+    rank = rank_in_bins(expert, starts_ptr, CHUNK)
+    turned = start - _SHARE_MASK - 1  # the start as those see it that have passed the end of the circle
+    start = tl.where(rank < _ranks_below(-turned, count), start, turned)
+    lane = tl.full((CHUNK,), -1, dtype=tl.int32)
+    searching = is_expert
+    for replica in range(0, tl.max(last_entry - first_entry, axis=0)):
+        entry = first_entry + replica
+        searching &= entry < last_entry
+        candidate = tl.load(table_lanes_ptr + entry, mask=searching, other=-1)
+        end = tl.load(cumulative_ptr + entry, mask=searching, other=0)
+        found = searching & (rank < _ranks_below(end - start, count))
+        lane = tl.where(found, candidate, lane)
+        searching &= ~found
+    tl.store(lanes_ptr + index, lane, mask=index < num_elements)
+
+
+def select_replicas_triton(
+    expert_ids_TK: torch.Tensor,
+    table_offsets_E1: torch.Tensor,
+    table_lanes_P: torch.Tensor,
+    table_cumulative_P: torch.Tensor,
+    load_E: torch.Tensor,
+    rank_start: int,
+    *,
+    num_lanes: int,
+    increment_1: torch.Tensor | None,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    lanes_TK, counts_L = torch.empty_like(expert_ids_TK), expert_ids_TK.new_empty(num_lanes)
+    num_elements, num_experts, num_entries = expert_ids_TK.numel(), load_E.numel(), table_lanes_P.numel()
+    table = (table_offsets_E1, table_lanes_P, table_cumulative_P)
+    sizes = (num_experts, num_entries, num_lanes)
+    options = scan_options(num_elements)
+    pdl, block_p = uses_pdl(load_E), triton.next_power_of_2(max(num_entries, 1))
+    with on_device(load_E):
+        chunks_BC = count_chunks(expert_ids_TK, num_experts)
+        if chunks_BC is None:
+            _select_replicas_kernel[(num_experts + 1,)](
+                *(expert_ids_TK, *table, increment_1, rank_start),
+                *(load_E, lanes_TK, counts_L),
+                *(num_elements, *sizes),
+                PDL=pdl,
+                BLOCK_P=block_p,
+                launch_pdl=pdl,
+                **options,
+            )
+            return lanes_TK, counts_L
+        circles_E2, num_chunks = expert_ids_TK.new_empty((num_experts, 2)), chunks_BC.shape[1]
+        _count_replicas_kernel[(num_experts + 1,)](
+            *(*table, increment_1, rank_start),
+            *(chunks_BC, load_E, counts_L, circles_E2),
+            *(num_chunks, *sizes),
+            PDL=pdl,
+            BLOCK=options["BLOCK"],
+            BLOCK_P=block_p,
+            num_warps=options["num_warps"],
+            launch_pdl=pdl,
+        )
+        _find_lanes_kernel[(num_chunks,)](
+            *(expert_ids_TK, *table, chunks_BC, circles_E2),
+            lanes_TK,
+            *(num_elements, num_experts),
+            PDL=pdl,
+            launch_pdl=pdl,
+            **chunk_options(),
+        )
+    return lanes_TK, counts_L
