@@ -11,6 +11,7 @@ import torch.distributed as dist
 import torch.nn.functional as F
 
 from moe_kernels import combine
+from moe_layer.arguments import check_choice
 from moe_layer.collectives import all_to_all_rows, backend_of
 
 
@@ -130,3 +131,28 @@ class AllToAllDispatcher:
         back = all_to_all_rows(rows_NH, route.send_splits, route.receive_splits, self._group)
         flat = back.new_zeros(dispatched.lanes_TK.numel(), back.shape[1])
         return combine(flat.index_copy(0, route.order, back), dispatched.lanes_TK, backend=kernels)
+
+
+def make_dispatcher(
+    dispatcher: str | Dispatcher, group: dist.ProcessGroup | None, num_ranks: int, num_lanes: int
+) -> Dispatcher:
+    """What `MoELayer`'s argument `dispatcher` means; `num_lanes`: of a rank.
+
+    Raises:
+        ValueError: it names none, lacks methods, or does not go with the group.
+    """
+    methods = ("backend", "dispatch", "combine")
+    missing = [name for name in methods if not callable(getattr(dispatcher, name, None))]
+    if not missing:
+        return dispatcher  # type: ignore[return-value]
+    if not isinstance(dispatcher, str) and len(missing) < len(methods):
+        raise ValueError(f"dispatcher must have the methods {', '.join(methods)}, but {dispatcher!r} lacks {missing}")
+    check_choice("dispatcher", dispatcher, ("auto", "local", "all_to_all"), " or a Dispatcher")
+    if dispatcher == "local" and num_ranks > 1:
+        raise ValueError(f"dispatcher='local' needs all experts on one rank, but process_group has {num_ranks}")
+    if dispatcher == "all_to_all" and group is None:
+        raise ValueError("dispatcher='all_to_all' needs a process_group, got None")
+    if dispatcher == "local" or (dispatcher == "auto" and num_ranks == 1):
+        return LocalDispatcher()
+    assert group is not None
+    return AllToAllDispatcher(group, num_lanes)

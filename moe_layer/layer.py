@@ -24,8 +24,9 @@ from moe_layer.arguments import (
     resolve_dtype,
 )
 from moe_layer.collectives import broadcast_
-from moe_layer.dispatch import AllToAllDispatcher, Dispatcher, LocalDispatcher
+from moe_layer.dispatch import Dispatcher, LocalDispatcher, make_dispatcher
 from moe_layer.experts import ACTIVATIONS, Experts, expert_specs
+from moe_layer.recomputed import Recomputed
 from moe_layer.router import Router, RouterRule
 
 
@@ -102,7 +103,7 @@ class MoELayer(nn.Module):
         self.intermediate_size = intermediate_size
         self.backend = backend
         self.process_group = process_group
-        self.dispatcher = _make_dispatcher(dispatcher, process_group, num_ranks, num_physical + num_shadow_slots)
+        self.dispatcher = make_dispatcher(dispatcher, process_group, num_ranks, num_physical + num_shadow_slots)
         self.gate = Router(hidden_size, num_experts, top_k, router, backend, device, dtype)
         # Last, as it takes slots of the pool: a layer that is refused takes none.
         resident = ResidentExperts(
@@ -249,7 +250,7 @@ class MoELayer(nn.Module):
             return self._dispatched(x_TH, weights_TK, lanes_TK, counts_L)
         if not experts.is_frozen and resident.controller is not None and resident.controller.config.use_async:
             raise RuntimeError(f"the layer's experts move in the background, but {self.why_not_relocatable()}")
-        return _Recomputed.apply(self, lanes_TK, counts_L, x_TH, weights_TK, *experts.parameters())
+        return Recomputed.apply(self._dispatched, experts, lanes_TK, counts_L, x_TH, weights_TK, *experts.parameters())
 
     def _dispatched(
         self, x_TH: torch.Tensor, weights_TK: torch.Tensor, lanes_TK: torch.Tensor, counts_L: torch.Tensor
@@ -297,45 +298,6 @@ def make_pool(
     num_physical = physical_per_rank(hidden_size, intermediate_size, num_experts, num_redundant_experts, num_ranks)
     specs = expert_specs(hidden_size, intermediate_size, resolve_dtype(dtype))
     return SlotPool(specs, num_layers * num_physical + num_shadow_slots, resolve_device(device))
-
-
-class _Recomputed(torch.autograd.Function):
-    """Dispatch, experts and combine; the backward repeats them from the hidden states and *the lanes of this forward*.
-
-    How many rows arrive depends on the placement, and an outer checkpoint that repeats the forward after a flip chooses
-    other lanes. So nothing that depends on lanes is kept but the lanes themselves and their counts, as attributes, which no
-    checkpoint replaces; and a pin keeps the slots they lead to (I3).
-    """
-
-    @staticmethod
-    def forward(
-        ctx: Any,
-        layer: MoELayer,
-        lanes_TK: torch.Tensor,
-        counts_L: torch.Tensor,
-        x_TH: torch.Tensor,
-        weights_TK: torch.Tensor,
-        *parameters: nn.Parameter,
-    ) -> torch.Tensor:
-        ctx.layer, ctx.lanes_TK, ctx.counts_L = layer, lanes_TK, counts_L
-        ctx.pin = layer.resident.pin()
-        # Parameters only so that autograd notices if they are changed in between.
-        ctx.save_for_backward(x_TH, weights_TK, *(parameter for parameter in parameters if parameter.requires_grad))
-        return layer._dispatched(x_TH, weights_TK, lanes_TK, counts_L)
-
-    @staticmethod
-    @torch.autograd.function.once_differentiable
-    def backward(ctx: Any, grad_TH: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
-        layer, (x_TH, weights_TK, *_) = ctx.layer, ctx.saved_tensors
-        wanted = ctx.needs_input_grad[3:]
-        x_TH, weights_TK = x_TH.detach().requires_grad_(), weights_TK.detach().requires_grad_()
-        with torch.enable_grad():
-            y_TH = layer._dispatched(x_TH, weights_TK, ctx.lanes_TK, ctx.counts_L)
-        inputs = (x_TH, weights_TK, *layer.experts.parameters())
-        kept = [tensor for tensor, is_wanted in zip(inputs, wanted, strict=True) if is_wanted]
-        grads = iter(torch.autograd.grad(y_TH, kept, grad_TH))
-        ctx.pin.used_on(layer.resident.streams.current())
-        return None, None, None, *(next(grads) if is_wanted else None for is_wanted in wanted)
 
 
 def _part(module: nn.Module, name: str) -> Any:
@@ -408,23 +370,3 @@ def _rows(tensor: torch.Tensor) -> torch.Tensor:
 def _is_recomputing() -> bool:
     """Whether this forward runs inside a backward, so it repeats one that was counted (activation checkpointing)."""
     return torch._C._current_graph_task_id() != -1
-
-
-def _make_dispatcher(
-    dispatcher: str | Dispatcher, group: dist.ProcessGroup | None, num_ranks: int, num_lanes: int
-) -> Dispatcher:
-    methods = ("backend", "dispatch", "combine")
-    missing = [name for name in methods if not callable(getattr(dispatcher, name, None))]
-    if not missing:
-        return dispatcher  # type: ignore[return-value]
-    if not isinstance(dispatcher, str) and len(missing) < len(methods):
-        raise ValueError(f"dispatcher must have the methods {', '.join(methods)}, but {dispatcher!r} lacks {missing}")
-    check_choice("dispatcher", dispatcher, ("auto", "local", "all_to_all"), " or a Dispatcher")
-    if dispatcher == "local" and num_ranks > 1:
-        raise ValueError(f"dispatcher='local' needs all experts on one rank, but process_group has {num_ranks}")
-    if dispatcher == "all_to_all" and group is None:
-        raise ValueError("dispatcher='all_to_all' needs a process_group, got None")
-    if dispatcher == "local" or (dispatcher == "auto" and num_ranks == 1):
-        return LocalDispatcher()
-    assert group is not None
-    return AllToAllDispatcher(group, num_lanes)
