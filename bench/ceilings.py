@@ -4,19 +4,17 @@ The floors of `bench.cases` use fixed rates, so that runs can be compared. A GPU
 shows here; rates fall under sustained load, as the power limit lowers the clock.
 """
 
-import argparse
 from collections.abc import Sequence
 
 import torch
 
 from bench.cases import BF16_FLOPS_PER_S, BYTES_PER_S
+from bench.command import make_parser
 from bench.timing import DEFAULT_SECONDS, time_graph
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(
-        prog="python -m bench.ceilings", description=(__doc__ or "").partition("``: ")[2].partition("\n")[0]
-    )
+    parser = make_parser("ceilings", __doc__)
     parser.add_argument("--device", default="cuda")
     parser.add_argument("--seconds", type=float, default=DEFAULT_SECONDS)
     options = parser.parse_args(arguments)

@@ -11,6 +11,8 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
+from bench.command import make_parser
+
 KEYS = ("op", "step", "case", "provider", "mode", "dtype", "layers", "experts", "redundant", "ranks")
 MACHINE = ("device", "driver", "torch", "triton")
 LEAST_CHANGE = 0.02
@@ -20,9 +22,7 @@ Row = dict[str, str]
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(
-        prog="python -m bench.compare", description=(__doc__ or "").partition("``: ")[2].partition("\n")[0]
-    )
+    parser = make_parser("compare", __doc__)
     parser.add_argument("old", type=Path)
     parser.add_argument("new", type=Path)
     options = parser.parse_args(arguments)

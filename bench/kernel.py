@@ -11,6 +11,7 @@ from typing import Any
 import torch
 
 from bench.cases import Case, count_hit, floor_us, make_logits
+from bench.command import make_parser
 from bench.providers import Unavailable, Weights, make_weights
 from bench.report import (
     DTYPES,
@@ -111,9 +112,7 @@ class Inputs:
 
 def main(op: str, doc: str | None, make_work: Callable[[Inputs], Work], arguments: Sequence[str] | None = None) -> int:
     """The command line of one op's benchmark; the exit status is 1 if a result is wrong."""
-    parser = argparse.ArgumentParser(
-        prog=f"python -m bench.{op}", description=(doc or "").partition("``: ")[2].partition("\n")[0]
-    )
+    parser = make_parser(op, doc)
     add_arguments(parser)
     options = parser.parse_args(arguments)
     cases = chosen_cases(parser, options)
@@ -159,7 +158,7 @@ def _measure(op: str, inputs: Inputs, work: Work, options: argparse.Namespace, r
                 mode, timing = "graph", time_graph(run, options.device, options.seconds)
             else:
                 mode, timing = "eager", time_eager(run, options.device, options.seconds)[0]
-        except (Unavailable, NotImplementedError) as reason:
+        except Unavailable as reason:
             complaints.append(f"skipped {provider}, {name}: {reason}")
             continue
         except RuntimeError as failure:

@@ -18,6 +18,7 @@ from typing import Any
 import torch
 
 from bench.cases import Case, count_hit, forward_floor_us, make_logits
+from bench.command import make_parser
 from bench.providers import Problem, Provider, Unavailable, find, make_problem, make_weights, reference
 from bench.report import (
     DTYPES,
@@ -33,9 +34,7 @@ from bench.timing import extra_bytes, time_eager, time_graph
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(
-        prog="python -m bench.moe_forward", description=(__doc__ or "").partition("``: ")[2].partition("\n")[0]
-    )
+    parser = make_parser("moe_forward", __doc__)
     add_arguments(parser)
     parser.add_argument(
         "--providers", type=lambda text: text.split(","), metavar="A,B", help="the first is compared with the others"

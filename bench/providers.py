@@ -245,7 +245,7 @@ def _checked_once(forward: Forward) -> Forward:
     """
     try:
         forward()
-    except (NotImplementedError, RuntimeError) as error:
+    except RuntimeError as error:
         if isinstance(error, torch.OutOfMemoryError):
             raise
         raise Unavailable(str(error).partition("\n")[0]) from error

@@ -48,12 +48,16 @@ def chosen_cases(parser: argparse.ArgumentParser, options: argparse.Namespace) -
         cases = select(options.shapes, options.tokens)
     except ValueError as error:
         parser.error(str(error))
-    options.device = torch.device(options.device)
-    if options.device.type == "cuda" and options.device.index is None:
-        options.device = torch.device("cuda", torch.cuda.current_device())
+    options.device = with_index(options.device)
     if options.plot:
         require_matplotlib()
     return cases
+
+
+def with_index(device: str) -> torch.device:
+    """So that devices compare equal."""
+    named = torch.device(device)
+    return torch.device("cuda", torch.cuda.current_device()) if named == torch.device("cuda") else named
 
 
 class Report:

@@ -3,22 +3,20 @@
 Example: ``python -m bench.table bench/results/h200/moe_forward.csv bench/results/h200/peers.csv --plot docs/moe_forward.png``
 """
 
-import argparse
 import csv
 import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from bench.command import make_parser
 from bench.report import WORST_ERROR, geometric_mean, plot_over_floor
 
 OURS = "moe_layer"
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(
-        prog="python -m bench.table", description=(__doc__ or "").partition("``: ")[2].partition("\n")[0]
-    )
+    parser = make_parser("table", __doc__)
     parser.add_argument("results", type=Path)
     parser.add_argument("peers", type=Path)
     parser.add_argument("--plot", type=Path)

@@ -14,6 +14,7 @@ from itertools import groupby
 import torch
 
 from bench.cases import Case, count_hit, forward_floor_us, make_logits
+from bench.command import make_parser
 from bench.providers import Problem, make_layer, make_problem, make_weights
 from bench.report import DTYPES, Report, add_arguments, chosen_cases, geometric_mean, plot_over_floor
 from bench.timing import Function, Timing, time_eager, time_graphs
@@ -116,9 +117,7 @@ def slot_of_expert(layer: MoELayer) -> list[int]:
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(
-        prog="python -m bench.table_cost", description=(__doc__ or "").partition("``: ")[2].partition("\n")[0]
-    )
+    parser = make_parser("table_cost", __doc__)
     add_arguments(parser)
     parser.add_argument("--redundant", type=int, default=8, help="experts with a second replica, where there are any")
     options = parser.parse_args(arguments)

@@ -4,7 +4,6 @@ What stands between two forwards when a relocation takes effect. Nothing is stag
 the same.
 """
 
-import argparse
 import sys
 import time
 from collections.abc import Callable, Sequence
@@ -14,7 +13,8 @@ from typing import Any
 import torch
 
 from bench.cases import floor_us
-from bench.report import Report
+from bench.command import make_parser
+from bench.report import Report, with_index
 from bench.timing import Timing, synchronize, time_graph
 from eplb.placement import Placement
 from eplb.shares import equal_shares
@@ -23,9 +23,7 @@ from eplb.table import ExpertTable, flip
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(
-        prog="python -m bench.table_flip", description=(__doc__ or "").partition("``: ")[2].partition("\n")[0]
-    )
+    parser = make_parser("table_flip", __doc__)
     parser.add_argument("--layers", type=lambda text: [int(n) for n in text.split(",")], default=[1, 4, 16, 58])
     parser.add_argument("--experts", type=int, default=256)
     parser.add_argument("--redundant", type=int, default=32)
@@ -34,9 +32,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--csv", type=Path, metavar="FILE")
     options = parser.parse_args(arguments)
-    device = torch.device(options.device)
-    if device.type == "cuda" and device.index is None:
-        device = torch.device("cuda", torch.cuda.current_device())
+    device = with_index(options.device)
     streams = streams_of(device)
     num_physical = (options.experts + options.redundant) // options.ranks
     placement = Placement.initial(options.experts, options.redundant, options.ranks, num_lanes=num_physical + 1)

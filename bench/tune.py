@@ -4,7 +4,6 @@ Both GEMMs of a layer share one schedule: choose a pair of one `block_m` and one
 result is compared with the first one's, bit for bit: tiles may be chosen freely only as long as they change none.
 """
 
-import argparse
 import sys
 from collections.abc import Iterator, Sequence
 from itertools import groupby, product
@@ -12,6 +11,7 @@ from itertools import groupby, product
 import torch
 
 from bench.cases import Case
+from bench.command import make_parser
 from bench.kernel import Inputs
 from bench.providers import Weights, make_weights
 from bench.report import DTYPES, WORST_ERROR, Report, add_arguments, chosen_cases, relative_error
@@ -114,9 +114,7 @@ def tune(report: Report, case: Case, inputs: Inputs, seconds: float, best: int) 
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(
-        prog="python -m bench.tune", description=(__doc__ or "").partition("``: ")[2].partition("\n")[0]
-    )
+    parser = make_parser("tune", __doc__)
     add_arguments(parser)
     parser.add_argument(
         "--best", type=int, default=3, help="how many to print for each case and op; all are in the CSV"
