@@ -78,16 +78,17 @@ class GemmConfig:
         return cls(block_m, block_n, block_k, num_warps, num_stages, group_m, bool(tma), bool(swap), *rest)
 
 
+_ANY = 1 << 62  # more than there can be
 # (most rows per expert, config). Shared memory of a tile: (block_m + block_n) * block_k * itemsize * num_stages bytes.
-_TABLE_16_BIT: tuple[tuple[int | None, GemmConfig], ...] = (
+_TABLE_16_BIT: tuple[tuple[int, GemmConfig], ...] = (
     (16, GemmConfig(block_m=16, block_n=128, block_k=64, num_warps=4, num_stages=4)),
     (32, GemmConfig(block_m=32, block_n=128, block_k=64, num_warps=4, num_stages=4)),
     (64, GemmConfig(block_m=64, block_n=128, block_k=64, num_warps=4, num_stages=4)),
-    (None, GemmConfig(block_m=128, block_n=128, block_k=64, num_warps=8, num_stages=3)),
+    (_ANY, GemmConfig(block_m=128, block_n=128, block_k=64, num_warps=8, num_stages=3)),
 )
-_TABLE_32_BIT: tuple[tuple[int | None, GemmConfig], ...] = (
+_TABLE_32_BIT: tuple[tuple[int, GemmConfig], ...] = (
     (16, GemmConfig(block_m=16, block_n=64, block_k=32, num_warps=4, num_stages=3)),
-    (None, GemmConfig(block_m=32, block_n=64, block_k=32, num_warps=4, num_stages=3)),
+    (_ANY, GemmConfig(block_m=32, block_n=64, block_k=32, num_warps=4, num_stages=3)),
 )
 # What a block may use, in bytes: 99 KiB on Ada and consumer Ampere, the least of what is supported (A100 163, H100 227;
 # CUDA C++ Programming Guide, "Compute Capabilities"). The rest of a tile's use (epilogue) reuses the stages' memory.
@@ -109,7 +110,6 @@ _WIDE_SHORT = GemmConfig(block_m=128, block_n=128, block_k=64, num_warps=4, num_
 
 _Pair = tuple[GemmConfig, GemmConfig]
 _INTERMEDIATE = (1024, 4096)  # up to these sizes: the first column below, the second; larger ones: the third
-_ANY = 1 << 62
 _TABLE_TMA: tuple[tuple[int, int, tuple[_Pair, _Pair, _Pair]], ...] = (
     # most rows per expert, most tokens, (expert_up, expert_down) by the intermediate size
     (8, _ANY, 3 * ((_NARROW, _NARROW),)),
@@ -183,7 +183,7 @@ def gemm_config(
         up, down = pairs[bisect.bisect_left(_INTERMEDIATE, columns if gated else k)]
         return up if gated else down
     table = _TABLE_16_BIT if dtype.itemsize == 2 else _TABLE_32_BIT
-    config = next(config for most, config in table if most is None or rows_per_expert <= most)
+    config = next(config for most, config in table if rows_per_expert <= most)
     block_n = min(config.block_n, max(32, _next_power_of_2(n)))
     block_k = min(config.block_k, max(16, _next_power_of_2(k)))
     stage = (config.block_m + block_n) * block_k * dtype.itemsize

@@ -63,6 +63,18 @@ def _ranks_between(begin, end, start, count):
 
 
 @triton.jit
+def _load_expert(offsets_ptr, load_ptr, increment_ptr, num_experts):
+    """The program's expert and whether it exists, its entries of the table, its load, and what an element adds to that."""
+    expert = tl.program_id(0)
+    is_expert = expert < num_experts
+    first_entry = tl.load(offsets_ptr + expert, mask=is_expert, other=0)
+    last_entry = tl.load(offsets_ptr + expert + 1, mask=is_expert, other=0)
+    load = tl.load(load_ptr + expert, mask=is_expert, other=0)
+    increment = tl.load(increment_ptr) if increment_ptr is not None else 0
+    return expert, is_expert, first_entry, last_entry, load, increment
+
+
+@triton.jit
 def _count_lanes(counts_ptr, table_lanes_ptr, cumulative_ptr, first_entry, last_entry, start, count):
     """Write how many of an expert's `count` elements each of its replicas has; returns the lane that has the start."""
     home = -1
@@ -120,12 +132,9 @@ def _select_replicas_kernel(
     if PDL:  # see `uses_pdl`
         gdc_wait()
         gdc_launch_dependents()
-    expert = tl.program_id(0)
-    is_expert = expert < num_experts
-    first_entry = tl.load(offsets_ptr + expert, mask=is_expert, other=0)
-    last_entry = tl.load(offsets_ptr + expert + 1, mask=is_expert, other=0)
-    load = tl.load(load_ptr + expert, mask=is_expert, other=0)
-    increment = tl.load(increment_ptr) if increment_ptr is not None else 0
+    expert, is_expert, first_entry, last_entry, load, increment = _load_expert(
+        offsets_ptr, load_ptr, increment_ptr, num_experts
+    )
     entries = tl.arange(0, BLOCK_P)
     # Early, so that the lanes are in the cache when the offsets say which one is meant.
     table_lanes = tl.load(table_lanes_ptr + entries, mask=entries < num_entries, other=-1)
@@ -208,12 +217,9 @@ def _count_replicas_kernel(
     if PDL:  # see `uses_pdl`
         gdc_wait()
         gdc_launch_dependents()
-    expert = tl.program_id(0)
-    is_expert = expert < num_experts
-    first_entry = tl.load(offsets_ptr + expert, mask=is_expert, other=0)
-    last_entry = tl.load(offsets_ptr + expert + 1, mask=is_expert, other=0)
-    load = tl.load(load_ptr + expert, mask=is_expert, other=0)
-    increment = tl.load(increment_ptr) if increment_ptr is not None else 0
+    expert, is_expert, first_entry, last_entry, load, increment = _load_expert(
+        offsets_ptr, load_ptr, increment_ptr, num_experts
+    )
     count = start_chunks(chunks_ptr, expert, num_chunks, BLOCK)
     if increment_ptr is not None:
         tl.debug_barrier()  # every thread has read the counter before one of them writes it

@@ -126,23 +126,22 @@ def compile_small(arch: int) -> None:
                 warps = set(re.findall(r"warpsPerCTA = \[(.*?)\]", compiled.asm["ttgir"]))
                 assert warps == {f"{tokens}, 1"}, f"a warp must have a token of its own: {warps}"
     for num_keys in (512, 2048, 8192, MANY_KEYS):
-        options = scan_options(num_keys)
-        scan = {"BLOCK": options["BLOCK"], "ROWS": options["ROWS"]}
-        if num_keys < MANY_KEYS:
-            scan["chunks_ptr"] = None
+        options, few = scan_options(num_keys), num_keys < MANY_KEYS
+        block, rows = {"BLOCK": options["BLOCK"]}, {"ROWS": options["ROWS"]}
         for increment in ({}, {"increment_ptr": None}):
-            few = num_keys < MANY_KEYS
             compile_small_one(
                 "replicas_triton",
                 "_select_replicas_kernel" if few else "_count_replicas_kernel",
                 {"load_ptr": "*i64", "increment_ptr": "*i64"},
-                {"BLOCK": options["BLOCK"], "BLOCK_P": 512} | ({"ROWS": options["ROWS"]} if few else {}) | increment,
+                block | (rows if few else {}) | {"BLOCK_P": 512} | increment,
                 arch,
                 options["num_warps"],
             )
         for extra in (0, 64):
-            tiles = {"BLOCK_M": 128, "EXTRA_M": extra, "BLOCK_L": 256}
-            compile_small_one("schedule", "_build_schedule_kernel", {}, scan | tiles, arch, options["num_warps"])
+            tiles = {"BLOCK_M": 128, "EXTRA_M": extra, "BLOCK_L": 256} | ({"chunks_ptr": None} if few else {})
+            compile_small_one(
+                "schedule", "_build_schedule_kernel", {}, block | rows | tiles, arch, options["num_warps"]
+            )
     options = chunk_options()
     chunk = {"CHUNK": options["CHUNK"]}
     for block in (2, 128, 512):
