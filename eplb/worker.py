@@ -419,6 +419,7 @@ class Worker:
             moved_experts=self.metrics.moved_experts + fill.num_moves,
             moved_bytes=self.metrics.moved_bytes + fill.num_bytes,
         )
+        self._report()  # before the main thread can flip: no table is ahead of what health says
         with self._lock:
             self._inbox = handoff
 
