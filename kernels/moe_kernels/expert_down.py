@@ -17,7 +17,7 @@ from moe_kernels.checks import FLOATS, check_rows, check_slots, check_tensor, ch
 from moe_kernels.config import GemmConfig
 from moe_kernels.expert_down_tma import expert_down_tma
 from moe_kernels.numerics import dot, narrow
-from moe_kernels.row_blocks import elementwise, padded_rows, row_blocks, unversioned
+from moe_kernels.row_blocks import elementwise, padded_rows, row_blocks, unversioned, without_autocast
 from moe_kernels.schedule import TileSchedule
 from moe_kernels.tile_order import load_tile
 
@@ -149,6 +149,7 @@ def expert_down_torch(
     return _expert_down_torch(hidden_NI, down_SHI, lane_to_slot_L, row_weights_N, schedule.order_N, schedule.offsets_L1)
 
 
+@without_autocast
 def _expert_down_torch(hidden_NI, down_SHI, lane_to_slot_L, row_weights_N, order_N, offsets_L1):
     columns = down_SHI.shape[1]
     rows_NH = hidden_NI.new_zeros((order_N.shape[0], columns))
@@ -188,6 +189,7 @@ def _expert_down_fake(hidden_NI, down_SHI, *_):
 
 
 @registered_op("moe_kernels::expert_down_backward")
+@without_autocast
 def _expert_down_backward(
     grad_rows_NH: torch.Tensor,
     hidden_NI: torch.Tensor,

@@ -19,7 +19,7 @@ from moe_kernels.config import GemmConfig
 from moe_kernels.expert_up_tma import expert_up_tma
 from moe_kernels.numerics import dot, narrow
 from moe_kernels.numerics import gated as gated_in_kernel
-from moe_kernels.row_blocks import elementwise, padded_rows, row_blocks, unversioned
+from moe_kernels.row_blocks import elementwise, padded_rows, row_blocks, unversioned, without_autocast
 from moe_kernels.schedule import TileSchedule
 from moe_kernels.tile_order import load_tile
 
@@ -167,6 +167,7 @@ def expert_up_torch(
     )
 
 
+@without_autocast
 def _expert_up_torch(x_RH, gate_up_SNH, lane_to_slot_L, order_N, offsets_L1, fanout, activation):
     intermediate = gate_up_SNH.shape[1] // 2
     hidden_NI = x_RH.new_zeros((order_N.shape[0], intermediate))
@@ -208,6 +209,7 @@ def _expert_up_fake(x_RH, gate_up_SNH, lane_to_slot_L, order_N, *_):
 
 
 @registered_op("moe_kernels::expert_up_backward")
+@without_autocast
 def _expert_up_backward(
     grad_hidden_NI: torch.Tensor,
     x_RH: torch.Tensor,

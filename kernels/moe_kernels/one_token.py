@@ -16,8 +16,10 @@ from moe_kernels.checks import FLOATS, check_gate_up, check_slots, check_tensor
 from moe_kernels.one_token_triton import one_token_triton
 from moe_kernels.replicas import check_table, select_replicas_torch
 from moe_kernels.routing import check_rule, topk_routing_torch
+from moe_kernels.row_blocks import without_autocast
 
 
+@without_autocast
 def one_token_torch(
     x_1H: torch.Tensor,
     logits_1E: torch.Tensor,

@@ -6,8 +6,10 @@ other instructions than the rest: a plain `x @ w.T` or `silu(x)` gives a row oth
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from typing import Any, TypeVar
 
 import torch
 import torch.nn.functional as F
@@ -16,6 +18,19 @@ ROWS = 32
 # Below this many elements PyTorch computes in one thread (its GRAIN_SIZE is 32768); a multiple of every vector's width.
 _PIECE = 16384
 _ALIGNMENT = 64  # bytes: a cache line, the widest vector, and what PyTorch's CPU allocator gives
+
+Function = TypeVar("Function", bound=Callable[..., Any])
+
+
+def without_autocast(function: Function) -> Function:
+    """Decorator for what multiplies: with PyTorch in the dtypes at hand, as the kernels do, also under `torch.autocast`."""
+
+    @functools.wraps(function)
+    def plain(first: torch.Tensor, *arguments: Any, **options: Any) -> Any:
+        with torch.autocast(first.device.type, enabled=False):
+            return function(first, *arguments, **options)
+
+    return plain  # type: ignore[return-value]
 
 
 @dataclass(frozen=True)

@@ -124,6 +124,22 @@ def test_gradients(device, assert_close, backend):
             assert_close(inputs[name].grad[slots].sum(0), exact[name].grad[slots].sum(0), scale=4)
 
 
+@pytest.mark.parametrize("backend", ["torch", "triton"])
+def test_autocast_changes_nothing(device, backend):
+    """The tensors' own dtypes decide, in the forward and where its backward runs inside the context too."""
+
+    def run(enabled):
+        inputs = arguments(device, requires_grad=True)
+        with torch.autocast(torch.device(device).type, dtype=torch.bfloat16, enabled=enabled):
+            y = chain(**inputs, backend=backend)
+            y.square().sum().backward()
+        return y, *(inputs[name].grad for name in ("x", "logits", "gate_up", "down"))
+
+    for plain, under_autocast in zip(run(False), run(True), strict=True):
+        assert under_autocast.dtype == torch.float32
+        assert torch.equal(plain, under_autocast)
+
+
 @pytest.mark.parametrize("compiler", ["aot_eager", "inductor"])
 def test_compiles_as_one_graph(device, assert_close, compiler):
     eager, compiled = arguments(device, requires_grad=True), arguments(device, requires_grad=True)
