@@ -101,13 +101,15 @@ class EplbController:
         """
         if self._worker is not None or self._closed:
             raise RuntimeError("register() must come before the first step() and before close()")
-        found = [module for module in model.modules() if isinstance(module, RelocatableLayer)]
+        # By what they hold, as a wrapper (`torch.compile`'s, say) answers for the layer in it.
+        layers = [module for module in model.modules() if isinstance(module, RelocatableLayer)]
+        found = list({id(layer.resident): layer for layer in layers}.values())
         for layer in found:
             self._check(layer, (self._layers or found)[0].resident)
-        layers = self._layers + found
-        if layers:
-            backends = {layer.dispatch_backend for layer in layers}
-            self._transport.check(self.config, layers[0].resident.streams.device, backends)
+        together = self._layers + found
+        if together:
+            backends = {layer.dispatch_backend for layer in together}
+            self._transport.check(self.config, together[0].resident.streams.device, backends)
         for layer in found:
             layer.resident.controller = self
             layer.resident.quiesced = self.quiesced

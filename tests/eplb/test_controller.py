@@ -81,6 +81,13 @@ def test_a_layer_over_other_ranks() -> None:
         EplbController().register(StubLayer(expert_ranks=(0, 1)))
 
 
+def test_a_layer_inside_a_wrapper_that_answers_for_it_is_one_layer():
+    layer = StubLayer()
+    controller = EplbController()
+    assert controller.register(nn.Sequential(torch.compile(layer, backend="eager"), layer)) == 1
+    assert layer.resident.controller is controller
+
+
 def test_register_comes_before_the_first_step_and_before_close():
     controller = controller_of()
     controller.step()
