@@ -20,7 +20,7 @@ import numpy as np
 from eplb.metrics import free_placement_bound, max_over_mean, rank_loads
 from eplb.placement import EMPTY, Placement, count_experts
 from eplb.policy import Proposal, Topology
-from eplb.shares import balanced_shares, equal_shares
+from eplb.shares import balanced_shares, cumulative_shares, equal_shares
 from eplb.waves import LayerWork, Move, schedule_waves
 
 __all__ = ["LayerUpdate", "Move", "Plan", "PlanSummary", "Wave", "make_plan"]
@@ -358,4 +358,9 @@ def _check(
                 f"proposal.physical_LWP[{index}] has shape {proposal.physical_LWP.shape[1:]}: "
                 f"current has {placement.compact().shape}"
             )
-        Placement(proposal.physical_LWP[index], placement.num_experts).validate()
+        proposed = Placement(proposal.physical_LWP[index], placement.num_experts)
+        proposed.validate()
+        try:
+            cumulative_shares(proposed, proposal.shares_LWP[index])
+        except ValueError as error:
+            raise ValueError(f"proposal.shares_LWP[{index}]: {error}") from None

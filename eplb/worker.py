@@ -141,7 +141,7 @@ class Worker:
         self._fill_started_at = 0.0
         self._handoff: Handoff | None = None
         self._published = version
-        self._published_at = 0.0
+        self._published_at = clock()
         self._graced = version
         self._zombies: list[WaveFill] = []
 
@@ -522,7 +522,8 @@ class Worker:
         state, waiting = "idle" if agreed.phase is Phase.IDLE else "rebalancing", 0.0
         if agreed.phase is Phase.IDLE and any(not pool.count(SlotState.FREE) for pool in self._pools):
             state = "degraded"
-        if agreed.phase is Phase.GRACE and now - self._published_at > self._config.grace_timeout:
+        stalled = agreed.phase is Phase.GRACE and self.is_published
+        if stalled and now - self._published_at > self._config.grace_timeout:
             state, waiting = "grace_stalled", now - self._published_at
         if self._exchange is not None and now - self._spoke_at > self._config.peer_timeout:
             state, waiting = "peer_unreachable", now - self._spoke_at

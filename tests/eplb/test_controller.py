@@ -159,6 +159,21 @@ def test_a_policy_that_fails_is_state_and_nothing_else(caplog):
     assert len(logged) == 1, "the same error is logged once, with its traceback"
 
 
+def test_shares_of_a_policy_that_do_not_sum_to_one_are_given_up_before_anything_moves():
+    class Halves(Recording):
+        def propose(self, load_LNE, physical_LWP, topology):
+            shares = super().propose(load_LNE, physical_LWP, topology).shares_LWP
+            return Proposal(physical_LWP, shares / 2 if len(self.asked) == 1 else shares)
+
+    policy = Halves()
+    controller = controller_of(use_async=False, policy=policy)
+    for _ in range(6):
+        controller.step()
+    health, metrics = controller.health(), controller.metrics()
+    assert (health.state, health.version, metrics.abandoned, len(policy.asked)) == ("idle", 0, 1, 3)
+    assert "proposal.shares_LWP[0]: shares_WS: the shares of expert 0 sum to 0.5" in health.last_error
+
+
 def test_a_pool_without_a_free_slot_is_degraded():
     controller = controller_of(StubLayer(num_shadow_slots=0), use_async=False)
     for _ in range(2):
