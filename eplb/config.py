@@ -78,12 +78,13 @@ class EplbConfig(BaseModel):
         _require(self, "backoff", "<=", "max_backoff", "the first delay is the shortest")
         if self.communicator not in COMMUNICATORS:
             raise ValueError(f"communicator must be one of {', '.join(COMMUNICATORS)}, got {self.communicator!r}")
-        if "min_gain" in self.model_fields_set and self.policy != "adaptive":
+        # By value, not by whether it was given: what is dumped and read again has everything given.
+        if _differs_from_default(self, "min_gain") and self.policy != "adaptive":
             raise ValueError(
                 f"min_gain={self.min_gain} needs policy='adaptive', got policy={self.policy!r}: it is its own"
             )
         self.make_policy()
-        if "log_balancedness_interval" in self.model_fields_set and not self.log_balancedness:
+        if _differs_from_default(self, "log_balancedness_interval") and not self.log_balancedness:
             raise ValueError(
                 f"log_balancedness_interval={self.log_balancedness_interval} needs log_balancedness=True: nothing is logged"
             )
@@ -104,6 +105,10 @@ class EplbConfig(BaseModel):
             raise ValueError(
                 f"policy_options={self.policy_options} do not fit policy={self.policy!r}: {error}"
             ) from error
+
+
+def _differs_from_default(config: EplbConfig, name: str) -> bool:
+    return bool(getattr(config, name) != EplbConfig.model_fields[name].default)
 
 
 def _require(config: EplbConfig, name: str, relation: str, limit: str, reason: str) -> None:

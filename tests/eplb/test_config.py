@@ -121,6 +121,12 @@ def test_frozen():
         config.step_interval = 7
 
 
+@pytest.mark.parametrize("options", [{}, {"policy": "static"}, {"min_gain": 0.1}, {"log_balancedness": True}], ids=str)
+def test_what_was_dumped_can_be_read(options):
+    config = EplbConfig(**options)
+    assert EplbConfig(**config.model_dump()) == config == EplbConfig.model_validate_json(config.model_dump_json())
+
+
 def test_every_knob_is_described():
     for name in EplbConfig.model_fields:
         assert name in (EplbConfig.__doc__ or ""), f"{name} is not in the docstring"
