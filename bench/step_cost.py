@@ -97,7 +97,7 @@ def measure(arguments: argparse.Namespace) -> dict[str, list[float]]:
 
 def _staged(layers: list[ResidentExperts], version: int) -> Handoff:
     side = layers[0].streams.side
-    handoff = Handoff(version, layers, [layer.table.placement for layer in layers])
+    handoff = Handoff(version, layers)
     for layer in layers:
         layer.table.stage(layer.table.placement, equal_shares(layer.table.placement), side)
     handoff.staged.record(side)

@@ -40,10 +40,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     with Report(options.csv) as report:
         for num_layers in options.layers:
             tables = [ExpertTable(placement, shares_WS, streams) for _ in range(num_layers)]
-            placements = [placement] * num_layers
 
-            def call(tables: list[ExpertTable] = tables, placements: list[Placement] = placements) -> None:
-                flip(tables, placements, 1, streams.current())
+            def call(tables: list[ExpertTable] = tables) -> None:
+                flip(tables, 1, streams.current())
 
             synchronize(device)
             num_bytes = num_layers * 4 * (options.experts + 1 + 2 * tables[0].num_physical)

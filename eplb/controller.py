@@ -274,7 +274,7 @@ class EplbController:
             handoff.staged.wait(stream, timeout=0)
         else:  # an earlier attempt consumed it, perhaps for another stream
             stream.wait_event(handoff.uploaded)
-        flip([layer.table for layer in handoff.layers], handoff.placements, handoff.version, stream)
+        flip([layer.table for layer in handoff.layers], handoff.version, stream)
         flipped = stream.record_event()
         for other in others:
             other.wait_event(flipped)

@@ -19,7 +19,7 @@ class Handoff:
 
     Attributes:
         version: what the tables' version becomes.
-        layers, placements: whose tables to flip, and what they hold then.
+        layers: whose tables to flip.
         staged: recorded on the side stream behind the upload of the tables; one wait consumes it.
         uploaded: the side stream's event for it, for a flip that has to be tried again.
         flipped: the compute stream's event behind the flip, once the main thread has enqueued it.
@@ -27,7 +27,6 @@ class Handoff:
 
     version: int
     layers: list[ResidentExperts]
-    placements: list[Placement]
     staged: CpuGpuEvent = field(default_factory=CpuGpuEvent)
     uploaded: Any = None
     flipped: Any = None
@@ -152,11 +151,7 @@ class WaveFill:
 
     def stage(self) -> Handoff:
         """Upload the new tables beside the current ones. May be called again if it raised."""
-        handoff = Handoff(
-            self.version,
-            [self._layers[update.layer] for update in self.updates],
-            [update.placement for update in self.updates],
-        )
+        handoff = Handoff(self.version, [self._layers[update.layer] for update in self.updates])
         for update, layer in zip(self.updates, handoff.layers, strict=True):
             layer.table.stage(update.placement, update.shares_WS, self._streams.side)
         handoff.uploaded = self._streams.side.record_event()

@@ -24,7 +24,6 @@ from eplb.pool import SlotPool, SlotState
 from eplb.protocol import RECORD_WORDS, Agreed, Phase, Record, Work, advance, heard_plan, models_differ
 from eplb.rebalance import LayerFacts, plan_rebalance
 from eplb.resident import ResidentExperts
-from eplb.shares import equal_shares
 from eplb.status import Health, Metrics
 from eplb.streams import DeviceStreams
 
@@ -122,7 +121,7 @@ class Worker:
                 ),
             )
         )
-        self._shares = [equal_shares(placement) for placement in self._placements]
+        self._shares = [layer.table.shares_WS for layer in layers]
 
         self._agreed = Agreed(version=version)
         self._exchange: Exchange | None = None

@@ -22,23 +22,28 @@ QUICK = {"step_interval": 2, "window_size": 2, "window_samples": 1, "round_inter
 
 
 class StubLayer(nn.Module):
-    """Four experts of 16 bytes on one rank."""
+    """Four experts of 16 bytes on one rank, each as often as the redundant ones allow."""
 
     dispatch_backend = "local"
 
     def __init__(
-        self, num_shadow_slots: int = 1, pool: SlotPool | None = None, expert_ranks: tuple[int, ...] = ()
+        self,
+        num_shadow_slots: int = 1,
+        pool: SlotPool | None = None,
+        expert_ranks: tuple[int, ...] = (),
+        num_redundant: int = 0,
     ) -> None:
         super().__init__()
         num_ranks = max(1, len(expert_ranks))
         self.expert_ranks = expert_ranks
         self.resident = ResidentExperts(
             num_experts=4,
-            num_redundant_experts=0,
+            num_redundant_experts=num_redundant,
             num_shadow_slots=num_shadow_slots,
             rank=0,
             num_ranks=num_ranks,
-            pool=pool or SlotPool([TensorSpec("w", (16,), torch.uint8)], 4 // num_ranks + num_shadow_slots),
+            pool=pool
+            or SlotPool([TensorSpec("w", (16,), torch.uint8)], (4 + num_redundant) // num_ranks + num_shadow_slots),
             streams=HostStreams(),
         )
 
@@ -172,6 +177,24 @@ def test_shares_of_a_policy_that_do_not_sum_to_one_are_given_up_before_anything_
     health, metrics = controller.health(), controller.metrics()
     assert (health.state, health.version, metrics.abandoned, len(policy.asked)) == ("idle", 0, 1, 3)
     assert "proposal.shares_LWP[0]: shares_WS: the shares of expert 0 sum to 0.5" in health.last_error
+
+
+def test_another_controller_begins_with_the_shares_that_are_there():
+    class Uneven(Recording):
+        def propose(self, load_LNE, physical_LWP, topology):
+            physical_WP = super().propose(load_LNE, physical_LWP, topology).physical_LWP[0]
+            first = [physical_WP[0].tolist().index(expert) for expert in range(4)]
+            shares = np.full(physical_LWP.shape, 0.125)
+            shares[0, 0, first] = 0.875
+            return Proposal(physical_LWP, shares)
+
+    layer = StubLayer(num_redundant=4)
+    for policy, plans in ((Uneven(), 1), (Uneven(), 0), ("static", 1)):
+        with controller_of(layer, use_async=False, policy=policy) as controller:
+            for _ in range(2):
+                controller.step()
+        assert controller.metrics().plans == plans
+    assert set(layer.resident.table.cumulative_P.tolist()) == {1 << 29, 1 << 30}
 
 
 def test_a_pool_without_a_free_slot_is_degraded():

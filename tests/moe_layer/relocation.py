@@ -60,7 +60,7 @@ class Relocator:
         """On the calling thread's stream, as the main thread would."""
         stream = self.streams.current()
         handoff.staged.wait(stream, timeout=0)
-        flip([layer.table for layer in handoff.layers], handoff.placements, handoff.version, stream)
+        flip([layer.table for layer in handoff.layers], handoff.version, stream)
         handoff.flipped = stream.record_event()
 
     def release(self, fill: WaveFill, handoff: Handoff) -> None:
