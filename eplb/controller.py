@@ -284,7 +284,8 @@ class EplbController:
     def quiesced(self) -> Iterator[None]:
         """No relocation is under way inside, and none begins: for writing experts' weights. Collective.
 
-        The calling thread adopts published tables itself while it waits.
+        The calling thread adopts published tables itself while it waits. A rank that is through waits for no other, but none
+        relocates until all have been through as often: what one has written already, another might copy over.
 
         Raises:
             TimeoutError: not within `quiesce_timeout`. Nothing may be written then.
@@ -294,7 +295,7 @@ class EplbController:
         if worker is None or self._closed:
             yield
             return
-        worker.hold(+1)
+        worker.hold()
         try:
             deadline = time.monotonic() + self.config.quiesce_timeout
             while not worker.is_held:
@@ -319,7 +320,7 @@ class EplbController:
             # Fills read on the side stream what the caller has written on its own.
             assert self._streams is not None
             self._streams.side.wait_event(self._streams.current().record_event())
-            worker.hold(-1)
+            worker.end_hold()
 
     @contextmanager
     def warm_up(self) -> Iterator[None]:

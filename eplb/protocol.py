@@ -47,6 +47,7 @@ class Record:
         prepared, filled, graced: the highest version of which this rank says so.
         error: 1 if something failed on this rank since its last record.
         hold: 1 while this rank wants no new wave (it loads weights).
+        holds_ended: how often it has let go of a hold. While the ranks' differ, some have loaded what others have not yet.
         left: 1 in a rank's last record.
         models: hash of what this rank registered and how it records load; nothing begins while the ranks' differ.
     """
@@ -60,6 +61,7 @@ class Record:
     graced: int = 0
     error: int = 0
     hold: int = 0
+    holds_ended: int = 0
     left: int = 0
     models: int = 0
 
@@ -110,7 +112,7 @@ def advance(agreed: Agreed, records: Sequence[Record]) -> Agreed:
     agreed = replace(agreed, round=agreed.round + 1)
     departed = tuple(rank for rank, record in enumerate(records) if record.left)
     failed = any(record.error for record in records)
-    held = any(record.hold for record in records)
+    held = is_held(records)
     next_version = agreed.version + 1
     if departed:
         return replace(agreed, phase=Phase.LEFT, departed=departed)
@@ -145,6 +147,11 @@ def advance(agreed: Agreed, records: Sequence[Record]) -> Agreed:
                 return replace(agreed, phase=Phase.IDLE, drop_rest=False)
             return replace(agreed, phase=Phase.PREPARE, wave=agreed.wave + 1)
     return agreed
+
+
+def is_held(records: Sequence[Record]) -> bool:
+    """Whether a rank wants no new wave, or has ended a hold that another has not."""
+    return any(record.hold or record.holds_ended != records[0].holds_ended for record in records)
 
 
 def models_differ(records: Sequence[Record]) -> bool:

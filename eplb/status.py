@@ -40,12 +40,14 @@ class Health:
     """How the rebalancer of this rank is. The layers serve in every state.
 
     Attributes:
-        state: "idle", "rebalancing", "degraded" (a pool has no free slot on this rank, so its layers cannot move),
-            "grace_stalled" (a main thread calls no `step()`), "peer_unreachable" (a round is overdue), "lost" (rounds
-            failed for good), "peer_left", "closed".
+        state: "idle", "rebalancing", "degraded" (a pool has no free slot on this rank, so its layers cannot move), "held"
+            (a rank loads weights, or has loaded them more often than another, so nothing moves), "models_differ" (the
+            ranks registered different things, so nothing moves), "grace_stalled" (a main thread calls no `step()`),
+            "peer_unreachable" (a round is overdue), "lost" (rounds failed for good), "peer_left", "closed".
         version: the highest published version.
         phase: what the ranks have agreed to be doing.
-        seconds_waiting: since this rank spoke (peer_unreachable) or the version published (grace_stalled).
+        seconds_waiting: since the hold began (held), this rank spoke (peer_unreachable) or the version was published
+            (grace_stalled).
         departed: ranks that closed their controllers.
         quarantined_slots: slots that a transfer given up may still touch.
         last_error: the newest error on this rank, None if there was none.

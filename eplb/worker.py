@@ -21,7 +21,7 @@ from eplb.placement import Placement
 from eplb.plan import Plan
 from eplb.policy import Policy, Topology
 from eplb.pool import SlotPool, SlotState
-from eplb.protocol import RECORD_WORDS, Agreed, Phase, Record, Work, advance, heard_plan, models_differ
+from eplb.protocol import RECORD_WORDS, Agreed, Phase, Record, Work, advance, heard_plan, is_held, models_differ
 from eplb.rebalance import LayerFacts, plan_rebalance
 from eplb.resident import ResidentExperts
 from eplb.status import Health, Metrics
@@ -43,6 +43,7 @@ class _Requests:
     """What the main thread wants; guarded by the worker's lock."""
 
     hold: int = 0
+    holds_ended: int = 0
     leaving: bool = False
 
 
@@ -129,6 +130,8 @@ class Worker:
         self._spoke_at = clock()
         self._heard_at = clock()
         self._lost = False
+        self._held_since: float | None = None
+        self._models_differ = False
 
         self._proposal = 0
         self._proposed_work = Work.NONE
@@ -182,10 +185,17 @@ class Worker:
         if self._rank == 0 and work not in self._due:
             self._due.append(work)
 
-    def hold(self, change: int) -> None:
-        """Want (+1) or no longer want (-1) no new waves."""
+    def hold(self) -> None:
+        """Want no new waves, until `end_hold()`."""
         with self._lock:
-            self._requests.hold += change
+            self._requests.hold += 1
+            self._held = False
+
+    def end_hold(self) -> None:
+        """Want new waves again, as soon as every rank has ended as many holds."""
+        with self._lock:
+            self._requests.hold -= 1
+            self._requests.holds_ended += 1
             self._held = False
 
     @property
@@ -254,11 +264,15 @@ class Worker:
         mine = self._mine
         if agreed.phase is Phase.PLAN:
             mine.message = messages[0]
-            records: list[Record] = []
             new = heard_plan(agreed, num_waves=int(messages[0][0]))
         else:
             records = [Record.decode(message) for message in messages]
             new = advance(agreed, records)
+            self._models_differ = models_differ(records)
+            if not is_held(records):
+                self._held_since = None
+            elif self._held_since is None:
+                self._held_since = self._clock()
             if agreed.phase is Phase.IDLE and new.phase is Phase.LOAD:
                 mine = _Mine()
             elif agreed.phase is Phase.LOAD and new.phase is not agreed.phase:
@@ -267,7 +281,7 @@ class Worker:
         self._mine, self._agreed, self._exchange = mine, new, None
         self._heard_at = self._clock()
         self._settle(agreed, new, spoken)
-        if agreed.phase is Phase.IDLE and models_differ(records):
+        if self._models_differ:
             raise RuntimeError(
                 "the ranks differ in the models they registered, in their order or placement, or in the config's windows: "
                 "nothing can be balanced"
@@ -472,7 +486,8 @@ class Worker:
 
     def _record(self) -> Record:
         with self._lock:
-            hold, leaving = self._requests.hold > 0, self._requests.leaving
+            hold, holds_ended = self._requests.hold > 0, self._requests.holds_ended
+            leaving = self._requests.leaving
         mine, agreed, fill = self._mine, self._agreed, self._fill
         # Versions of abandoned waves come again: only the wave that the ranks speak of now may vote.
         votes = fill is not None and fill.attempt == (agreed.proposal, agreed.wave)
@@ -486,6 +501,7 @@ class Worker:
             graced=self._graced,
             error=int(self._error),
             hold=int(hold),
+            holds_ended=holds_ended,
             left=int(leaving),
             models=self._models,
         )
@@ -521,6 +537,10 @@ class Worker:
         state, waiting = "idle" if agreed.phase is Phase.IDLE else "rebalancing", 0.0
         if agreed.phase is Phase.IDLE and any(not pool.count(SlotState.FREE) for pool in self._pools):
             state = "degraded"
+        if agreed.phase is Phase.IDLE and self._held_since is not None:
+            state, waiting = "held", now - self._held_since
+        if self._models_differ:
+            state = "models_differ"
         stalled = agreed.phase is Phase.GRACE and self.is_published
         if stalled and now - self._published_at > self._config.grace_timeout:
             state, waiting = "grace_stalled", now - self._published_at

@@ -197,8 +197,9 @@ class Experts(nn.Module):
         if local_metadata.get("assign_to_params_buffers", False):
             wrong.append(f"assign=True cannot be had for {prefix[:-1]}: its weights live in the slots of a pool")
         error_msgs += wrong
-        if given and not wrong:
-            with self.resident.quiesced(), torch.no_grad():
+        # Also with nothing to write: every rank takes part in as many quiet spells.
+        with self.resident.quiesced(), torch.no_grad():
+            if given and not wrong:
                 self._write_logical({spec.name: value for spec, value in given.items()}, scope)
 
     def _write_logical(self, given: dict[str, torch.Tensor], scope: range) -> None:

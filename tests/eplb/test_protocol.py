@@ -7,7 +7,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from eplb.protocol import RECORD_WORDS, Agreed, Phase, Record, Work, advance, heard_plan
+from eplb.protocol import RECORD_WORDS, Agreed, Phase, Record, Work, advance, heard_plan, is_held
 
 NOTHING = Record()
 
@@ -36,6 +36,12 @@ TRANSITIONS = {
     "not rank 0's": (at(Phase.IDLE), [Record(proposal=5), Record(proposal=6, work=1)], {}),
     "held by rank 0": (at(Phase.IDLE), [Record(proposal=6, work=1, hold=1), NOTHING], {}),
     "held by another": (at(Phase.IDLE), [Record(proposal=6, work=1), Record(hold=1)], {}),
+    "one has ended a hold": (at(Phase.IDLE), [Record(proposal=6, work=1), Record(holds_ended=1)], {}),
+    "both have": (
+        at(Phase.IDLE),
+        [Record(proposal=6, work=1, holds_ended=1), Record(holds_ended=1)],
+        {"phase": Phase.LOAD, "proposal": 6},
+    ),
     "an error while idle": (
         at(Phase.IDLE),
         [Record(proposal=6, work=1), Record(error=1)],
@@ -60,6 +66,11 @@ TRANSITIONS = {
     "not rank 0's plan": (at(Phase.PLANNING), [NOTHING, Record(plan_words=40)], {}),
     "nothing to do": (at(Phase.PLANNING), [Record(plan_words=-1), NOTHING], {"phase": Phase.IDLE}),
     "a plan, but held": (at(Phase.PLANNING), [Record(plan_words=40), Record(hold=1)], {"phase": Phase.IDLE}),
+    "a plan, but one has ended a hold": (
+        at(Phase.PLANNING),
+        [Record(plan_words=40, holds_ended=1), NOTHING],
+        {"phase": Phase.IDLE},
+    ),
     "held, still planning": (at(Phase.PLANNING), [NOTHING, Record(hold=1)], {}),
     "the policy failed": (
         at(Phase.PLANNING),
@@ -170,6 +181,7 @@ records = st.builds(
     graced=st.integers(5, 8),
     error=st.integers(0, 1),
     hold=st.integers(0, 1),
+    holds_ended=st.integers(0, 1),
     left=st.just(0),
 )
 states = st.builds(
@@ -196,7 +208,7 @@ def test_what_holds_for_anything_that_is_said(state, said):
     if state.phase is Phase.GRACE and new.phase is not Phase.GRACE:
         assert all(record.graced == state.version for record in said)
     # A hold begins no proposal.
-    if any(record.hold for record in said):
+    if is_held(said):
         assert not (state.phase is Phase.IDLE and new.phase is Phase.LOAD)
     assert new.proposal >= state.proposal and new.abandoned - state.abandoned in (0, 1)
     if new.abandoned > state.abandoned:
@@ -212,10 +224,10 @@ def test_nothing_begins_while_the_ranks_registered_different_models():
 # ---- records
 
 
-def test_a_record_is_eleven_integers_and_back():
+def test_a_record_is_twelve_integers_and_back():
     record = Record(*range(1, RECORD_WORDS + 1))
     words = record.encode()
-    assert words.dtype == np.int64 and words.tolist() == list(astuple(record)) == list(range(1, 12))
+    assert words.dtype == np.int64 and words.tolist() == list(astuple(record)) == list(range(1, 13))
     assert Record.decode(words) == record
     assert Record.decode(np.concatenate([words, np.array([99, 98])])) == record  # what follows are loads
-    assert len(fields(Record)) == RECORD_WORDS == 11
+    assert len(fields(Record)) == RECORD_WORDS == 12

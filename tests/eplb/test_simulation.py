@@ -134,6 +134,33 @@ def test_a_main_thread_that_does_not_step_stalls_grace_and_frees_nothing(seed):
     assert world.ranks[0].controller.metrics().waves >= waves
 
 
+@pytest.mark.parametrize("seed", range(60_000, 60_000 + SEEDS // 5))
+def test_nothing_begins_before_all_ranks_have_ended_as_many_holds(seed):
+    """As where weights are loaded: what one has loaded, no other may copy over with what it has yet to load."""
+    world = run(seed, actions=ACTIONS // 2)
+    first = world.rng.choice(world.ranks)
+    first.controller.worker.hold()
+    world.settle()
+    assert first.controller.worker.is_held
+    first.controller.worker.end_hold()
+    waves = world.ranks[0].controller.metrics().waves
+    for _ in range(ACTIONS):
+        world.act()
+    assert {rank.controller.health().state for rank in world.ranks} == {"held"}
+    assert world.ranks[0].controller.metrics().waves == waves
+    for rank in world.ranks:
+        if rank is not first:
+            rank.controller.worker.hold()
+            rank.controller.worker.end_hold()
+    for _ in range(10 * ACTIONS):
+        world.act()
+        if world.ranks[0].controller.metrics().waves > waves:
+            break
+    assert world.ranks[0].controller.metrics().waves > waves
+    world.settle()
+    world.check_at_rest()
+
+
 class _Disagreeing:
     """Two ranks would plan differently: a policy with a state of its own."""
 

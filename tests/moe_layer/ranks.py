@@ -132,7 +132,7 @@ class Service:
         health, metrics = self.controller.health(), self.controller.metrics()
         slot_bytes = self.layers[0].resident.pool.slot_bytes
         assert health.last_error is None and metrics.failures == 0, health
-        assert health.state in ("idle", "rebalancing") and health.quarantined_slots == 0, health
+        assert health.state in ("idle", "rebalancing", "held") and health.quarantined_slots == 0, health
         assert health.version == metrics.waves >= metrics.plans >= 1, metrics
         assert metrics.moved_bytes == metrics.moved_experts * slot_bytes > 0, metrics
         assert metrics.rounds >= metrics.proposals >= metrics.plans, metrics

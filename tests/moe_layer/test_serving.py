@@ -4,6 +4,7 @@ import gc
 import os
 import threading
 import time
+from collections.abc import Sequence
 
 import pytest
 import torch
@@ -20,6 +21,7 @@ from tests.moe_layer.ranks import (
     everybody,
     make_controller,
     make_layer,
+    tokens,
     wait_until,
 )
 from tests.moe_layer.reference import give_unit_scale
@@ -95,6 +97,7 @@ def test_i5_two_ranks(rank, num_ranks, group, device):
     drained(service)
     check_different_step_rates(service)
     check_state_dicts_while_moving(service)
+    check_loading_at_different_times(service)
     check_loading_behind_a_long_queue(service)
     service.controller.close()
     check_gradients_across_flips(rank, group, device)
@@ -181,6 +184,35 @@ def check_state_dicts_while_moving(service: Service) -> None:
             give_unit_scale(twin, seed)
             layer.load_state_dict(twin.state_dict())
             service.forward()
+        service.serve_until(moved_by(service, 2), "relocations after loading")
+    drained(service)
+
+
+@torch.no_grad()
+def check_loading_at_different_times(service: Service) -> None:
+    """One rank has loaded before another begins: until that one has too, nothing moves over what is new."""
+    for seed in (21, 22):
+        states = []
+        for twin in service.twins:
+            states.append(give_unit_scale(twin, seed).state_dict())  # collective
+
+        def load(states: Sequence[dict[str, torch.Tensor]] = states) -> None:
+            for layer, state in zip(service.layers, states, strict=True):
+                layer.load_state_dict(state)
+
+        is_early = service.rank % 2 == 0
+        with service.controller.quiesced():
+            for _ in range(5):  # a load window ends: a relocation is due
+                for layer in service.layers:
+                    layer(tokens(service.rank, 1, service.device, layer.gate.weight.dtype))
+                service.controller.step()
+            everybody(True, service.group, service.device)
+            if is_early:
+                load()
+        if not is_early:
+            time.sleep(0.2)
+            load()
+        everybody(True, service.group, service.device)
         service.serve_until(moved_by(service, 2), "relocations after loading")
     drained(service)
 
