@@ -5,7 +5,7 @@ import functools
 import logging
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import replace
 from pathlib import Path
@@ -175,6 +175,7 @@ class EplbController:
             communicator=communicator,
             streams=streams,
             windows=self._windows,
+            earlier=[stream.record_event() for stream in _streams_in_use(residents, streams.current())],
             clock=self._clock,
             notify=self._wake.set,
         )
@@ -267,7 +268,7 @@ class EplbController:
     def _flip(self, handoff: Handoff) -> None:
         assert self._streams is not None
         stream = self._streams.current()
-        others = _other_streams(handoff, stream)
+        _, *others = _streams_in_use(handoff.layers, stream)
         for other in others:
             stream.wait_event(other.record_event())
         if handoff.staged.is_recorded():
@@ -397,7 +398,8 @@ class EplbController:
     def _leave_here(self, worker: Worker) -> None:
         deadline = time.monotonic() + self.config.close_timeout
         worker.leave()
-        while not worker.has_left and time.monotonic() < deadline:
+        while not worker.is_done and time.monotonic() < deadline:
+            self._wake.clear()
             worker.tick()
             self._wake.wait(self.config.round_interval / 10)
 
@@ -435,7 +437,7 @@ class _WorkerThread(threading.Thread):
     def close(self, timeout: float) -> None:
         deadline = time.monotonic() + timeout
         self._worker.leave()
-        while self.is_alive() and not self._worker.has_left and time.monotonic() < deadline:
+        while self.is_alive() and not self._worker.is_done and time.monotonic() < deadline:
             self._wake.set()
             time.sleep(0.001)
         self._stopping = True
@@ -443,11 +445,12 @@ class _WorkerThread(threading.Thread):
         self.join(max(0.0, deadline - time.monotonic()))
 
 
-def _other_streams(handoff: Handoff, stream: StreamLike) -> list[StreamLike]:
-    others: list[StreamLike] = []
-    for layer in handoff.layers:
-        others += [seen for seen in layer.streams_seen() if seen != stream and seen not in others]
-    return others
+def _streams_in_use(layers: Sequence[ResidentExperts], current: StreamLike) -> list[StreamLike]:
+    """The current stream, and then all others that ran a forward of the layers."""
+    streams = [current]
+    for layer in layers:
+        streams += [seen for seen in layer.streams_seen() if seen not in streams]
+    return streams
 
 
 Method = TypeVar("Method", bound=Callable[..., Any])

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 
 from eplb.placement import Placement
-from eplb.pool import SlotPool
+from eplb.pool import SlotPool, SlotState
 from eplb.shares import equal_shares
 from eplb.streams import DeviceStreams, EventLike, StreamLike
 from eplb.table import ExpertTable
@@ -130,6 +130,14 @@ class ResidentExperts:
             if expert >= 0:
                 slots.setdefault(expert, []).append(self.lane_slots[lane])
         return slots
+
+    def release_retired(self) -> None:
+        """Free what a controller that was closed in grace has left. No version but the current one may be in use anywhere."""
+        for lane, expert in enumerate(self.table.placement.lanes_WS[self.rank].tolist()):
+            slot = self.lane_slots[lane]
+            if expert < 0 <= slot and self.pool.state(slot) is SlotState.RETIRING:
+                self.lane_slots[lane] = -1
+                self.pool.release([slot])
 
     def note_stream(self) -> None:
         """The calling thread's current stream runs a forward: a flip must be ordered against it.

@@ -25,7 +25,7 @@ from eplb.protocol import RECORD_WORDS, Agreed, Phase, Record, Work, advance, he
 from eplb.rebalance import LayerFacts, plan_rebalance
 from eplb.resident import ResidentExperts
 from eplb.status import Health, Metrics
-from eplb.streams import DeviceStreams
+from eplb.streams import DeviceStreams, EventLike
 
 logger = logging.getLogger(__name__)
 
@@ -67,6 +67,7 @@ class Worker:
 
     Args:
         layers: all registered layers, in the same order on every rank.
+        earlier: events behind every forward that was enqueued so far.
         notify: called, on any thread, when a round is over.
     """
 
@@ -81,6 +82,7 @@ class Worker:
         communicator: Communicator,
         streams: DeviceStreams,
         windows: dict[Work, LoadWindowRecorder],
+        earlier: Sequence[EventLike],
         clock: Clock = time.monotonic,
         notify: Callable[[], None] = lambda: None,
     ) -> None:
@@ -124,7 +126,9 @@ class Worker:
         )
         self._shares = [layer.table.shares_WS for layer in layers]
 
-        self._agreed = Agreed(version=version)
+        # A controller before may have been closed in grace: the versions that are found need theirs before anything moves.
+        self._agreed = Agreed(version=version, phase=Phase.GRACE, num_waves=1)
+        self._earlier: Sequence[EventLike] | None = earlier
         self._exchange: Exchange | None = None
         self._spoken = Record()
         self._spoke_at = clock()
@@ -144,7 +148,7 @@ class Worker:
         self._handoff: Handoff | None = None
         self._published = version
         self._published_at = clock()
-        self._graced = version
+        self._graced = version - 1
         self._zombies: list[WaveFill] = []
 
         self._error = False
@@ -160,7 +164,7 @@ class Worker:
         self._held = False
         self._said_left = False
         self.metrics = Metrics()
-        self.health = Health("idle", 0, Phase.IDLE.name)
+        self.health = Health("rebalancing", version, Phase.GRACE.name)
 
     # ---- the main thread's side
 
@@ -222,6 +226,13 @@ class Worker:
     def has_left(self) -> bool:
         """Whether the other ranks know that this one leaves, or nobody can tell them."""
         return self._said_left or self._lost or self._agreed.phase is Phase.LEFT
+
+    @property
+    def is_done(self) -> bool:
+        """Whether it has left, has published what was agreed, and nothing can touch a slot of a wave given up for it."""
+        fill = self._fill
+        is_filling = fill is not None and fill.version > self._agreed.version
+        return self._lost or (self.has_left and self.is_published and not is_filling and not self._zombies)
 
     @property
     def is_idle(self) -> bool:
@@ -436,7 +447,20 @@ class Worker:
         with self._lock:
             self._inbox = handoff
 
+    def _collect_first_grace(self, earlier: Sequence[EventLike]) -> None:
+        """As `_collect_grace()`, for the versions that this worker found."""
+        if self._agreed.phase not in (Phase.GRACE, Phase.LEFT):  # graced on all ranks
+            self._earlier = None
+            for layer in self._layers:
+                layer.release_retired()
+        elif all(event.query() for event in earlier) and not any(
+            layer.is_pinned_before(layer.table.version) for layer in self._layers
+        ):
+            self._graced = self._published
+
     def _collect_grace(self) -> None:
+        if self._earlier is not None:
+            self._collect_first_grace(self._earlier)
         handoff = self._handoff
         if handoff is None or handoff.flipped is None or not handoff.flipped.query():
             return
@@ -459,8 +483,8 @@ class Worker:
                 self._fill = None
         elif agreed.phase not in (Phase.PREPARE, Phase.FILL) and not self._lost:
             fill.abandon()
-            self._fill = None
             self._zombies.append(fill)
+            self._fill = None
 
     def _bury(self) -> None:
         self._zombies = [fill for fill in self._zombies if not fill.bury()]

@@ -367,7 +367,7 @@ class Rank:
                 for slot in slots:
                     for tensor in self.pool.tensors.values():
                         tensor[slot] = content(index, expert)
-        config = EplbConfig(
+        self._config = EplbConfig(
             step_interval=3,
             window_size=2,
             window_samples=1,
@@ -380,9 +380,20 @@ class Rank:
             policy=FaultyPolicy(policy, world.faults),
             max_bytes_in_flight=shape.max_bytes,
         )
-        self.controller = SimController(config, transport=SimTransport(rank, world), clock=lambda: world.now)
-        self.controller.register(nn.ModuleList([SimLayer(layer) for layer in self.layers]))
+        self._world = world
+        self.controller = self._new_controller()
         self.forwards = 0
+
+    def _new_controller(self) -> SimController:
+        world = self._world
+        controller = SimController(self._config, transport=SimTransport(self.rank, world), clock=lambda: world.now)
+        controller.register(nn.ModuleList([SimLayer(layer) for layer in self.layers]))
+        return controller
+
+    def replace_controller(self) -> None:
+        self.controller.close()
+        self.controller = self._new_controller()
+        self.controller.step()
 
     def is_at_rest(self) -> bool:
         worker = self.controller.worker
@@ -467,6 +478,15 @@ class World:
                 self.bus.carry()
             if all(rank.is_at_rest() for rank in self.ranks):
                 return
+
+    def replace_controllers(self) -> None:
+        """Every rank closes its controller, wherever they are, and makes another."""
+        while not all(rank.controller.worker.is_done for rank in self.ranks):
+            for rank in self.ranks:
+                rank.controller.worker.leave()
+            self.act()
+        for rank in self.ranks:
+            rank.replace_controller()
 
     def forward_and_step(self, rank: Rank) -> None:
         done = min(sum((n, 0, other.rank) in self.computed for n in range(other.forwards)) for other in self.ranks)

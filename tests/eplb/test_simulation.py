@@ -134,13 +134,32 @@ def test_a_main_thread_that_does_not_step_stalls_grace_and_frees_nothing(seed):
     assert world.ranks[0].controller.metrics().waves >= waves
 
 
+@pytest.mark.parametrize("seed", range(70_000, 70_000 + SEEDS // 3))
+def test_new_controllers_take_over_what_others_left_in_the_middle_of_a_wave(seed):
+    world = run(seed, actions=ACTIONS // 2)
+    for _ in range(3):
+        for _ in range(world.rng.randrange(ACTIONS // 4)):
+            world.act()
+        world.replace_controllers()
+    for _ in range(10 * ACTIONS):
+        world.act()
+        if world.ranks[0].controller.metrics().waves > 1:
+            break
+    assert world.ranks[0].controller.metrics().waves > 1
+    world.settle()
+    world.check_at_rest()
+
+
 @pytest.mark.parametrize("seed", range(60_000, 60_000 + SEEDS // 5))
 def test_nothing_begins_before_all_ranks_have_ended_as_many_holds(seed):
     """As where weights are loaded: what one has loaded, no other may copy over with what it has yet to load."""
     world = run(seed, actions=ACTIONS // 2)
     first = world.rng.choice(world.ranks)
     first.controller.worker.hold()
-    world.settle()
+    for _ in range(1000):
+        world.settle(1)
+        if first.controller.worker.is_held:
+            break
     assert first.controller.worker.is_held
     first.controller.worker.end_hold()
     waves = world.ranks[0].controller.metrics().waves

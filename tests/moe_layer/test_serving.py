@@ -17,6 +17,7 @@ from tests.moe_layer.ranks import (
     EXPERTS,
     HIDDEN,
     INTERMEDIATE,
+    Restless,
     Service,
     everybody,
     make_controller,
@@ -67,7 +68,8 @@ def assert_rested(service: Service) -> None:
         # The worker frees what it replaced a moment after the ranks have agreed that grace is over.
         wait_until(lambda pool=pool: not pool.count(SlotState.RETIRING), "old slots are freed")
         states = {state: pool.count(state) for state in SlotState if pool.count(state)}
-        assert set(states) == {SlotState.LIVE, SlotState.FREE} and states[SlotState.FREE] == 2, states
+        live = sum(layer.resident.num_physical_per_rank for layer in service.layers if layer.resident.pool is pool)
+        assert states == {SlotState.LIVE: live, SlotState.FREE: pool.num_slots - live}
     for layer, twin in zip(service.layers, service.twins, strict=True):
         layer.resident.table.placement.validate()
         wanted = twin.state_dict()  # collective
@@ -101,6 +103,7 @@ def test_i5_two_ranks(rank, num_ranks, group, device):
     check_loading_behind_a_long_queue(service)
     service.controller.close()
     check_gradients_across_flips(rank, group, device)
+    check_another_controller_beside_a_backward_to_come(rank, group, device)
     check_a_main_thread_that_does_not_step(rank, group, device)
 
 
@@ -344,6 +347,33 @@ def check_gradients_across_flips(rank, group, device) -> None:
             service.serve_until(lambda: layer.resident.table.version > version + 1, "grace, and a next version")  # noqa: B023
         drained(service)
         controller.close()
+
+
+def check_another_controller_beside_a_backward_to_come(rank, group, device) -> None:
+    """I3: also a controller that is made after a flip leaves the slots of a forward before it until the backward is over."""
+    for seed in range(3):
+        layer, twin = (make_layer(group, device, seed=5, num_redundant_experts=2, num_shadow_slots=4) for _ in range(2))
+        service = Service(rank, group, device, [layer], [twin], make_controller(group, [layer], policy=Restless(seed)))
+        service.controller.step()
+        with service.controller.quiesced():
+            x = torch.randn(7, HIDDEN, generator=torch.Generator().manual_seed(seed)).to(device).requires_grad_()
+            y = layer(x)
+            version = layer.resident.table.version
+        service.serve_until(lambda: layer.resident.table.version > version, "a flip")  # noqa: B023
+        service.controller.close()
+        service.controller = make_controller(group, [layer], policy=Restless(seed + 100), grace_timeout=0.1)
+        stalled = lambda: service.controller.health().state == "grace_stalled"  # noqa: B023, E731
+        service.serve_until(stalled, "the backward to come is waited for")
+        y.square().sum().backward()
+        del y
+        gc.collect()
+        grad, x.grad = x.grad.clone(), None
+        twin(x).square().sum().backward()
+        assert torch.equal(grad, x.grad), f"{(grad - x.grad).abs().max()}"
+        service.serve_until(moved_by(service, 2), "relocations by the other controller")
+        with service.controller.quiesced():
+            assert_rested(service)
+        service.controller.close()
 
 
 def check_a_main_thread_that_does_not_step(rank, group, device) -> None:
