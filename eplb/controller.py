@@ -84,7 +84,7 @@ class EplbController:
         self._windows: dict[Work, LoadWindowRecorder] = {}
         self._streams: DeviceStreams | None = None
         self._proposals_due = 0
-        self._last_error: str | None = None
+        self._warm_ups = 0
         self._closed = False
 
     # ---- registering
@@ -193,9 +193,10 @@ class EplbController:
     def step(self) -> None:
         """Call it after each forward, on the thread and stream that ran it.
 
-        Costs a counter and a poll: nothing is allocated, nobody is waited for. A new table that is ready is flipped in
-        here. While the stream is being captured into a CUDA graph it does nothing. With ``use_async=False`` a due
-        rebalance runs in here from end to end, and the call is collective.
+        The first call connects the ranks and is collective. After it, a call costs a counter and a poll: nothing is allocated,
+        nobody is waited for. A new table that is ready is flipped in here. While the stream is being captured into a CUDA
+        graph it does nothing. With ``use_async=False`` a due rebalance runs in here from end to end, and every call is
+        collective.
 
         Raises:
             RuntimeError: no registered model has an MoE layer.
@@ -214,23 +215,16 @@ class EplbController:
             return
         self._adopt(worker)
         self._steps += 1
-        self._record_load()
+        self._record_load(worker)
         if not self.config.use_async:
             self._rebalance_here(worker)
 
-    def _record_load(self) -> None:
+    def _record_load(self, worker: Worker) -> None:
         for recorder in self._windows.values():
             try:
                 recorder.step(self._steps)
             except Exception as error:
-                self._note_failure("the load could not be recorded; its window is lost", error)
-
-    def _note_failure(self, what: str, error: Exception) -> None:
-        """An error of ours on the main thread becomes state, like the worker's: serving goes on (I6)."""
-        text = f"{type(error).__name__}: {error}"
-        if text != self._last_error:
-            logger.exception("%s; serving goes on", what)
-        self._last_error = text
+                worker.note_failure("the load could not be recorded; its window is lost", error)
 
     def _rebalance_here(self, worker: Worker) -> None:
         """Run what is due from end to end on the calling thread; all ranks do so in the same step.
@@ -239,8 +233,11 @@ class EplbController:
         counts as no load; nobody waits for it.
         """
         due = [work for work, recorder in self._windows.items() if recorder.is_end(self._steps)]
+        deadline = time.monotonic() + self.config.transfer_timeout
         while worker.health.state != "lost" and any(recorder.is_on_its_way() for recorder in self._windows.values()):
             worker.tick()
+            if time.monotonic() > deadline:
+                break
         for work in due:
             worker.propose(work)
             self._proposals_due += 1
@@ -248,8 +245,11 @@ class EplbController:
             self._wake.clear()
             worker.tick()
             self._adopt(worker)
-            if worker.health.state in ("lost", "peer_left", "peer_unreachable", "grace_stalled"):
+            health = worker.health
+            if health.state in ("lost", "peer_left", "peer_unreachable", "grace_stalled", "models_differ"):
                 return  # a later step goes on where this one stopped, if it can
+            if health.state == "held" and health.seconds_waiting > self.config.peer_timeout:
+                return
             if not worker.is_idle:
                 self._wake.wait(self.config.round_interval / 10)
 
@@ -263,7 +263,7 @@ class EplbController:
         except Exception as error:
             # The old tables stay in force, the slots that they name too, and the next step tries again (I6).
             worker.give_back_handoff(handoff)
-            self._note_failure("a flip could not be enqueued", error)
+            worker.note_failure("a flip could not be enqueued", error)
 
     def _flip(self, handoff: Handoff) -> None:
         assert self._streams is not None
@@ -326,11 +326,14 @@ class EplbController:
     @contextmanager
     def warm_up(self) -> Iterator[None]:
         """Forwards inside run as always, but are not counted as load. Works for graphs captured before or inside."""
+        self._warm_ups += 1
         self._count_tokens_as(0)
         try:
             yield
         finally:
-            self._count_tokens_as(1)
+            self._warm_ups -= 1
+            if not self._warm_ups:
+                self._count_tokens_as(1)
 
     def _count_tokens_as(self, increment: int) -> None:
         for resident in [layer.resident for layer in self._layers]:
@@ -347,12 +350,14 @@ class EplbController:
         return replace(
             health,
             state="closed" if self._closed else health.state,
-            last_error=health.last_error or self._last_error,
+            last_error=self._worker.last_error,
         )
 
     def metrics(self) -> Metrics:
         """What it has done so far; cheap, never blocks, never raises."""
-        return self._worker.metrics if self._worker is not None else Metrics()
+        if self._worker is None:
+            return Metrics()
+        return replace(self._worker.metrics, failures=self._worker.num_failures)
 
     def save_load_trace(self, path: str | Path) -> int:
         """Write the last load windows, summed over ranks, for ``python -m eplb.simulate --trace``; local.
@@ -379,7 +384,7 @@ class EplbController:
     def close(self) -> None:
         """Stop, and tell the other ranks, at most `close_timeout` seconds long. Local; the layers go on serving.
 
-        May be called more than once, and is at exit.
+        May be called more than once; with ``use_async=True`` it is called at exit.
         """
         if self._closed:
             return

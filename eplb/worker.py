@@ -156,13 +156,14 @@ class Worker:
         self._consecutive_failures = 0
         self._retry_at = 0.0
         self._propose_after = 0.0
-        self._last_error: str | None = None
 
         self._lock = threading.Lock()
         self._requests = _Requests()
         self._inbox: Handoff | None = None
         self._held = False
         self._said_left = False
+        self.last_error: str | None = None
+        self.num_failures = 0
         self.metrics = Metrics()
         self.health = Health("rebalancing", version, Phase.GRACE.name)
 
@@ -549,12 +550,18 @@ class Worker:
         # it up together. Only a published version has no way back: it is staged again after a delay.
         self._stuck_at = _place(agreed) if agreed.phase in (Phase.PLANNING, Phase.PREPARE, Phase.FILL) else None
         self._retry_at = self._clock() + self._config.backoff
-        text = f"{type(error).__name__}: {error}"
-        if text != self._last_error:
-            logger.exception("rank %d: rebalancing failed in %s; serving goes on", self._rank, agreed.phase.name)
-        self._last_error = text
-        self.metrics = replace(self.metrics, failures=self.metrics.failures + 1)
+        self.note_failure(f"rebalancing failed in {agreed.phase.name}", error)
         self._report()
+
+    def note_failure(self, what: str, error: Exception) -> None:
+        """Count and keep an error that was caught on this rank, on any thread; log it once, with its traceback."""
+        text = f"{type(error).__name__}: {error}"
+        with self._lock:
+            is_new = text != self.last_error
+            self.last_error = text
+            self.num_failures += 1
+        if is_new:
+            logger.exception("rank %d: %s; serving goes on", self._rank, what)
 
     def _report(self) -> None:
         agreed, now = self._agreed, self._clock()
@@ -581,7 +588,7 @@ class Worker:
             seconds_waiting=waiting,
             departed=agreed.departed,
             quarantined_slots=sum(pool.count(SlotState.QUARANTINED) for pool in self._pools),
-            last_error=self._last_error,
+            last_error=self.last_error,
         )
 
 

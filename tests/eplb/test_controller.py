@@ -13,7 +13,7 @@ from eplb import EplbConfig, EplbController, SlotPool, TensorSpec, step_eplb_aft
 from eplb.agreement import LocalAgreement
 from eplb.communicator import LocalCommunicator
 from eplb.policy import Proposal
-from eplb.protocol import Work
+from eplb.protocol import Record, Work
 from eplb.resident import ResidentExperts
 from eplb.streams import HostStreams
 from eplb.transport import TorchTransport
@@ -281,6 +281,54 @@ def test_a_step_returns_although_its_load_window_is_lost():
     assert "no window" in controller.health().last_error
     assert finishes(lambda: [controller.step() for _ in range(4)], 3.0)
     assert controller.metrics().windows >= 1, "it does not recover"
+
+
+def test_a_step_returns_although_its_load_window_never_comes():
+    class Never:
+        def query(self) -> bool:
+            raise OSError("no answer")
+
+    layer = StubLayer()
+    controller = controller_of(layer, use_async=False, transfer_timeout=0.1)
+    controller.step()
+    controller._streams.current().record_event = Never
+    assert finishes(controller.step, 3.0), "step() waits for ever"
+    assert "no answer" in controller.health().last_error
+
+
+def test_errors_on_the_main_thread_are_counted_and_shown_before_older_ones_of_the_worker():
+    controller = controller_of(use_async=False, policy=Recording())
+    controller.step()
+    worker, recorder = controller._worker, controller._windows[Work.REBALANCE]
+    worker.fail(OSError("older"))
+
+    def failing(step: int) -> None:
+        raise OSError("newer")
+
+    recorder.step = failing
+    controller.step()
+    assert controller.health().last_error == "OSError: newer" and controller.metrics().failures == 2
+
+
+class OtherModels(TorchTransport):
+    """Another rank that registered something else."""
+
+    class Two(LocalAgreement):
+        def all_gather(self, message, notify):
+            said = super().all_gather(message, notify)
+            said.result().append(Record(models=1).encode())
+            return said
+
+    def connect(self, config, streams, dispatch_backends):
+        return self.Two(), LocalCommunicator(streams)
+
+
+def test_a_step_returns_although_the_ranks_registered_different_models():
+    controller = EplbController(EplbConfig(**QUICK, use_async=False), transport=OtherModels(None))
+    controller.register(StubLayer())
+    assert finishes(lambda: [controller.step() for _ in range(4)], 3.0), "step() waits for ever"
+    health = controller.health()
+    assert health.state == "models_differ" and "the ranks differ in the models they registered" in health.last_error
 
 
 class SilentPeers(TorchTransport):
