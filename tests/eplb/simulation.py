@@ -459,8 +459,11 @@ class World:
                 some_of(self.bus.deliver, self.rng.randint(0, 2 * self.num_ranks))
                 some_of(self.bus.carry, self.rng.randint(0, 6))
 
-    def settle(self, rounds: int = 4000) -> None:
-        """Everything that can happen does, in the seed's order; main threads adopt tables, but begin no new forwards."""
+    def settle(self, rounds: int = 4000, stalled: Rank | None = None) -> None:
+        """Everything that can happen does, in the seed's order; main threads adopt tables, but begin no new forwards.
+
+        The main thread of `stalled` does not even adopt.
+        """
         last = max(rank.forwards for rank in self.ranks)
         for rank in self.ranks:
             while rank.forwards < last:  # or the others' forwards would wait for it for ever
@@ -469,7 +472,8 @@ class World:
             self.now += 0.004
             for rank in self.rng.sample(self.ranks, self.num_ranks):
                 rank.controller.worker.tick()
-                rank.controller._adopt(rank.controller.worker)
+                if rank is not stalled:
+                    rank.controller._adopt(rank.controller.worker)
                 while rank.streams.compute.advance():
                     pass
                 while rank.streams.side.advance():
