@@ -161,9 +161,10 @@ def _measure(op: str, inputs: Inputs, work: Work, options: argparse.Namespace, r
         except Unavailable as reason:
             complaints.append(f"skipped {provider}, {name}: {reason}")
             continue
-        except RuntimeError as failure:
+        except Exception as failure:  # of whatever kind, it must not end the others' run
             kind = "FAILED" if provider == next(iter(work.runs)) else "skipped"
-            complaints.append(f"{kind} {provider}, {name}: {str(failure).partition(chr(10))[0]}")
+            message = str(failure).partition("\n")[0]
+            complaints.append(f"{kind} {provider}, {name}: {type(failure).__name__}: {message}")
             continue
         if error is not None and not error <= WORST_ERROR:
             complaints.append(f"FAILED {provider}, {name}: error {error:.2e} against the reference, or NaN")

@@ -9,6 +9,7 @@ from collections.abc import Iterator, Sequence
 from itertools import groupby, product
 
 import torch
+from triton.errors import TritonError
 
 from bench.cases import Case
 from bench.command import make_parser
@@ -83,8 +84,8 @@ def tune(report: Report, case: Case, inputs: Inputs, seconds: float, best: int) 
             try:
                 result = run(op, config)
                 timing = time_graph(lambda op=op, config=config: run(op, config), device, seconds)  # type: ignore[misc]
-            except RuntimeError as error:  # too much shared memory
-                report.line(f"  {case.name} {op} {config}: {str(error).splitlines()[0][:100]}")
+            except (RuntimeError, TritonError) as error:  # too much shared memory
+                report.line(f"  {case.name} {op} {config}: {str(error).partition(chr(10))[0][:100]}")
                 continue
             if op not in expected:
                 expected[op] = result

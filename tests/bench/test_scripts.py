@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from triton.runtime.errors import OutOfResources
 
 from bench import moe_forward, providers, table_cost, table_flip
 from bench.environment import environment
@@ -112,6 +113,25 @@ def test_a_wrong_kernel_fails_the_run(capsys):
     work = Work(runs={"op": lambda: torch.tensor([1, 2])}, expected=lambda: torch.tensor([1, 3]), num_bytes=16)
     assert main("op", "", lambda inputs: work, TINY) == 1
     assert "FAILED op, 8:2:64:32/T1" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(("failing", "status"), [("op", 1), ("peer", 0)])
+def test_a_kernel_that_fails_does_not_end_the_run(tmp_path, capsys, failing, status):
+    """A peer is skipped, the op has failed; what is not an error of PyTorch's counts alike."""
+    from bench.kernel import Work, main
+
+    def fail():
+        raise OutOfResources(2, 1, "shared memory")
+
+    runs = {"op": lambda: torch.tensor([1]), "peer": lambda: torch.tensor([1])} | {failing: fail}
+    work = Work(runs=runs, expected=lambda: torch.tensor([1]), num_bytes=16)
+    path = tmp_path / "out.csv"
+    assert main("op", "", lambda inputs: work, [*TINY, "--csv", str(path)]) == status
+    said = (
+        f"{'FAILED' if status else 'skipped'} {failing}, 8:2:64:32/T20: OutOfResources: out of resource: shared memory"
+    )
+    assert said in capsys.readouterr().out
+    assert [row["provider"] for row in rows_of(path)] == 2 * [name for name in runs if name != failing]
 
 
 def test_table_cost(tmp_path, capsys):
