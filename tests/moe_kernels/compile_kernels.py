@@ -5,6 +5,7 @@ Prints one line per variant: name, architecture, shared memory in bytes, registe
 
 from __future__ import annotations
 
+import bisect
 import re
 import sys
 from typing import Any
@@ -14,7 +15,8 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from moe_kernels import combine, expert_down, expert_up, gemm_config, gemm_configs, replicas_triton, routing, schedule  # noqa: F401
+from moe_kernels import GemmConfig, combine, expert_down, expert_up, gemm_config, replicas_triton, routing, schedule  # noqa: F401
+from moe_kernels.config import _INTERMEDIATE, _TABLE_TMA
 from moe_kernels.scan import MANY_KEYS, chunk_options, scan_options
 
 MODULES = {
@@ -187,10 +189,11 @@ def compile_one_token(arch: int, dtype: torch.dtype) -> None:
         assert "ld.global.v4" in compiled.asm["ptx"], "weights must be loaded 16 bytes at a time"
 
 
-def compile_tma_gemms(arch: int, dtype: torch.dtype, num_tokens: int, hidden_size: int, intermediate: int) -> None:
+def compile_tma_gemms(
+    arch: int, dtype: torch.dtype, up: GemmConfig, down: GemmConfig, hidden_size: int, intermediate: int
+) -> None:
     """What serving uses: wgmma, and as much shared memory as such a GPU has."""
     element = DTYPES[dtype]
-    up, down = gemm_configs(hidden_size, intermediate, dtype, num_tokens, 1, 1, tma=True)
     for module, config in (("expert_up_tma", up), ("expert_down_tma", down)):
         n, k = config.block_n, config.block_k
         sizes = {"HIDDEN_SIZE": hidden_size, "INTERMEDIATE": intermediate, "PDL": True, "SWAP": config.swap}
@@ -224,7 +227,7 @@ if __name__ == "__main__":
             compile_gemms(arch, dtype, rows, even_k=rows != 16, activation="gelu" if rows == 32 else "silu")
     if arch == 90:
         for dtype in (torch.float16, torch.bfloat16):
-            for num_tokens in (1, 16, 64, 128, 256):
-                compile_tma_gemms(arch, dtype, num_tokens, 2048, 768)
-                compile_tma_gemms(arch, dtype, num_tokens, 2880, 2880)
-            compile_tma_gemms(arch, dtype, 256, 4096, 14336)
+            for hidden_size, intermediate in ((2048, 768), (2880, 2880), (4096, 14336)):  # one for each column
+                column = bisect.bisect_left(_INTERMEDIATE, intermediate)
+                for up, down in dict.fromkeys(pairs[column] for *_, pairs in _TABLE_TMA):
+                    compile_tma_gemms(arch, dtype, up, down, hidden_size, intermediate)
