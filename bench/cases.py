@@ -117,8 +117,11 @@ def select(shapes: Sequence[str] | None, tokens: Sequence[int] | None) -> list[C
     batch size that no case has, makes a new case.
 
     Raises:
-        ValueError: unknown name, or numbers that are no shape.
+        ValueError: unknown name, numbers that are no shape, or a batch without tokens.
     """
+    for num_tokens in tokens or ():
+        if num_tokens < 1:
+            raise ValueError(f"tokens {num_tokens}: must be at least 1")
     cases: list[Case] = []
     for name in shapes or SHAPES:
         shape = _shape(name)

@@ -10,15 +10,18 @@ import torch
 
 from bench.cases import BF16_FLOPS_PER_S, BYTES_PER_S
 from bench.command import make_parser
+from bench.report import add_device
 from bench.timing import DEFAULT_SECONDS, time_graph
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
     parser = make_parser("ceilings", __doc__)
-    parser.add_argument("--device", default="cuda")
+    add_device(parser, default="cuda")
     parser.add_argument("--seconds", type=float, default=DEFAULT_SECONDS)
     options = parser.parse_args(arguments)
-    device = torch.device(options.device)
+    device = options.device
+    if device.type != "cuda":
+        parser.error(f"--device {device}: must be a GPU")
     size = 8192
     a, b = (torch.randn(size, size, device=device, dtype=torch.bfloat16) for _ in range(2))
     out = torch.empty_like(a)

@@ -221,7 +221,9 @@ class _TransformersGroupedMM:
             from transformers import Qwen3MoeConfig
             from transformers.models.qwen3_moe.modeling_qwen3_moe import Qwen3MoeExperts
         except ImportError as error:
-            raise Unavailable(f"{error}: pip install 'transformers>=5.0'") from error
+            is_missing = isinstance(error, ModuleNotFoundError) and error.name  # transformers' own has none
+            advice = ": pip install 'transformers>=5.0'" if is_missing else ""
+            raise Unavailable(str(error).partition("\n")[0] + advice) from error
         shape = problem.shape
         config = Qwen3MoeConfig(
             hidden_size=shape.hidden_size,

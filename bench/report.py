@@ -36,28 +36,36 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--tokens", type=lambda text: [int(n) for n in text.split(",")], metavar="N,M", help="batch sizes; default: all"
     )
     parser.add_argument("--dtype", choices=DTYPES, default="bf16")
-    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    add_device(parser)
     parser.add_argument("--seconds", type=float, default=DEFAULT_SECONDS, help="of timing, for each case and provider")
     parser.add_argument("--csv", type=Path, metavar="FILE", help="a row per case and provider, written as they come")
     parser.add_argument("--plot", type=Path, metavar="FILE", help="picture of time over floor (needs matplotlib)")
 
 
-def chosen_cases(parser: argparse.ArgumentParser, options: argparse.Namespace) -> list[Case]:
-    """Cases and device of the arguments; ends the program if they make no sense."""
+def add_device(parser: argparse.ArgumentParser, default: str | None = None) -> None:
+    """``--device``: by default a GPU if there is one; a CUDA device has its index, so that devices compare equal."""
+    default = default or ("cuda" if torch.cuda.is_available() else "cpu")
+    parser.add_argument("--device", type=_available, default=default)
+
+
+def _available(device: str) -> torch.device:
     try:
-        cases = select(options.shapes, options.tokens)
+        return torch.empty(0, device=device).device
+    except (RuntimeError, AssertionError) as error:
+        raise argparse.ArgumentTypeError(f"{device}: {str(error).partition(chr(10))[0]}") from None
+
+
+def chosen_cases(parser: argparse.ArgumentParser, options: argparse.Namespace, least_tokens: int = 1) -> list[Case]:
+    """The cases of the arguments that have so many tokens; ends the program if the arguments make no sense."""
+    try:
+        cases = [case for case in select(options.shapes, options.tokens) if case.num_tokens >= least_tokens]
     except ValueError as error:
         parser.error(str(error))
-    options.device = with_index(options.device)
+    if not cases:
+        parser.error(f"--tokens {','.join(map(str, options.tokens))}: one must be at least {least_tokens}")
     if options.plot:
         require_matplotlib()
     return cases
-
-
-def with_index(device: str) -> torch.device:
-    """So that devices compare equal."""
-    named = torch.device(device)
-    return torch.device("cuda", torch.cuda.current_device()) if named == torch.device("cuda") else named
 
 
 class Report:

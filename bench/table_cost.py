@@ -122,7 +122,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--redundant", type=int, default=8, help="experts with a second replica, where there are any")
     options = parser.parse_args(arguments)
     # One token has kernels of its own, in which the table is a few loads that can't be left out.
-    cases = [case for case in chosen_cases(parser, options) if case.num_tokens > 1]
+    cases = chosen_cases(parser, options, least_tokens=2)
     differing: list[str] = []
     costs: dict[str, list[float]] = {"counts given": [], "counted": [], "replicas": []}
     with Report(options.csv, len(cases)) as report, torch.no_grad():

@@ -14,7 +14,7 @@ import torch
 
 from bench.cases import floor_us
 from bench.command import make_parser
-from bench.report import Report, with_index
+from bench.report import Report, add_device
 from bench.timing import Timing, synchronize, time_graph
 from eplb.placement import Placement
 from eplb.shares import equal_shares
@@ -29,10 +29,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--redundant", type=int, default=32)
     parser.add_argument("--ranks", type=int, default=32)
     parser.add_argument("--repeats", type=int, default=1000, help="of the host's time")
-    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    add_device(parser)
     parser.add_argument("--csv", type=Path, metavar="FILE")
     options = parser.parse_args(arguments)
-    device = with_index(options.device)
+    device = options.device
     streams = streams_of(device)
     num_physical = (options.experts + options.redundant) // options.ranks
     placement = Placement.initial(options.experts, options.redundant, options.ranks, num_lanes=num_physical + 1)

@@ -121,12 +121,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
         "--best", type=int, default=3, help="how many to print for each case and op; all are in the CSV"
     )
     options = parser.parse_args(arguments)
-    if not has_tma(torch.device(options.device)):
+    if not has_tma(options.device):
         parser.error(f"--device {options.device}: the candidates need a GPU with a tensor memory accelerator")
     if options.dtype == "fp32":
         parser.error("--dtype fp32: the candidates are for 16-bit dtypes")
     all_equal = True
-    cases = [case for case in chosen_cases(parser, options) if case.num_tokens > 1]  # one token has kernels of its own
+    cases = chosen_cases(parser, options, least_tokens=2)  # one token has kernels of its own
     for shape in {case.shape for case in cases}:
         if shape.hidden_size % 8 or shape.intermediate_size % 8:
             parser.error(f"--shapes {shape.name}: the candidates need sizes divisible by 8")

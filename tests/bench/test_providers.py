@@ -97,3 +97,11 @@ def test_without_transformers_it_says_what_to_install(monkeypatch):
     monkeypatch.setitem(__import__("sys").modules, "transformers", None)
     with pytest.raises(providers.Unavailable, match="pip install"):
         providers.PROVIDERS["transformers_grouped_mm"].prepare(problem())
+
+
+def test_a_transformers_that_cannot_be_imported_is_no_missing_one(monkeypatch, tmp_path):
+    (tmp_path / "transformers.py").write_text("raise ImportError('needs another PyTorch\\nand so on')")
+    monkeypatch.delitem(__import__("sys").modules, "transformers", raising=False)
+    monkeypatch.syspath_prepend(tmp_path)
+    with pytest.raises(providers.Unavailable, match=r"^needs another PyTorch$"):
+        providers.PROVIDERS["transformers_grouped_mm"].prepare(problem())

@@ -88,11 +88,25 @@ def test_known_times_of_peers(tmp_path, capsys):
 
 
 def test_bad_arguments(capsys):
-    for arguments in (["--shapes", "qwen4"], ["--providers", "nobody"], ["--provider-module", "no_such_module"]):
+    for arguments, message in (
+        (["--shapes", "qwen4"], "qwen4"),
+        (["--providers", "nobody"], "nobody"),
+        (["--provider-module", "no_such_module"], "no_such_module"),
+        (["--tokens", "16,0"], "tokens 0: must be at least 1"),
+        (["--tokens=-3"], "tokens -3: must be at least 1"),
+        (["--device", "gpu"], "argument --device: gpu: "),
+        (["--device", "cuda:99"], "argument --device: cuda:99: "),
+    ):
         with pytest.raises(SystemExit) as refusal:
             moe_forward.main(arguments)
         assert refusal.value.code == 2
-    assert "no_such_module" in capsys.readouterr().err
+        assert message in capsys.readouterr().err
+
+
+def test_a_cost_of_the_table_for_one_token_alone_is_refused(capsys):
+    with pytest.raises(SystemExit) as refusal:
+        table_cost.main(["--tokens", "1", "--device", "cpu"])
+    assert refusal.value.code == 2 and "--tokens 1: one must be at least 2" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("op", OPS)
