@@ -13,7 +13,7 @@ from pathlib import Path
 
 from bench.command import make_parser
 
-KEYS = ("op", "step", "case", "provider", "mode", "dtype", "layers", "experts", "redundant", "ranks")
+KEYS = ("op", "step", "case", "provider", "config", "mode", "dtype", "layers", "experts", "redundant", "ranks")
 MACHINE = ("device", "driver", "torch", "triton")
 LEAST_CHANGE = 0.02
 

@@ -65,6 +65,18 @@ def test_rows_that_come_and_go(write, capsys):
     assert out[0].split() == ["gone", "a/T1", "peer", "graph"] and out[1].split() == ["new", "b/T1", "ours", "graph"]
 
 
+def test_candidates_of_one_case(tmp_path, capsys):
+    """What `bench.tune` writes: many configurations of an op."""
+    paths = []
+    for name, median_us in (("old.csv", 20), ("new.csv", 30)):
+        path = tmp_path / name
+        path.write_text(f"case,op,config,median_us\na/T1,up,16 128,10\na/T1,up,64 128,{median_us}\n")
+        paths.append(str(path))
+    assert main(paths) == 1
+    out = capsys.readouterr().out.splitlines()
+    assert out[0].startswith("slower") and out[0].endswith("up  a/T1  64 128") and "1 within noise" in out[1]
+
+
 def test_another_machine_is_said(write, capsys):
     main([write("old.csv", OLD), write("new.csv", OLD, device="gpu B")])
     assert "note: device was gpu A, is gpu B" in capsys.readouterr().out
