@@ -35,7 +35,7 @@ def resolve_backend(backend: str, device: torch.device | str) -> Literal["triton
     """The implementation that `backend` means on `device`.
 
     Args:
-        backend: "auto" is "triton" on CUDA and "torch" on a CPU; "torch" runs anywhere; "triton" runs on CUDA, and on
+        backend: "auto" is "triton" on CUDA and "torch" elsewhere; "torch" runs anywhere; "triton" runs on CUDA, and on
             a CPU only in Triton's interpreter (`TRITON_INTERPRET=1`, set before this package is imported).
         device: where the tensors are.
 
@@ -80,8 +80,9 @@ _PLAIN = {torch.Tensor, torch.nn.Parameter, int, float, bool, str, list, type(No
 class RegisteredOp:
     """A function registered with `torch.library`; called directly where registration would add nothing but host time.
 
-    That is: in eager mode, for plain tensors, without gradients, modes, transforms or tracers. A registered op's way
-    through the dispatcher and back to Python takes longer than many of these kernels run.
+    That is: in eager mode, for plain tensors that hold something (not on "meta"; the first argument tells), without
+    gradients, modes, transforms or tracers. A registered op's way through the dispatcher and back to Python takes longer
+    than many of these kernels run.
     """
 
     def __init__(self, name: str, function: Callable[..., Any], mutates_args: tuple[str, ...] = ()) -> None:
@@ -97,6 +98,7 @@ class RegisteredOp:
             or torch._C._len_torch_function_stack()
             or torch._C._functorch.peek_interpreter_stack() is not None
             or not _PLAIN.issuperset(map(type, arguments))
+            or arguments[0].is_meta
             or (
                 torch.is_grad_enabled()
                 and any(isinstance(argument, torch.Tensor) and argument.requires_grad for argument in arguments)

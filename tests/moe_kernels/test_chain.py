@@ -106,6 +106,16 @@ def test_forward_of_many_rows(small_chunks, device):
     assert torch.equal(in_chunks["count"], inputs["count"])
 
 
+def test_on_meta_only_shapes_are_computed():
+    inputs = arguments("meta", torch.bfloat16)
+    y = chain(**inputs)
+    assert y.is_meta and y.shape == (TOKENS, HIDDEN) and y.dtype == torch.bfloat16
+    lanes = inputs["lane_to_slot"]
+    schedule = build_schedule(lanes, lanes, block_m=inputs["config"].block_m)
+    hidden = expert_up(inputs["x"][:7], inputs["gate_up"], lanes, schedule, fanout=1, config=inputs["config"])
+    assert hidden.is_meta and hidden.shape == (7, INTERMEDIATE)
+
+
 @pytest.mark.parametrize("backend", ["torch", "triton"])
 def test_gradients(device, assert_close, backend):
     inputs = arguments(device, requires_grad=True)
