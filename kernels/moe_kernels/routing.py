@@ -301,8 +301,9 @@ def topk_routing(
 
     The scores are the softmax over all experts, or the sigmoid, in float32. With `bias_E` (DeepSeek-V3's correction
     bias) the choice is by score + bias, and the weight is the score without it. Without it the choice is by the logit,
-    whose order is the scores': so it is exact, and the same on every backend. A NaN is chosen last; its token's
-    weights are NaN. Differentiable with respect to `logits_TE`.
+    whose order is the scores': so it is exact, and the same on every backend. A NaN is chosen last. It makes all weights of
+    its token NaN with the softmax; with the sigmoid only its own, if it is chosen (and by `renormalize` those chosen with
+    it). Differentiable with respect to `logits_TE`.
 
     Args:
         logits_TE: [T, E] float32, float16 or bfloat16, contiguous.

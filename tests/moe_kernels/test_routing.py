@@ -98,6 +98,20 @@ def test_a_nan_is_chosen_last_and_stays_visible(device, backend):
 
 
 @pytest.mark.parametrize("backend", ["torch", "triton"])
+@pytest.mark.parametrize("bias", [None, 0.0])
+def test_a_nan_among_sigmoids_is_its_own(device, backend, bias):
+    nan = float("nan")
+    logits = torch.tensor([[nan, 0.0, 1.0], [nan, 0.0, nan]], device=device)
+    bias_E = None if bias is None else torch.full((3,), bias, device=device)
+    options = {"score_function": "sigmoid", "bias_E": bias_E, "backend": backend}
+    weights, ids = topk_routing(logits, 2, renormalize=False, **options)
+    assert ids.tolist() == [[2, 1], [1, 0]]
+    assert weights.isnan().tolist() == [[False, False], [False, True]] and weights[1, 0] == 0.5
+    weights, _ = topk_routing(logits, 2, renormalize=True, **options)
+    assert weights.isnan().tolist() == [[False, False], [True, True]]
+
+
+@pytest.mark.parametrize("backend", ["torch", "triton"])
 def test_vanishing_scores_are_not_nan(device, backend):
     weights, _ = topk_routing(torch.full((1, 4), -200.0, device=device), 2, score_function="sigmoid", backend=backend)
     assert (weights == 0).all()
