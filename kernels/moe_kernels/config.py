@@ -79,7 +79,9 @@ class GemmConfig:
 
 
 _ANY = 1 << 62  # more than there can be
-# (most rows per expert, config). Shared memory of a tile: (block_m + block_n) * block_k * itemsize * num_stages bytes.
+# (most rows per expert, config). Shared memory of a tile: (block_m + block_n) * block_k * itemsize * num_stages bytes (the
+# epilogue reuses it), which fit the 99 KiB that a block may use on Ada and consumer Ampere, the least of what is supported
+# (A100 163, H100 227; CUDA C++ Programming Guide, "Compute Capabilities").
 _TABLE_16_BIT: tuple[tuple[int, GemmConfig], ...] = (
     (16, GemmConfig(block_m=16, block_n=128, block_k=64, num_warps=4, num_stages=4)),
     (32, GemmConfig(block_m=32, block_n=128, block_k=64, num_warps=4, num_stages=4)),
@@ -90,9 +92,6 @@ _TABLE_32_BIT: tuple[tuple[int, GemmConfig], ...] = (
     (16, GemmConfig(block_m=16, block_n=64, block_k=32, num_warps=4, num_stages=3)),
     (_ANY, GemmConfig(block_m=32, block_n=64, block_k=32, num_warps=4, num_stages=3)),
 )
-# What a block may use, in bytes: 99 KiB on Ada and consumer Ampere, the least of what is supported (A100 163, H100 227;
-# CUDA C++ Programming Guide, "Compute Capabilities"). The rest of a tile's use (epilogue) reuses the stages' memory.
-_SHARED_MEMORY = 99 * 1024
 
 # With TMA, tuned on an H200 (`python -m bench.tune`, docs/performance.md).
 _NARROW = GemmConfig(block_m=16, block_n=128, block_k=128, num_warps=4, num_stages=3, tma=True, swap=True)
@@ -142,7 +141,6 @@ def gemm_config(
     *,
     gated: bool = False,
     tma: bool = False,
-    shared_memory: int = _SHARED_MEMORY,
 ) -> GemmConfig:
     """The configuration of a grouped GEMM.
 
@@ -159,7 +157,6 @@ def gemm_config(
         gated: True for `expert_up`, False for `expert_down`.
         tma: `has_tma(device)`, the same on all ranks; used for 16-bit dtypes where H and I are divisible by 8 (TMA needs
             rows of a multiple of 16 bytes).
-        shared_memory: bytes that a block may use without TMA; it limits only `num_stages`, which changes no bit.
 
     Returns:
         The configuration; `block_m` and `extra_m` depend only on `dtype`, `tma`, H, I, and the buckets of tokens and of rows
@@ -186,9 +183,7 @@ def gemm_config(
     config = next(config for most, config in table if rows_per_expert <= most)
     block_n = min(config.block_n, max(32, _next_power_of_2(n)))
     block_k = min(config.block_k, max(16, _next_power_of_2(k)))
-    stage = (config.block_m + block_n) * block_k * dtype.itemsize
-    num_stages = max(1, min(config.num_stages, shared_memory // stage))
-    return GemmConfig(config.block_m, block_n, block_k, config.num_warps, num_stages, config.group_m)
+    return GemmConfig(config.block_m, block_n, block_k, config.num_warps, config.num_stages, config.group_m)
 
 
 def gemm_configs(

@@ -14,7 +14,10 @@ def shared_memory(config: GemmConfig, dtype: torch.dtype) -> int:
 
 
 def test_every_config_fits_the_smallest_gpu():
-    for dtype, tokens, n, k in itertools.product(DTYPES, (0, 1, 100, 5000, 10**6), (1, 24, 4096), (3, 64, 4096)):
+    """By the portable kernels; 8, 16, 32, ... rows an expert."""
+    for dtype, tokens, n, k in itertools.product(
+        DTYPES, (0, 100, 200, 500, 1000, 2000, 10**6), (1, 24, 4096), (3, 64, 4096)
+    ):
         assert shared_memory(gemm_config(n, k, dtype, tokens, 8, 128), dtype) <= LIMIT
 
 
@@ -51,13 +54,6 @@ def test_without_what_tma_needs_the_portable_kernels_are_chosen():
         assert not gemm_config(**(sizes | change), tma=True).tma
     assert not gemm_config(**(sizes | {"n": 72}), gated=True, tma=True).tma  # 36 columns of each
     assert not has_tma(torch.device("cpu"))
-
-
-def test_less_shared_memory_changes_no_block():
-    large = gemm_config(4096, 4096, torch.bfloat16, 10**6, 8, 128, shared_memory=227 * 1024)
-    small = gemm_config(4096, 4096, torch.bfloat16, 10**6, 8, 128, shared_memory=64 * 1024)
-    assert small.num_stages < large.num_stages
-    assert (small.block_m, small.block_n, small.block_k) == (large.block_m, large.block_n, large.block_k)
 
 
 @pytest.mark.parametrize(
