@@ -1,4 +1,4 @@
-"""`python -m bench.policy`: balance, moves and planning time of the policies, side by side.
+"""``python -m bench.policy``: balance, moves and planning time of the policies, side by side.
 
 For each setup, load and change: every policy plans for the changed load from its own steady state, and what it then reaches
 with the shares it gave is compared with B* (`eplb.metrics.free_placement_bound`), which no placement beats. A move is an expert
@@ -12,7 +12,6 @@ the policy adaptive from deepseek's plan without twins, so with nothing prepared
 
 from __future__ import annotations
 
-import argparse
 import json
 import os
 import sys
@@ -23,6 +22,7 @@ from pathlib import Path
 
 import numpy as np
 
+from bench.command import make_parser
 from bench.environment import environment
 from eplb.metrics import free_placement_bound, max_over_mean, rank_loads
 from eplb.placement import Placement
@@ -266,7 +266,7 @@ def plot(records: Sequence[dict], curves: dict[str, list[tuple[float, float]]], 
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(prog="python -m bench.policy", description=__doc__.partition("\n")[0])
+    parser = make_parser("policy", __doc__)
     parser.add_argument("--json", type=Path, metavar="FILE", help="one record per setup, load, change and policy")
     parser.add_argument("--details", type=Path, metavar="FILE", help="machine, times of the shares, waves and curves")
     parser.add_argument("--plot", type=Path, metavar="FILE", help="picture (needs matplotlib)")

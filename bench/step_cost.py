@@ -6,15 +6,17 @@ for inside the measured time, as `step()` does not wait for it.
 """
 
 import argparse
-import csv
-import statistics
+import sys
 import time
+from collections.abc import Sequence
 from pathlib import Path
 
 import torch
 from torch import nn
 
-from bench.environment import environment
+from bench.command import make_parser
+from bench.report import Report, add_device
+from bench.timing import Timing, synchronize
 from eplb import EplbConfig, EplbController, SlotPool, TensorSpec
 from eplb.fill import Handoff
 from eplb.resident import ResidentExperts
@@ -36,36 +38,39 @@ class Layer(nn.Module):
         return None
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(prog="python -m bench.step_cost", description=(__doc__ or "").splitlines()[0])
+def main(arguments: Sequence[str] | None = None) -> int:
+    parser = make_parser("step_cost", __doc__)
     parser.add_argument("--layers", type=int, default=58, help="default: DeepSeek-R1's MoE layers")
     parser.add_argument("--experts", type=int, default=256)
     parser.add_argument("--repeats", type=int, default=2000)
-    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
-    parser.add_argument("--csv", type=Path)
-    arguments = parser.parse_args()
-    rows = []
-    for kind, samples in measure(arguments).items():
-        p20, median, p80 = statistics.quantiles(samples, n=10)[1::3]
-        rows.append({"step": kind, "median_us": round(median, 2), "p20_us": round(p20, 2), "p80_us": round(p80, 2)})
-        print(f"{kind:<10} {median:8.2f} µs  (p20 {p20:.2f}, p80 {p80:.2f}, of {len(samples)})")
-    if arguments.csv:
-        shape = {"layers": arguments.layers, "experts": arguments.experts}
-        with arguments.csv.open("w", newline="") as file:
-            writer = csv.DictWriter(file, [*rows[0], *shape, *environment()])
-            writer.writeheader()
-            writer.writerows([{**row, **shape, **environment()} for row in rows])
+    add_device(parser)
+    parser.add_argument("--csv", type=Path, metavar="FILE")
+    options = parser.parse_args(arguments)
+    with Report(options.csv) as report:
+        for kind, timing in measure(options).items():
+            report.row(
+                {
+                    "step": kind,
+                    "median_us": timing.median_us,
+                    "p20_us": timing.p20_us,
+                    "p80_us": timing.p80_us,
+                    "layers": options.layers,
+                    "experts": options.experts,
+                }
+            )
+            spread = f"p20 {timing.p20_us:.2f}, p80 {timing.p80_us:.2f}, of {timing.num_samples}"
+            report.line(f"{kind:<10} {timing.median_us:8.2f} µs  ({spread})")
+    return 0
 
 
-def measure(arguments: argparse.Namespace) -> dict[str, list[float]]:
-    device = torch.device(arguments.device)
-    if device.type == "cuda":
-        device = torch.device("cuda", torch.cuda.current_device())
+def measure(options: argparse.Namespace) -> dict[str, Timing]:
+    """By kind of step."""
+    device = options.device
     streams = streams_of(device)
-    pool = SlotPool([TensorSpec("weight", (16,), torch.uint8)], arguments.layers * arguments.experts + 1, device)
+    pool = SlotPool([TensorSpec("weight", (16,), torch.uint8)], options.layers * options.experts + 1, device)
     layers = [
         ResidentExperts(
-            num_experts=arguments.experts,
+            num_experts=options.experts,
             num_redundant_experts=0,
             num_shadow_slots=1,
             rank=0,
@@ -73,26 +78,25 @@ def measure(arguments: argparse.Namespace) -> dict[str, list[float]]:
             pool=pool,
             streams=streams,
         )
-        for _ in range(arguments.layers)
+        for _ in range(options.layers)
     ]
     # A window of two steps in each interval of ten: 7 quiet steps, 3 snapshots. The worker does what it always does.
     config = EplbConfig(step_interval=10, window_size=2, window_samples=2, policy="static")
     samples: dict[str, list[float]] = {"quiet": [], "snapshot": [], "flip": []}
     with EplbController(config) as eplb:
         eplb.register(nn.ModuleList([Layer(layer) for layer in layers]))
-        for number in range(-100, arguments.repeats):
+        for number in range(-100, options.repeats):
             kind = "snapshot" if eplb._steps % 10 in (7, 8, 9) else "quiet"
             elapsed = _timed(eplb.step)
             if number >= 0:
                 samples[kind].append(elapsed)
-        for number in range(-10, arguments.repeats // 10):
+        for number in range(-10, options.repeats // 10):
             handoff = _staged(layers, number + 11)
             elapsed = _timed(lambda handoff=handoff: eplb._flip(handoff))
             if number >= 0:
                 samples["flip"].append(elapsed)
-            if device.type == "cuda":
-                torch.cuda.synchronize()
-    return samples
+            synchronize(device)
+    return {kind: Timing.of(of_kind) for kind, of_kind in samples.items()}
 
 
 def _staged(layers: list[ResidentExperts], version: int) -> Handoff:
@@ -111,4 +115,4 @@ def _timed(call) -> float:  # type: ignore[no-untyped-def]
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main())

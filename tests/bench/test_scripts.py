@@ -10,7 +10,7 @@ import pytest
 import torch
 from triton.runtime.errors import OutOfResources
 
-from bench import moe_forward, providers, table_cost, table_flip
+from bench import moe_forward, policy, providers, step_cost, table_cost, table_flip
 from bench.environment import environment
 
 TINY = ["--shapes", "8:2:64:32", "--tokens", "1,20", "--seconds", "0.01", "--device", "cpu"]
@@ -167,6 +167,26 @@ def test_table_cost_fails_if_bits_differ(monkeypatch, capsys):
     monkeypatch.setattr(table_cost.MoELayer, "forward", lambda self, x, **_: torch.zeros_like(x))
     assert table_cost.main(TINY) == 1
     assert "other bits" in capsys.readouterr().err
+
+
+def test_step_cost(tmp_path, capsys):
+    path = tmp_path / "out.csv"
+    arguments = ["--layers", "2", "--experts", "4", "--repeats", "40", "--device", "cpu", "--csv", str(path)]
+    assert step_cost.main(arguments) == 0
+    rows = rows_of(path)
+    assert [(row["step"], row["layers"], row["experts"]) for row in rows] == [
+        (kind, "2", "4") for kind in ("quiet", "snapshot", "flip")
+    ]
+    assert all(float(row["p20_us"]) <= float(row["median_us"]) <= float(row["p80_us"]) for row in rows)
+    assert "of 28)" in capsys.readouterr().out  # quiet steps: 7 of 10
+
+
+@pytest.mark.parametrize("script", [policy, step_cost])
+def test_help_is_the_first_line(script, capsys):
+    with pytest.raises(SystemExit):
+        script.main(["--help"])
+    described = script.__doc__.partition("``: ")[2].partition("\n")[0]
+    assert described in " ".join(capsys.readouterr().out.split())
 
 
 def test_table_flip(tmp_path):
