@@ -168,7 +168,7 @@ class MoELayer(nn.Module):
 
         Args:
             x: hidden states ``[..., H]`` in the layer's dtype and on its device. Every rank of the group calls the
-                layer equally often; a rank without tokens passes an empty tensor.
+                layer and its backward equally often; a rank without tokens passes an empty tensor.
             token_mask: bool ``[...]``; False marks padding, which is routed nowhere, not counted, and comes back as 0.
             router_logits: ``[..., E]``, float32, float16 or bfloat16, from a router of the model's own; None: the layer's.
 

@@ -41,12 +41,14 @@ class Recomputed(torch.autograd.Function):
     @torch.autograd.function.once_differentiable
     def backward(ctx: Any, grad_TH: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
         x_TH, weights_TK, *_ = ctx.saved_tensors
-        wanted = ctx.needs_input_grad[4:]
+        # The first two also where nobody wants them: their gradients travel between ranks, and a rank that asked for fewer
+        # (x may require grad on some ranks alone) would take part in fewer collectives than the others.
+        asked = (True, True, *ctx.needs_input_grad[6:])
         x_TH, weights_TK = x_TH.detach().requires_grad_(), weights_TK.detach().requires_grad_()
         with torch.enable_grad():
             y_TH = ctx.compute(x_TH, weights_TK, ctx.lanes_TK, ctx.counts_L)
         inputs = (x_TH, weights_TK, *ctx.experts.parameters())
-        kept = [tensor for tensor, is_wanted in zip(inputs, wanted, strict=True) if is_wanted]
+        kept = [tensor for tensor, is_asked in zip(inputs, asked, strict=True) if is_asked]
         grads = iter(torch.autograd.grad(y_TH, kept, grad_TH))
         ctx.pin.used_on(ctx.experts.resident.streams.current())
-        return None, None, None, None, *(next(grads) if is_wanted else None for is_wanted in wanted)
+        return None, None, None, None, *(next(grads) if is_asked else None for is_asked in asked)

@@ -33,6 +33,7 @@ def test_two_ranks(rank, num_ranks, group, device):
     check_masks(rank, group, device)
     check_gradients(rank, num_ranks, group, device, trainable=False)
     check_gradients(rank, num_ranks, group, device, trainable=True)
+    check_gradients_of_x_on_some_ranks(rank, group, device)
     check_shared_pool(group, device)
     check_range_scope(rank, num_ranks, group, device)
     check_seeds(rank, group, device)
@@ -188,6 +189,22 @@ def check_gradients(rank, num_ranks, group, device, trainable):
             dist.all_reduce(total, group=group)
             close(total.to(whole), whole, name)
             assert whole.abs().max() > 0.01
+
+
+def check_gradients_of_x_on_some_ranks(rank, group, device):
+    """A rank without tokens passes an empty tensor of its own, which requires no grad; its backward takes part nevertheless."""
+    layer = make_layer(group, device)
+    x = torch.randn(6, HIDDEN, generator=torch.Generator().manual_seed(0)).to(device).requires_grad_()
+    grads = []
+    for without in (torch.empty(0, HIDDEN, device=device, requires_grad=True), torch.empty(0, HIDDEN, device=device)):
+        mine = x if rank == 0 else without
+        mine.grad = None
+        layer.zero_grad()
+        layer(mine).square().sum().backward()
+        grads.append((mine.grad, layer.gate.weight.grad))
+    (one, one_gate), (other, other_gate) = grads
+    assert torch.equal(one_gate, other_gate)
+    assert torch.equal(one, other) if rank == 0 else other is None
 
 
 def close(actual: torch.Tensor, expected: torch.Tensor, name: str) -> None:
