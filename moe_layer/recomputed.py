@@ -32,6 +32,7 @@ class Recomputed(torch.autograd.Function):
         *parameters: nn.Parameter,
     ) -> torch.Tensor:
         ctx.compute, ctx.experts, ctx.lanes_TK, ctx.counts_L = compute, experts, lanes_TK, counts_L
+        ctx.parameters = parameters
         ctx.pin = experts.resident.pin()
         # Parameters only so that autograd notices if they are changed in between.
         ctx.save_for_backward(x_TH, weights_TK, *(parameter for parameter in parameters if parameter.requires_grad))
@@ -41,13 +42,20 @@ class Recomputed(torch.autograd.Function):
     @torch.autograd.function.once_differentiable
     def backward(ctx: Any, grad_TH: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
         x_TH, weights_TK, *_ = ctx.saved_tensors
+        parameters = tuple(ctx.experts.parameters())
+        if any(now is not then for now, then in zip(parameters, ctx.parameters, strict=True)):
+            raise RuntimeError(
+                "the experts' parameters are no longer those of the forward, which this backward repeats with what the layer "
+                "holds: torch.func.functional_call() cannot replace the experts' parameters of a layer that is registered "
+                "with an EplbController or spread over ranks"
+            )
         # The first two also where nobody wants them: their gradients travel between ranks, and a rank that asked for fewer
         # (x may require grad on some ranks alone) would take part in fewer collectives than the others.
         asked = (True, True, *ctx.needs_input_grad[6:])
         x_TH, weights_TK = x_TH.detach().requires_grad_(), weights_TK.detach().requires_grad_()
         with torch.enable_grad():
             y_TH = ctx.compute(x_TH, weights_TK, ctx.lanes_TK, ctx.counts_L)
-        inputs = (x_TH, weights_TK, *ctx.experts.parameters())
+        inputs = (x_TH, weights_TK, *parameters)
         kept = [tensor for tensor, is_asked in zip(inputs, asked, strict=True) if is_asked]
         grads = iter(torch.autograd.grad(y_TH, kept, grad_TH))
         ctx.pin.used_on(ctx.experts.resident.streams.current())

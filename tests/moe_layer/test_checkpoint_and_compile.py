@@ -1,4 +1,4 @@
-"""What PyTorch does around a layer: activation checkpointing and `torch.compile`."""
+"""What PyTorch does around a layer: activation checkpointing, `torch.func.functional_call` and `torch.compile`."""
 
 import pytest
 import torch
@@ -53,6 +53,28 @@ def test_a_forward_after_a_backward_is_counted(device):
     checkpoint(layer, x, use_reentrant=False).sum().backward()
     layer(x)
     assert layer.resident.load_E.sum() == 16
+
+
+@pytest.mark.parametrize("name", ["gate_up_proj", "down_proj"])
+@pytest.mark.parametrize("trainable_experts", [False, True])
+def test_parameters_that_were_there_for_the_forward_alone(trainable_experts, name, device):
+    """A layer on its own gives their gradient; a registered one, whose backward repeats the forward, says that it cannot."""
+    layer = make_layer(device, trainable_experts=trainable_experts)
+    x = torch.randn(12, 32, device=device, requires_grad=True)
+    doubled = (2 * layer.experts.get_parameter(name).detach()).requires_grad_(trainable_experts)
+
+    def run(x: torch.Tensor) -> torch.Tensor:
+        return torch.func.functional_call(layer, {f"experts.{name}": doubled}, x)
+
+    of_x = gradients(layer, x, run)[0]
+    assert (doubled.grad is not None) == trainable_experts
+    expected = gradients(layer, x, layer)
+    assert not torch.equal(of_x, expected[0])
+    EplbController(EplbConfig(use_async=False)).register(layer)
+    with pytest.raises(RuntimeError, match=r"no longer those of the forward.*functional_call\(\) cannot replace"):
+        gradients(layer, x, run)
+    for one, other in zip(gradients(layer, x, layer), expected, strict=True):
+        assert torch.equal(one, other)
 
 
 @pytest.fixture
