@@ -15,6 +15,7 @@ from eplb.pool import SlotPool, SlotState, TensorSpec
 from eplb.resident import ResidentExperts
 from eplb.streams import streams_of
 from moe_kernels import build_schedule, expert_down, expert_up, gemm_configs, has_tma
+from moe_layer.arguments import resolve_device
 from moe_layer.collectives import all_gather_flags, broadcast_
 from moe_layer.dispatch import Dispatched
 
@@ -244,15 +245,17 @@ class Experts(nn.Module):
         )
         return specs, probes[0].device
 
-    def refuse_if_bound_and_changed(self, fn: Any) -> None:
-        """Raises RuntimeError if `fn` would move or cast experts that others hold the addresses of."""
+    def refuse_conversion(self, fn: Any) -> None:
+        """Raises RuntimeError if `fn` would move or cast experts whose addresses others hold, ValueError for a bad device."""
         pool = self.resident.pool
-        if self._specs_after(fn) != (pool.specs, pool.device):
+        specs, device = self._specs_after(fn)
+        if (specs, device) != (pool.specs, pool.device):
             self.refuse_if_bound("moving or casting the experts")
+        resolve_device(device)
 
     def _apply(self, fn: Any, recurse: bool = True) -> "Experts":
         del recurse
-        self.refuse_if_bound_and_changed(fn)
+        self.refuse_conversion(fn)
         specs, device = self._specs_after(fn)
         pool = self.resident.pool
         if (specs, device) != (pool.specs, pool.device):

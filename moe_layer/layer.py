@@ -258,10 +258,12 @@ class MoELayer(nn.Module):
         dispatched = self.dispatcher.dispatch(x_TH, weights_TK, lanes_TK, counts_L)
         return self.dispatcher.combine(self.experts(dispatched), dispatched, self.backend)
 
+    @torch.inference_mode(False)  # or its new tensors could be written in that mode alone
     def _apply(self, fn: Any, recurse: bool = True) -> "MoELayer":
-        self.experts.refuse_if_bound_and_changed(fn)  # before any other part has changed
+        self.experts.refuse_conversion(fn)  # before any other part has changed
         return super()._apply(fn, recurse)
 
+    @torch.inference_mode(False)
     def __deepcopy__(self, memo: dict[int, Any]) -> "MoELayer":
         for shared in (self.process_group, self.dispatcher):
             memo[id(shared)] = shared

@@ -1,16 +1,28 @@
 """Layers made or used in modes that change what their tensors may be."""
 
+import copy
+
 import pytest
 import torch
+from torch import nn
 
 from eplb import EplbConfig, EplbController
 from moe_layer import LocalDispatcher, MoELayer
 
+IN_INFERENCE_MODE = {
+    "built": lambda layer: MoELayer(16, 8, 4, 2, device=layer.gate.weight.device),
+    "copied": copy.deepcopy,
+    "cast": lambda layer: layer.to(torch.bfloat16),
+    "inside a model": lambda layer: copy.deepcopy(nn.Sequential(layer)).half()[0],
+}
 
-def test_a_layer_built_in_inference_mode_serves_loads_and_warms_up_outside(device):
+
+@pytest.mark.parametrize("made", IN_INFERENCE_MODE)
+def test_a_layer_made_in_inference_mode_serves_loads_warms_up_and_learns_outside(made, device):
+    layer = MoELayer(16, 8, 4, 2, device=device)
     with torch.inference_mode():
-        layer = MoELayer(16, 8, 4, 2, device=device)
-    x = torch.randn(5, 16, device=device)
+        layer = IN_INFERENCE_MODE[made](layer)
+    x = torch.randn(5, 16, device=device, dtype=layer.gate.weight.dtype)
     with torch.no_grad():
         expected = layer(x)
     layer.load_state_dict(layer.state_dict())
@@ -20,6 +32,18 @@ def test_a_layer_built_in_inference_mode_serves_loads_and_warms_up_outside(devic
         assert torch.equal(layer(x), expected)
     assert layer.resident.load_E.sum() == 10
     with torch.inference_mode():
+        assert torch.equal(layer(x), expected)
+    layer(x).sum().backward()
+    assert layer.gate.weight.grad is not None
+
+
+def test_a_device_that_cannot_be_leaves_every_part_where_it_was(device):
+    layer = MoELayer(16, 8, 4, 2, device=device)
+    x = torch.randn(5, 16, device=device)
+    with torch.no_grad():
+        expected = layer(x)
+        with pytest.raises(ValueError, match=r"device must be a CPU or a CUDA device, got .*meta"):
+            layer.to("meta")
         assert torch.equal(layer(x), expected)
 
 
