@@ -149,14 +149,18 @@ class MoELayer(nn.Module):
 
     @torch.no_grad()
     def reset_parameters(self) -> None:
-        """Draw all weights anew, uniform as in `nn.Linear`; equal on all ranks (rank 0's random state decides). Collective."""
+        """Draw all weights anew, uniform as in `nn.Linear`; equal on all ranks (rank 0's random state decides). Collective.
+
+        Like loading, it first waits until no relocation is under way.
+        """
         seed = torch.randint(2**31, (1,), device="cpu").to(self.gate.weight.device)
         if self.process_group is not None:
             broadcast_(seed, 0, self.process_group)
         device = self.gate.weight.device
         bound = self.hidden_size**-0.5
-        self.gate.weight.uniform_(-bound, bound, generator=torch.Generator(device).manual_seed(int(seed)))
-        self.experts.reset_parameters(int(seed) + 1)
+        with self.resident.quiesced():
+            self.gate.weight.uniform_(-bound, bound, generator=torch.Generator(device).manual_seed(int(seed)))
+            self.experts.reset_parameters(int(seed) + 1)
 
     def forward(
         self,

@@ -1,5 +1,7 @@
 """Saving and loading in logical order, on one rank; `test_expert_parallel.py` has the rest."""
 
+from contextlib import contextmanager
+
 import pytest
 import torch
 
@@ -183,3 +185,18 @@ def test_a_registered_layer_loads_before_and_after_its_controller_steps(device):
         layer.load_state_dict(make_moved(device).state_dict())
         assert_equal_states(layer.state_dict(), make_moved(device).state_dict())
         controller.step()
+
+
+def test_drawing_weights_anew_waits_for_relocations_as_loading_does(device):
+    layer = make_layer(device)
+    before = layer.state_dict()
+
+    @contextmanager
+    def quiesced():
+        raise TimeoutError("relocations are under way")
+        yield
+
+    layer.resident.quiesced = quiesced
+    with pytest.raises(TimeoutError, match="under way"):
+        layer.reset_parameters()
+    assert_equal_states(layer.state_dict(), before)
