@@ -81,6 +81,8 @@ class MoELayer(nn.Module):
         num_ranks, rank = 1, 0
         if process_group is not None:
             num_ranks, rank = dist.get_world_size(process_group), dist.get_rank(process_group)
+            if rank < 0:
+                raise ValueError(f"process_group must be one that rank {dist.get_rank()} is in, got {process_group!r}")
         num_physical = physical_per_rank(hidden_size, intermediate_size, num_experts, num_redundant_experts, num_ranks)
         check_integer("top_k", top_k, 1)
         check_integer("num_shadow_slots", num_shadow_slots, 0)
