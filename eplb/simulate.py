@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 import json
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import asdict
 from pathlib import Path
 
@@ -21,27 +21,37 @@ except ModuleNotFoundError:  # an extra; without it there is no progress bar, wh
     tqdm = None
 
 
+def _at_least(least: int) -> Callable[[str], int]:
+    def integer(text: str) -> int:
+        value = int(text)
+        if value < least:
+            raise argparse.ArgumentTypeError(f"must be at least {least}, got {value}")
+        return value
+
+    return integer
+
+
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="python -m eplb.simulate", description=__doc__)
     source = parser.add_argument_group("load")
     source.add_argument("--trace", type=Path, help=".npz/.npy with load_BLE, or .pt with logical_count (SGLang)")
     source.add_argument("--load", default="lognormal:0.8", help="zipf:S, lognormal:SIGMA, uniform, deepseek")
     source.add_argument("--change", default="noise:0.05", help="none, noise:SIGMA (drift), hotset, new")
-    source.add_argument("--change-every", type=int, default=1, metavar="WINDOWS")
-    source.add_argument("--layers", type=int, default=26)
-    source.add_argument("--experts", type=int, default=64)
-    source.add_argument("--windows", type=int, default=20)
-    source.add_argument("--assignments-per-batch", type=int, default=8192, help="tokens · top-k of a batch")
-    source.add_argument("--seed", type=int, default=0)
+    source.add_argument("--change-every", type=_at_least(1), default=1, metavar="WINDOWS")
+    source.add_argument("--layers", type=_at_least(1), default=26)
+    source.add_argument("--experts", type=_at_least(1), default=64)
+    source.add_argument("--windows", type=_at_least(1), default=20)
+    source.add_argument("--assignments-per-batch", type=_at_least(1), default=8192, help="tokens · top-k of a batch")
+    source.add_argument("--seed", type=_at_least(0), default=0)
     system = parser.add_argument_group("system")
-    system.add_argument("--ranks", type=int, default=4)
-    system.add_argument("--ranks-per-node", type=int)
-    system.add_argument("--groups", type=int, default=1, help="groups of experts, for node-limited routing")
-    system.add_argument("--redundant", type=int, default=8, help="redundant experts of a layer")
-    system.add_argument("--free-slots", type=int, default=1, help="of each rank, shared by all layers")
-    system.add_argument("--bytes-per-expert", type=int, default=0)
-    system.add_argument("--batches-per-window", type=int, default=16)
-    system.add_argument("--sub-windows", type=int, default=4)
+    system.add_argument("--ranks", type=_at_least(1), default=4)
+    system.add_argument("--ranks-per-node", type=_at_least(1))
+    system.add_argument("--groups", type=_at_least(1), default=1, help="groups of experts, for node-limited routing")
+    system.add_argument("--redundant", type=_at_least(0), default=8, help="redundant experts of a layer")
+    system.add_argument("--free-slots", type=_at_least(1), default=1, help="of each rank, shared by all layers")
+    system.add_argument("--bytes-per-expert", type=_at_least(0), default=0)
+    system.add_argument("--batches-per-window", type=_at_least(1), default=16)
+    system.add_argument("--sub-windows", type=_at_least(1), default=4)
     parser.add_argument("--policies", default="static,deepseek,adaptive", help="comma-separated names")
     parser.add_argument("--min-gain", type=float, help="of the policy adaptive")
     parser.add_argument("--json", type=Path, metavar="FILE", help="write all windows of all policies")
@@ -92,10 +102,8 @@ def _run(
 ) -> dict[str, list[WindowResult]]:
     if not names:
         raise ValueError(f"policies={options.policies!r}: names none; known policies: {', '.join(known_policies())}")
-    policies = {
-        name: make_policy(name, **({"min_gain": options.min_gain} if name == "adaptive" and options.min_gain else {}))
-        for name in names
-    }
+    own = {} if options.min_gain is None else {"adaptive": {"min_gain": options.min_gain}}
+    policies = {name: make_policy(name, **own.get(name, {})) for name in names}
     batches = min(options.batches_per_window, trace.load_BLE.shape[0])
     total = len(names) * (trace.load_BLE.shape[0] // batches)
     bar = tqdm(total=total, unit="window", file=sys.stderr) if tqdm else None

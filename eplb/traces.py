@@ -70,6 +70,18 @@ def load_trace(path: str | Path) -> Trace:
     return Trace(path.name, load[None] if load.ndim == 2 else load)
 
 
+def _number_in(argument: str, value: str) -> float:
+    """The parameter of "zipf:0.8" and its like."""
+    name, _, parameter = value.partition(":")
+    try:
+        number = float(parameter)
+    except ValueError:
+        number = -1.0
+    if not 0 <= number < np.inf:
+        raise ValueError(f"{argument}={value!r}: {name} needs a number that is not negative, as in '{name}:0.8'")
+    return number
+
+
 def base_load(kind: str, num_layers: int, num_experts: int, rng: np.random.Generator) -> np.ndarray:
     """Expected load of each expert, mean 1: [L, E].
 
@@ -79,7 +91,7 @@ def base_load(kind: str, num_layers: int, num_experts: int, rng: np.random.Gener
     Raises:
         ValueError: an unknown kind, a bad parameter, or "deepseek" with another shape.
     """
-    name, _, parameter = kind.partition(":")
+    name = kind.partition(":")[0]
     if name == "deepseek":
         if (num_layers, num_experts) != DEEPSEEK_EXAMPLE.shape:
             raise ValueError(f"load='deepseek' has 2 layers of 12 experts, not {num_layers} of {num_experts}")
@@ -87,12 +99,7 @@ def base_load(kind: str, num_layers: int, num_experts: int, rng: np.random.Gener
     elif name == "uniform":
         load = np.ones((num_layers, num_experts))
     elif name in ("zipf", "lognormal"):
-        try:
-            value = float(parameter)
-        except ValueError:
-            value = -1.0
-        if not 0 <= value < np.inf:
-            raise ValueError(f"load={kind!r}: {name} needs a number that is not negative, as in '{name}:0.8'")
+        value = _number_in("load", kind)
         if name == "zipf":
             ranked = np.arange(1, num_experts + 1, dtype=np.float64) ** -value
             load = np.stack([rng.permutation(ranked) for _ in range(num_layers)])
@@ -110,13 +117,13 @@ def change_load(load_LE: np.ndarray, change: str, kind: str, rng: np.random.Gene
     at least one, exchange their loads with as many others); "new" (drawn anew from `kind`).
 
     Raises:
-        ValueError: an unknown change.
+        ValueError: an unknown change, or a bad parameter.
     """
-    name, _, parameter = change.partition(":")
+    name = change.partition(":")[0]
     if name == "none":
         return load_LE
     if name == "noise":
-        return load_LE * rng.lognormal(0.0, float(parameter), load_LE.shape)
+        return load_LE * rng.lognormal(0.0, _number_in("change", change), load_LE.shape)
     if name == "new":
         return base_load(kind, load_LE.shape[0], load_LE.shape[1], rng)
     if name != "hotset":
@@ -151,6 +158,8 @@ def generate(
         ValueError: an unknown kind or change, or a number that is not positive.
     """
     for name, value in (
+        ("num_layers", num_layers),
+        ("num_experts", num_experts),
         ("num_windows", num_windows),
         ("batches_per_window", batches_per_window),
         ("change_every", change_every),

@@ -94,8 +94,9 @@ def test_generators():
             base_load(kind, 2, 8, rng)
     with pytest.raises(ValueError, match="deepseek"):
         base_load("deepseek", 2, 8, rng)
-    with pytest.raises(ValueError, match="change="):
-        change_load(zipf, "sometimes", "zipf:1", rng)
+    for change in ("sometimes", "noise", "noise:-1", "noise:nan", "noise:x"):
+        with pytest.raises(ValueError, match=f"change='{change}'"):
+            change_load(zipf, change, "zipf:1", rng)
 
 
 def test_traces_from_files(tmp_path):
@@ -136,7 +137,39 @@ def test_command_says_what_is_wrong(tmp_path, capsys):
     assert command.main(["--policies", "nope", "--windows", "2"]) == 2
     assert "known policies" in capsys.readouterr().err
     assert command.main(["--trace", str(tmp_path / "none.npz")]) == 2
-    assert command.main(["--load", "zipf:no"]) == 2
+    for arguments, message in (
+        (["--load", "zipf:no"], "load='zipf:no': zipf needs a number"),
+        (["--change", "noise"], "change='noise': noise needs a number that is not negative"),
+        (["--change", "noise:-1"], "change='noise:-1': noise needs a number that is not negative"),
+        (["--min-gain", "-1"], "min_gain=-1.0: must be finite and not negative"),
+    ):
+        assert command.main(arguments) == 2
+        assert message in capsys.readouterr().err
+    np.savez(tmp_path / "a.npz", load_BLE=np.ones((4, 2, 8)))
+    for name in (
+        "--layers",
+        "--experts",
+        "--windows",
+        "--batches-per-window",
+        "--sub-windows",
+        "--free-slots",
+        "--ranks",
+    ):
+        with pytest.raises(SystemExit):
+            command.main(["--trace", str(tmp_path / "a.npz"), name, "0"])
+        assert f"argument {name}: must be at least 1, got 0" in capsys.readouterr().err
+
+
+def test_a_min_gain_of_zero_is_zero(monkeypatch):
+    made = {}
+
+    def make(name, **options):
+        made[name] = options
+        return make_policy("static")
+
+    monkeypatch.setattr(command, "make_policy", make)
+    assert command.main(["--windows", "1", "--layers", "1", "--policies", "adaptive,deepseek", "--min-gain", "0"]) == 0
+    assert made == {"adaptive": {"min_gain": 0.0}, "deepseek": {}}
 
 
 def test_bad_sizes_are_refused():
@@ -150,5 +183,7 @@ def test_bad_sizes_are_refused():
     for options, name in cases:
         with pytest.raises(ValueError, match=name):
             simulate(trace, policy, topology, num_redundant_experts=0, **options)
-    with pytest.raises(ValueError, match="num_windows=0"):
-        generate("uniform", "none", num_layers=1, num_experts=4, num_windows=0, batches_per_window=1)
+    sizes = {"num_layers": 1, "num_experts": 4, "num_windows": 1, "batches_per_window": 1}
+    for name in sizes:
+        with pytest.raises(ValueError, match=f"{name}=0"):
+            generate("uniform", "none", **{**sizes, name: 0})
