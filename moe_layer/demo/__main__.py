@@ -8,6 +8,7 @@ from pathlib import Path
 
 import torch
 
+from moe_layer.arguments import check_integer
 from moe_layer.demo.launch import launch
 from moe_layer.demo.report import draw, figures, table
 from moe_layer.demo.serve import Setup
@@ -76,15 +77,23 @@ def _setup(arguments: argparse.Namespace) -> Setup:
     if device == "cuda" and not torch.cuda.is_available():
         raise SystemExit("--device cuda: this PyTorch sees no CUDA device")
     num_gpus = torch.cuda.device_count() if device == "cuda" else 0
-    ranks = arguments.ranks or (num_gpus if num_gpus > 1 else 4)
+    ranks = arguments.ranks if arguments.ranks is not None else (num_gpus if num_gpus > 1 else 4)
     if ranks < 2:
         raise SystemExit(f"--ranks must be at least 2, got {ranks}: one rank has nothing to balance")
+    redundant = arguments.num_redundant_experts if arguments.num_redundant_experts is not None else 2 * ranks
+    sizes = dict(GPU if device == "cuda" else CPU)
+    sizes |= {name: value for name in sizes if (value := getattr(arguments, name)) is not None}
+    try:
+        check_integer("--step-interval", arguments.step_interval, 1)
+        check_integer("--num-redundant-experts", redundant, 0)
+        for name, value in sizes.items():
+            check_integer(f"--{name.replace('_', '-')}", value, 1)
+    except ValueError as error:
+        raise SystemExit(str(error)) from error
     if arguments.steps < 2 * arguments.step_interval:
         raise SystemExit(
             f"--steps must be at least twice --step-interval={arguments.step_interval}, got {arguments.steps}"
         )
-    sizes = {name: getattr(arguments, name) or (GPU if device == "cuda" else CPU)[name] for name in CPU}
-    redundant = arguments.num_redundant_experts
     return Setup(
         ranks=ranks,
         device=device,
@@ -92,7 +101,7 @@ def _setup(arguments: argparse.Namespace) -> Setup:
         backend="nccl" if num_gpus >= ranks else "gloo",
         dtype=torch.bfloat16 if device == "cuda" else torch.float32,
         steps=arguments.steps,
-        num_redundant_experts=2 * ranks if redundant is None else redundant,
+        num_redundant_experts=redundant,
         step_interval=arguments.step_interval,
         window_size=arguments.step_interval,
         policy=arguments.policy,
