@@ -35,6 +35,8 @@ class MoELayer(nn.Module):
 
     In place of a decoder block's MLP. On its own it is a plain layer; registered with an `EplbController`, its experts
     are relocated and replicated in the background as the load asks for, and every output stays what it was, bit for bit.
+    Forwards that are compiled (`torch.compile`) or replayed from a CUDA graph must then run on the stream that calls `step()`;
+    others may run on any.
 
     Args:
         hidden_size: H.
