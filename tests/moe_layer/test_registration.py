@@ -49,12 +49,12 @@ def test_finds_every_layer_of_a_model_and_says_how_many(device):
 @pytest.mark.parametrize("dense_first", [False, True])
 def test_a_dense_model_beside_one_with_experts(dense_first, device):
     dense, drafter = nn.Linear(16, 16, device=device), Model(device)
-    with EplbController(EplbConfig(**QUICK)) as controller:
+    with EplbController(EplbConfig(**QUICK, use_async=False)) as controller:
         found = [controller.register(model) for model in ([dense, drafter] if dense_first else [drafter, dense])]
         assert sorted(found) == [0, 2]
         for _ in range(6):
             controller.step()
-        assert controller.health().last_error is None
+        assert controller.metrics().proposals == 3 and controller.health().last_error is None
 
 
 def test_step_without_any_moe_layer_says_so(device):
@@ -271,11 +271,11 @@ def test_layers_share_a_pool_and_its_free_slots(device):
 
 def test_a_model_with_a_shared_pool_is_registered_and_steps(device):
     pool = make_pool(2, 16, 8, 4, device=device)
-    with EplbController(EplbConfig(**QUICK)) as controller:
+    with EplbController(EplbConfig(**QUICK, use_async=False)) as controller:
         assert controller.register(Model(device, pool=pool)) == 2
         for _ in range(6):
             controller.step()
-        assert controller.health().last_error is None
+        assert controller.metrics().proposals == 3 and controller.health().last_error is None
 
 
 # ---- serving on one rank
