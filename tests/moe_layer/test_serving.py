@@ -258,7 +258,7 @@ def check_inside_step(rank, group, device) -> None:
 
 def check_failures_inside_step(rank, group, device) -> None:
     """use_async=False: a rank that loses its load window, in whichever way, keeps nobody waiting (I6)."""
-    service = make_service(rank, group, device, use_async=False, peer_timeout=3.0)
+    service = make_service(rank, group, device, use_async=False, peer_timeout=60.0)
     failing = {4: (0, "_download"), 8: (0, "_snapshot"), 12: (2, "_download"), 16: (2, "_snapshot")}
     for step in range(1, 25):
         service.forward()
@@ -271,7 +271,7 @@ def check_failures_inside_step(rank, group, device) -> None:
             setattr(recorder, name, failing_once(recorder, name))
         started = time.monotonic()
         service.controller.step()
-        assert time.monotonic() - started < 2.0, f"step {step}: waited for rank {failing_rank}, whose {name}() failed"
+        assert time.monotonic() - started < 30.0, f"step {step}: waited for rank {failing_rank}, whose {name}() failed"
         if step == 20:
             before = service.controller.metrics().waves
     assert service.controller.metrics().waves > before, "it does not recover"
