@@ -4,7 +4,7 @@ from typing import Any
 
 import torch
 
-DTYPES = (torch.float32, torch.float16, torch.bfloat16)
+from moe_kernels.checks import FLOATS
 
 
 def check_integer(name: str, value: Any, least: int) -> None:
@@ -49,7 +49,7 @@ def physical_per_rank(
 def resolve_dtype(dtype: Any) -> torch.dtype:
     """`dtype`, or the default; ValueError if the kernels have none for it."""
     dtype = torch.get_default_dtype() if dtype is None else dtype
-    if dtype not in DTYPES:
+    if dtype not in FLOATS:
         raise ValueError(f"dtype must be float32, float16 or bfloat16, got {dtype!r}")
     return dtype
 
@@ -104,8 +104,8 @@ def check_forward_input(
             f"router_logits must have shape {(*x.shape[:-1], num_experts)}, one logit per token and "
             f"expert, got {tuple(router_logits.shape)}"
         )
-    if router_logits.dtype not in DTYPES or router_logits.device != x.device:
+    if router_logits.dtype not in FLOATS or router_logits.device != x.device:
         raise ValueError(
-            f"router_logits must be one of {', '.join(map(str, DTYPES))} and on {x.device}, as x is; got "
+            f"router_logits must be one of {', '.join(map(str, FLOATS))} and on {x.device}, as x is; got "
             f"{router_logits.dtype} on {router_logits.device}"
         )

@@ -19,8 +19,6 @@ from moe_layer.arguments import resolve_device
 from moe_layer.collectives import all_gather_flags, broadcast_
 from moe_layer.dispatch import Dispatched
 
-ACTIVATIONS = ("silu", "gelu")
-
 
 def expert_specs(hidden_size: int, intermediate_size: int, dtype: torch.dtype) -> tuple[TensorSpec, ...]:
     """All that belongs to one expert, as Hugging Face stores it: gate rows, then up rows; then the down projection."""

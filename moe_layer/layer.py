@@ -15,6 +15,7 @@ from eplb.pool import SlotPool
 from eplb.resident import ResidentExperts
 from eplb.streams import streams_of
 from moe_kernels import GOLDEN, SHARE_BITS, one_token, resolve_backend, select_replicas
+from moe_kernels.activation import ACTIVATIONS
 from moe_layer.arguments import (
     check_choice,
     check_forward_input,
@@ -25,7 +26,7 @@ from moe_layer.arguments import (
 )
 from moe_layer.collectives import broadcast_
 from moe_layer.dispatch import Dispatcher, LocalDispatcher, make_dispatcher
-from moe_layer.experts import ACTIVATIONS, Experts, expert_specs
+from moe_layer.experts import Experts, expert_specs
 from moe_layer.recomputed import Recomputed
 from moe_layer.router import Router, RouterRule
 

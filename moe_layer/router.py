@@ -11,6 +11,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from moe_kernels import topk_routing
+from moe_kernels.routing import SCORE_FUNCTIONS
 from moe_layer.arguments import check_choice
 
 
@@ -55,7 +56,7 @@ def resolve_rule(rule: str | RouterRule) -> RouterRule:
         return ROUTER_RULES[rule]
     if not isinstance(rule, RouterRule):
         raise ValueError(f"router must be a RouterRule or one of {', '.join(ROUTER_RULES)}; got {rule!r}")
-    check_choice("router.score_function", rule.score_function, ("softmax", "sigmoid"))
+    check_choice("router.score_function", rule.score_function, SCORE_FUNCTIONS)
     return rule
 
 
