@@ -92,19 +92,10 @@ class Placement:
         """S, the lanes of a rank, empty ones included."""
         return int(self.lanes_WS.shape[1])
 
-    @property
-    def num_physical(self) -> int:
-        """Lanes that hold an expert, over all ranks."""
-        return int((self.lanes_WS != EMPTY).sum())
-
     def replica_counts(self) -> np.ndarray:
         """int64 [E]: how many lanes hold each logical expert."""
         held = self.lanes_WS[self.lanes_WS != EMPTY]
         return np.bincount(held, minlength=self.num_experts)
-
-    def ranks_of(self, expert: int) -> np.ndarray:
-        """int64, ascending: the ranks that hold `expert`, each once."""
-        return np.flatnonzero((self.lanes_WS == expert).any(axis=1))
 
     def holds_WE(self) -> np.ndarray:
         """int64 [W, E]: how many lanes of each rank hold each expert."""
