@@ -12,7 +12,7 @@ import numpy as np
 
 from eplb.metrics import free_placement_bound, max_over_mean, rank_loads
 from eplb.placement import count_experts
-from eplb.policy import Proposal, Topology, check_input, register_policy
+from eplb.policy.base import Proposal, Topology, check_input, register_policy
 from eplb.policy.groups import regroup, split_by_node
 from eplb.policy.repair import repair
 from eplb.shares import balanced_shares

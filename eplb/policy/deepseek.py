@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import numpy as np
 
-from eplb.policy import Proposal, Topology, check_input, register_policy
+from eplb.policy.base import Proposal, Topology, check_input, register_policy
 from eplb.shares import equal_shares_of
 
 

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from eplb.metrics import max_over_mean
-from eplb.policy import Topology
+from eplb.policy.base import Topology
 from eplb.policy.deepseek import deepseek_placement, pack_evenly
 
 
