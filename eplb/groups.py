@@ -9,6 +9,12 @@ import torch.distributed as dist
 _NEVER = timedelta(days=7)
 
 
+def check_member(process_group: dist.ProcessGroup | None) -> None:
+    """Raises ValueError if this rank is not in the group."""
+    if process_group is not None and dist.get_rank(process_group) < 0:
+        raise ValueError(f"process_group must be one that rank {dist.get_rank()} is in, got {process_group!r}")
+
+
 def ranks_of(process_group: dist.ProcessGroup | None) -> tuple[int, ...]:
     """The global ranks of a group, in their order in it; empty for one rank alone, as for None."""
     ranks = dist.get_process_group_ranks(process_group) if process_group is not None else ()

@@ -9,7 +9,7 @@ import torch.distributed as dist
 from eplb.agreement import Agreement, GlooAgreement, LocalAgreement
 from eplb.communicator import Communicator, LocalCommunicator, choose_communicator, make_communicator
 from eplb.config import EplbConfig
-from eplb.groups import new_group_like, ranks_of
+from eplb.groups import check_member, new_group_like, ranks_of
 from eplb.streams import DeviceStreams
 
 
@@ -36,9 +36,14 @@ class Transport(Protocol):
 
 
 class TorchTransport:
-    """Over groups of our own beside a torch.distributed process group; None: one rank, nothing to reach."""
+    """Over groups of our own beside a torch.distributed process group; None: one rank, nothing to reach.
+
+    Raises:
+        ValueError: this rank is not in the group.
+    """
 
     def __init__(self, process_group: dist.ProcessGroup | None) -> None:
+        check_member(process_group)
         self._group = process_group
 
     @property

@@ -10,7 +10,7 @@ import torch
 import torch.distributed as dist
 from torch import nn
 
-from eplb.groups import ranks_of
+from eplb.groups import check_member, ranks_of
 from eplb.pool import SlotPool
 from eplb.resident import ResidentExperts
 from eplb.streams import streams_of
@@ -81,11 +81,10 @@ class MoELayer(nn.Module):
         dtype: torch.dtype | None = None,
     ) -> None:
         super().__init__()
+        check_member(process_group)
         num_ranks, rank = 1, 0
         if process_group is not None:
             num_ranks, rank = dist.get_world_size(process_group), dist.get_rank(process_group)
-            if rank < 0:
-                raise ValueError(f"process_group must be one that rank {dist.get_rank()} is in, got {process_group!r}")
         num_physical = physical_per_rank(hidden_size, intermediate_size, num_experts, num_redundant_experts, num_ranks)
         check_integer("top_k", top_k, 1)
         check_integer("num_shadow_slots", num_shadow_slots, 0)

@@ -73,8 +73,12 @@ def check_refusals(group, device):
             MoELayer(**{**SIZES, **options}, process_group=group, device=device)
     alone = dist.new_group([0])
     if dist.get_rank(group) == 1:
-        with pytest.raises(ValueError, match="process_group must be one that rank 1 is in, got "):
-            MoELayer(**SIZES, process_group=alone, device=device)
+        for make in (
+            lambda: MoELayer(**SIZES, process_group=alone, device=device),
+            lambda: EplbController(None, alone),
+        ):
+            with pytest.raises(ValueError, match="process_group must be one that rank 1 is in, got "):
+                make()
     layer = make_layer(group, device)
     assert isinstance(layer.dispatcher, AllToAllDispatcher)
     with pytest.raises(
