@@ -398,7 +398,18 @@ class Worker:
         self._mine.message = encode_plan(plan)
         self._mine.plan_words = len(self._mine.message) if plan.waves else -1
         self._mine.planned = True
-        self.metrics = replace(self.metrics, planning_seconds=time.perf_counter() - started_at)
+        seconds = time.perf_counter() - started_at
+        self.metrics = replace(self.metrics, planning_seconds=seconds)
+        if plan.waves:
+            updates = [update for wave in plan.waves for update in wave.updates]
+            moved = [self._facts[update.layer].slot_bytes for update in updates for _ in update.moves]
+            logger.info(
+                "plan: %d experts move (%.1f MB) in %d waves, after %.1f ms of planning",
+                len(moved),
+                sum(moved) / 1e6,
+                len(plan.waves),
+                1e3 * seconds,
+            )
 
     def _prepare(self) -> None:
         mine, agreed = self._mine, self._agreed

@@ -3,7 +3,9 @@
 A failure prints its seed; ``World(seed, …)`` repeats it exactly. `EPLB_SEEDS` sets how many seeds each test runs.
 """
 
+import logging
 import os
+import re
 
 import pytest
 
@@ -42,6 +44,17 @@ def test_the_traffic_of_the_seeds_is_not_empty():
     worlds = [run(seed) for seed in range(5)]
     assert sum(world.ranks[0].controller.metrics().moved_experts for world in worlds) > 20
     assert max(world.ranks[0].controller.metrics().waves for world in worlds) > 5
+
+
+def test_a_plan_says_what_it_moves_before_it_does(caplog):
+    with caplog.at_level(logging.INFO, logger="eplb"):
+        world = run(3)
+        world.settle()
+    plans = [re.fullmatch(r"plan: (\d+) experts move \(.* MB\) in (\d+) waves, .*", line) for line in caplog.messages]
+    metrics = world.ranks[0].controller.metrics()
+    assert len(plans) == metrics.plans > 0
+    assert sum(int(plan[1]) for plan in plans) == metrics.moved_experts > 0
+    assert sum(int(plan[2]) for plan in plans) == metrics.waves
 
 
 @pytest.mark.parametrize("seed", range(10_000, 10_000 + SEEDS))
