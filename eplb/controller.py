@@ -18,6 +18,7 @@ from torch import nn
 from eplb.config import EplbConfig
 from eplb.fill import Handoff
 from eplb.load_window import LoadWindowRecorder
+from eplb.planner import Planner
 from eplb.policy import Topology
 from eplb.protocol import Work
 from eplb.resident import ResidentExperts
@@ -169,8 +170,7 @@ class EplbController:
         worker = self._worker = Worker(
             layers=residents,
             config=config,
-            policy=self._policy,
-            topology=self._topology,
+            planner=Planner(residents, self._policy, self._topology, config.max_bytes_in_flight),
             agreement=agreement,
             communicator=communicator,
             streams=streams,

@@ -15,14 +15,11 @@ from eplb.communicator.base import Communicator
 from eplb.config import EplbConfig
 from eplb.fill import Handoff, WaveFill
 from eplb.load_window import LoadWindowRecorder
-from eplb.messages import Loads, decode_loads, decode_plan, encode_loads, encode_plan
-from eplb.metrics import layer_balancedness
-from eplb.placement import Placement
+from eplb.messages import Loads, decode_plan, encode_loads, encode_plan
 from eplb.plan import Plan
-from eplb.policy import Policy, Topology
-from eplb.pool import SlotPool, SlotState
+from eplb.planner import Planner
+from eplb.pool import SlotState
 from eplb.protocol import RECORD_WORDS, Agreed, Phase, Record, Work, advance, heard_plan, is_held, models_differ
-from eplb.rebalance import LayerFacts, plan_rebalance
 from eplb.resident import ResidentExperts
 from eplb.status import Health, Metrics
 from eplb.streams import DeviceStreams, EventLike
@@ -76,8 +73,7 @@ class Worker:
         *,
         layers: Sequence[ResidentExperts],
         config: EplbConfig,
-        policy: Policy,
-        topology: Topology,
+        planner: Planner,
         agreement: Agreement,
         communicator: Communicator,
         streams: DeviceStreams,
@@ -88,8 +84,7 @@ class Worker:
     ) -> None:
         self._layers = list(layers)
         self._config = config
-        self._policy = policy
-        self._topology = topology
+        self._planner = planner
         self._agreement = agreement
         self._communicator = communicator
         self._streams = streams
@@ -97,34 +92,10 @@ class Worker:
         self._clock = clock
         self._notify = notify
         self._rank = layers[0].rank
-        self._pools = _distinct_pools(layers)
-        self._facts = [
-            LayerFacts(
-                layer.num_experts, layer.num_physical_per_rank, self._pools.index(layer.pool), layer.pool.slot_bytes
-            )
-            for layer in layers
-        ]
-        self._placements: list[Placement] = [layer.table.placement for layer in layers]
         version = max(layer.table.version for layer in layers)
+        recorded = [word for work, recorder in windows.items() for word in (int(work), recorder.message_words)]
         # Python's hash of integers is the same in every process.
-        self._models = hash(
-            (
-                version,
-                *((int(work), recorder.message_words) for work, recorder in windows.items()),
-                *(
-                    (
-                        f.num_experts,
-                        f.num_physical_per_rank,
-                        f.pool,
-                        f.slot_bytes,
-                        placement.num_lanes,
-                        placement.digest(),
-                    )
-                    for f, placement in zip(self._facts, self._placements, strict=True)
-                ),
-            )
-        )
-        self._shares = [layer.table.shares_WS for layer in layers]
+        self._models = hash((version, *recorded, *planner.fingerprint()))
 
         # A controller before may have been closed in grace: the versions that are found need theirs before anything moves.
         self._agreed = Agreed(version=version, phase=Phase.GRACE, num_waves=1)
@@ -288,7 +259,7 @@ class Worker:
             if agreed.phase is Phase.IDLE and new.phase is Phase.LOAD:
                 mine = _Mine()
             elif agreed.phase is Phase.LOAD and new.phase is not agreed.phase:
-                mine.loads = self._heard_loads(messages)
+                mine.loads = self._planner.decode_loads([message[RECORD_WORDS:] for message in messages])
         spoken = self._spoken
         self._mine, self._agreed, self._exchange = mine, new, None
         self._heard_at = self._clock()
@@ -334,19 +305,12 @@ class Worker:
             self._measure_balance(self._mine.loads, new.phase)
 
     def _measure_balance(self, loads: Loads, phase: Phase) -> None:
-        sizes = [layer.num_experts for layer in self._layers]
-        per_layer = np.split(loads.load_NA.sum(axis=0), np.cumsum(sizes)[:-1])
-        value = float(
-            np.mean(
-                [
-                    layer_balancedness(load_E, placement, shares_WS)
-                    for load_E, placement, shares_WS in zip(per_layer, self._placements, self._shares, strict=True)
-                ]
-            )
-        )
+        value = self._planner.balancedness(loads)
         self.metrics = replace(self.metrics, balancedness=value)
         if phase is Phase.IDLE and self._rank == 0:
-            logger.info("balancedness %.4f (mean/max of the ranks' loads, averaged over %d layers)", value, len(sizes))
+            logger.info(
+                "balancedness %.4f (mean/max of the ranks' loads, averaged over %d layers)", value, len(self._layers)
+            )
 
     def _collect_windows(self) -> None:
         for work, recorder in self._windows.items():
@@ -384,32 +348,11 @@ class Worker:
     def _make_plan(self) -> None:
         loads = self._mine.loads
         assert loads is not None
-        started_at = time.perf_counter()
-        plan = plan_rebalance(
-            self._facts,
-            self._placements,
-            self._shares,
-            loads.load_NA,
-            loads.free_slots_GW,
-            self._policy,
-            self._topology,
-            self._config.max_bytes_in_flight,
-        )
+        plan, seconds = self._planner.plan(loads)
         self._mine.message = encode_plan(plan)
         self._mine.plan_words = len(self._mine.message) if plan.waves else -1
         self._mine.planned = True
-        seconds = time.perf_counter() - started_at
         self.metrics = replace(self.metrics, planning_seconds=seconds)
-        if plan.waves:
-            updates = [update for wave in plan.waves for update in wave.updates]
-            moved = [self._facts[update.layer].slot_bytes for update in updates for _ in update.moves]
-            logger.info(
-                "plan: %d experts move (%.1f MB) in %d waves, after %.1f ms of planning",
-                len(moved),
-                sum(moved) / 1e6,
-                len(plan.waves),
-                1e3 * seconds,
-            )
 
     def _prepare(self) -> None:
         mine, agreed = self._mine, self._agreed
@@ -421,7 +364,7 @@ class Worker:
             agreed.version + 1,
             (agreed.proposal, agreed.wave),
             self._layers,
-            self._placements,
+            self._planner.placements,
             self._communicator,
             self._streams,
         )
@@ -443,9 +386,7 @@ class Worker:
         assert fill is not None and fill.version == self._agreed.version, "a rank votes only for what it has"
         handoff = fill.stage()
         fill.publish()
-        for update in fill.updates:
-            self._placements[update.layer] = update.placement
-            self._shares[update.layer] = update.shares_WS
+        self._planner.publish(fill.updates)
         self._handoff = handoff
         self._published = fill.version
         self._published_at = self._clock()
@@ -547,11 +488,7 @@ class Worker:
         window_NA = self._latest.get(work)
         if window_NA is None:
             window_NA = np.zeros(self._windows[work].message_words, dtype=np.int64)
-        return encode_loads([pool.count(SlotState.FREE) for pool in self._pools], window_NA)
-
-    def _heard_loads(self, messages: list[np.ndarray]) -> Loads:
-        num_columns = sum(layer.num_experts for layer in self._layers)
-        return decode_loads([message[RECORD_WORDS:] for message in messages], len(self._pools), num_columns)
+        return encode_loads(self._planner.free_slots(), window_NA)
 
     def fail(self, error: Exception) -> None:
         """Make an error of this rank's state: shown by `health`, logged once, told to the other ranks."""
@@ -577,7 +514,7 @@ class Worker:
     def _report(self) -> None:
         agreed, now = self._agreed, self._clock()
         state, waiting = "idle" if agreed.phase is Phase.IDLE else "rebalancing", 0.0
-        if agreed.phase is Phase.IDLE and any(not pool.count(SlotState.FREE) for pool in self._pools):
+        if agreed.phase is Phase.IDLE and 0 in self._planner.free_slots():
             state = "degraded"
         if agreed.phase is Phase.IDLE and self._held_since is not None:
             state, waiting = "held", now - self._held_since
@@ -598,18 +535,10 @@ class Worker:
             phase=agreed.phase.name,
             seconds_waiting=waiting,
             departed=agreed.departed,
-            quarantined_slots=sum(pool.count(SlotState.QUARANTINED) for pool in self._pools),
+            quarantined_slots=sum(pool.count(SlotState.QUARANTINED) for pool in self._planner.pools),
             last_error=self.last_error,
         )
 
 
 def _place(agreed: Agreed) -> tuple[Phase, int, int]:
     return agreed.phase, agreed.proposal, agreed.wave
-
-
-def _distinct_pools(layers: Sequence[ResidentExperts]) -> list[SlotPool]:
-    pools: list[SlotPool] = []
-    for layer in layers:
-        if not any(layer.pool is pool for pool in pools):
-            pools.append(layer.pool)
-    return pools
