@@ -226,8 +226,9 @@ if __name__ == "__main__":
         for rows in (16, 32, 64, 128):
             compile_gemms(arch, dtype, rows, even_k=rows != 16, activation="gelu" if rows == 32 else "silu")
     if arch == 90:
-        for dtype in (torch.float16, torch.bfloat16):
-            for hidden_size, intermediate in ((2048, 768), (2880, 2880), (4096, 14336)):  # one for each column
-                column = bisect.bisect_left(_INTERMEDIATE, intermediate)
-                for up, down in dict.fromkeys(pairs[column] for *_, pairs in _TABLE_TMA):
+        for hidden_size, intermediate in ((2048, 768), (2880, 2880), (4096, 14336)):  # one for each column
+            column = bisect.bisect_left(_INTERMEDIATE, intermediate)
+            dtypes = (torch.bfloat16,) if column else (torch.bfloat16, torch.float16)  # whose tiles are the same
+            for up, down in dict.fromkeys(pairs[column] for *_, pairs in _TABLE_TMA):
+                for dtype in dtypes:
                     compile_tma_gemms(arch, dtype, up, down, hidden_size, intermediate)
