@@ -297,6 +297,7 @@ class EplbController:
             yield
             return
         worker.hold()
+        entered = False
         try:
             deadline = time.monotonic() + self.config.quiesce_timeout
             while not worker.is_held:
@@ -316,12 +317,13 @@ class EplbController:
                         f"relocations did not come to rest within quiesce_timeout={self.config.quiesce_timeout} s: "
                         f"{worker.health}"
                     )
+            entered = True
             yield
         finally:
             # Fills read on the side stream what the caller has written on its own.
             assert self._streams is not None
             self._streams.side.wait_event(self._streams.current().record_event())
-            worker.end_hold()
+            worker.end_hold(counts=entered)
 
     @contextmanager
     def warm_up(self) -> Iterator[None]:

@@ -167,11 +167,11 @@ class Worker:
             self._requests.hold += 1
             self._held = False
 
-    def end_hold(self) -> None:
-        """Want new waves again, as soon as every rank has ended as many holds."""
+    def end_hold(self, counts: bool = True) -> None:
+        """Want new waves again, as soon as every rank has ended as many holds; one in vain does not count."""
         with self._lock:
             self._requests.hold -= 1
-            self._requests.holds_ended += 1
+            self._requests.holds_ended += counts
             self._held = False
 
     @property
