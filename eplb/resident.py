@@ -131,6 +131,12 @@ class ResidentExperts:
                 slots.setdefault(expert, []).append(self.lane_slots[lane])
         return slots
 
+    def retiring_slots(self) -> dict[int, int]:
+        """Those that hold an expert which the last flip took away, and that nobody may write yet."""
+        lanes = enumerate(self.table.previous.lanes_WS[self.rank].tolist())
+        held = {expert: self.lane_slots[lane] for lane, expert in lanes if expert >= 0}
+        return {e: slot for e, slot in held.items() if slot >= 0 and self.pool.state(slot) is SlotState.RETIRING}
+
     def release_retired(self) -> None:
         """Free what a controller that was closed in grace has left. No version but the current one may be in use anywhere."""
         for lane, expert in enumerate(self.table.placement.lanes_WS[self.rank].tolist()):

@@ -23,6 +23,7 @@ class ExpertTable:
             entry is written at the fill, before any table names the lane, and so never while a kernel can read it.
         version: the version that `flip()` made current last.
         placement, shares_WS: of that version, on the host.
+        previous: the placement of the version before.
     """
 
     def __init__(self, placement: Placement, shares_WS: np.ndarray, streams: DeviceStreams) -> None:
@@ -45,6 +46,7 @@ class ExpertTable:
         self.lane_to_slot_S = self._lane_to_slot.data
         self.version = 0
         self.placement, self.shares_WS = placement, shares_WS
+        self.previous = placement
         self._next = placement, shares_WS
         self._write_host(placement, shares_WS)
         self._staged.copy_(self._host)
@@ -89,5 +91,5 @@ def flip(tables: list[ExpertTable], version: int, stream: StreamLike) -> None:
     current, staged = [table._current for table in tables], [table._staged for table in tables]
     tables[0]._streams.run(stream, lambda: torch._foreach_copy_(current, staged))
     for table in tables:
-        table.version = version
+        table.version, table.previous = version, table.placement
         table.placement, table.shares_WS = table._next

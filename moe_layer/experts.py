@@ -140,14 +140,19 @@ class Experts(nn.Module):
         if resident.num_ranks == 1:
             return [0] * resident.num_experts
         assert self.process_group is not None
-        mine = torch.zeros(resident.num_experts, dtype=torch.bool)
-        mine[list(resident.live_slots())] = True
-        # Ranks may be one version apart; each says what it holds under its own, and keeps that until it steps again.
-        return all_gather_flags(mine, resident.pool.device, self.process_group).int().argmax(dim=0).tolist()
+        mine = torch.zeros(2, resident.num_experts, dtype=torch.bool)
+        mine[0, list(resident.live_slots())] = True
+        # Ranks may be one version apart, and an expert that has moved be in none's own current table: then it is still where
+        # it was, on a rank that has flipped, as another has not.
+        mine[1, list(resident.retiring_slots())] = True
+        flags = all_gather_flags(mine.flatten(), resident.pool.device, self.process_group).int()
+        now, before = flags.view(len(flags), 2, -1).unbind(1)
+        return torch.where(now.any(dim=0), now.argmax(dim=0), before.argmax(dim=0)).tolist()
 
     def _logical_slabs(self) -> Iterator[tuple[int, torch.Tensor]]:
         """Every logical expert's slab, in order, on every rank."""
-        resident, live = self.resident, self.resident.live_slots()
+        resident = self.resident
+        live = {**{e: [slot] for e, slot in resident.retiring_slots().items()}, **resident.live_slots()}
         for expert, owner in enumerate(self._owners()):
             is_here = owner == resident.rank
             slab = resident.pool.slab(live[expert][0]) if is_here else torch.empty_like(resident.pool.slab(0))
@@ -196,10 +201,11 @@ class Experts(nn.Module):
         if local_metadata.get("assign_to_params_buffers", False):
             wrong.append(f"assign=True cannot be had for {prefix[:-1]}: its weights live in the slots of a pool")
         error_msgs += wrong
-        # Also with nothing to write: every rank takes part in as many quiet spells.
-        with self.resident.quiesced(), torch.no_grad():
-            if given and not wrong:
-                self._write_logical({spec.name: value for spec, value in given.items()}, scope)
+        if given:
+            # Also if they are wrong on this rank: every rank takes part in as many quiet spells.
+            with self.resident.quiesced(), torch.no_grad():
+                if not wrong:
+                    self._write_logical({spec.name: value for spec, value in given.items()}, scope)
 
     def _write_logical(self, given: dict[str, torch.Tensor], scope: range) -> None:
         """Write all replicas on this rank; with the scope "range" every rank gives the experts of its range to all."""

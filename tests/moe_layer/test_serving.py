@@ -389,6 +389,9 @@ def check_a_main_thread_that_does_not_step(rank, group, device) -> None:
     assert controller.health().phase == "GRACE" and controller.health().seconds_waiting > 0.1
     versions = {layer.resident.table.version for layer in service.layers}
     assert versions <= ({0, 1} if rank == 0 else {0}) and (rank == 1 or 1 in versions)
+    for layer, twin in zip(service.layers, service.twins, strict=True):  # also experts that no rank's own table names
+        saved, wanted = layer.state_dict(), twin.state_dict()
+        assert all(torch.equal(saved[name], wanted[name]) for name in wanted)
     retiring = sum(layer.resident.pool.count(SlotState.RETIRING) for layer in service.layers)
     for _ in range(10):
         service.forward()
