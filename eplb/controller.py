@@ -234,23 +234,29 @@ class EplbController:
         """
         due = [work for work, recorder in self._windows.items() if recorder.is_end(self._steps)]
         deadline = time.monotonic() + self.config.transfer_timeout
-        while worker.health.state != "lost" and any(recorder.is_on_its_way() for recorder in self._windows.values()):
-            worker.tick()
+        while (
+            due and worker.health.state != "lost" and any(window.is_on_its_way() for window in self._windows.values())
+        ):
+            worker.tick(lambda: False)
             if time.monotonic() > deadline:
                 break
         for work in due:
             worker.propose(work)
             self._proposals_due += 1
-        while worker.num_proposals_heard < self._proposals_due or not worker.is_idle:
+
+        def is_unfinished() -> bool:
+            return worker.num_proposals_heard < self._proposals_due or not worker.is_idle
+
+        while is_unfinished():
             self._wake.clear()
-            worker.tick()
+            worker.tick(is_unfinished)
             self._adopt(worker)
             health = worker.health
             if health.state in ("lost", "peer_left", "peer_unreachable", "grace_stalled", "models_differ"):
                 return  # a later step goes on where this one stopped, if it can
             if health.state == "held" and health.seconds_waiting > self.config.peer_timeout:
                 return
-            if not worker.is_idle:
+            if is_unfinished():
                 self._wake.wait(self.config.round_interval / 10)
 
     def _adopt(self, worker: Worker) -> None:
@@ -297,7 +303,7 @@ class EplbController:
             yield
             return
         worker.hold()
-        entered = False
+        completed = False
         try:
             deadline = time.monotonic() + self.config.quiesce_timeout
             while not worker.is_held:
@@ -309,7 +315,7 @@ class EplbController:
                     break
                 self._wake.set()
                 if self._thread is None:
-                    worker.tick()
+                    worker.tick(lambda: not worker.is_held)
                 time.sleep(self.config.round_interval / 10)
                 self._adopt(worker)
                 if time.monotonic() > deadline:
@@ -317,13 +323,13 @@ class EplbController:
                         f"relocations did not come to rest within quiesce_timeout={self.config.quiesce_timeout} s: "
                         f"{worker.health}"
                     )
-            entered = True
             yield
+            completed = True
         finally:
             # Fills read on the side stream what the caller has written on its own.
             assert self._streams is not None
             self._streams.side.wait_event(self._streams.current().record_event())
-            worker.end_hold(counts=entered)
+            worker.end_hold(completed)
 
     @contextmanager
     def warm_up(self) -> Iterator[None]:

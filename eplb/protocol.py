@@ -139,6 +139,10 @@ def advance(agreed: Agreed, records: Sequence[Record]) -> Agreed:
         case Phase.FILL:
             if all(record.filled == next_version for record in records):
                 return replace(agreed, phase=Phase.GRACE, version=next_version, drop_rest=held)
+        case Phase.GRACE if models_differ(
+            records
+        ):  # what they found: the versions too may differ, which none can grace
+            return replace(agreed, phase=Phase.IDLE)
         case Phase.GRACE:
             drop_rest = agreed.drop_rest or held or failed
             if not all(record.graced == agreed.version for record in records):

@@ -110,7 +110,7 @@ class Worker:
 
         self._proposal = 0
         self._proposed_work = Work.NONE
-        self._due: list[Work] = []
+        self._due: dict[Work, int] = {}
         self._latest: dict[Work, np.ndarray] = {}
         self._mine = _Mine()
         self._load_trace: deque[np.ndarray] = deque(maxlen=config.load_trace_windows)
@@ -156,10 +156,10 @@ class Worker:
     def propose(self, work: Work) -> None:
         """Rank 0 begins `work` with all ranks as soon as nothing else is under way; other ranks leave it to it.
 
-        Called by the thread that ticks.
+        Called by the thread that ticks. What is proposed again before it has begun is done once, and counted as often.
         """
-        if self._rank == 0 and work not in self._due:
-            self._due.append(work)
+        if self._rank == 0:
+            self._due[work] = self._due.get(work, 0) + 1
 
     def hold(self) -> None:
         """Want no new waves, until `end_hold()`."""
@@ -167,11 +167,11 @@ class Worker:
             self._requests.hold += 1
             self._held = False
 
-    def end_hold(self, counts: bool = True) -> None:
-        """Want new waves again, as soon as every rank has ended as many holds; one in vain does not count."""
+    def end_hold(self, completed: bool = True) -> None:
+        """Want new waves again, as soon as every rank has completed as many holds."""
         with self._lock:
             self._requests.hold -= 1
-            self._requests.holds_ended += counts
+            self._requests.holds_ended += completed
             self._held = False
 
     @property
@@ -216,12 +216,18 @@ class Worker:
 
     # ---- the machine
 
-    def tick(self) -> None:
-        """Do all that can be done now without waiting. Errors become state (I6)."""
+    def tick(self, may_speak: Callable[[], bool] = lambda: True) -> None:
+        """Do all that can be done now without waiting. Errors become state (I6).
+
+        Args:
+            may_speak: asked before this rank begins a round. Ranks that tick on their own main threads must stop after the
+                same round, or one would be left in a round that no other takes part in.
+        """
         # Each stage on its own: one that fails every time must not keep this rank from speaking, or all would wait.
         for stage in (self._bury, self._hear, self._collect_windows, self._act, self._speak):
             try:
-                stage()
+                if stage != self._speak or may_speak():
+                    stage()
             except Exception as error:
                 self.fail(error)
         self._report()
@@ -247,11 +253,13 @@ class Worker:
         mine = self._mine
         if agreed.phase is Phase.PLAN:
             mine.message = messages[0]
+            is_news = False
             new = heard_plan(agreed, num_waves=int(messages[0][0]))
         else:
             records = [Record.decode(message) for message in messages]
             new = advance(agreed, records)
-            self._models_differ = models_differ(records)
+            differed, self._models_differ = self._models_differ, models_differ(records)
+            is_news = self._models_differ and not differed
             if not is_held(records):
                 self._held_since = None
             elif self._held_since is None:
@@ -264,7 +272,7 @@ class Worker:
         self._mine, self._agreed, self._exchange = mine, new, None
         self._heard_at = self._clock()
         self._settle(agreed, new, spoken)
-        if self._models_differ:
+        if is_news:
             raise RuntimeError(
                 "the ranks differ in the models they registered, in their order or placement, or in the config's windows: "
                 "nothing can be balanced"
@@ -336,8 +344,8 @@ class Worker:
         match agreed.phase:
             case Phase.IDLE if self._rank == 0 and self._due and self._proposal == agreed.proposal:
                 if self._clock() >= self._propose_after:
-                    self._proposed_work = self._due.pop(0)
-                    self._proposal += 1
+                    self._proposed_work = next(iter(self._due))
+                    self._proposal += self._due.pop(self._proposed_work)
             case Phase.PLANNING if self._rank == 0 and not self._mine.planned:
                 self._make_plan()
             case Phase.PREPARE if self._fill is None:
@@ -402,6 +410,8 @@ class Worker:
 
     def _collect_first_grace(self, earlier: Sequence[EventLike]) -> None:
         """As `_collect_grace()`, for the versions that this worker found."""
+        if self._models_differ:
+            return  # nothing is freed, as nothing will be moved
         if self._agreed.phase not in (Phase.GRACE, Phase.LEFT):  # graced on all ranks
             self._earlier = None
             for layer in self._layers:

@@ -155,7 +155,8 @@ class Experts(nn.Module):
         live = {**{e: [slot] for e, slot in resident.retiring_slots().items()}, **resident.live_slots()}
         for expert, owner in enumerate(self._owners()):
             is_here = owner == resident.rank
-            slab = resident.pool.slab(live[expert][0]) if is_here else torch.empty_like(resident.pool.slab(0))
+            # A copy: once all have heard it, a slot that was given up may be written anew.
+            slab = resident.pool.slab(live[expert][0]).clone() if is_here else torch.empty_like(resident.pool.slab(0))
             if resident.num_ranks > 1:
                 assert self.process_group is not None
                 broadcast_(slab, owner, self.process_group)
@@ -201,11 +202,9 @@ class Experts(nn.Module):
         if local_metadata.get("assign_to_params_buffers", False):
             wrong.append(f"assign=True cannot be had for {prefix[:-1]}: its weights live in the slots of a pool")
         error_msgs += wrong
-        if given:
-            # Also if they are wrong on this rank: every rank takes part in as many quiet spells.
+        if given and not wrong:
             with self.resident.quiesced(), torch.no_grad():
-                if not wrong:
-                    self._write_logical({spec.name: value for spec, value in given.items()}, scope)
+                self._write_logical({spec.name: value for spec, value in given.items()}, scope)
 
     def _write_logical(self, given: dict[str, torch.Tensor], scope: range) -> None:
         """Write all replicas on this rank; with the scope "range" every rank gives the experts of its range to all."""

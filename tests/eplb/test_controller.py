@@ -331,6 +331,22 @@ def test_a_step_returns_although_the_ranks_registered_different_models():
     assert health.state == "models_differ" and "the ranks differ in the models they registered" in health.last_error
 
 
+def test_a_step_ends_after_several_that_were_due_could_not():
+    layer = StubLayer()
+    layer.resident.is_pinned_before = lambda version: True  # a backward to come, under an older version
+    controller = controller_of(layer, use_async=False, policy="static", grace_timeout=0.01)
+    for _ in range(8):
+        controller.step()
+    assert controller.health().state == "grace_stalled" and controller.metrics().proposals == 0
+    layer.resident.is_pinned_before = lambda version: False
+    assert finishes(lambda: [controller.step() for _ in range(2)], 3.0), "step() waits for proposals that nobody makes"
+    before = controller.metrics().proposals
+    assert before in (1, 2), "what was due several times is done once"
+    for _ in range(4):
+        controller.step()
+    assert controller.metrics().proposals == before + 2
+
+
 class SilentPeers(TorchTransport):
     """Others that take part in no round."""
 

@@ -219,6 +219,7 @@ def test_nothing_begins_while_the_ranks_registered_different_models():
     said = [Record(proposal=6, work=1, models=1), Record(models=2)]
     assert advance(at(Phase.IDLE), said).phase is Phase.IDLE
     assert advance(at(Phase.IDLE), [said[0], Record(models=1)]).phase is Phase.LOAD
+    assert advance(at(Phase.GRACE), said).phase is Phase.IDLE, "ranks with other versions would wait for ever"
 
 
 # ---- records

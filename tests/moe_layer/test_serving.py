@@ -115,6 +115,7 @@ def test_i5_four_ranks(rank, num_ranks, group, device):
     service.controller.close()
     check_inside_step(rank, group, device)
     check_failures_inside_step(rank, group, device)
+    check_loading_between_steps(rank, group, device)
     check_no_redundant_experts(rank, group, device)
 
 
@@ -282,6 +283,22 @@ def check_failures_inside_step(rank, group, device) -> None:
     dist.all_reduce(others, op=dist.ReduceOp.MAX, group=group)
     assert torch.equal(versions, others), "ranks have different tables"
     assert_rested(service)
+    service.controller.close()
+
+
+def check_loading_between_steps(rank, group, device) -> None:
+    """use_async=False: no rank is left in a round of a step that is over, which none would answer while it loads."""
+    options = {"policy": "static", "heartbeat_interval": 30.0, "quiesce_timeout": 20.0, "peer_timeout": 60.0}
+    service = make_service(rank, group, device, use_async=False, **options)
+    for step in range(1, 9):
+        service.forward()
+        time.sleep(0.01 * (rank % 2))
+        service.controller.step()
+        if step in (1, 4, 6, 8):
+            for layer, twin in zip(service.layers, service.twins, strict=True):
+                layer.load_state_dict(twin.state_dict())
+    service.forward()
+    assert service.controller.metrics().proposals == 2 and service.controller.health().last_error is None
     service.controller.close()
 
 
