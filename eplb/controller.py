@@ -233,13 +233,8 @@ class EplbController:
         counts as no load; nobody waits for it.
         """
         due = [work for work, recorder in self._windows.items() if recorder.is_end(self._steps)]
-        deadline = time.monotonic() + self.config.transfer_timeout
-        while (
-            due and worker.health.state != "lost" and any(window.is_on_its_way() for window in self._windows.values())
-        ):
-            worker.tick(lambda: False)
-            if time.monotonic() > deadline:
-                break
+        if due:
+            self._wait_for_windows(worker)
         for work in due:
             worker.propose(work)
             self._proposals_due += 1
@@ -258,6 +253,13 @@ class EplbController:
                 return
             if is_unfinished():
                 self._wake.wait(self.config.round_interval / 10)
+
+    def _wait_for_windows(self, worker: Worker) -> None:
+        deadline = time.monotonic() + self.config.transfer_timeout
+        while worker.health.state != "lost" and any(recorder.is_on_its_way() for recorder in self._windows.values()):
+            worker.tick(lambda: False)
+            if time.monotonic() > deadline:
+                return
 
     def _adopt(self, worker: Worker) -> None:
         """Flip a published version in, if there is one."""

@@ -47,7 +47,7 @@ class Record:
         prepared, filled, graced: the highest version of which this rank says so.
         error: 1 if something failed on this rank since its last record.
         hold: 1 while this rank wants no new wave (it loads weights).
-        holds_ended: how often it has let go of a hold. While the ranks' differ, some have loaded what others have not yet.
+        holds_completed: how many holds it has completed. While the ranks' differ, some have loaded what others have not yet.
         left: 1 in a rank's last record.
         models: hash of what this rank registered and how it records load; nothing begins while the ranks' differ.
     """
@@ -61,7 +61,7 @@ class Record:
     graced: int = 0
     error: int = 0
     hold: int = 0
-    holds_ended: int = 0
+    holds_completed: int = 0
     left: int = 0
     models: int = 0
 
@@ -139,9 +139,8 @@ def advance(agreed: Agreed, records: Sequence[Record]) -> Agreed:
         case Phase.FILL:
             if all(record.filled == next_version for record in records):
                 return replace(agreed, phase=Phase.GRACE, version=next_version, drop_rest=held)
-        case Phase.GRACE if models_differ(
-            records
-        ):  # what they found: the versions too may differ, which none can grace
+        case Phase.GRACE if models_differ(records):
+            # Of what they found: the versions may differ too, and then none would ever be graced by all.
             return replace(agreed, phase=Phase.IDLE)
         case Phase.GRACE:
             drop_rest = agreed.drop_rest or held or failed
@@ -154,8 +153,8 @@ def advance(agreed: Agreed, records: Sequence[Record]) -> Agreed:
 
 
 def is_held(records: Sequence[Record]) -> bool:
-    """Whether a rank wants no new wave, or has ended a hold that another has not."""
-    return any(record.hold or record.holds_ended != records[0].holds_ended for record in records)
+    """Whether a rank wants no new wave, or has completed a hold that another has not."""
+    return any(record.hold or record.holds_completed != records[0].holds_completed for record in records)
 
 
 def models_differ(records: Sequence[Record]) -> bool:

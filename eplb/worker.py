@@ -40,7 +40,7 @@ class _Requests:
     """What the main thread wants; guarded by the worker's lock."""
 
     hold: int = 0
-    holds_ended: int = 0
+    holds_completed: int = 0
     leaving: bool = False
 
 
@@ -171,7 +171,7 @@ class Worker:
         """Want new waves again, as soon as every rank has completed as many holds."""
         with self._lock:
             self._requests.hold -= 1
-            self._requests.holds_ended += completed
+            self._requests.holds_completed += completed
             self._held = False
 
     @property
@@ -195,16 +195,15 @@ class Worker:
             return list(self._load_trace)
 
     @property
-    def has_left(self) -> bool:
-        """Whether the other ranks know that this one leaves, or nobody can tell them."""
-        return self._said_left or self._lost or self._agreed.phase is Phase.LEFT
-
-    @property
     def is_done(self) -> bool:
-        """Whether it has left, has published what was agreed, and nothing can touch a slot of a wave given up for it."""
+        """Whether nothing is left to do after `leave()`, or nothing can be done.
+
+        Then the other ranks know, what was agreed is published, and nothing can touch a slot of a wave given up for it.
+        """
         fill = self._fill
+        has_left = self._said_left or self._agreed.phase is Phase.LEFT
         is_filling = fill is not None and fill.version > self._agreed.version
-        return self._lost or (self.has_left and self.is_published and not is_filling and not self._zombies)
+        return self._lost or (has_left and self.is_published and not is_filling and not self._zombies)
 
     @property
     def is_idle(self) -> bool:
@@ -224,10 +223,9 @@ class Worker:
                 same round, or one would be left in a round that no other takes part in.
         """
         # Each stage on its own: one that fails every time must not keep this rank from speaking, or all would wait.
-        for stage in (self._bury, self._hear, self._collect_windows, self._act, self._speak):
+        for stage in (self._bury, self._hear, self._collect_windows, self._act, lambda: self._speak(may_speak)):
             try:
-                if stage != self._speak or may_speak():
-                    stage()
+                stage()
             except Exception as error:
                 self.fail(error)
         self._report()
@@ -250,16 +248,14 @@ class Worker:
             # other ranks may have published it: all this rank can do in doubt is to keep what it said it has.
             self._lost = True
             raise
-        mine = self._mine
+        mine, differed = self._mine, self._models_differ
         if agreed.phase is Phase.PLAN:
             mine.message = messages[0]
-            is_news = False
             new = heard_plan(agreed, num_waves=int(messages[0][0]))
         else:
             records = [Record.decode(message) for message in messages]
             new = advance(agreed, records)
-            differed, self._models_differ = self._models_differ, models_differ(records)
-            is_news = self._models_differ and not differed
+            self._models_differ = models_differ(records)
             if not is_held(records):
                 self._held_since = None
             elif self._held_since is None:
@@ -272,7 +268,7 @@ class Worker:
         self._mine, self._agreed, self._exchange = mine, new, None
         self._heard_at = self._clock()
         self._settle(agreed, new, spoken)
-        if is_news:
+        if self._models_differ and not differed:
             raise RuntimeError(
                 "the ranks differ in the models they registered, in their order or placement, or in the config's windows: "
                 "nothing can be balanced"
@@ -452,9 +448,9 @@ class Worker:
     def _bury(self) -> None:
         self._zombies = [fill for fill in self._zombies if not fill.bury()]
 
-    def _speak(self) -> None:
+    def _speak(self, may_speak: Callable[[], bool]) -> None:
         agreed = self._agreed
-        if self._lost or self._exchange is not None or agreed.phase is Phase.LEFT:
+        if self._lost or self._exchange is not None or agreed.phase is Phase.LEFT or not may_speak():
             return
         record = self._record()
         now = self._clock()
@@ -473,7 +469,7 @@ class Worker:
 
     def _record(self) -> Record:
         with self._lock:
-            hold, holds_ended = self._requests.hold > 0, self._requests.holds_ended
+            hold, holds_completed = self._requests.hold > 0, self._requests.holds_completed
             leaving = self._requests.leaving
         mine, agreed, fill = self._mine, self._agreed, self._fill
         # Versions of abandoned waves come again: only the wave that the ranks speak of now may vote.
@@ -488,7 +484,7 @@ class Worker:
             graced=self._graced,
             error=int(self._error),
             hold=int(hold),
-            holds_ended=holds_ended,
+            holds_completed=holds_completed,
             left=int(leaving),
             models=self._models,
         )

@@ -4,7 +4,7 @@ Legend: E logical experts, S slots of the pool, H hidden, I intermediate.
 """
 
 import copy
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from typing import Any
 
 import torch
@@ -134,17 +134,17 @@ class Experts(nn.Module):
             range(self.resident.num_experts) if self.state_dict_scope == "all" else self._ranges()[self.resident.rank]
         )
 
-    def _owners(self) -> list[int]:
-        """The rank that each logical expert is saved from: the lowest of those whose own current table names it here."""
+    def _owners(self, live: Collection[int], retiring: Collection[int]) -> list[int]:
+        """The rank that each logical expert is saved from, the lowest of those that have it; given what this one has."""
         resident = self.resident
         if resident.num_ranks == 1:
             return [0] * resident.num_experts
         assert self.process_group is not None
         mine = torch.zeros(2, resident.num_experts, dtype=torch.bool)
-        mine[0, list(resident.live_slots())] = True
+        mine[0, list(live)] = True
         # Ranks may be one version apart, and an expert that has moved be in none's own current table: then it is still where
         # it was, on a rank that has flipped, as another has not.
-        mine[1, list(resident.retiring_slots())] = True
+        mine[1, list(retiring)] = True
         flags = all_gather_flags(mine.flatten(), resident.pool.device, self.process_group).int()
         now, before = flags.view(len(flags), 2, -1).unbind(1)
         return torch.where(now.any(dim=0), now.argmax(dim=0), before.argmax(dim=0)).tolist()
@@ -152,11 +152,12 @@ class Experts(nn.Module):
     def _logical_slabs(self) -> Iterator[tuple[int, torch.Tensor]]:
         """Every logical expert's slab, in order, on every rank."""
         resident = self.resident
-        live = {**{e: [slot] for e, slot in resident.retiring_slots().items()}, **resident.live_slots()}
-        for expert, owner in enumerate(self._owners()):
+        live, retiring = resident.live_slots(), resident.retiring_slots()
+        slots = retiring | {expert: slots[0] for expert, slots in live.items()}
+        for expert, owner in enumerate(self._owners(live, retiring)):
             is_here = owner == resident.rank
             # A copy: once all have heard it, a slot that was given up may be written anew.
-            slab = resident.pool.slab(live[expert][0]).clone() if is_here else torch.empty_like(resident.pool.slab(0))
+            slab = resident.pool.slab(slots[expert]).clone() if is_here else torch.empty_like(resident.pool.slab(0))
             if resident.num_ranks > 1:
                 assert self.process_group is not None
                 broadcast_(slab, owner, self.process_group)

@@ -377,7 +377,7 @@ def test_loading_waits_no_longer_than_its_timeout_for_a_silent_peer():
     controller.step()
     with pytest.raises(TimeoutError, match=r"quiesce_timeout=0.1 s"), layer.resident.quiesced():
         pytest.fail("nothing may be written now")
-    assert controller._worker._record().holds_ended == 0, "another try would be one too many"
+    assert controller._worker._record().holds_completed == 0, "another try would be one too many"
     controller.close()
 
 

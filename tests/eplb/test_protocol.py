@@ -36,10 +36,10 @@ TRANSITIONS = {
     "not rank 0's": (at(Phase.IDLE), [Record(proposal=5), Record(proposal=6, work=1)], {}),
     "held by rank 0": (at(Phase.IDLE), [Record(proposal=6, work=1, hold=1), NOTHING], {}),
     "held by another": (at(Phase.IDLE), [Record(proposal=6, work=1), Record(hold=1)], {}),
-    "one has ended a hold": (at(Phase.IDLE), [Record(proposal=6, work=1), Record(holds_ended=1)], {}),
+    "one has ended a hold": (at(Phase.IDLE), [Record(proposal=6, work=1), Record(holds_completed=1)], {}),
     "both have": (
         at(Phase.IDLE),
-        [Record(proposal=6, work=1, holds_ended=1), Record(holds_ended=1)],
+        [Record(proposal=6, work=1, holds_completed=1), Record(holds_completed=1)],
         {"phase": Phase.LOAD, "proposal": 6},
     ),
     "an error while idle": (
@@ -68,7 +68,7 @@ TRANSITIONS = {
     "a plan, but held": (at(Phase.PLANNING), [Record(plan_words=40), Record(hold=1)], {"phase": Phase.IDLE}),
     "a plan, but one has ended a hold": (
         at(Phase.PLANNING),
-        [Record(plan_words=40, holds_ended=1), NOTHING],
+        [Record(plan_words=40, holds_completed=1), NOTHING],
         {"phase": Phase.IDLE},
     ),
     "held, still planning": (at(Phase.PLANNING), [NOTHING, Record(hold=1)], {}),
@@ -181,7 +181,7 @@ records = st.builds(
     graced=st.integers(5, 8),
     error=st.integers(0, 1),
     hold=st.integers(0, 1),
-    holds_ended=st.integers(0, 1),
+    holds_completed=st.integers(0, 1),
     left=st.just(0),
 )
 states = st.builds(
