@@ -264,7 +264,8 @@ def test_a_gate_in_the_way_of_the_layers_own_is_asked(how, num_tokens, device):
             layer.__class__ = WithProperty
         else:
             object.__setattr__(layer, "gate", Wrapped(layer.gate))
-        assert torch.equal(layer(x), upside_down)
+        # Not bit for bit: one token goes through the separate ops now.
+        torch.testing.assert_close(layer(x), upside_down)
 
 
 def test_one_token_by_a_functional_call(device):
