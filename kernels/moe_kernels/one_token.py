@@ -2,7 +2,8 @@
 """The whole layer for a single token whose experts are all here, in three launches: choice, up, and down with combine.
 
 Neither schedule nor tiles nor tensor cores: all that counts is how soon the memory is busy, and that it stays so.
-K experts per token, E logical experts, P entries of the table, H hidden, I intermediate, S slots, L lanes.
+Nor shares: experts that are all on one device have one replica each.
+K experts per token, E logical experts, H hidden, I intermediate, S slots, L lanes.
 """
 
 from __future__ import annotations
@@ -14,7 +15,6 @@ from moe_kernels.activation import check_activation, gated
 from moe_kernels.backend import registered_op, resolve_backend
 from moe_kernels.checks import FLOATS, check_gate_up, check_slots, check_tensor
 from moe_kernels.one_token_triton import one_token_triton
-from moe_kernels.replicas import check_table, select_replicas_torch
 from moe_kernels.routing import check_rule, topk_routing_torch
 from moe_kernels.row_blocks import without_autocast
 
@@ -25,13 +25,10 @@ def one_token_torch(
     logits_1E: torch.Tensor,
     gate_up_SNH: torch.Tensor,
     down_SHI: torch.Tensor,
+    table_lanes_E: torch.Tensor,
     lane_to_slot_L: torch.Tensor,
-    table_offsets_E1: torch.Tensor,
-    table_lanes_P: torch.Tensor,
-    table_cumulative_P: torch.Tensor,
     load_E: torch.Tensor,
     increment_1: torch.Tensor | None,
-    rank_start: int,
     top_k: int,
     score_function: str = "softmax",
     renormalize: bool = True,
@@ -50,12 +47,11 @@ def one_token_torch(
         bias_E=bias_E,
         token_mask_T=token_mask_1,
     )
-    table = (table_offsets_E1, table_lanes_P, table_cumulative_P)
-    num_lanes = lane_to_slot_L.shape[0]
-    lanes_1K, _ = select_replicas_torch(
-        ids_1K, *table, load_E, rank_start, num_lanes=num_lanes, increment_1=increment_1
-    )
-    lanes_K = lanes_1K[0]
+    ids_K = ids_1K[0].long()
+    is_masked_K, ids_K = ids_K < 0, ids_K.clamp(min=0)
+    if increment_1 is not None:
+        load_E.index_add_(0, ids_K, torch.where(is_masked_K, 0, increment_1))
+    lanes_K = torch.where(is_masked_K, -1, table_lanes_E[ids_K])
     slots_K = lane_to_slot_L[lanes_K.clamp(min=0).long()].long()
     total_H = x_1H.new_zeros(x_1H.shape[1], dtype=torch.float32)
     for k in range(top_k):
@@ -74,13 +70,10 @@ def _one_token(
     logits_1E: torch.Tensor,
     gate_up_SNH: torch.Tensor,
     down_SHI: torch.Tensor,
+    table_lanes_E: torch.Tensor,
     lane_to_slot_L: torch.Tensor,
-    table_offsets_E1: torch.Tensor,
-    table_lanes_P: torch.Tensor,
-    table_cumulative_P: torch.Tensor,
     load_E: torch.Tensor,
     increment_1: torch.Tensor | None,
-    rank_start: int,
     top_k: int,
     score_function: str,
     renormalize: bool,
@@ -95,13 +88,10 @@ def _one_token(
         logits_1E,
         gate_up_SNH,
         down_SHI,
+        table_lanes_E,
         lane_to_slot_L,
-        table_offsets_E1,
-        table_lanes_P,
-        table_cumulative_P,
         load_E,
         increment_1,
-        rank_start,
         top_k,
         score_function,
         renormalize,
@@ -122,13 +112,10 @@ def one_token(
     logits_1E: torch.Tensor,
     gate_up_SNH: torch.Tensor,
     down_SHI: torch.Tensor,
+    table_lanes_E: torch.Tensor,
     lane_to_slot_L: torch.Tensor,
-    table_offsets_E1: torch.Tensor,
-    table_lanes_P: torch.Tensor,
-    table_cumulative_P: torch.Tensor,
     load_E: torch.Tensor,
     increment_1: torch.Tensor | None,
-    rank_start: int,
     top_k: int,
     *,
     score_function: str = "softmax",
@@ -140,7 +127,7 @@ def one_token(
     backend: str = "auto",
     validate: bool = True,
 ) -> torch.Tensor:
-    """All ops of one forward, for one token whose experts are all on this device; without gradients.
+    """All ops of one forward, for one token whose experts are all on this device, once each; without gradients.
 
     The same experts and weights as by the separate ops, and the same counts in `load_E`. hidden is rounded to the dtype
     of x; unlike there, the experts' contributions are not rounded before they are summed. The result depends neither on
@@ -150,8 +137,9 @@ def one_token(
         x_1H: [1, H] float32, float16 or bfloat16, contiguous.
         logits_1E, top_k, score_function, renormalize, scale, bias_E, token_mask_1: as of `topk_routing`.
         gate_up_SNH: [S, 2I, H], down_SHI: [S, H, I], of the dtype of x, as of `expert_up` and `expert_down`.
+        table_lanes_E: [E] int32, contiguous; the lane of each expert's only replica, -1 for none (it adds nothing).
         lane_to_slot_L: [L] int32, contiguous.
-        table_offsets_E1, table_lanes_P, table_cumulative_P, load_E, increment_1, rank_start: as of `select_replicas`.
+        load_E, increment_1: as of `select_replicas`.
         activation: "silu", or "gelu" (the exact one).
         backend: see `resolve_backend`.
         validate: False for a caller whose arguments keep these rules by construction and whose `backend` is resolved: the
@@ -170,8 +158,11 @@ def one_token(
         num_slots, double, hidden_size = gate_up_SNH.shape
         check_tensor("down_SHI", down_SHI, (num_slots, hidden_size, double // 2), x_1H.dtype, device, contiguous=False)
         check_slots("down_SHI", down_SHI)
+        check_tensor("load_E", load_E, (None,), torch.int64, device)
+        check_tensor("table_lanes_E", table_lanes_E, (load_E.shape[0],), torch.int32, device)
         check_tensor("lane_to_slot_L", lane_to_slot_L, (None,), torch.int32, device)
-        check_table(table_offsets_E1, table_lanes_P, table_cumulative_P, load_E, rank_start, increment_1, device)
+        if increment_1 is not None:
+            check_tensor("increment_1", increment_1, (1,), torch.int64, device)
         check_tensor("logits_1E", logits_1E, (1, load_E.shape[0]), FLOATS, device)
         check_rule(load_E.shape[0], top_k, score_function, bias_E, device)
         if token_mask_1 is not None:
@@ -183,13 +174,10 @@ def one_token(
         logits_1E,
         gate_up_SNH,
         down_SHI,
+        table_lanes_E,
         lane_to_slot_L,
-        table_offsets_E1,
-        table_lanes_P,
-        table_cumulative_P,
         load_E,
         increment_1,
-        rank_start,
         top_k,
         score_function,
         renormalize,

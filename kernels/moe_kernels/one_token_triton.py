@@ -2,7 +2,7 @@
 # Of the arguments of a kernel only the constants are annotated.
 """The kernels of `one_token` and their launches.
 
-K experts per token, E logical experts, P entries of the table, H hidden, I intermediate, S slots, L lanes.
+K experts per token, E logical experts, H hidden, I intermediate, S slots, L lanes.
 """
 
 from __future__ import annotations
@@ -24,8 +24,8 @@ from moe_kernels.backend import (
     raw_stream,
     uses_pdl,
 )
+from moe_kernels.cache import policy_of_weights
 from moe_kernels.numerics import gated, narrow, widen
-from moe_kernels.replicas_triton import circle_start
 from moe_kernels.routing import choose_experts
 
 
@@ -46,10 +46,8 @@ def _choice_in(scratch_ptr, SCRATCH: tl.constexpr):
 
 
 @triton.jit(
-    do_not_specialize=["rank_start"],
     do_not_specialize_on_alignment=[
-        "logits_ptr", "bias_ptr", "mask_ptr", "offsets_ptr", "table_lanes_ptr", "cumulative_ptr", "lane_to_slot_ptr",
-        "increment_ptr", "load_ptr",
+        "logits_ptr", "bias_ptr", "mask_ptr", "table_lanes_ptr", "lane_to_slot_ptr", "increment_ptr", "load_ptr",
     ],
 )  # fmt: skip
 def _choice_kernel(
@@ -58,18 +56,14 @@ def _choice_kernel(
     bias_ptr,  # None: no bias
     mask_ptr,  # None: the token counts
     scale,
-    offsets_ptr,
     table_lanes_ptr,
-    cumulative_ptr,
     lane_to_slot_ptr,
     increment_ptr,  # None: nothing is recorded
-    rank_start,
     # outputs
     load_ptr,  # read first
     scratch_ptr,
     # shapes
     num_experts,
-    num_entries,
     num_lanes,
     SCRATCH: tl.constexpr,
     # constants
@@ -81,9 +75,9 @@ def _choice_kernel(
     BLOCK_E: tl.constexpr,
     BLOCK_K: tl.constexpr,
 ):
-    """`topk_routing` and `select_replicas` of one token, and on to the slots; one warp.
+    """`topk_routing` of one token, and on to the slots; one warp.
 
-    An expert that the token has is its only element of this batch, so it stands at the start of its circle.
+    Where each expert is gets read beside the choice, not after it: two reads that depend on each other take as long.
 
     Example: logits [1, 3, 3, 2], K = 2 (renormalized softmax); experts 1 and 2 in the lanes 1 and 2, these in the slots
     7 and 5 → slots [7, 5] and the bits of [0.5, 0.5] behind hidden, load [0, 1, 1, 0].
@@ -91,40 +85,27 @@ def _choice_kernel(
     if PDL:  # see `uses_pdl`
         gdc_wait()
         gdc_launch_dependents()
-        # What the choice leads to is on its way while the choice is made.
-        _prefetch(offsets_ptr, num_experts + 1, 32)
-        _prefetch(load_ptr, num_experts, 16)
-        _prefetch(table_lanes_ptr, num_entries, 32)
-        _prefetch(cumulative_ptr, num_entries, 32)
         _prefetch(lane_to_slot_ptr, num_lanes, 32)
+    experts = tl.arange(0, BLOCK_E)
+    lanes = tl.load(table_lanes_ptr + experts, mask=experts < num_experts, other=-1)
+    loads = tl.load(load_ptr + experts, mask=experts < num_experts, other=0)
+    slots = tl.load(lane_to_slot_ptr + lanes, mask=lanes >= 0, other=-1)
     weights, ids = choose_experts(
         logits_ptr, bias_ptr, 1, num_experts, scale, TOP_K, SOFTMAX, RENORMALIZE, 1, BLOCK_E, BLOCK_K
     )
     weights, ids = tl.reshape(weights, (BLOCK_K,)), tl.reshape(ids, (BLOCK_K,))
     k = tl.arange(0, BLOCK_K)
-    searching = k < TOP_K
+    counts = k < TOP_K
     if mask_ptr is not None:
-        searching &= tl.load(mask_ptr) != 0
-    first = tl.load(offsets_ptr + ids, mask=searching, other=0)
-    last = tl.load(offsets_ptr + ids + 1, mask=searching, other=0)
-    load = tl.load(load_ptr + ids, mask=searching, other=0)
-    if increment_ptr is not None:
-        # The ids are distinct, so each counter has one writer.
-        tl.store(load_ptr + ids, load + tl.load(increment_ptr), mask=searching)
-    position = circle_start(rank_start, load)
-    lane = tl.full((BLOCK_K,), -1, dtype=tl.int32)
-    for replica in range(0, tl.max(last - first, axis=0)):
-        entry = first + replica
-        searching &= entry < last
-        candidate = tl.load(table_lanes_ptr + entry, mask=searching, other=-1)
-        found = searching & (position < tl.load(cumulative_ptr + entry, mask=searching, other=0))
-        lane = tl.where(found, candidate, lane)
-        searching &= ~found
-    slot = tl.load(lane_to_slot_ptr + lane, mask=lane >= 0, other=-1)
+        counts &= tl.load(mask_ptr) != 0
+    slot = tl.where(counts, tl.gather(slots, ids, 0), -1)
     choice_ptr = _choice_in(scratch_ptr, SCRATCH)
     tl.store(choice_ptr + k, slot, mask=k < TOP_K)
-    weights = tl.where(lane >= 0, weights, 0.0)
+    weights = tl.where(slot >= 0, weights, 0.0)
     tl.store(choice_ptr + TOP_K + k, weights.to(tl.int32, bitcast=True), mask=k < TOP_K)
+    if increment_ptr is not None:
+        # The ids are distinct, so each counter has one writer.
+        tl.store(load_ptr + ids, tl.gather(loads, ids, 0) + tl.load(increment_ptr), mask=counts)
 
 
 @triton.jit
@@ -141,6 +122,7 @@ def _up_kernel(
     INTERMEDIATE: tl.constexpr,
     # constants
     ACTIVATION: tl.constexpr,
+    EVICTION: tl.constexpr,
     PDL: tl.constexpr,
     # tunables
     BLOCK_H: tl.constexpr,
@@ -159,12 +141,13 @@ def _up_kernel(
     for first in tl.static_range(0, HIDDEN_SIZE, BLOCK_H):
         h = first + tl.arange(0, BLOCK_H)
         if first + BLOCK_H <= HIDDEN_SIZE:
-            gate_weight, up_weight = tl.load(at + h), tl.load(at + INTERMEDIATE * HIDDEN_SIZE + h)
+            gate_weight = tl.load(at + h, eviction_policy=EVICTION)
+            up_weight = tl.load(at + INTERMEDIATE * HIDDEN_SIZE + h, eviction_policy=EVICTION)
             x = widen(tl.load(x_ptr + h))
         else:
             inside = h < HIDDEN_SIZE
-            gate_weight = tl.load(at + h, mask=inside, other=0.0)
-            up_weight = tl.load(at + INTERMEDIATE * HIDDEN_SIZE + h, mask=inside, other=0.0)
+            gate_weight = tl.load(at + h, mask=inside, other=0.0, eviction_policy=EVICTION)
+            up_weight = tl.load(at + INTERMEDIATE * HIDDEN_SIZE + h, mask=inside, other=0.0, eviction_policy=EVICTION)
             x = widen(tl.load(x_ptr + h, mask=inside, other=0.0))
         gate += widen(gate_weight) * x
         up += widen(up_weight) * x
@@ -186,7 +169,7 @@ def _down_kernel(
     INTERMEDIATE: tl.constexpr,
     TOP_K: tl.constexpr,
     # constants
-    EARLY: tl.constexpr,
+    EVICTION: tl.constexpr,
     PDL: tl.constexpr,
     # tunables
     BLOCK_K: tl.constexpr,
@@ -194,12 +177,9 @@ def _down_kernel(
 ):
     """One element of y, the sum over all experts in a fixed order, in float32.
 
-    EARLY: the choice and the first weights are read before the wait. The choice is there, as every program of the
+    With PDL the choice and the first weights are read before the wait. The choice is there, as every program of the
     kernel before has waited for it before it let this one start; weights in a slot that a table names don't change.
     """
-    if PDL and not EARLY:  # see `uses_pdl`
-        gdc_wait()
-        gdc_launch_dependents()
     row = tl.program_id(0).to(tl.int64)
     k = tl.arange(0, BLOCK_K)
     choice_ptr = _choice_in(scratch_ptr, SCRATCH)
@@ -209,8 +189,8 @@ def _down_kernel(
     at = down_ptr + (slot * stride_slot + row * INTERMEDIATE)[:, None]
     i = tl.arange(0, BLOCK_I)[None, :]
     inside = chosen[:, None] & (i < INTERMEDIATE)
-    down = tl.load(at + i, mask=inside, other=0.0)
-    if PDL and EARLY:
+    down = tl.load(at + i, mask=inside, other=0.0, eviction_policy=EVICTION)
+    if PDL:  # see `uses_pdl`
         gdc_wait()
         gdc_launch_dependents()
     hidden_at = scratch_ptr + k[:, None] * INTERMEDIATE
@@ -218,7 +198,7 @@ def _down_kernel(
     for first in tl.static_range(BLOCK_I, INTERMEDIATE, BLOCK_I):
         i = first + tl.arange(0, BLOCK_I)[None, :]
         inside = chosen[:, None] & (i < INTERMEDIATE)
-        down = tl.load(at + i, mask=inside, other=0.0)
+        down = tl.load(at + i, mask=inside, other=0.0, eviction_policy=EVICTION)
         product += widen(down) * widen(tl.load(hidden_at + i, mask=inside, other=0.0))
     weights = tl.load(choice_ptr + TOP_K + k, mask=k < TOP_K, other=0, cache_modifier=".cg").to(
         tl.float32, bitcast=True
@@ -249,7 +229,7 @@ def _make_plan(
     _, hidden_size, intermediate = down_SHI.shape
     block_k, pdl = triton.next_power_of_2(top_k), uses_pdl(x_1H)
     scratch = -(-top_k * intermediate // 16) * 16
-    down_bytes = top_k * hidden_size * intermediate * x_1H.element_size()
+    eviction = policy_of_weights(3 * top_k * hidden_size * intermediate * x_1H.element_size())
     return _Plan(
         choice=PreparedLaunch(
             _choice_kernel,
@@ -266,23 +246,24 @@ def _make_plan(
         up=PreparedLaunch(
             _up_kernel,
             (intermediate, top_k, 1),
-            {"num_warps": 4, "launch_pdl": pdl},
+            {"num_warps": 2, "launch_pdl": pdl},
             SCRATCH=scratch,
             HIDDEN_SIZE=hidden_size,
             INTERMEDIATE=intermediate,
             ACTIVATION=activation,
+            EVICTION=eviction,
             PDL=pdl,
             BLOCK_H=_block(hidden_size),
         ),
         down=PreparedLaunch(
             _down_kernel,
             (hidden_size, 1, 1),
-            {"num_warps": 4, "launch_pdl": pdl},
+            {"num_warps": 1, "launch_pdl": pdl},
             SCRATCH=scratch,
             HIDDEN_SIZE=hidden_size,
             INTERMEDIATE=intermediate,
             TOP_K=top_k,
-            EARLY=pdl and down_bytes <= _EARLY_BYTES,
+            EVICTION=eviction,
             PDL=pdl,
             BLOCK_K=block_k,
             BLOCK_I=min(triton.next_power_of_2(intermediate), max(_ELEMENTS // block_k, 16)),
@@ -300,13 +281,10 @@ def one_token_triton(
     logits_1E: torch.Tensor,
     gate_up_SNH: torch.Tensor,
     down_SHI: torch.Tensor,
+    table_lanes_E: torch.Tensor,
     lane_to_slot_L: torch.Tensor,
-    table_offsets_E1: torch.Tensor,
-    table_lanes_P: torch.Tensor,
-    table_cumulative_P: torch.Tensor,
     load_E: torch.Tensor,
     increment_1: torch.Tensor | None,
-    rank_start: int,
     top_k: int,
     score_function: str,
     renormalize: bool,
@@ -316,13 +294,13 @@ def one_token_triton(
     activation: str,
 ) -> torch.Tensor:
     _, hidden_size, intermediate = down_SHI.shape
-    num_experts, num_entries, num_lanes = load_E.numel(), table_lanes_P.numel(), lane_to_slot_L.numel()
+    num_experts, num_lanes = load_E.numel(), lane_to_slot_L.numel()
     stride_up, stride_down = gate_up_SNH.stride(0), down_SHI.stride(0)
     device_index = x_1H.get_device()
     key = (
         device_index,
         (x_1H.dtype, logits_1E.dtype, gate_up_SNH.dtype, down_SHI.dtype, None if bias_E is None else bias_E.dtype),
-        (hidden_size, intermediate, stride_up, stride_down, num_experts, num_entries, num_lanes, top_k),
+        (hidden_size, intermediate, stride_up, stride_down, num_experts, num_lanes, top_k),
         (score_function, renormalize, activation),
         (token_mask_1 is None, increment_1 is None),
     )
@@ -345,16 +323,12 @@ def one_token_triton(
             bias_E,
             token_mask_1,
             scale,
-            table_offsets_E1,
-            table_lanes_P,
-            table_cumulative_P,
+            table_lanes_E,
             lane_to_slot_L,
             increment_1,
-            rank_start,
             load_E,
             scratch,
             num_experts,
-            num_entries,
             num_lanes,
         )
         plan.up(stream, x_1H, gate_up_SNH, scratch, stride_up)
@@ -362,12 +336,9 @@ def one_token_triton(
     return y_1H
 
 
-_ELEMENTS = 8192  # weights that a program of the down projection reads at once
-# Down projections up to this size gain if their first weights are read before the up projections have ended; larger ones
-# lose (measured on an H200, docs/performance.md).
-_EARLY_BYTES = 32 << 20
+_ELEMENTS = 2048  # weights that a program of the down projection reads at once
 
 
 def _block(size: int) -> int:
     """The widest block that divides the size; else 1024, or what holds it all."""
-    return next((block for block in (2048, 1024, 512) if size % block == 0), min(1024, triton.next_power_of_2(size)))
+    return next((block for block in (1024, 512) if size % block == 0), min(1024, triton.next_power_of_2(size)))

@@ -19,37 +19,25 @@ from moe_kernels import (
 )
 from moe_kernels.one_token import _one_token
 
-ONE = 1 << SHARE_BITS
 
-
-def table_of(replicas, device):
-    """offsets, lanes and cumulative shares; lane by lane in the order of the experts, shares equal but for rounding."""
-    offsets, cumulative = [0], []
-    for count in replicas:
-        offsets.append(offsets[-1] + count)
-        cumulative += [ONE * (replica + 1) // count for replica in range(count)]
-    lanes = list(range(offsets[-1]))[::-1]
-    return tuple(torch.tensor(values, dtype=torch.int32, device=device) for values in (offsets, lanes, cumulative))
-
-
-def arguments(make_experts, replicas, top_k, hidden_size, intermediate, dtype=torch.float32, seed=0):
-    num_lanes = max(sum(replicas), 1)
+def arguments(make_experts, has_lane, top_k, hidden_size, intermediate, dtype=torch.float32, seed=0):
+    """Of experts that have a lane or none; lane by lane in the reverse order of the experts."""
+    num_lanes = max(sum(has_lane), 1)
     experts = make_experts(1, top_k, num_lanes, hidden_size, intermediate, dtype, seed)
     device = experts.x_RH.device
     random = torch.Generator().manual_seed(seed)
-    offsets, lanes, cumulative = table_of(replicas, device)
+    lanes = iter(range(num_lanes)[::-1])
     return {
         "x_1H": experts.x_RH,
-        "logits_1E": torch.randn(1, len(replicas), generator=random).to(device),
+        "logits_1E": torch.randn(1, len(has_lane), generator=random).to(device),
         "gate_up_SNH": experts.gate_up_SNH,
         "down_SHI": experts.down_SHI,
+        "table_lanes_E": torch.tensor(
+            [next(lanes) if has else -1 for has in has_lane], dtype=torch.int32, device=device
+        ),
         "lane_to_slot_L": experts.lane_to_slot_L,
-        "table_offsets_E1": offsets,
-        "table_lanes_P": lanes,
-        "table_cumulative_P": cumulative,
-        "load_E": torch.randint(0, 10**12, (len(replicas),), generator=random).to(device),
+        "load_E": torch.randint(0, 10**12, (len(has_lane),), generator=random).to(device),
         "increment_1": torch.ones(1, dtype=torch.int64, device=device),
-        "rank_start": seed * 7_654_321 % ONE,
         "top_k": top_k,
     }
 
@@ -59,13 +47,12 @@ def separate(arguments, activation="silu", **rule):
     a = dict(arguments)
     load, mask = a["load_E"].clone(), rule.pop("token_mask_1", None)
     weights, ids = topk_routing(a["logits_1E"], a["top_k"], token_mask_T=mask, backend="torch", **rule)
+    lanes_E = a["table_lanes_E"]
+    present = lanes_E >= 0
+    offsets = torch.nn.functional.pad(present.cumsum(0), (1, 0)).int()
+    shares = torch.full_like(lanes_E[present], 1 << SHARE_BITS)
     lanes, counts = select_replicas(
-        ids,
-        a["table_offsets_E1"],
-        a["table_lanes_P"],
-        a["table_cumulative_P"],
-        load,
-        a["rank_start"],
+        *(ids, offsets, lanes_E[present], shares, load, 0),
         num_lanes=a["lane_to_slot_L"].numel(),
         increment_1=a["increment_1"],
         backend="torch",
@@ -89,7 +76,7 @@ def separate(arguments, activation="silu", **rule):
 @pytest.mark.parametrize("backend", ["torch", "triton"])
 @settings(max_examples=12)
 @given(
-    replicas=st.lists(st.integers(0, 3), min_size=1, max_size=7),
+    has_lane=st.lists(st.booleans(), min_size=1, max_size=9),
     data=st.data(),
     hidden_size=st.integers(1, 40),
     intermediate=st.integers(1, 40),
@@ -101,17 +88,17 @@ def separate(arguments, activation="silu", **rule):
     seed=st.integers(0, 100),
 )
 def test_equals_the_separate_ops(
-    make_experts, assert_close, backend, replicas, data, hidden_size, intermediate, dtype, activation, score_function,
+    make_experts, assert_close, backend, has_lane, data, hidden_size, intermediate, dtype, activation, score_function,
     renormalize, masked, seed,
 ):  # fmt: skip
-    top_k = data.draw(st.integers(1, len(replicas)))
-    given_arguments = arguments(make_experts, replicas, top_k, hidden_size, intermediate, dtype, seed)
+    top_k = data.draw(st.integers(1, len(has_lane)))
+    given_arguments = arguments(make_experts, has_lane, top_k, hidden_size, intermediate, dtype, seed)
     device = given_arguments["x_1H"].device
     rule = {
         "score_function": score_function,
         "renormalize": renormalize,
         "scale": 1.5,
-        "bias_E": torch.randn(len(replicas), generator=torch.Generator().manual_seed(seed)).to(device),
+        "bias_E": torch.randn(len(has_lane), generator=torch.Generator().manual_seed(seed)).to(device),
         "token_mask_1": None if masked is None else torch.tensor([masked], device=device),
     }
     expected, load = separate(given_arguments, activation, **rule)
@@ -125,14 +112,14 @@ def test_equals_the_separate_ops(
 def test_several_blocks(make_experts, assert_close, monkeypatch, backend, sizes):
     monkeypatch.setattr("moe_kernels.one_token_triton._block", lambda size: 64)
     monkeypatch.setattr("moe_kernels.one_token_triton._ELEMENTS", 64)
-    given_arguments = arguments(make_experts, [1, 1, 1], 2, *sizes, torch.bfloat16)
+    given_arguments = arguments(make_experts, 3 * [True], 2, *sizes, torch.bfloat16)
     expected, _ = separate(given_arguments)
     assert_close(one_token(**given_arguments, backend=backend), expected, scale=4)
 
 
 @pytest.mark.parametrize("backend", ["torch", "triton"])
 def test_nothing_is_recorded_without_an_increment(make_experts, backend):
-    given_arguments = arguments(make_experts, [1, 2], 1, 16, 8) | {"increment_1": None}
+    given_arguments = arguments(make_experts, 2 * [True], 1, 16, 8) | {"increment_1": None}
     before = given_arguments["load_E"].clone()
     one_token(**given_arguments, backend=backend)
     assert torch.equal(given_arguments["load_E"], before)
@@ -140,22 +127,22 @@ def test_nothing_is_recorded_without_an_increment(make_experts, backend):
 
 @pytest.mark.parametrize("backend", ["torch", "triton"])
 def test_a_token_without_experts_is_zero(make_experts, backend):
-    given_arguments = arguments(make_experts, [0, 0], 2, 16, 8)
+    given_arguments = arguments(make_experts, 2 * [False], 2, 16, 8)
     given_arguments["lane_to_slot_L"].fill_(-1)
     assert (one_token(**given_arguments, backend=backend) == 0).all()
 
 
 @pytest.mark.parametrize("backend", ["torch", "triton"])
 def test_bits_do_not_depend_on_slots_and_lanes(make_experts, backend):
-    given_arguments = arguments(make_experts, [1, 1, 1, 1], 2, 96, 40, torch.bfloat16)
+    given_arguments = arguments(make_experts, 4 * [True], 2, 96, 40, torch.bfloat16)
     expected = one_token(**given_arguments, backend=backend)
     device = expected.device
     moved = dict(given_arguments)
     slots = given_arguments["lane_to_slot_L"].long()
     for name in ("gate_up_SNH", "down_SHI"):
         moved[name] = torch.full_like(given_arguments[name], float("nan"))
-        moved[name][[4, 0, 3, 1]] = given_arguments[name][slots[given_arguments["table_lanes_P"].long()]]
-    moved["table_lanes_P"] = torch.tensor([1, 5, 2, 0], dtype=torch.int32, device=device)
+        moved[name][[4, 0, 3, 1]] = given_arguments[name][slots[given_arguments["table_lanes_E"].long()]]
+    moved["table_lanes_E"] = torch.tensor([1, 5, 2, 0], dtype=torch.int32, device=device)
     moved["lane_to_slot_L"] = torch.tensor([1, 4, 3, -1, -1, 0], dtype=torch.int32, device=device)
     assert torch.equal(one_token(**moved, backend=backend), expected)
 
@@ -169,9 +156,8 @@ def test_bits_do_not_depend_on_slots_and_lanes(make_experts, backend):
         ("lane_to_slot_L", lambda a: a["lane_to_slot_L"].long()),
         ("logits_1E", lambda a: a["logits_1E"][:, 1:]),
         ("load_E", lambda a: a["load_E"].int()),
-        ("table_offsets_E1", lambda a: a["table_offsets_E1"][1:]),
+        ("table_lanes_E", lambda a: a["table_lanes_E"][1:]),
         ("increment_1", lambda a: a["increment_1"].expand(2)),
-        ("rank_start", lambda a: -1),
         ("top_k", lambda a: 4),
         ("score_function", lambda a: "relu"),
         ("bias_E", lambda a: a["logits_1E"][0, 1:]),
@@ -180,14 +166,14 @@ def test_bits_do_not_depend_on_slots_and_lanes(make_experts, backend):
     ],
 )
 def test_refuses(make_experts, name, change):
-    given_arguments = arguments(make_experts, [1, 1, 1], 2, 16, 8)
+    given_arguments = arguments(make_experts, 3 * [True], 2, 16, 8)
     with pytest.raises(ValueError, match=name):
         one_token(**(given_arguments | {name: change(given_arguments)}))
 
 
 @pytest.mark.gpu
 def test_hooks_of_a_profiler_see_every_launch(make_experts):
-    given_arguments = arguments(make_experts, [1, 1, 1], 2, 16, 8) | {"increment_1": None}
+    given_arguments = arguments(make_experts, 3 * [True], 2, 16, 8) | {"increment_1": None}
     expected = one_token(**given_arguments, backend="triton")  # compiles
     seen, hooks = [], triton.knobs.runtime.launch_enter_hook
     assert torch.equal(one_token(**given_arguments, backend="triton"), expected)
@@ -201,6 +187,6 @@ def test_hooks_of_a_profiler_see_every_launch(make_experts):
 
 @pytest.mark.parametrize("backend", ["torch", "triton"])
 def test_opcheck(make_experts, backend):
-    given_arguments = arguments(make_experts, [1, 2], 2, 16, 8)
+    given_arguments = arguments(make_experts, 2 * [True], 2, 16, 8)
     rule = ("softmax", True, 1.0, None, None, "silu")
     torch.library.opcheck(_one_token.registered, (*given_arguments.values(), *rule, backend))
