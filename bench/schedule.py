@@ -17,13 +17,14 @@ def make_work(inputs: Inputs) -> Work:
             "torch.sort alone": lambda: torch.sort(keys_N, stable=True),
         },
         expected=lambda: _tensors(build_schedule_torch(lanes_N, counts_E, **inputs.tiling)),
-        num_bytes=2 * lanes_N.nbytes + 2 * counts_E.nbytes + 2 * inputs.schedule.tile_lane.nbytes,
+        num_bytes=2 * lanes_N.nbytes + 2 * counts_E.nbytes + 3 * inputs.schedule.tile_lane.nbytes,
         unchecked=frozenset({"torch.sort alone"}),
     )
 
 
 def _tensors(schedule: TileSchedule) -> tuple[torch.Tensor, ...]:
-    return schedule.order_N, schedule.offsets_L1, schedule.tile_lane, schedule.tile_start, schedule.num_tiles
+    tiles = (schedule.tile_lane, schedule.tile_start, schedule.tile_end, schedule.num_tiles)
+    return schedule.order_N, schedule.offsets_L1, *tiles
 
 
 if __name__ == "__main__":

@@ -19,7 +19,7 @@ from moe_kernels.expert_down_tma import expert_down_tma
 from moe_kernels.numerics import dot, narrow
 from moe_kernels.row_blocks import elementwise, padded_rows, row_blocks, unversioned, without_autocast
 from moe_kernels.schedule import TileSchedule
-from moe_kernels.tile_order import load_tile
+from moe_kernels.tile_order import load_own_tile
 
 
 @triton.jit
@@ -30,10 +30,9 @@ def _expert_down_kernel(
     lane_to_slot_ptr,
     row_weights_ptr,
     order_ptr,
-    offsets_ptr,
     tile_lane_ptr,
     tile_start_ptr,
-    num_tiles_ptr,
+    tile_end_ptr,
     # outputs
     rows_ptr,
     # shapes and strides, in elements
@@ -54,15 +53,12 @@ def _expert_down_kernel(
     if PDL:
         gdc_wait()
         gdc_launch_dependents()
-    num_tiles = tl.load(num_tiles_ptr)
-    num_column_blocks = tl.cdiv(hidden_size, BLOCK_N)
-    program = tl.program_id(0)
-    if program >= num_tiles * num_column_blocks:
-        return
-    column_block, start, end, slot = load_tile(
-        program, num_tiles, num_column_blocks, lane_to_slot_ptr, offsets_ptr, tile_lane_ptr, tile_start_ptr, GROUP_M
+    column_block, lane, start, end = load_own_tile(
+        tl.cdiv(hidden_size, BLOCK_N), tile_lane_ptr, tile_start_ptr, tile_end_ptr, GROUP_M
     )
-    slot = slot.to(tl.int64)
+    if lane < 0:
+        return
+    slot = tl.load(lane_to_slot_ptr + lane).to(tl.int64)
     position = start + tl.arange(0, BLOCK_M)
     inside = position < end
 
@@ -97,10 +93,9 @@ def _expert_down_triton(
     lane_to_slot_L: torch.Tensor,
     row_weights_N: torch.Tensor,
     order_N: torch.Tensor,
-    offsets_L1: torch.Tensor,
     tile_lane: torch.Tensor,
     tile_start: torch.Tensor,
-    num_tiles: torch.Tensor,
+    tile_end: torch.Tensor,
     config: GemmConfig,
 ) -> torch.Tensor:
     block_n, block_k = config.block_n, config.block_k
@@ -116,10 +111,9 @@ def _expert_down_triton(
                 lane_to_slot_L,
                 row_weights_N,
                 order_N,
-                offsets_L1,
                 tile_lane,
                 tile_start,
-                num_tiles,
+                tile_end,
                 rows_NH,
                 hidden_size,
                 intermediate,
@@ -171,15 +165,17 @@ def _expert_down(
     offsets_L1: torch.Tensor,
     tile_lane: torch.Tensor,
     tile_start: torch.Tensor,
+    tile_end: torch.Tensor,
     num_tiles: torch.Tensor,
     tiling: list[int],
     backend: str,
 ) -> torch.Tensor:
     if backend == "triton":
-        tiles = (order_N, offsets_L1, tile_lane, tile_start, num_tiles)
+        inputs = (hidden_NI, down_SHI, lane_to_slot_L, row_weights_N, order_N, tile_lane, tile_start, tile_end)
         config = GemmConfig.from_list(tiling)
-        launch = expert_down_tma if config.tma else _expert_down_triton
-        return launch(hidden_NI, down_SHI, lane_to_slot_L, row_weights_N, *tiles, config)
+        if config.tma:
+            return expert_down_tma(*inputs, num_tiles, config)
+        return _expert_down_triton(*inputs, config)
     return _expert_down_torch(hidden_NI, down_SHI, lane_to_slot_L, row_weights_N, order_N, offsets_L1)
 
 
@@ -243,7 +239,7 @@ def _backward(ctx, grad_rows_NH):
         grad_down if needs_weights else None,
         None,
         grad_row_weights if needs_row_weights else None,
-        *(7 * (None,)),
+        *(8 * (None,)),
     )
 
 
@@ -301,6 +297,7 @@ def expert_down(
         schedule.offsets_L1,
         schedule.tile_lane,
         schedule.tile_start,
+        schedule.tile_end,
         schedule.num_tiles,
         config.as_list(),
         resolve_backend(backend, device),

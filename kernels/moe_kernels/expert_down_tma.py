@@ -15,43 +15,47 @@ import triton.language as tl
 from triton.tools.tensor_descriptor import TensorDescriptor
 
 from moe_kernels.backend import gdc_launch_dependents, gdc_wait, on_device, uses_pdl
+from moe_kernels.cache import policy_of_output
 from moe_kernels.checks import check_tma_address, slot_stride
 from moe_kernels.config import GemmConfig
 from moe_kernels.numerics import dot, narrow
-from moe_kernels.tile_order import load_tile
+from moe_kernels.tile_order import load_own_tile, load_tile
+
+
+@triton.jit
+def _store_columns(row_at, product, inside, first_column, HIDDEN_SIZE: tl.constexpr, EVICTION: tl.constexpr):
+    column = first_column + tl.arange(0, product.shape[1])[None, :]
+    rows = narrow(product, row_at.dtype.element_ty)
+    tl.store(row_at + column, rows, mask=inside & (column < HIDDEN_SIZE), eviction_policy=EVICTION)
 
 
 @triton.jit
 def _store_rows(
     rows_ptr,
-    product,
     row_weights_ptr,
     order_ptr,
+    product,
     start,
     end,
     first_column,
     HIDDEN_SIZE: tl.constexpr,
+    EVICTION: tl.constexpr,
     HALVES: tl.constexpr,
-    BLOCK_M: tl.constexpr,
-    BLOCK_N: tl.constexpr,
 ):
     """The tile's rows that exist, times their routing weights, to their flat places."""
+    BLOCK_M: tl.constexpr = product.shape[0]
+    BLOCK_N: tl.constexpr = product.shape[1]
     position = start + tl.arange(0, BLOCK_M)
     inside = position < end
     flat = tl.load(order_ptr + position, mask=inside, other=0)
     product *= tl.load(row_weights_ptr + flat, mask=inside, other=0.0)[:, None]
-    row_at = rows_ptr + flat.to(tl.int64)[:, None] * HIDDEN_SIZE + first_column
+    row_at, inside = rows_ptr + flat.to(tl.int64)[:, None] * HIDDEN_SIZE, inside[:, None]
     if HALVES:  # half the shared memory to bring rows into the order of memory
-        column = tl.arange(0, BLOCK_N // 2)[None, :]
         left, right = product.reshape(BLOCK_M, 2, BLOCK_N // 2).permute(0, 2, 1).split()
-        left, right = narrow(left, rows_ptr.dtype.element_ty), narrow(right, rows_ptr.dtype.element_ty)
-        tl.store(row_at + column, left, mask=inside[:, None] & (first_column + column < HIDDEN_SIZE))
-        column += BLOCK_N // 2
-        tl.store(row_at + column, right, mask=inside[:, None] & (first_column + column < HIDDEN_SIZE))
+        _store_columns(row_at, left, inside, first_column, HIDDEN_SIZE, EVICTION)
+        _store_columns(row_at, right, inside, first_column + BLOCK_N // 2, HIDDEN_SIZE, EVICTION)
     else:
-        column = tl.arange(0, BLOCK_N)[None, :]
-        rows = narrow(product, rows_ptr.dtype.element_ty)
-        tl.store(row_at + column, rows, mask=inside[:, None] & (first_column + column < HIDDEN_SIZE))
+        _store_columns(row_at, product, inside, first_column, HIDDEN_SIZE, EVICTION)
 
 
 @triton.jit
@@ -68,6 +72,7 @@ def _down_tile(
     column_block,
     HIDDEN_SIZE: tl.constexpr,
     INTERMEDIATE: tl.constexpr,
+    EVICTION: tl.constexpr,
     SWAP: tl.constexpr,
     HALVES: tl.constexpr,
     BLOCK_M: tl.constexpr,
@@ -93,14 +98,10 @@ def _down_tile(
             extra = dot(extra_block, weights.T, extra)
     if SWAP:
         product = product.T
-    _store_rows(
-        rows_ptr, product, row_weights_ptr, order_ptr, start, end, first_column, HIDDEN_SIZE, HALVES, BLOCK_M, BLOCK_N
-    )
+    outputs = (rows_ptr, row_weights_ptr, order_ptr)
+    _store_rows(*outputs, product, start, end, first_column, HIDDEN_SIZE, EVICTION, HALVES)
     if EXTRA_M > 0:
-        start += BLOCK_M
-        _store_rows(
-            rows_ptr, extra, row_weights_ptr, order_ptr, start, end, first_column, HIDDEN_SIZE, HALVES, EXTRA_M, BLOCK_N
-        )
+        _store_rows(*outputs, extra, start + BLOCK_M, end, first_column, HIDDEN_SIZE, EVICTION, HALVES)
 
 
 @triton.jit(do_not_specialize=["num_programs"])
@@ -113,9 +114,9 @@ def _expert_down_tma_kernel(
     lane_to_slot_ptr,
     row_weights_ptr,
     order_ptr,
-    offsets_ptr,
     tile_lane_ptr,
     tile_start_ptr,
+    tile_end_ptr,
     num_tiles_ptr,
     # outputs
     rows_ptr,
@@ -124,6 +125,7 @@ def _expert_down_tma_kernel(
     HIDDEN_SIZE: tl.constexpr,
     INTERMEDIATE: tl.constexpr,
     # constants
+    EVICTION: tl.constexpr,
     PDL: tl.constexpr,
     # tunables
     PERSISTENT: tl.constexpr,
@@ -140,45 +142,39 @@ def _expert_down_tma_kernel(
     if PDL:
         gdc_wait()
         gdc_launch_dependents()
-    num_tiles = tl.load(num_tiles_ptr)
     num_column_blocks: tl.constexpr = (HIDDEN_SIZE + BLOCK_N - 1) // BLOCK_N
     if PERSISTENT:
+        num_tiles = tl.load(num_tiles_ptr)
         for program in tl.range(tl.program_id(0), num_tiles * num_column_blocks, num_programs, flatten=True):
-            column_block, start, end, slot = load_tile(
-                program,
-                num_tiles,
-                num_column_blocks,
-                lane_to_slot_ptr,
-                offsets_ptr,
-                tile_lane_ptr,
-                tile_start_ptr,
-                GROUP_M,
+            column_block, lane, start, end = load_tile(
+                program, num_tiles, num_column_blocks, tile_lane_ptr, tile_start_ptr, tile_end_ptr, GROUP_M
             )
+            slot = tl.load(lane_to_slot_ptr + lane)
             _down_tile(
                 hidden, hidden_extra, down, row_weights_ptr, order_ptr, rows_ptr, start, end, slot, column_block,
-                HIDDEN_SIZE, INTERMEDIATE, SWAP, True, BLOCK_M, 0, BLOCK_N, BLOCK_K,
+                HIDDEN_SIZE, INTERMEDIATE, EVICTION, SWAP, True, BLOCK_M, 0, BLOCK_N, BLOCK_K,
             )  # fmt: skip
         return
-    program = tl.program_id(0)
-    if program >= num_tiles * num_column_blocks:
-        return
-    column_block, start, end, slot = load_tile(
-        program, num_tiles, num_column_blocks, lane_to_slot_ptr, offsets_ptr, tile_lane_ptr, tile_start_ptr, GROUP_M
+    column_block, lane, start, end = load_own_tile(
+        num_column_blocks, tile_lane_ptr, tile_start_ptr, tile_end_ptr, GROUP_M
     )
+    if lane < 0:
+        return
+    slot = tl.load(lane_to_slot_ptr + lane)
     if (TAIL_M > 0) & (end - start <= TAIL_M):  # not `and`: without tails the compiler drops the branch
         _down_tile(
             hidden_tail, hidden_extra, down, row_weights_ptr, order_ptr, rows_ptr, start, end, slot, column_block,
-            HIDDEN_SIZE, INTERMEDIATE, SWAP, False, TAIL_M if TAIL_M > 0 else BLOCK_M, 0, BLOCK_N, BLOCK_K,
+            HIDDEN_SIZE, INTERMEDIATE, EVICTION, SWAP, False, TAIL_M if TAIL_M > 0 else BLOCK_M, 0, BLOCK_N, BLOCK_K,
         )  # fmt: skip
-    elif (EXTRA_M > 0) & (end - start > BLOCK_M) & (end - start <= BLOCK_M + EXTRA_M):
+    elif (EXTRA_M > 0) & (end - start > BLOCK_M):
         _down_tile(
             hidden, hidden_extra, down, row_weights_ptr, order_ptr, rows_ptr, start, end, slot, column_block,
-            HIDDEN_SIZE, INTERMEDIATE, SWAP, False, BLOCK_M, EXTRA_M, BLOCK_N, BLOCK_K,
+            HIDDEN_SIZE, INTERMEDIATE, EVICTION, SWAP, False, BLOCK_M, EXTRA_M, BLOCK_N, BLOCK_K,
         )  # fmt: skip
     else:
         _down_tile(
             hidden, hidden_extra, down, row_weights_ptr, order_ptr, rows_ptr, start, end, slot, column_block,
-            HIDDEN_SIZE, INTERMEDIATE, SWAP, False, BLOCK_M, 0, BLOCK_N, BLOCK_K,
+            HIDDEN_SIZE, INTERMEDIATE, EVICTION, SWAP, False, BLOCK_M, 0, BLOCK_N, BLOCK_K,
         )  # fmt: skip
 
 
@@ -193,9 +189,9 @@ def expert_down_tma(
     lane_to_slot_L: torch.Tensor,
     row_weights_N: torch.Tensor,
     order_N: torch.Tensor,
-    offsets_L1: torch.Tensor,
     tile_lane: torch.Tensor,
     tile_start: torch.Tensor,
+    tile_end: torch.Tensor,
     num_tiles: torch.Tensor,
     config: GemmConfig,
 ) -> torch.Tensor:
@@ -235,14 +231,15 @@ def expert_down_tma(
             lane_to_slot_L,
             row_weights_N,
             order_N,
-            offsets_L1,
             tile_lane,
             tile_start,
+            tile_end,
             num_tiles,
             rows_NH,
             num_programs,
             HIDDEN_SIZE=hidden_size,
             INTERMEDIATE=intermediate,
+            EVICTION=policy_of_output(rows_NH),
             PDL=pdl,
             PERSISTENT=config.programs_per_sm > 0,
             SWAP=config.swap,

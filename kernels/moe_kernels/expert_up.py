@@ -21,7 +21,7 @@ from moe_kernels.numerics import dot, narrow
 from moe_kernels.numerics import gated as gated_in_kernel
 from moe_kernels.row_blocks import elementwise, padded_rows, row_blocks, unversioned, without_autocast
 from moe_kernels.schedule import TileSchedule
-from moe_kernels.tile_order import load_tile
+from moe_kernels.tile_order import load_own_tile
 
 
 @triton.jit
@@ -31,10 +31,9 @@ def _expert_up_kernel(
     gate_up_ptr,
     lane_to_slot_ptr,
     order_ptr,
-    offsets_ptr,
     tile_lane_ptr,
     tile_start_ptr,
-    num_tiles_ptr,
+    tile_end_ptr,
     # outputs
     hidden_ptr,
     # shapes and strides, in elements
@@ -61,15 +60,12 @@ def _expert_up_kernel(
     if PDL:
         gdc_wait()
         gdc_launch_dependents()
-    num_tiles = tl.load(num_tiles_ptr)
-    num_column_blocks = tl.cdiv(intermediate, BLOCK_I)
-    program = tl.program_id(0)
-    if program >= num_tiles * num_column_blocks:
-        return
-    column_block, start, end, slot = load_tile(
-        program, num_tiles, num_column_blocks, lane_to_slot_ptr, offsets_ptr, tile_lane_ptr, tile_start_ptr, GROUP_M
+    column_block, lane, start, end = load_own_tile(
+        tl.cdiv(intermediate, BLOCK_I), tile_lane_ptr, tile_start_ptr, tile_end_ptr, GROUP_M
     )
-    slot = slot.to(tl.int64)
+    if lane < 0:
+        return
+    slot = tl.load(lane_to_slot_ptr + lane).to(tl.int64)
     position = start + tl.arange(0, BLOCK_M)
     inside = position < end
     source = tl.load(order_ptr + position, mask=inside, other=0) // fanout
@@ -108,10 +104,9 @@ def _expert_up_triton(
     gate_up_SNH: torch.Tensor,
     lane_to_slot_L: torch.Tensor,
     order_N: torch.Tensor,
-    offsets_L1: torch.Tensor,
     tile_lane: torch.Tensor,
     tile_start: torch.Tensor,
-    num_tiles: torch.Tensor,
+    tile_end: torch.Tensor,
     fanout: int,
     activation: str,
     config: GemmConfig,
@@ -128,10 +123,9 @@ def _expert_up_triton(
                 gate_up_SNH,
                 lane_to_slot_L,
                 order_N,
-                offsets_L1,
                 tile_lane,
                 tile_start,
-                num_tiles,
+                tile_end,
                 hidden_NI,
                 hidden_size,
                 intermediate,
@@ -189,14 +183,14 @@ def _expert_up(
     offsets_L1: torch.Tensor,
     tile_lane: torch.Tensor,
     tile_start: torch.Tensor,
-    num_tiles: torch.Tensor,
+    tile_end: torch.Tensor,
     fanout: int,
     activation: str,
     tiling: list[int],
     backend: str,
 ) -> torch.Tensor:
     if backend == "triton":
-        tiles = (order_N, offsets_L1, tile_lane, tile_start, num_tiles)
+        tiles = (order_N, tile_lane, tile_start, tile_end)
         config = GemmConfig.from_list(tiling)
         launch = expert_up_tma if config.tma else _expert_up_triton
         return launch(x_RH, gate_up_SNH, lane_to_slot_L, *tiles, fanout, activation, config)
@@ -325,7 +319,7 @@ def expert_up(
         schedule.offsets_L1,
         schedule.tile_lane,
         schedule.tile_start,
-        schedule.num_tiles,
+        schedule.tile_end,
         fanout,
         activation,
         config.as_list(),

@@ -13,10 +13,11 @@ import triton.language as tl
 from triton.tools.tensor_descriptor import TensorDescriptor
 
 from moe_kernels.backend import gdc_launch_dependents, gdc_wait, on_device, uses_pdl
+from moe_kernels.cache import policy_of_output
 from moe_kernels.checks import check_tma_address, slot_stride
 from moe_kernels.config import GemmConfig
 from moe_kernels.numerics import dot, gated, narrow
-from moe_kernels.tile_order import load_tile
+from moe_kernels.tile_order import load_own_tile
 
 
 @triton.jit
@@ -38,13 +39,22 @@ def _load_x(row_at, inside, first, HIDDEN_SIZE: tl.constexpr, BLOCK_K: tl.conste
 
 
 @triton.jit
-def _store_hidden(hidden_ptr, hidden, position, end, first_column, INTERMEDIATE: tl.constexpr, BLOCK_I: tl.constexpr):
+def _store_hidden(
+    hidden_ptr,
+    hidden,
+    position,
+    end,
+    first_column,
+    INTERMEDIATE: tl.constexpr,
+    EVICTION: tl.constexpr,
+    BLOCK_I: tl.constexpr,
+):
     column = first_column + tl.arange(0, BLOCK_I)
     inside = (position < end)[:, None]
     if INTERMEDIATE % BLOCK_I != 0:
         inside &= column[None, :] < INTERMEDIATE
     at = hidden_ptr + position.to(tl.int64)[:, None] * INTERMEDIATE + column[None, :]
-    tl.store(at, narrow(hidden, hidden_ptr.dtype.element_ty), mask=inside)
+    tl.store(at, narrow(hidden, hidden_ptr.dtype.element_ty), mask=inside, eviction_policy=EVICTION)
 
 
 @triton.jit
@@ -68,6 +78,7 @@ def _wide_tile(
     HIDDEN_SIZE: tl.constexpr,
     INTERMEDIATE: tl.constexpr,
     ACTIVATION: tl.constexpr,
+    EVICTION: tl.constexpr,
     BLOCK_M: tl.constexpr,
     EXTRA_M: tl.constexpr,
     BLOCK_I: tl.constexpr,
@@ -95,10 +106,10 @@ def _wide_tile(
             extra = dot(extra_x, weights.T, extra)
     first_column = column_block * BLOCK_I
     hidden = _gated_interleaved(product, ACTIVATION, BLOCK_M, BLOCK_I)
-    _store_hidden(hidden_ptr, hidden, position, end, first_column, INTERMEDIATE, BLOCK_I)
+    _store_hidden(hidden_ptr, hidden, position, end, first_column, INTERMEDIATE, EVICTION, BLOCK_I)
     if EXTRA_M > 0:
         hidden = _gated_interleaved(extra, ACTIVATION, EXTRA_M, BLOCK_I)
-        _store_hidden(hidden_ptr, hidden, extra_position, end, first_column, INTERMEDIATE, BLOCK_I)
+        _store_hidden(hidden_ptr, hidden, extra_position, end, first_column, INTERMEDIATE, EVICTION, BLOCK_I)
 
 
 @triton.jit
@@ -116,6 +127,7 @@ def _narrow_tile(
     HIDDEN_SIZE: tl.constexpr,
     INTERMEDIATE: tl.constexpr,
     ACTIVATION: tl.constexpr,
+    EVICTION: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_I: tl.constexpr,
     BLOCK_K: tl.constexpr,
@@ -129,7 +141,8 @@ def _narrow_tile(
         x = _load_x(row_at, inside, first, HIDDEN_SIZE, BLOCK_K).T
         gate = dot(gate_up.load([slot, first_column, first]).reshape(BLOCK_I, BLOCK_K), x, gate)
         up = dot(gate_up.load([slot, INTERMEDIATE + first_column, first]).reshape(BLOCK_I, BLOCK_K), x, up)
-    _store_hidden(hidden_ptr, gated(gate.T, up.T, ACTIVATION), position, end, first_column, INTERMEDIATE, BLOCK_I)
+    hidden = gated(gate.T, up.T, ACTIVATION)
+    _store_hidden(hidden_ptr, hidden, position, end, first_column, INTERMEDIATE, EVICTION, BLOCK_I)
 
 
 @triton.jit
@@ -139,10 +152,9 @@ def _expert_up_tma_kernel(
     gate_up,
     lane_to_slot_ptr,
     order_ptr,
-    offsets_ptr,
     tile_lane_ptr,
     tile_start_ptr,
-    num_tiles_ptr,
+    tile_end_ptr,
     # outputs
     hidden_ptr,
     # shapes and strides, in elements
@@ -152,6 +164,7 @@ def _expert_up_tma_kernel(
     INTERMEDIATE: tl.constexpr,
     # constants
     ACTIVATION: tl.constexpr,
+    EVICTION: tl.constexpr,
     PDL: tl.constexpr,
     # tunables
     SWAP: tl.constexpr,
@@ -170,33 +183,32 @@ def _expert_up_tma_kernel(
     if PDL:
         gdc_wait()
         gdc_launch_dependents()
-    num_tiles = tl.load(num_tiles_ptr)
     num_column_blocks: tl.constexpr = (INTERMEDIATE + BLOCK_I - 1) // BLOCK_I
-    program = tl.program_id(0)
-    if program >= num_tiles * num_column_blocks:
-        return
-    column_block, start, end, slot = load_tile(
-        program, num_tiles, num_column_blocks, lane_to_slot_ptr, offsets_ptr, tile_lane_ptr, tile_start_ptr, GROUP_M
+    column_block, lane, start, end = load_own_tile(
+        num_column_blocks, tile_lane_ptr, tile_start_ptr, tile_end_ptr, GROUP_M
     )
+    if lane < 0:
+        return
+    slot = tl.load(lane_to_slot_ptr + lane)
     if SWAP:
         _narrow_tile(
             x_ptr, gate_up, order_ptr, hidden_ptr, start, end, slot, column_block, fanout, stride_row,
-            HIDDEN_SIZE, INTERMEDIATE, ACTIVATION, BLOCK_M, BLOCK_I, BLOCK_K,
+            HIDDEN_SIZE, INTERMEDIATE, ACTIVATION, EVICTION, BLOCK_M, BLOCK_I, BLOCK_K,
         )  # fmt: skip
     elif (TAIL_M > 0) & (end - start <= TAIL_M):  # not `and`: without tails the compiler drops the branch
         _wide_tile(
             x_ptr, gate_up, order_ptr, hidden_ptr, start, end, slot, column_block, fanout, stride_row,
-            HIDDEN_SIZE, INTERMEDIATE, ACTIVATION, TAIL_M if TAIL_M > 0 else BLOCK_M, 0, BLOCK_I, BLOCK_K,
+            HIDDEN_SIZE, INTERMEDIATE, ACTIVATION, EVICTION, TAIL_M if TAIL_M > 0 else BLOCK_M, 0, BLOCK_I, BLOCK_K,
         )  # fmt: skip
-    elif (EXTRA_M > 0) & (end - start > BLOCK_M) & (end - start <= BLOCK_M + EXTRA_M):
+    elif (EXTRA_M > 0) & (end - start > BLOCK_M):
         _wide_tile(
             x_ptr, gate_up, order_ptr, hidden_ptr, start, end, slot, column_block, fanout, stride_row,
-            HIDDEN_SIZE, INTERMEDIATE, ACTIVATION, BLOCK_M, EXTRA_M, BLOCK_I, BLOCK_K,
+            HIDDEN_SIZE, INTERMEDIATE, ACTIVATION, EVICTION, BLOCK_M, EXTRA_M, BLOCK_I, BLOCK_K,
         )  # fmt: skip
     else:
         _wide_tile(
             x_ptr, gate_up, order_ptr, hidden_ptr, start, end, slot, column_block, fanout, stride_row,
-            HIDDEN_SIZE, INTERMEDIATE, ACTIVATION, BLOCK_M, 0, BLOCK_I, BLOCK_K,
+            HIDDEN_SIZE, INTERMEDIATE, ACTIVATION, EVICTION, BLOCK_M, 0, BLOCK_I, BLOCK_K,
         )  # fmt: skip
 
 
@@ -205,10 +217,9 @@ def expert_up_tma(
     gate_up_SNH: torch.Tensor,
     lane_to_slot_L: torch.Tensor,
     order_N: torch.Tensor,
-    offsets_L1: torch.Tensor,
     tile_lane: torch.Tensor,
     tile_start: torch.Tensor,
-    num_tiles: torch.Tensor,
+    tile_end: torch.Tensor,
     fanout: int,
     activation: str,
     config: GemmConfig,
@@ -237,16 +248,16 @@ def expert_up_tma(
             TensorDescriptor(gate_up_SNH, shape, strides, block),
             lane_to_slot_L,
             order_N,
-            offsets_L1,
             tile_lane,
             tile_start,
-            num_tiles,
+            tile_end,
             hidden_NI,
             fanout,
             x_RH.stride(0),
             HIDDEN_SIZE=hidden_size,
             INTERMEDIATE=intermediate,
             ACTIVATION=activation,
+            EVICTION=policy_of_output(hidden_NI),
             PDL=pdl,
             SWAP=config.swap,
             TAIL_M=config.tail_m,

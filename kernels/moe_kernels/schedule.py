@@ -43,7 +43,8 @@ class TileSchedule:
         offsets_L1: [L + 1] int32, the sorted position at which each lane starts; the last is the number of rows that
             are computed.
         tile_lane: [max_tiles] int32, the lane of each tile, those of a lane in order; -1 from num_tiles on.
-        tile_start: [max_tiles] int32, the first sorted position of each tile; -1 from num_tiles on.
+        tile_start, tile_end: [max_tiles] int32, the sorted positions of each tile: the first, and the one after the last;
+            -1 from num_tiles on.
         num_tiles: [1] int32, how many tiles there are.
         block_m: M; a tile ends after M rows, or where its lane ends.
         extra_m: if after M rows at most so many are left of the lane, they belong to the tile too. Lanes with such a longer
@@ -54,6 +55,7 @@ class TileSchedule:
     offsets_L1: torch.Tensor
     tile_lane: torch.Tensor
     tile_start: torch.Tensor
+    tile_end: torch.Tensor
     num_tiles: torch.Tensor
     block_m: int
     extra_m: int = 0
@@ -99,6 +101,7 @@ def _build_schedule_kernel(
     offsets_ptr,
     tile_lane_ptr,
     tile_start_ptr,
+    tile_end_ptr,
     num_tiles_ptr,
     # shapes
     num_rows,
@@ -117,7 +120,7 @@ def _build_schedule_kernel(
     """Rows and tiles of one lane; the last program those of no lane: rows at the end, unused tiles.
 
     Example (M = 16, no extra rows): lanes [1, 0, -1, 1], counts [1, 2] → order [1, 0, 3, 2], offsets [0, 1, 3],
-    tile_lane [0, 1], tile_start [0, 1], num_tiles 2.
+    tile_lane [0, 1], tile_start [0, 1], tile_end [1, 3], num_tiles 2.
     """
     if PDL:  # see `uses_pdl`
         gdc_wait()
@@ -150,7 +153,10 @@ def _build_schedule_kernel(
         tile = first + tl.arange(0, TILES)
         inside = (tile >= 0) & (tile < last_tile)
         tl.store(tile_lane_ptr + tile, tl.where(is_lane, lane, -1), mask=inside)
-        tl.store(tile_start_ptr + tile, tl.where(is_lane, start + (tile - first_tile) * BLOCK_M, -1), mask=inside)
+        tile_start = start + (tile - first_tile) * BLOCK_M
+        tile_end = tl.where(tile + 1 == last_tile, start + count, tile_start + BLOCK_M)
+        tl.store(tile_start_ptr + tile, tl.where(is_lane, tile_start, -1), mask=inside)
+        tl.store(tile_end_ptr + tile, tl.where(is_lane, tile_end, -1), mask=inside)
 
     if chunks_ptr is None:
         hits = count_hits(bins == lane)
@@ -207,6 +213,7 @@ def _build_schedule_triton(
         offsets_L1=lanes_N.new_empty(num_lanes + 1),
         tile_lane=lanes_N.new_empty(most),
         tile_start=lanes_N.new_empty(most),
+        tile_end=lanes_N.new_empty(most),
         num_tiles=lanes_N.new_empty(1),
         block_m=block_m,
         extra_m=extra_m,
@@ -223,6 +230,7 @@ def _build_schedule_triton(
             schedule.offsets_L1,
             schedule.tile_lane,
             schedule.tile_start,
+            schedule.tile_end,
             schedule.num_tiles,
             num_rows,
             num_chunks,
@@ -266,12 +274,14 @@ def build_schedule_torch(
     place = torch.searchsorted(last_L, tile, right=True).clamp(max=num_lanes - 1)
     lane = order_L[place]
     start = offsets_L1[lane] + (tile - (last_L[place] - tiles_L[lane])) * block_m
+    end = torch.where(tile + 1 == last_L[place], offsets_L1[lane + 1], start + block_m)
     used = tile < num_tiles
     return TileSchedule(
         order_N=torch.argsort(bins, stable=True).to(torch.int32),
         offsets_L1=offsets_L1.to(torch.int32),
         tile_lane=torch.where(used, lane, -1).to(torch.int32),
         tile_start=torch.where(used, start, -1).to(torch.int32),
+        tile_end=torch.where(used, end, -1).to(torch.int32),
         num_tiles=num_tiles.to(torch.int32).view(1),
         block_m=block_m,
         extra_m=extra_m,
@@ -281,16 +291,16 @@ def build_schedule_torch(
 @registered_op("moe_kernels::build_schedule")
 def _build_schedule(
     lanes_N: torch.Tensor, counts_L: torch.Tensor, block_m: int, extra_m: int, backend: str
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
     build = _build_schedule_triton if backend == "triton" else build_schedule_torch
     built = build(lanes_N, counts_L, block_m=block_m, extra_m=extra_m)
-    return built.order_N, built.offsets_L1, built.tile_lane, built.tile_start, built.num_tiles
+    return built.order_N, built.offsets_L1, built.tile_lane, built.tile_start, built.tile_end, built.num_tiles
 
 
 @_build_schedule.register_fake
 def _build_schedule_fake(lanes_N, counts_L, block_m, extra_m, backend):
     num_rows, num_lanes = lanes_N.shape[0], counts_L.shape[0]
-    sizes = (num_rows, num_lanes + 1, *(2 * (max_tiles(num_rows, num_lanes, block_m),)), 1)
+    sizes = (num_rows, num_lanes + 1, *(3 * (max_tiles(num_rows, num_lanes, block_m),)), 1)
     return tuple(lanes_N.new_empty(size, dtype=torch.int32) for size in sizes)
 
 
@@ -318,7 +328,7 @@ def build_schedule(
         raise ValueError(f"block_m={block_m}: must be a power of two and at least 16")
     if not 0 <= extra_m <= block_m:
         raise ValueError(f"extra_m={extra_m}: must be in [0, {block_m}], block_m")
-    order_N, offsets_L1, tile_lane, tile_start, num_tiles = _build_schedule(
+    order_N, offsets_L1, tile_lane, tile_start, tile_end, num_tiles = _build_schedule(
         lanes_N, counts_L, block_m, extra_m, resolve_backend(backend, lanes_N.device)
     )
-    return TileSchedule(order_N, offsets_L1, tile_lane, tile_start, num_tiles, block_m, extra_m)
+    return TileSchedule(order_N, offsets_L1, tile_lane, tile_start, tile_end, num_tiles, block_m, extra_m)

@@ -24,21 +24,25 @@ def tile_and_column_block(program, num_tiles, num_column_blocks, GROUP_M: tl.con
 
 
 @triton.jit
+def load_own_tile(num_column_blocks, tile_lane_ptr, tile_start_ptr, tile_end_ptr, GROUP_M: tl.constexpr):
+    """`load_tile` of a program in a grid of one for each tile that there may be and column block."""
+    most_tiles = tl.num_programs(0) // num_column_blocks
+    return load_tile(
+        tl.program_id(0), most_tiles, num_column_blocks, tile_lane_ptr, tile_start_ptr, tile_end_ptr, GROUP_M
+    )
+
+
+@triton.jit
 def load_tile(
     program,
     num_tiles,
     num_column_blocks,
-    lane_to_slot_ptr,
-    offsets_ptr,
     tile_lane_ptr,
     tile_start_ptr,
+    tile_end_ptr,
     GROUP_M: tl.constexpr,
 ):
-    """What a program computes: its column block, the sorted positions [start, end) that are its tile's and what is left of
-    the lane behind it, and the slot of the lane's weights."""
+    """What a program computes: its column block, the lane (-1: there is no such tile) and the tile's sorted positions
+    [start, end). Loads that don't depend on each other, as a tile begins with a chain of them."""
     tile, column_block = tile_and_column_block(program, num_tiles, num_column_blocks, GROUP_M)
-    lane = tl.load(tile_lane_ptr + tile)
-    start = tl.load(tile_start_ptr + tile)
-    end = tl.load(offsets_ptr + lane + 1)
-    slot = tl.load(lane_to_slot_ptr + lane)
-    return column_block, start, end, slot
+    return column_block, tl.load(tile_lane_ptr + tile), tl.load(tile_start_ptr + tile), tl.load(tile_end_ptr + tile)

@@ -168,14 +168,10 @@ def compile_one_token(arch: int, dtype: torch.dtype) -> None:
         "SCRATCH": 6144,
     }
     compile_kernel("one_token_triton", "_choice_kernel", choice, constants, arch, num_warps=1, launch_pdl=pdl)
-    sizes = {"HIDDEN_SIZE": 2880, "INTERMEDIATE": 768, "PDL": pdl, "SCRATCH": 6144}
-    for name, types, constants in (
-        ("_up_kernel", ("x_ptr", "gate_up_ptr", "scratch_ptr"), {"ACTIVATION": "silu", "BLOCK_H": 1024}),
-        (
-            "_down_kernel",
-            ("scratch_ptr", "down_ptr", "y_ptr"),
-            {"TOP_K": 8, "EARLY": pdl, "BLOCK_K": 8, "BLOCK_I": 1024},
-        ),
+    sizes = {"HIDDEN_SIZE": 2880, "INTERMEDIATE": 768, "PDL": pdl, "SCRATCH": 6144, "EVICTION": "evict_first"}
+    for name, types, num_warps, constants in (
+        ("_up_kernel", ("x_ptr", "gate_up_ptr", "scratch_ptr"), 2, {"ACTIVATION": "silu", "BLOCK_H": 1024}),
+        ("_down_kernel", ("scratch_ptr", "down_ptr", "y_ptr"), 1, {"TOP_K": 8, "BLOCK_K": 8, "BLOCK_I": 256}),
     ):
         compiled = compile_kernel(
             "one_token_triton",
@@ -183,10 +179,11 @@ def compile_one_token(arch: int, dtype: torch.dtype) -> None:
             dict.fromkeys(types, element),
             sizes | constants,
             arch,
-            num_warps=4,
+            num_warps=num_warps,
             launch_pdl=pdl,
         )
-        assert "ld.global.v4" in compiled.asm["ptx"], "weights must be loaded 16 bytes at a time"
+        loads = re.search(r"ld\.global\S*evict_first\S*cache_hint\S*v4", compiled.asm["ptx"])
+        assert loads, "weights must be loaded 16 bytes at a time, and not stay in L2"
 
 
 def compile_tma_gemms(
@@ -197,6 +194,7 @@ def compile_tma_gemms(
     for module, config in (("expert_up_tma", up), ("expert_down_tma", down)):
         n, k = config.block_n, config.block_k
         sizes = {"HIDDEN_SIZE": hidden_size, "INTERMEDIATE": intermediate, "PDL": True, "SWAP": config.swap}
+        sizes["EVICTION"] = "evict_last"
         tiles = {"TAIL_M": config.tail_m, "BLOCK_M": config.block_m, "EXTRA_M": config.extra_m}
         tiles |= {"BLOCK_K": k, "GROUP_M": config.group_m}
         if module == "expert_up_tma":
@@ -214,6 +212,7 @@ def compile_tma_gemms(
             tiles |= {"PERSISTENT": config.programs_per_sm > 0, "BLOCK_N": n}
         options = {"num_warps": config.num_warps, "num_stages": config.num_stages, "launch_pdl": True}
         compiled = compile_kernel(module, f"_{module}_kernel", types, sizes | tiles, arch, **options)
+        assert re.search(r"st\.global\S*evict_last\S*cache_hint", compiled.asm["ptx"]), "outputs must stay in L2"
         assert "wgmma" in compiled.asm["ptx"] and "mma.sync" not in compiled.asm["ptx"]
         assert compiled.metadata.shared <= 227 * 1024, f"{compiled.metadata.shared} bytes of shared memory"
 

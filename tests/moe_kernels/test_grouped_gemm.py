@@ -253,7 +253,7 @@ def test_the_reference_aligns_what_the_pool_did_not():
 def test_opcheck(make_experts):
     experts = make_experts(5, 2, 3, 10, 6)
     schedule, config = schedule_of(experts, "torch")
-    tiles = (schedule.tile_lane, schedule.tile_start, schedule.num_tiles)
+    tiles = (schedule.tile_lane, schedule.tile_start, schedule.tile_end)
     x, gate_up, down = (t.requires_grad_() for t in (experts.x_RH, experts.gate_up_SNH, experts.down_SHI))
     slots, order, offsets = experts.lane_to_slot_L, schedule.order_N, schedule.offsets_L1
     tiling = config.as_list()
@@ -262,6 +262,7 @@ def test_opcheck(make_experts):
     )
     hidden = down_inputs(experts).nan_to_num().requires_grad_()
     row_weights = experts.row_weights_N.requires_grad_()
+    tiles = (*tiles, schedule.num_tiles)
     torch.library.opcheck(
         _expert_down.registered, (hidden, down, slots, row_weights, order, offsets, *tiles, tiling, "torch")
     )

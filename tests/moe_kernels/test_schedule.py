@@ -8,7 +8,7 @@ from moe_kernels.scan import MANY_KEYS, chunk_options, count_chunks
 from moe_kernels.schedule import _build_schedule, _build_schedule_kernel, _place_rows_kernel, max_tiles
 from tests.moe_kernels.conftest import counts_of
 
-FIELDS = ("order_N", "offsets_L1", "tile_lane", "tile_start", "num_tiles")
+FIELDS = ("order_N", "offsets_L1", "tile_lane", "tile_start", "tile_end", "num_tiles")
 
 
 def build(lanes, num_lanes, block_m=16, device="cpu", backend="torch", extra_m=0) -> TileSchedule:
@@ -27,6 +27,7 @@ def test_example_of_few_rows(device, backend):
         "offsets_L1": [0, 1, 3],
         "tile_lane": [0, 1],
         "tile_start": [0, 1],
+        "tile_end": [1, 3],
         "num_tiles": [2],
     }
 
@@ -38,6 +39,7 @@ def test_example_of_several_tiles(device, backend):
     assert schedule["num_tiles"] == [3]
     assert schedule["tile_lane"] == [0, 0, 2, -1]
     assert schedule["tile_start"] == [0, 16, 20, -1]
+    assert schedule["tile_end"] == [16, 20, 25, -1]
 
 
 @pytest.mark.parametrize("backend", ["torch", "triton"])
@@ -51,6 +53,7 @@ def test_example_of_extra_rows(device, backend):
     used = schedule["num_tiles"][0]
     assert schedule["tile_lane"][:used] == [0, 4, 4, 1, 1, 2]
     assert schedule["tile_start"][:used] == [0, 44, 60, 20, 36, 41]
+    assert schedule["tile_end"][:used] == [20, 60, 80, 36, 41, 44]
 
 
 @given(
@@ -65,9 +68,10 @@ def test_invariants(case, extra_m):
     assert order == sorted(order, key=lambda row: lanes[row] % (num_lanes + 1))  # those of no lane last
     in_tiles = []
     for tile in range(schedule.num_tiles.item()):
-        lane, start = schedule.tile_lane[tile].item(), schedule.tile_start[tile].item()
+        lane, start, end = (getattr(schedule, name)[tile].item() for name in FIELDS[2:5])
         left = offsets[lane + 1] - start
-        rows = order[start : start + (left if left <= 16 + extra_m else 16)]
+        assert end - start == (left if left <= 16 + extra_m else 16)
+        rows = order[start:end]
         assert rows and all(lanes[row] == lane for row in rows)  # a tile never spans lanes
         in_tiles += rows
     computed = [row for row, lane in enumerate(lanes) if lane >= 0]
@@ -145,12 +149,22 @@ def test_wrong_counts_write_nothing_out_of_bounds(small_chunks, device, counts, 
     guard, most = 1000, max_tiles(100, 3, 16)
     outputs = {size: torch.full((size + 2 * guard,), 77, dtype=torch.int32, device=device) for size in (100, 4, most)}
     order, offsets, tile_lane = (whole[guard:-guard] for whole in outputs.values())
-    tile_start_whole = torch.full_like(outputs[most], 77)
+    start_whole, end_whole = torch.full_like(outputs[most], 77), torch.full_like(outputs[most], 77)
     num_tiles = torch.zeros(1, dtype=torch.int32, device=device)
     chunks = count_chunks(lanes, 3) if many else None
     num_chunks = chunks.shape[1] if many else 0
     _build_schedule_kernel[(4,)](
-        *(lanes, wrong, chunks, order, offsets, tile_lane, tile_start_whole[guard:-guard], num_tiles),
+        *(
+            lanes,
+            wrong,
+            chunks,
+            order,
+            offsets,
+            tile_lane,
+            start_whole[guard:-guard],
+            end_whole[guard:-guard],
+            num_tiles,
+        ),
         *(100, num_chunks, 3, most),
         BLOCK_M=16,
         EXTRA_M=extra_m,
@@ -161,7 +175,7 @@ def test_wrong_counts_write_nothing_out_of_bounds(small_chunks, device, counts, 
     )
     if many:
         _place_rows_kernel[(num_chunks,)](lanes, offsets, chunks, order, 100, 3, PDL=False, **chunk_options())
-    for whole in (*outputs.values(), tile_start_whole):
+    for whole in (*outputs.values(), start_whole, end_whole):
         assert (whole[:guard] == 77).all() and (whole[-guard:] == 77).all()
 
 
