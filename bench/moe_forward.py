@@ -30,7 +30,7 @@ from bench.report import (
     plot_over_floor,
     relative_error,
 )
-from bench.timing import extra_bytes, time_eager, time_graph
+from bench.timing import FLUSHES, extra_bytes, time_eager, time_graph
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -40,6 +40,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
         "--providers", type=lambda text: text.split(","), metavar="A,B", help="the first is compared with the others"
     )
     parser.add_argument("--provider-module", action="append", default=[], metavar="MODULE", help="registers providers")
+    parser.add_argument(
+        "--flush",
+        choices=FLUSHES,
+        default="write",
+        help="how the L2 is emptied: by writes, which go on to memory later",
+    )
     parser.add_argument("--eager", action="store_true", help="also without a CUDA graph: latency, and back to back")
     parser.add_argument(
         "--peers", type=Path, metavar="FILE", help="a CSV of known times (case, provider, median_us) to compare with"
@@ -124,8 +130,12 @@ def _times(
     """By mode: median, p20, p80 in µs."""
     times: dict[str, tuple[float, float | None, float | None]] = {}
     if options.device.type == "cuda":
-        timing = time_graph(forward, options.device, options.seconds)
-        times["graph"] = timing.median_us, timing.p20_us, timing.p80_us
+        timing = time_graph(forward, options.device, options.seconds, options.flush)
+        times["graph" if options.flush == "write" else "graph_read_flush"] = (
+            timing.median_us,
+            timing.p20_us,
+            timing.p80_us,
+        )
     if options.eager or not times:
         timing, back_to_back_us = time_eager(forward, options.device, options.seconds)
         times["eager"] = timing.median_us, timing.p20_us, timing.p80_us

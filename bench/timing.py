@@ -22,6 +22,7 @@ LEAST_REPEATS, MOST_REPEATS = 10, 200
 # Idle before the samples are taken, so that the clock does not tell what the GPU did before (a reference in float32, say).
 IDLE_SECONDS = 0.5
 LEAST_FLUSH = 256 * 2**20  # bytes
+FLUSHES = ("write", "read")
 
 
 @dataclass(frozen=True)
@@ -37,7 +38,9 @@ class Timing:
         return cls(median, p20, p80, len(samples_us))
 
 
-def time_graphs(functions: Sequence[Function], device: torch.device, seconds: float = DEFAULT_SECONDS) -> list[Timing]:
+def time_graphs(
+    functions: Sequence[Function], device: torch.device, seconds: float = DEFAULT_SECONDS, flush: str = "write"
+) -> list[Timing]:
     """Device time of each function, replayed from CUDA graphs with a cold L2, all once in each round, in random order.
 
     Before each replay a buffer of four times the L2 is written, as Triton's `do_bench` does. The host enqueues everything
@@ -49,21 +52,25 @@ def time_graphs(functions: Sequence[Function], device: torch.device, seconds: fl
         functions: without host syncs; each is captured once, after a warm-up.
         device: a CUDA device.
         seconds: about how long each function is timed; 10 to 200 repeats.
+        flush: "write" leaves the L2 full of lines that must be written to memory as they make room, which whoever reads
+            pays for; "read" leaves lines that need not be.
     """
     with torch.cuda.device(device):
         graphs = [_capture(function) for function in functions]
-        flush = _flush_buffer(device)
-        estimate_us = sum(_samples(graphs, flush, 3)[1])  # of all functions once
+        fill_cache = _flush(device, flush)
+        estimate_us = sum(_samples(graphs, fill_cache, 3)[1])  # of all functions once
         repeats = _repeats(estimate_us, seconds * len(graphs))
         time.sleep(IDLE_SECONDS)
-        samples, _ = _samples(graphs, flush, repeats)
+        samples, _ = _samples(graphs, fill_cache, repeats)
         del graphs
         return [Timing.of(of_one) for of_one in samples]
 
 
-def time_graph(function: Function, device: torch.device, seconds: float = DEFAULT_SECONDS) -> Timing:
+def time_graph(
+    function: Function, device: torch.device, seconds: float = DEFAULT_SECONDS, flush: str = "write"
+) -> Timing:
     """`time_graphs` of one function."""
-    return time_graphs([function], device, seconds)[0]
+    return time_graphs([function], device, seconds, flush)[0]
 
 
 def time_eager(function: Function, device: torch.device, seconds: float = DEFAULT_SECONDS) -> tuple[Timing, float]:
@@ -116,18 +123,18 @@ def _capture(function: Function) -> torch.cuda.CUDAGraph:
 
 
 def _samples(
-    graphs: Sequence[torch.cuda.CUDAGraph], flush: torch.Tensor, repeats: int
+    graphs: Sequence[torch.cuda.CUDAGraph], flush: Function, repeats: int
 ) -> tuple[list[list[float]], list[float]]:
     """Times of each graph's replays, and for each graph the time of a flush and a replay."""
     events = [[[torch.cuda.Event(enable_timing=True) for _ in range(3)] for _ in range(repeats)] for _ in graphs]
     for _ in range(10):  # the host's lead
-        flush.zero_()
+        flush()
     order = random.Random(0)
     for repeat in range(repeats):
         for number in order.sample(range(len(graphs)), len(graphs)):
             before_flush, begin, end = events[number][repeat]
             before_flush.record()
-            flush.zero_()
+            flush()
             begin.record()
             graphs[number].replay()
             end.record()
@@ -135,6 +142,14 @@ def _samples(
     samples = [[1e3 * begin.elapsed_time(end) for _, begin, end in of_graph] for of_graph in events]
     rounds = [float(np.median([1e3 * first.elapsed_time(end) for first, _, end in of_graph])) for of_graph in events]
     return samples, rounds
+
+
+def _flush(device: torch.device, how: str) -> Function:
+    buffer = _flush_buffer(device)
+    if how == "write":
+        return buffer.zero_
+    largest = torch.empty((), dtype=buffer.dtype, device=device)
+    return lambda: torch.amax(buffer, dim=0, out=largest)
 
 
 @lru_cache(maxsize=1)

@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from bench import timing
-from bench.timing import Timing, extra_bytes, time_eager, time_graph, time_graphs
+from bench.timing import FLUSHES, Timing, extra_bytes, time_eager, time_graph, time_graphs
 
 CPU = torch.device("cpu")
 
@@ -57,18 +57,19 @@ def test_each_round_has_every_graph_once_in_changing_order(monkeypatch):
 
     monkeypatch.setattr(torch.cuda, "Event", Event)
     monkeypatch.setattr(torch.cuda, "synchronize", lambda: None)
-    samples, rounds = timing._samples([Graph(number) for number in range(3)], torch.zeros(1), 20)
+    samples, rounds = timing._samples([Graph(number) for number in range(3)], torch.zeros(1).zero_, 20)
     orders = [tuple(visited[first : first + 3]) for first in range(0, 60, 3)]
     assert all(sorted(order) == [0, 1, 2] for order in orders) and len(set(orders)) > 3
     assert samples == [[1e3] * 20] * 3 and rounds == [2e3] * 3
 
 
 @pytest.mark.gpu
-def test_graph_time_is_the_device_time_with_a_cold_l2():
+@pytest.mark.parametrize("flush", FLUSHES)
+def test_graph_time_is_the_device_time_with_a_cold_l2(flush):
     device = torch.device("cuda", torch.cuda.current_device())
     source, target = torch.zeros(2, 2**28, dtype=torch.uint8, device=device)
     little = torch.zeros(2**20, dtype=torch.uint8, device=device)
-    copy, nothing = time_graphs([lambda: target.copy_(source), little.zero_], device, seconds=0.05)
+    copy, nothing = time_graphs([lambda: target.copy_(source), little.zero_], device, seconds=0.05, flush=flush)
     assert nothing.median_us < 30  # not the host's part of a launch, nor the flush
     seconds_at_8_tb = 2 * 2**28 / 8e12
     assert copy.median_us > 1e6 * seconds_at_8_tb
