@@ -141,6 +141,8 @@ def make_dispatcher(
     Raises:
         ValueError: it names none, lacks methods, or does not go with the group.
     """
+    if num_ranks > 1 and (isinstance(dispatcher, LocalDispatcher) or dispatcher == "local"):
+        raise ValueError(f"dispatcher='local' needs all experts on one rank, but process_group has {num_ranks}")
     methods = ("backend", "dispatch", "combine")
     missing = [name for name in methods if not callable(getattr(dispatcher, name, None))]
     if not missing:
@@ -148,8 +150,6 @@ def make_dispatcher(
     if not isinstance(dispatcher, str) and len(missing) < len(methods):
         raise ValueError(f"dispatcher must have the methods {', '.join(methods)}, but {dispatcher!r} lacks {missing}")
     check_choice("dispatcher", dispatcher, ("auto", "local", "all_to_all"), " or a Dispatcher")
-    if dispatcher == "local" and num_ranks > 1:
-        raise ValueError(f"dispatcher='local' needs all experts on one rank, but process_group has {num_ranks}")
     if dispatcher == "all_to_all" and group is None:
         raise ValueError("dispatcher='all_to_all' needs a process_group, got None")
     if dispatcher == "local" or (dispatcher == "auto" and num_ranks == 1):

@@ -195,7 +195,7 @@ class MoELayer(nn.Module):
         logits_TE = gate(x_TH) if router_logits is None else _rows(router_logits)
         if not torch.compiler.is_compiling():
             resident.note_stream()
-        if self._is_one_token_alone(gate, experts, resident, x_TH, logits_TE):
+        if self._is_one_token_alone(gate, experts, x_TH, logits_TE):
             y_TH = _of_one_token(gate, experts, x_TH, logits_TE, mask_T)
         else:
             weights_TK, expert_ids_TK = gate.choose(logits_TE, mask_T)
@@ -227,18 +227,13 @@ class MoELayer(nn.Module):
         )
 
     def _is_one_token_alone(
-        self,
-        gate: nn.Module,
-        experts: nn.Module,
-        resident: ResidentExperts,
-        x_TH: torch.Tensor,
-        logits_TE: torch.Tensor,
+        self, gate: nn.Module, experts: nn.Module, x_TH: torch.Tensor, logits_TE: torch.Tensor
     ) -> bool:
         """Whether the kernels for a single token apply: without gradients, where no expert can be on another rank.
 
         Nor where somebody listens to the layer's parts or has put others in their places, which would be passed over.
         """
-        if x_TH.shape[0] != 1 or type(self.dispatcher) is not LocalDispatcher or resident.num_ranks > 1:
+        if x_TH.shape[0] != 1 or type(self.dispatcher) is not LocalDispatcher:
             return False
         if self._needs_grad(x_TH, logits_TE):
             return False
@@ -345,7 +340,7 @@ def _of_one_token(
         logits_1E,
         _part(experts, "gate_up_proj"),
         _part(experts, "down_proj"),
-        table.lanes_P,  # of one rank, where each expert has one replica
+        table.lanes_P,  # each expert has one replica, as there is one rank
         table.lane_to_slot_S,
         resident.load_E,
         _increment_1(resident),
