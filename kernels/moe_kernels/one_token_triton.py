@@ -25,6 +25,7 @@ from moe_kernels.backend import (
     uses_pdl,
 )
 from moe_kernels.cache import policy_of_weights
+from moe_kernels.integers import next_power_of_2
 from moe_kernels.numerics import gated, narrow, widen
 from moe_kernels.routing import choose_experts
 
@@ -37,6 +38,9 @@ def _prefetch(pointer, num_elements, LINE: tl.constexpr):
         tl.inline_asm_elementwise(
             "prefetch.global.L2 [$1]; mov.u32 $0, 0;", "=r,l", [address], dtype=tl.int32, is_pure=False, pack=1
         )
+
+
+_MOST_STEPS = tl.constexpr(16)  # that a program of the down projection has unrolled
 
 
 @triton.jit
@@ -156,6 +160,16 @@ def _up_kernel(
 
 
 @triton.jit
+def _products(
+    down_at, hidden_at, chosen, first, INTERMEDIATE: tl.constexpr, EVICTION: tl.constexpr, BLOCK_I: tl.constexpr
+):
+    i = first + tl.arange(0, BLOCK_I)[None, :]
+    inside = chosen[:, None] & (i < INTERMEDIATE)
+    down = tl.load(down_at + i, mask=inside, other=0.0, eviction_policy=EVICTION)
+    return widen(down) * widen(tl.load(hidden_at + i, mask=inside, other=0.0))
+
+
+@triton.jit
 def _down_kernel(
     # inputs
     scratch_ptr,
@@ -195,11 +209,12 @@ def _down_kernel(
         gdc_launch_dependents()
     hidden_at = scratch_ptr + k[:, None] * INTERMEDIATE
     product = widen(down) * widen(tl.load(hidden_at + i, mask=inside, other=0.0))
-    for first in tl.static_range(BLOCK_I, INTERMEDIATE, BLOCK_I):
-        i = first + tl.arange(0, BLOCK_I)[None, :]
-        inside = chosen[:, None] & (i < INTERMEDIATE)
-        down = tl.load(at + i, mask=inside, other=0.0, eviction_policy=EVICTION)
-        product += widen(down) * widen(tl.load(hidden_at + i, mask=inside, other=0.0))
+    # Unrolled, all loads are under way at once; but the compiler would choke on very long rows.
+    UNROLLED: tl.constexpr = min(INTERMEDIATE, _MOST_STEPS * BLOCK_I)
+    for first in tl.static_range(BLOCK_I, UNROLLED, BLOCK_I):
+        product += _products(at, hidden_at, chosen, first, INTERMEDIATE, EVICTION, BLOCK_I)
+    for first in tl.range(UNROLLED, INTERMEDIATE, BLOCK_I):
+        product += _products(at, hidden_at, chosen, first, INTERMEDIATE, EVICTION, BLOCK_I)
     weights = tl.load(choice_ptr + TOP_K + k, mask=k < TOP_K, other=0, cache_modifier=".cg").to(
         tl.float32, bitcast=True
     )
@@ -227,7 +242,7 @@ def _make_plan(
     activation: str,
 ) -> _Plan:
     _, hidden_size, intermediate = down_SHI.shape
-    block_k, pdl = triton.next_power_of_2(top_k), uses_pdl(x_1H)
+    block_k, pdl = next_power_of_2(top_k), uses_pdl(x_1H)
     scratch = -(-top_k * intermediate // 16) * 16
     eviction = policy_of_weights(3 * top_k * hidden_size * intermediate * x_1H.element_size())
     return _Plan(
@@ -240,7 +255,7 @@ def _make_plan(
             SOFTMAX=score_function == "softmax",
             RENORMALIZE=renormalize,
             PDL=pdl,
-            BLOCK_E=triton.next_power_of_2(num_experts),
+            BLOCK_E=next_power_of_2(num_experts),
             BLOCK_K=block_k,
         ),
         up=PreparedLaunch(
@@ -266,7 +281,7 @@ def _make_plan(
             EVICTION=eviction,
             PDL=pdl,
             BLOCK_K=block_k,
-            BLOCK_I=min(triton.next_power_of_2(intermediate), max(_ELEMENTS // block_k, 16)),
+            BLOCK_I=min(next_power_of_2(intermediate), max(_ELEMENTS // block_k, 16)),
         ),
         scratch=scratch,
     )
@@ -341,4 +356,4 @@ _ELEMENTS = 2048  # weights that a program of the down projection reads at once
 
 def _block(size: int) -> int:
     """The widest block that divides the size; else 1024, or what holds it all."""
-    return next((block for block in (1024, 512) if size % block == 0), min(1024, triton.next_power_of_2(size)))
+    return next((block for block in (1024, 512) if size % block == 0), min(1024, next_power_of_2(size)))

@@ -108,7 +108,7 @@ def test_equals_the_separate_ops(
 
 
 @pytest.mark.parametrize("backend", ["torch", "triton"])
-@pytest.mark.parametrize("sizes", [(128, 24), (130, 72), (60, 192)])
+@pytest.mark.parametrize("sizes", [(128, 24), (130, 72), (60, 192), (16, 600)])
 def test_several_blocks(make_experts, assert_close, monkeypatch, backend, sizes):
     monkeypatch.setattr("moe_kernels.one_token_triton._block", lambda size: 64)
     monkeypatch.setattr("moe_kernels.one_token_triton._ELEMENTS", 64)
