@@ -8,6 +8,8 @@ from __future__ import annotations
 
 import torch
 
+from moe_kernels.integers import next_power_of_2
+
 # Weights up to this size replace each other, and not what was there before; more of them take longer so.
 _MOST_TO_STREAM = 256 << 20  # bytes
 # An output up to this size is kept until it has been read; larger ones gain nothing.
@@ -20,5 +22,11 @@ def policy_of_weights(num_bytes: int) -> str:
 
 
 def policy_of_output(output: torch.Tensor) -> str:
-    """For what the next kernel reads."""
-    return "evict_last" if output.nbytes <= _MOST_TO_KEEP else ""
+    """For rows that the next kernel reads.
+
+    By the next power of two of their number, where the tiles change too: kernels are compiled for a policy, so it should
+    not change between batches of like size.
+    """
+    rows, columns = output.shape
+    num_bytes = next_power_of_2(rows) * columns * output.element_size()
+    return "evict_last" if num_bytes <= _MOST_TO_KEEP else ""

@@ -13,6 +13,7 @@ import triton.language as tl
 
 from moe_kernels.backend import gdc_launch_dependents, gdc_wait, on_device, registered_op, resolve_backend, uses_pdl
 from moe_kernels.checks import FLOATS, check_tensor
+from moe_kernels.integers import cdiv, next_power_of_2
 from moe_kernels.numerics import narrow, widen
 
 
@@ -55,8 +56,8 @@ def _combine_triton(rows_NH: torch.Tensor, lanes_TK: torch.Tensor) -> torch.Tens
     hidden_size = rows_NH.shape[1]
     y_TH = rows_NH.new_empty((num_tokens, hidden_size))
     if y_TH.numel():
-        block = min(1024, triton.next_power_of_2(hidden_size))
-        grid = (num_tokens, triton.cdiv(hidden_size, block))
+        block = min(1024, next_power_of_2(hidden_size))
+        grid = (num_tokens, cdiv(hidden_size, block))
         pdl = uses_pdl(rows_NH)
         with on_device(rows_NH):
             _combine_kernel[grid](

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import bisect
 import functools
-from dataclasses import astuple, dataclass
+from dataclasses import dataclass
 
 import torch
+
+from moe_kernels.integers import next_power_of_2
 
 
 @dataclass(frozen=True)
@@ -69,13 +71,20 @@ class GemmConfig:
 
     def as_list(self) -> list[int]:
         """What a registered op takes: the fields in their order, as integers."""
-        return [int(value) for value in astuple(self)]
+        tiles = [self.block_m, self.block_n, self.block_k, self.num_warps, self.num_stages, self.group_m]
+        # By name, as `dataclasses.astuple` takes the host as long as a launch.
+        return [*tiles, int(self.tma), int(self.swap), self.tail_m, self.programs_per_sm, self.extra_m]
 
     @classmethod
     def from_list(cls, values: list[int]) -> GemmConfig:
         """The reverse of `as_list`."""
-        block_m, block_n, block_k, num_warps, num_stages, group_m, tma, swap, *rest = values
-        return cls(block_m, block_n, block_k, num_warps, num_stages, group_m, bool(tma), bool(swap), *rest)
+        return _config_of(tuple(values))
+
+
+@functools.cache  # asked at each launch
+def _config_of(values: tuple[int, ...]) -> GemmConfig:
+    block_m, block_n, block_k, num_warps, num_stages, group_m, tma, swap, *rest = values
+    return GemmConfig(block_m, block_n, block_k, num_warps, num_stages, group_m, bool(tma), bool(swap), *rest)
 
 
 _ANY = 1 << 62  # more than there can be
@@ -172,7 +181,7 @@ def gemm_config(
         raise ValueError(f"num_experts={num_experts}: must be at least top_k={top_k}")
     if dtype not in (torch.float16, torch.bfloat16, torch.float32):
         raise ValueError(f"dtype={dtype}: must be torch.float32, torch.float16 or torch.bfloat16")
-    bucket = _next_power_of_2(num_tokens)
+    bucket = next_power_of_2(num_tokens)
     rows_per_expert = bucket * top_k // num_experts
     columns = n // 2 if gated else n
     if tma and dtype.itemsize == 2 and columns % 8 == 0 and k % 8 == 0:
@@ -181,8 +190,8 @@ def gemm_config(
         return up if gated else down
     table = _TABLE_16_BIT if dtype.itemsize == 2 else _TABLE_32_BIT
     config = next(config for most, config in table if rows_per_expert <= most)
-    block_n = min(config.block_n, max(32, _next_power_of_2(n)))
-    block_k = min(config.block_k, max(16, _next_power_of_2(k)))
+    block_n = min(config.block_n, max(32, next_power_of_2(n)))
+    block_k = min(config.block_k, max(16, next_power_of_2(k)))
     return GemmConfig(config.block_m, block_n, block_k, config.num_warps, config.num_stages, config.group_m)
 
 
@@ -200,7 +209,3 @@ def gemm_configs(
     batch = (dtype, num_tokens, top_k, num_experts)
     up = gemm_config(2 * intermediate_size, hidden_size, *batch, gated=True, tma=tma)
     return up, gemm_config(hidden_size, intermediate_size, *batch, tma=tma)
-
-
-def _next_power_of_2(value: int) -> int:
-    return 1 << (value - 1).bit_length() if value > 0 else 1

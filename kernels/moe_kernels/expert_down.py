@@ -16,6 +16,7 @@ from moe_kernels.backend import gdc_launch_dependents, gdc_wait, on_device, regi
 from moe_kernels.checks import FLOATS, check_rows, check_slots, check_tensor, check_tma
 from moe_kernels.config import GemmConfig
 from moe_kernels.expert_down_tma import expert_down_tma
+from moe_kernels.integers import cdiv
 from moe_kernels.numerics import dot, narrow
 from moe_kernels.row_blocks import elementwise, padded_rows, row_blocks, unversioned, without_autocast
 from moe_kernels.schedule import TileSchedule
@@ -101,7 +102,7 @@ def _expert_down_triton(
     block_n, block_k = config.block_n, config.block_k
     _, hidden_size, intermediate = down_SHI.shape
     rows_NH = hidden_NI.new_empty((order_N.shape[0], hidden_size))
-    grid = (tile_lane.shape[0] * triton.cdiv(hidden_size, block_n),)
+    grid = (tile_lane.shape[0] * cdiv(hidden_size, block_n),)
     pdl = uses_pdl(hidden_NI)
     if grid[0]:
         with on_device(hidden_NI):

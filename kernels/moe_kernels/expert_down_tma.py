@@ -18,6 +18,7 @@ from moe_kernels.backend import gdc_launch_dependents, gdc_wait, on_device, uses
 from moe_kernels.cache import policy_of_output
 from moe_kernels.checks import check_tma_address, slot_stride
 from moe_kernels.config import GemmConfig
+from moe_kernels.integers import cdiv
 from moe_kernels.numerics import dot, narrow
 from moe_kernels.tile_order import load_own_tile, load_tile
 
@@ -200,7 +201,7 @@ def expert_down_tma(
     check_tma_address("down_SHI", down_SHI)
     slots, hidden_size, intermediate = down_SHI.shape
     rows_NH = hidden_NI.new_empty((order_N.shape[0], hidden_size))
-    num_programs = tile_lane.shape[0] * triton.cdiv(hidden_size, config.block_n)
+    num_programs = tile_lane.shape[0] * cdiv(hidden_size, config.block_n)
     if not num_programs:
         return rows_NH
     if config.programs_per_sm:

@@ -17,6 +17,7 @@ from moe_kernels.backend import gdc_launch_dependents, gdc_wait, on_device, regi
 from moe_kernels.checks import FLOATS, check_gate_up, check_rows, check_tensor, check_tma
 from moe_kernels.config import GemmConfig
 from moe_kernels.expert_up_tma import expert_up_tma
+from moe_kernels.integers import cdiv
 from moe_kernels.numerics import dot, narrow
 from moe_kernels.numerics import gated as gated_in_kernel
 from moe_kernels.row_blocks import elementwise, padded_rows, row_blocks, unversioned, without_autocast
@@ -114,7 +115,7 @@ def _expert_up_triton(
     block_n, block_k = config.block_n, config.block_k
     hidden_size, intermediate = x_RH.shape[1], gate_up_SNH.shape[1] // 2
     hidden_NI = x_RH.new_empty((order_N.shape[0], intermediate))
-    grid = (tile_lane.shape[0] * triton.cdiv(intermediate, block_n // 2),)
+    grid = (tile_lane.shape[0] * cdiv(intermediate, block_n // 2),)
     pdl = uses_pdl(x_RH)
     if grid[0]:
         with on_device(x_RH):

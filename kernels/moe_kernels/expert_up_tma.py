@@ -16,6 +16,7 @@ from moe_kernels.backend import gdc_launch_dependents, gdc_wait, on_device, uses
 from moe_kernels.cache import policy_of_output
 from moe_kernels.checks import check_tma_address, slot_stride
 from moe_kernels.config import GemmConfig
+from moe_kernels.integers import cdiv
 from moe_kernels.numerics import dot, gated, narrow
 from moe_kernels.tile_order import load_own_tile
 
@@ -229,7 +230,7 @@ def expert_up_tma(
     slots, double, hidden_size = gate_up_SNH.shape
     intermediate, block_i, stride_slot = double // 2, config.block_n // 2, slot_stride(gate_up_SNH)
     hidden_NI = x_RH.new_empty((order_N.shape[0], intermediate))
-    grid = (tile_lane.shape[0] * triton.cdiv(intermediate, block_i),)
+    grid = (tile_lane.shape[0] * cdiv(intermediate, block_i),)
     if not grid[0]:
         return hidden_NI
     if config.swap:

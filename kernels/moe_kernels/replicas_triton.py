@@ -12,6 +12,7 @@ import triton
 import triton.language as tl
 
 from moe_kernels.backend import gdc_launch_dependents, gdc_wait, on_device, uses_pdl
+from moe_kernels.integers import next_power_of_2
 from moe_kernels.scan import (
     chunk_options,
     count_chunks,
@@ -299,7 +300,7 @@ def select_replicas_triton(
     table = (table_offsets_E1, table_lanes_P, table_cumulative_P)
     sizes = (num_experts, num_entries, num_lanes)
     options = scan_options(num_elements)
-    pdl, block_p = uses_pdl(load_E), triton.next_power_of_2(max(num_entries, 1))
+    pdl, block_p = uses_pdl(load_E), next_power_of_2(max(num_entries, 1))
     with on_device(load_E):
         chunks_BC = count_chunks(expert_ids_TK, num_experts)
         if chunks_BC is None:

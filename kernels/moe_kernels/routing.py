@@ -13,6 +13,7 @@ import triton.language as tl
 
 from moe_kernels.backend import gdc_launch_dependents, gdc_wait, on_device, registered_op, resolve_backend, uses_pdl
 from moe_kernels.checks import FLOATS, check_tensor
+from moe_kernels.integers import cdiv, next_power_of_2
 from moe_kernels.numerics import widen
 
 SCORE_FUNCTIONS = ("softmax", "sigmoid")
@@ -158,7 +159,7 @@ def _topk_routing_triton(
     tokens, pdl = _tokens_per_program(num_experts), uses_pdl(logits_TE)
     if num_tokens:
         with on_device(logits_TE):
-            _topk_routing_kernel[(triton.cdiv(num_tokens, tokens),)](
+            _topk_routing_kernel[(cdiv(num_tokens, tokens),)](
                 logits_TE,
                 bias_E,
                 token_mask_T,
@@ -172,8 +173,8 @@ def _topk_routing_triton(
                 RENORMALIZE=renormalize,
                 PDL=pdl,
                 TOKENS=tokens,
-                BLOCK_E=triton.next_power_of_2(num_experts),
-                BLOCK_K=triton.next_power_of_2(top_k),
+                BLOCK_E=next_power_of_2(num_experts),
+                BLOCK_K=next_power_of_2(top_k),
                 num_warps=tokens,
                 launch_pdl=pdl,
             )

@@ -22,6 +22,7 @@ import triton
 import triton.language as tl
 
 from moe_kernels.backend import gdc_launch_dependents, gdc_wait, uses_pdl
+from moe_kernels.integers import cdiv, next_power_of_2
 
 SMALLEST_BLOCK, LARGEST_BLOCK = 512, 8192  # of keys that a program looks at in a step
 MANY_KEYS = 65536  # from here on three launches take less time than one (H200, docs/performance.md)
@@ -130,9 +131,9 @@ def count_chunks(keys: torch.Tensor, num_bins: int) -> torch.Tensor | None:
     """Of many keys, how many of each chunk are in each bin, as in `load_bins`: int32 [num_bins + 1, chunks]. Else None."""
     if keys.numel() < MANY_KEYS:
         return None
-    counts_BC = keys.new_empty((num_bins + 1, triton.cdiv(keys.numel(), CHUNK)))
-    block, pdl = min(triton.next_power_of_2(num_bins + 1), LARGEST_BLOCK_B), uses_pdl(keys)
-    _count_chunks_kernel[(counts_BC.shape[1], triton.cdiv(num_bins + 1, block))](
+    counts_BC = keys.new_empty((num_bins + 1, cdiv(keys.numel(), CHUNK)))
+    block, pdl = min(next_power_of_2(num_bins + 1), LARGEST_BLOCK_B), uses_pdl(keys)
+    _count_chunks_kernel[(counts_BC.shape[1], cdiv(num_bins + 1, block))](
         keys,
         counts_BC,
         keys.numel(),

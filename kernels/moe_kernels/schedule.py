@@ -17,6 +17,7 @@ import triton.language as tl
 from moe_kernels.backend import gdc_launch_dependents, gdc_wait, on_device, registered_op, resolve_backend, uses_pdl
 from moe_kernels.checks import check_tensor
 from moe_kernels.config import GemmConfig
+from moe_kernels.integers import next_power_of_2
 from moe_kernels.scan import (
     chunk_options,
     count_chunks,
@@ -239,7 +240,7 @@ def _build_schedule_triton(
             BLOCK_M=block_m,
             EXTRA_M=extra_m,
             PDL=pdl,
-            BLOCK_L=triton.next_power_of_2(num_lanes),
+            BLOCK_L=next_power_of_2(num_lanes),
             launch_pdl=pdl,
             **scan_options(num_rows),
         )
