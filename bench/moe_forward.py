@@ -44,7 +44,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         "--flush",
         choices=FLUSHES,
         default="write",
-        help="how the L2 is emptied: by writes, which go on to memory later",
+        help="how the L2 is emptied before a replay: by writes, which go on to memory during it, or by reads",
     )
     parser.add_argument("--eager", action="store_true", help="also without a CUDA graph: latency, and back to back")
     parser.add_argument(

@@ -43,10 +43,10 @@ def time_graphs(
 ) -> list[Timing]:
     """Device time of each function, replayed from CUDA graphs with a cold L2, all once in each round, in random order.
 
-    Before each replay a buffer of four times the L2 is written, as Triton's `do_bench` does. The host enqueues everything
-    without waiting, and is ahead of the device, as a flush takes longer than the launches; so the time from event to event
-    is the device's alone. The device has idled before. Interleaved, drifts of the clock hit all functions alike; in the same
-    order in every round they would not: what follows a light function finds a higher clock.
+    Before each replay a buffer of four times the L2 is written, as Triton's `do_bench` does, or read. The host enqueues
+    everything without waiting, and is ahead of the device, as a flush takes longer than the launches; so the time from event
+    to event is the device's alone. The device has idled before. Interleaved, drifts of the clock hit all functions alike; in
+    the same order in every round they would not: what follows a light function finds a higher clock.
 
     Args:
         functions: without host syncs; each is captured once, after a warm-up.
@@ -145,6 +145,8 @@ def _samples(
 
 
 def _flush(device: torch.device, how: str) -> Function:
+    if how not in FLUSHES:
+        raise ValueError(f"flush={how!r}: must be one of {FLUSHES}")
     buffer = _flush_buffer(device)
     if how == "write":
         return buffer.zero_

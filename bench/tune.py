@@ -6,6 +6,7 @@ result is compared with the first one's, bit for bit: tiles may be chosen freely
 
 import sys
 from collections.abc import Iterator, Sequence
+from dataclasses import replace
 from itertools import groupby, product
 
 import torch
@@ -76,7 +77,8 @@ def tune(report: Report, case: Case, inputs: Inputs, seconds: float, best: int) 
         if op == "down" and "up" not in expected:
             raise SystemExit(f"{case.name}: no candidate of the up projection fits this GPU")
         times: list[tuple[float, GemmConfig]] = []
-        for config in candidates(op, rows_per_expert):
+        keep = inputs.config(op).keep  # as served: it is a matter of sizes, not of tiles
+        for config in (replace(config, keep=keep) for config in candidates(op, rows_per_expert)):
             tiling = config.block_m, config.extra_m
             if tiling not in schedules:
                 flat_ids = inputs.ids_TK.flatten()
@@ -132,7 +134,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
             parser.error(f"--shapes {shape.name}: the candidates need sizes divisible by 8")
     with Report(options.csv, len(cases)) as report, torch.no_grad():
         report.line(
-            "fields: block_m block_n block_k num_warps num_stages group_m tma swap tail_m programs_per_sm extra_m"
+            "fields: block_m block_n block_k num_warps num_stages group_m tma swap tail_m programs_per_sm extra_m keep"
         )
         for shape, of_shape in groupby(cases, key=lambda case: case.shape):
             weights: Weights = make_weights(shape, DTYPES[options.dtype], options.device)

@@ -141,8 +141,8 @@ def make_dispatcher(
     Raises:
         ValueError: it names none, lacks methods, or does not go with the group.
     """
-    if num_ranks > 1 and (isinstance(dispatcher, LocalDispatcher) or dispatcher == "local"):
-        raise ValueError(f"dispatcher='local' needs all experts on one rank, but process_group has {num_ranks}")
+    if num_ranks > 1 and (type(dispatcher) is LocalDispatcher or dispatcher == "local"):
+        raise ValueError(f"dispatcher={dispatcher!r} needs all experts on one rank, but process_group has {num_ranks}")
     methods = ("backend", "dispatch", "combine")
     missing = [name for name in methods if not callable(getattr(dispatcher, name, None))]
     if not missing:

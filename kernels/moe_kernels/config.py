@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import bisect
 import functools
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 
@@ -32,6 +32,7 @@ class GemmConfig:
         extra_m: an expert's last rows, if at most so many, are computed together with the `block_m` before them, by the
             same load of the weights; 0, or a power of two, at least 64. The tile schedule must have been built with it.
         programs_per_sm: `expert_down` only: so many persistent programs per multiprocessor; 0 is one program per tile.
+        keep: write the output so that L2 rather lets other things go, weights that stream by above all.
     """
 
     block_m: int
@@ -45,6 +46,7 @@ class GemmConfig:
     tail_m: int = 0
     programs_per_sm: int = 0
     extra_m: int = 0
+    keep: bool = False
 
     def __post_init__(self) -> None:
         for name, least in (("block_m", 16), ("block_n", 32), ("block_k", 16), ("num_warps", 1)):
@@ -54,8 +56,8 @@ class GemmConfig:
         for name, least in (("num_stages", 1), ("group_m", 1), ("programs_per_sm", 0)):
             if getattr(self, name) < least:
                 raise ValueError(f"{name}={getattr(self, name)}: must be at least {least}")
-        if not self.tma and (self.swap or self.tail_m or self.programs_per_sm or self.extra_m):
-            raise ValueError(f"{self}: swap, tail_m, programs_per_sm and extra_m need tma=True")
+        if not self.tma and (self.swap or self.tail_m or self.programs_per_sm or self.extra_m or self.keep):
+            raise ValueError(f"{self}: swap, tail_m, programs_per_sm, extra_m and keep need tma=True")
         for name in ("tail_m", "extra_m"):
             value = getattr(self, name)
             # Fewer rows would be multiplied by mma.sync, whose bits are not those of wgmma.
@@ -73,7 +75,7 @@ class GemmConfig:
         """What a registered op takes: the fields in their order, as integers."""
         tiles = [self.block_m, self.block_n, self.block_k, self.num_warps, self.num_stages, self.group_m]
         # By name, as `dataclasses.astuple` takes the host as long as a launch.
-        return [*tiles, int(self.tma), int(self.swap), self.tail_m, self.programs_per_sm, self.extra_m]
+        return [*tiles, int(self.tma), int(self.swap), self.tail_m, self.programs_per_sm, self.extra_m, int(self.keep)]
 
     @classmethod
     def from_list(cls, values: list[int]) -> GemmConfig:
@@ -83,8 +85,10 @@ class GemmConfig:
 
 @functools.cache  # asked at each launch
 def _config_of(values: tuple[int, ...]) -> GemmConfig:
-    block_m, block_n, block_k, num_warps, num_stages, group_m, tma, swap, *rest = values
-    return GemmConfig(block_m, block_n, block_k, num_warps, num_stages, group_m, bool(tma), bool(swap), *rest)
+    block_m, block_n, block_k, num_warps, num_stages, group_m, tma, swap, *rest, keep = values
+    tail_m, programs_per_sm, extra_m = rest
+    sizes = (block_m, block_n, block_k, num_warps, num_stages, group_m)
+    return GemmConfig(*sizes, bool(tma), bool(swap), tail_m, programs_per_sm, extra_m, bool(keep))
 
 
 _ANY = 1 << 62  # more than there can be
@@ -127,6 +131,13 @@ _TABLE_TMA: tuple[tuple[int, int, tuple[_Pair, _Pair, _Pair]], ...] = (
     (128, _ANY, 3 * ((_MERGED, _MERGED),)),
     (256, _ANY, ((_WIDE, _PERSISTENT), (_MERGED, _MERGED), (_MERGED, _MERGED))),
     (_ANY, _ANY, ((_WIDE, _PERSISTENT), (_WIDE, _PERSISTENT), (_WIDE, _WIDE))),
+)
+# An output up to this size is worth keeping in L2 (50 to 60 MB on Hopper) for the kernel that reads it next; larger ones gain
+# nothing. (Measured on an H200. Weights come by TMA, for which Triton has no such policy, so they can't be told to go.)
+_MOST_TO_KEEP = 24 << 20  # bytes
+_KEPT_TMA = tuple(
+    (rows, tokens, tuple((replace(up, keep=True), replace(down, keep=True)) for up, down in pairs))
+    for rows, tokens, pairs in _TABLE_TMA
 )
 # Compute capability, major. Blackwell has TMA too, but whether its products keep equal bits for all variants is not known.
 _TMA_ARCHITECTURES = (9,)
@@ -185,7 +196,10 @@ def gemm_config(
     rows_per_expert = bucket * top_k // num_experts
     columns = n // 2 if gated else n
     if tma and dtype.itemsize == 2 and columns % 8 == 0 and k % 8 == 0:
-        pairs = next(pairs for rows, tokens, pairs in _TABLE_TMA if rows_per_expert <= rows and bucket <= tokens)
+        # By the bucket, as kernels are compiled for it; with several ranks it is more than what a rank computes.
+        keep = bucket * top_k * columns * dtype.itemsize <= _MOST_TO_KEEP
+        table_tma = _KEPT_TMA if keep else _TABLE_TMA
+        pairs = next(pairs for rows, tokens, pairs in table_tma if rows_per_expert <= rows and bucket <= tokens)
         up, down = pairs[bisect.bisect_left(_INTERMEDIATE, columns if gated else k)]
         return up if gated else down
     table = _TABLE_16_BIT if dtype.itemsize == 2 else _TABLE_32_BIT

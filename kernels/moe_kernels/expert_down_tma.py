@@ -15,7 +15,6 @@ import triton.language as tl
 from triton.tools.tensor_descriptor import TensorDescriptor
 
 from moe_kernels.backend import gdc_launch_dependents, gdc_wait, on_device, uses_pdl
-from moe_kernels.cache import policy_of_output
 from moe_kernels.checks import check_tma_address, slot_stride
 from moe_kernels.config import GemmConfig
 from moe_kernels.integers import cdiv
@@ -240,7 +239,7 @@ def expert_down_tma(
             num_programs,
             HIDDEN_SIZE=hidden_size,
             INTERMEDIATE=intermediate,
-            EVICTION=policy_of_output(rows_NH),
+            EVICTION="evict_last" if config.keep else "",
             PDL=pdl,
             PERSISTENT=config.programs_per_sm > 0,
             SWAP=config.swap,

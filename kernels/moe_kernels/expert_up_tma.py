@@ -13,7 +13,6 @@ import triton.language as tl
 from triton.tools.tensor_descriptor import TensorDescriptor
 
 from moe_kernels.backend import gdc_launch_dependents, gdc_wait, on_device, uses_pdl
-from moe_kernels.cache import policy_of_output
 from moe_kernels.checks import check_tma_address, slot_stride
 from moe_kernels.config import GemmConfig
 from moe_kernels.integers import cdiv
@@ -258,7 +257,7 @@ def expert_up_tma(
             HIDDEN_SIZE=hidden_size,
             INTERMEDIATE=intermediate,
             ACTIVATION=activation,
-            EVICTION=policy_of_output(hidden_NI),
+            EVICTION="evict_last" if config.keep else "",
             PDL=pdl,
             SWAP=config.swap,
             TAIL_M=config.tail_m,

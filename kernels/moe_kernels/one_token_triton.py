@@ -24,17 +24,16 @@ from moe_kernels.backend import (
     raw_stream,
     uses_pdl,
 )
-from moe_kernels.cache import policy_of_weights
 from moe_kernels.integers import next_power_of_2
 from moe_kernels.numerics import gated, narrow, widen
 from moe_kernels.routing import choose_experts
 
 
 @triton.jit
-def _prefetch(pointer, num_elements, LINE: tl.constexpr):
-    """Begin to bring up to 32 lines of LINE elements into L2; nothing if there are no elements."""
+def _prefetch(pointer, num_elements):
+    """Begin to bring up to 32 lines of int32 into L2; nothing if there are no elements."""
     if num_elements > 0:
-        address = pointer + tl.minimum(tl.arange(0, 32) * LINE, num_elements - 1)
+        address = pointer + tl.minimum(tl.arange(0, 32) * 32, num_elements - 1)
         tl.inline_asm_elementwise(
             "prefetch.global.L2 [$1]; mov.u32 $0, 0;", "=r,l", [address], dtype=tl.int32, is_pure=False, pack=1
         )
@@ -89,7 +88,7 @@ def _choice_kernel(
     if PDL:  # see `uses_pdl`
         gdc_wait()
         gdc_launch_dependents()
-        _prefetch(lane_to_slot_ptr, num_lanes, 32)
+        _prefetch(lane_to_slot_ptr, num_lanes)
     experts = tl.arange(0, BLOCK_E)
     lanes = tl.load(table_lanes_ptr + experts, mask=experts < num_experts, other=-1)
     loads = tl.load(load_ptr + experts, mask=experts < num_experts, other=0)
@@ -244,7 +243,8 @@ def _make_plan(
     _, hidden_size, intermediate = down_SHI.shape
     block_k, pdl = next_power_of_2(top_k), uses_pdl(x_1H)
     scratch = -(-top_k * intermediate // 16) * 16
-    eviction = policy_of_weights(3 * top_k * hidden_size * intermediate * x_1H.element_size())
+    num_bytes = 3 * top_k * hidden_size * intermediate * x_1H.element_size()
+    eviction = "evict_first" if num_bytes <= _MOST_TO_STREAM else ""
     return _Plan(
         choice=PreparedLaunch(
             _choice_kernel,
@@ -351,6 +351,9 @@ def one_token_triton(
     return y_1H
 
 
+# Weights up to this size (bytes) take each other's places in L2, and not those of dirty lines, which would have to be written
+# first; more of them take longer so (measured on an H200, docs/performance.md).
+_MOST_TO_STREAM = 256 << 20
 _ELEMENTS = 2048  # weights that a program of the down projection reads at once
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import csv
 import importlib.util
 from pathlib import Path
@@ -12,6 +13,7 @@ from triton.runtime.errors import OutOfResources
 
 from bench import moe_forward, policy, providers, step_cost, table_cost, table_flip
 from bench.environment import environment
+from bench.timing import Timing
 
 TINY = ["--shapes", "8:2:64:32", "--tokens", "1,20", "--seconds", "0.01", "--device", "cpu"]
 OPS = ("routing", "select_replicas", "schedule", "expert_up", "expert_down", "combine")
@@ -76,6 +78,14 @@ def test_who_is_skipped_is_said(register, capsys):
     register(Wrong(None))
     assert moe_forward.main([*TINY, "--providers", "torch_grouped_mm,wrong"]) == 0
     assert "skipped wrong, 8:2:64:32/T1: not on a Tuesday" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(("flush", "mode"), [("write", "graph"), ("read", "graph_read_flush")])
+def test_times_with_a_reading_flush_have_a_mode_of_their_own(monkeypatch, flush, mode):
+    """`bench.table` takes those of mode "graph" alone."""
+    monkeypatch.setattr(moe_forward, "time_graph", lambda *arguments: Timing(1.0, 1.0, 1.0, len(arguments)))
+    options = argparse.Namespace(device=torch.device("cuda"), seconds=0.1, flush=flush, eager=False)
+    assert moe_forward._times(lambda: torch.zeros(1), options) == {mode: (1.0, 1.0, 1.0)}
 
 
 def test_known_times_of_peers(tmp_path, capsys):

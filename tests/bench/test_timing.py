@@ -76,6 +76,18 @@ def test_graph_time_is_the_device_time_with_a_cold_l2(flush):
     assert copy.median_us > 3 * nothing.median_us
 
 
+def test_a_flush_writes_or_reads_the_whole_buffer(monkeypatch):
+    buffer, seen = torch.arange(1, 100, dtype=torch.int32), []
+    monkeypatch.setattr(timing, "_flush_buffer", lambda device: buffer)
+    monkeypatch.setattr(torch, "amax", lambda what, dim, out: seen.append(what))
+    timing._flush(CPU, "read")()
+    assert seen == [buffer] and buffer.all()
+    timing._flush(CPU, "write")()
+    assert not buffer.any()
+    with pytest.raises(ValueError, match="flush='heat'"):
+        timing._flush(CPU, "heat")
+
+
 @pytest.mark.gpu
 def test_extra_bytes_counts_the_output_and_what_is_in_between():
     device = torch.device("cuda", torch.cuda.current_device())

@@ -16,7 +16,7 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
 from moe_kernels import GemmConfig, combine, expert_down, expert_up, gemm_config, replicas_triton, routing, schedule  # noqa: F401
-from moe_kernels.config import _INTERMEDIATE, _TABLE_TMA
+from moe_kernels.config import _INTERMEDIATE, _KEPT_TMA, _TABLE_TMA
 from moe_kernels.scan import MANY_KEYS, chunk_options, scan_options
 
 MODULES = {
@@ -169,10 +169,12 @@ def compile_one_token(arch: int, dtype: torch.dtype) -> None:
     }
     compile_kernel("one_token_triton", "_choice_kernel", choice, constants, arch, num_warps=1, launch_pdl=pdl)
     sizes = {"HIDDEN_SIZE": 2880, "INTERMEDIATE": 768, "PDL": pdl, "SCRATCH": 6144, "EVICTION": "evict_first"}
-    for name, types, num_warps, constants in (
-        ("_up_kernel", ("x_ptr", "gate_up_ptr", "scratch_ptr"), 2, {"ACTIVATION": "silu", "BLOCK_H": 1024}),
-        ("_down_kernel", ("scratch_ptr", "down_ptr", "y_ptr"), 1, {"TOP_K": 8, "BLOCK_K": 8, "BLOCK_I": 256}),
-    ):
+    up = ("x_ptr", "gate_up_ptr", "scratch_ptr"), 2, {"ACTIVATION": "silu", "BLOCK_H": 1024}
+    down = ("scratch_ptr", "down_ptr", "y_ptr"), 1, {"TOP_K": 8, "BLOCK_K": 8, "BLOCK_I": 256}
+    # More steps than are unrolled, and more weights than stream.
+    long = *down[:2], {"TOP_K": 16, "BLOCK_K": 16, "BLOCK_I": 128, "INTERMEDIATE": 8192, "EVICTION": ""}
+    cases = [("_up_kernel", *up), ("_down_kernel", *down)]
+    for name, types, num_warps, constants in cases + [("_down_kernel", *long)] * (dtype == torch.bfloat16):
         compiled = compile_kernel(
             "one_token_triton",
             name,
@@ -182,8 +184,10 @@ def compile_one_token(arch: int, dtype: torch.dtype) -> None:
             num_warps=num_warps,
             launch_pdl=pdl,
         )
-        loads = re.search(r"ld\.global\S*evict_first\S*cache_hint\S*v4", compiled.asm["ptx"])
-        assert loads, "weights must be loaded 16 bytes at a time, and not stay in L2"
+        hint = r"evict_first\S*cache_hint\S*" if "EVICTION" not in constants else ""
+        assert re.search(rf"ld\.global\.\S*{hint}v4", compiled.asm["ptx"]), (
+            "weights must be loaded 16 bytes at a time, and not stay in L2"
+        )
 
 
 def compile_tma_gemms(
@@ -194,7 +198,7 @@ def compile_tma_gemms(
     for module, config in (("expert_up_tma", up), ("expert_down_tma", down)):
         n, k = config.block_n, config.block_k
         sizes = {"HIDDEN_SIZE": hidden_size, "INTERMEDIATE": intermediate, "PDL": True, "SWAP": config.swap}
-        sizes["EVICTION"] = "evict_last"
+        sizes["EVICTION"] = "evict_last" if config.keep else ""
         tiles = {"TAIL_M": config.tail_m, "BLOCK_M": config.block_m, "EXTRA_M": config.extra_m}
         tiles |= {"BLOCK_K": k, "GROUP_M": config.group_m}
         if module == "expert_up_tma":
@@ -212,7 +216,8 @@ def compile_tma_gemms(
             tiles |= {"PERSISTENT": config.programs_per_sm > 0, "BLOCK_N": n}
         options = {"num_warps": config.num_warps, "num_stages": config.num_stages, "launch_pdl": True}
         compiled = compile_kernel(module, f"_{module}_kernel", types, sizes | tiles, arch, **options)
-        assert re.search(r"st\.global\S*evict_last\S*cache_hint", compiled.asm["ptx"]), "outputs must stay in L2"
+        is_kept = re.search(r"st\.global\S*evict_last\S*cache_hint", compiled.asm["ptx"]) is not None
+        assert is_kept == config.keep, "outputs must stay in L2 where they are worth it"
         assert "wgmma" in compiled.asm["ptx"] and "mma.sync" not in compiled.asm["ptx"]
         assert compiled.metadata.shared <= 227 * 1024, f"{compiled.metadata.shared} bytes of shared memory"
 
@@ -228,6 +233,7 @@ if __name__ == "__main__":
         for hidden_size, intermediate in ((2048, 768), (2880, 2880), (4096, 14336)):  # one for each column
             column = bisect.bisect_left(_INTERMEDIATE, intermediate)
             dtypes = (torch.bfloat16,) if column else (torch.bfloat16, torch.float16)  # whose tiles are the same
-            for up, down in dict.fromkeys(pairs[column] for *_, pairs in _TABLE_TMA):
-                for dtype in dtypes:
+            for dtype in dtypes:
+                table = _KEPT_TMA if dtype == torch.bfloat16 and not column else _TABLE_TMA
+                for up, down in dict.fromkeys(pairs[column] for *_, pairs in table):
                     compile_tma_gemms(arch, dtype, up, down, hidden_size, intermediate)

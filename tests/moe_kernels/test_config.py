@@ -46,6 +46,13 @@ def test_with_tma_both_gemms_share_a_schedule_and_fit_a_hopper_gpu(dtype):
             assert programs * (shared_memory(config, dtype) + extra + halves + 1024) <= 228 * 1024
 
 
+def test_outputs_are_kept_by_the_bucket_and_up_to_a_size():
+    sizes = {"n": 2048, "k": 768, "dtype": torch.bfloat16, "top_k": 6, "num_experts": 128, "tma": True}
+    kept = {tokens: gemm_config(num_tokens=tokens, **sizes).keep for tokens in (0, 1, 600, 1000, 1024, 1025, 4096)}
+    assert kept == {0: True, 1: True, 600: True, 1000: True, 1024: True, 1025: False, 4096: False}  # of 24 MiB
+    assert not gemm_config(num_tokens=1, **(sizes | {"tma": False})).keep
+
+
 def test_without_what_tma_needs_the_portable_kernels_are_chosen():
     sizes = {"n": 64, "k": 64, "dtype": torch.bfloat16, "num_tokens": 64, "top_k": 2, "num_experts": 8}
     assert gemm_config(**sizes, tma=True).tma

@@ -118,6 +118,16 @@ def test_several_blocks(make_experts, assert_close, monkeypatch, backend, sizes)
 
 
 @pytest.mark.parametrize("backend", ["torch", "triton"])
+@pytest.mark.parametrize(("num_experts", "top_k"), [(33, 3), (64, 64), (128, 8), (256, 8), (1025, 5)])
+def test_many_experts(make_experts, assert_close, backend, num_experts, top_k):
+    """More than a warp has threads; every third is without a lane."""
+    given_arguments = arguments(make_experts, [expert % 3 > 0 for expert in range(num_experts)], top_k, 16, 8)
+    expected, load = separate(given_arguments)
+    assert_close(one_token(**given_arguments, backend=backend), expected, scale=4)
+    assert torch.equal(given_arguments["load_E"], load)
+
+
+@pytest.mark.parametrize("backend", ["torch", "triton"])
 def test_nothing_is_recorded_without_an_increment(make_experts, backend):
     given_arguments = arguments(make_experts, 2 * [True], 1, 16, 8) | {"increment_1": None}
     before = given_arguments["load_E"].clone()

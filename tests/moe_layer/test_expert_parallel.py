@@ -68,10 +68,7 @@ def check_refusals(group, device):
         ),
         ({"num_redundant_experts": 10}, r"num_redundant_experts=10 must be at most num_experts \* \(ranks - 1\) = 8"),
         ({"dispatcher": "local"}, "dispatcher='local' needs all experts on one rank, but process_group has 2"),
-        (
-            {"dispatcher": LocalDispatcher()},
-            "dispatcher='local' needs all experts on one rank, but process_group has 2",
-        ),
+        ({"dispatcher": LocalDispatcher()}, "dispatcher=.*LocalDispatcher.* needs all experts on one rank"),
     ):
         with pytest.raises(ValueError, match=message):
             MoELayer(**{**SIZES, **options}, process_group=group, device=device)
