@@ -1,7 +1,8 @@
 """Expert-parallel load balancing: experts move between ranks while the layers that own them serve."""
 
 from eplb.config import EplbConfig
-from eplb.controller import EplbController, RelocatableLayer, step_eplb_after
+from eplb.controller import EplbController, RelocatableLayer
+from eplb.decorator import step_eplb_after
 from eplb.events import CpuGpuEvent
 from eplb.placement import Placement
 from eplb.pool import SlotPool, TensorSpec

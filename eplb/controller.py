@@ -5,11 +5,11 @@ import functools
 import logging
 import threading
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import replace
 from pathlib import Path
-from typing import Any, Protocol, TypeVar, runtime_checkable
+from typing import Protocol, runtime_checkable
 
 import numpy as np
 import torch.distributed as dist
@@ -27,6 +27,7 @@ from eplb.streams import DeviceStreams, StreamLike
 from eplb.table import flip
 from eplb.transport import TorchTransport, Transport
 from eplb.worker import Clock, Worker
+from eplb.worker_thread import WorkerThread
 
 logger = logging.getLogger(__name__)
 
@@ -80,7 +81,7 @@ class EplbController:
         self._layers: list[RelocatableLayer] = []
         self._steps = 0
         self._worker: Worker | None = None
-        self._thread: _WorkerThread | None = None
+        self._thread: WorkerThread | None = None
         self._wake = threading.Event()
         self._windows: dict[Work, LoadWindowRecorder] = {}
         self._streams: DeviceStreams | None = None
@@ -184,7 +185,7 @@ class EplbController:
         return worker
 
     def _run_in_background(self, worker: Worker, streams: DeviceStreams) -> None:
-        self._thread = _WorkerThread(worker, streams, self._wake)
+        self._thread = WorkerThread(worker, streams, self._wake)
         self._thread.start()
         atexit.register(self.close)
 
@@ -425,69 +426,9 @@ class EplbController:
         self.close()
 
 
-class _WorkerThread(threading.Thread):
-    """Calls `tick()` for ever."""
-
-    def __init__(self, worker: Worker, streams: DeviceStreams, wake: threading.Event) -> None:
-        super().__init__(name="eplb-worker", daemon=True)
-        self._worker = worker
-        self._streams = streams
-        self._wake = wake
-        self._stopping = False
-
-    def run(self) -> None:
-        adopted = False
-        while not self._stopping:
-            self._wake.clear()
-            if not adopted:
-                try:
-                    self._streams.adopt_thread()
-                    adopted = True
-                except Exception as error:
-                    self._worker.fail(error)
-            if adopted:
-                self._worker.tick()
-            self._wake.wait(self._worker.seconds_to_next_tick())
-
-    def close(self, timeout: float) -> None:
-        deadline = time.monotonic() + timeout
-        self._worker.leave()
-        while self.is_alive() and not self._worker.is_done and time.monotonic() < deadline:
-            self._wake.set()
-            time.sleep(0.001)
-        self._stopping = True
-        self._wake.set()
-        self.join(max(0.0, deadline - time.monotonic()))
-
-
 def _streams_in_use(layers: Sequence[ResidentExperts], current: StreamLike) -> list[StreamLike]:
     """The current stream, and then all others that ran a forward of the layers."""
     streams = [current]
     for layer in layers:
         streams += [seen for seen in layer.streams_seen() if seen not in streams]
     return streams
-
-
-Method = TypeVar("Method", bound=Callable[..., Any])
-
-
-def step_eplb_after(method: Method | None = None, *, attribute: str = "eplb") -> Any:
-    """Decorator for a runner's method that runs a forward: `step()` the runner's controller when it has returned.
-
-    Args:
-        method: the method (when used without arguments).
-        attribute: name of the runner's attribute that holds its `EplbController`, or None to step nothing.
-    """
-
-    def decorate(method: Method) -> Method:
-        @functools.wraps(method)
-        def stepping(self: Any, *args: Any, **kwargs: Any) -> Any:
-            result = method(self, *args, **kwargs)
-            controller = getattr(self, attribute)
-            if controller is not None:
-                controller.step()
-            return result
-
-        return stepping  # type: ignore[return-value]
-
-    return decorate(method) if method is not None else decorate

@@ -1,0 +1,29 @@
+"""`step_eplb_after`: a controller's step behind a runner's method."""
+
+import functools
+from collections.abc import Callable
+from typing import Any, TypeVar
+
+Method = TypeVar("Method", bound=Callable[..., Any])
+
+
+def step_eplb_after(method: Method | None = None, *, attribute: str = "eplb") -> Any:
+    """Decorator for a runner's method that runs a forward: `step()` the runner's controller when it has returned.
+
+    Args:
+        method: the method (when used without arguments).
+        attribute: name of the runner's attribute that holds its `EplbController`, or None to step nothing.
+    """
+
+    def decorate(method: Method) -> Method:
+        @functools.wraps(method)
+        def stepping(self: Any, *args: Any, **kwargs: Any) -> Any:
+            result = method(self, *args, **kwargs)
+            controller = getattr(self, attribute)
+            if controller is not None:
+                controller.step()
+            return result
+
+        return stepping  # type: ignore[return-value]
+
+    return decorate(method) if method is not None else decorate
