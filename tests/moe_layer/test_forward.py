@@ -265,7 +265,7 @@ def test_a_gate_in_the_way_of_the_layers_own_is_asked(how, num_tokens, device):
         else:
             object.__setattr__(layer, "gate", Wrapped(layer.gate))
         y = layer(x)
-    if num_tokens == 1:  # not bit for bit: it goes through the separate ops now
+    if num_tokens == 1 and x.is_cuda:  # not bit for bit: it goes through the separate ops now
         torch.testing.assert_close(y, upside_down)
     else:
         assert torch.equal(y, upside_down)
