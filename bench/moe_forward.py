@@ -131,11 +131,8 @@ def _times(
     times: dict[str, tuple[float, float | None, float | None]] = {}
     if options.device.type == "cuda":
         timing = time_graph(forward, options.device, options.seconds, options.flush)
-        times["graph" if options.flush == "write" else "graph_read_flush"] = (
-            timing.median_us,
-            timing.p20_us,
-            timing.p80_us,
-        )
+        mode = "graph" if options.flush == "write" else "graph_read_flush"
+        times[mode] = timing.median_us, timing.p20_us, timing.p80_us
     if options.eager or not times:
         timing, back_to_back_us = time_eager(forward, options.device, options.seconds)
         times["eager"] = timing.median_us, timing.p20_us, timing.p80_us

@@ -98,10 +98,10 @@ def _down_tile(
             extra = dot(extra_block, weights.T, extra)
     if SWAP:
         product = product.T
-    outputs = (rows_ptr, row_weights_ptr, order_ptr)
-    _store_rows(*outputs, product, start, end, first_column, HIDDEN_SIZE, EVICTION, HALVES)
+    pointers = (rows_ptr, row_weights_ptr, order_ptr)
+    _store_rows(*pointers, product, start, end, first_column, HIDDEN_SIZE, EVICTION, HALVES)
     if EXTRA_M > 0:
-        _store_rows(*outputs, extra, start + BLOCK_M, end, first_column, HIDDEN_SIZE, EVICTION, HALVES)
+        _store_rows(*pointers, extra, start + BLOCK_M, end, first_column, HIDDEN_SIZE, EVICTION, HALVES)
 
 
 @triton.jit(do_not_specialize=["num_programs"])

@@ -15,6 +15,7 @@ from moe_kernels.activation import check_activation, gated
 from moe_kernels.backend import registered_op, resolve_backend
 from moe_kernels.checks import FLOATS, check_gate_up, check_slots, check_tensor
 from moe_kernels.one_token_triton import one_token_triton
+from moe_kernels.replicas import check_counter
 from moe_kernels.routing import check_rule, topk_routing_torch
 from moe_kernels.row_blocks import without_autocast
 
@@ -158,11 +159,9 @@ def one_token(
         num_slots, double, hidden_size = gate_up_SNH.shape
         check_tensor("down_SHI", down_SHI, (num_slots, hidden_size, double // 2), x_1H.dtype, device, contiguous=False)
         check_slots("down_SHI", down_SHI)
-        check_tensor("load_E", load_E, (None,), torch.int64, device)
+        check_counter(load_E, increment_1, device)
         check_tensor("table_lanes_E", table_lanes_E, (load_E.shape[0],), torch.int32, device)
         check_tensor("lane_to_slot_L", lane_to_slot_L, (None,), torch.int32, device)
-        if increment_1 is not None:
-            check_tensor("increment_1", increment_1, (1,), torch.int64, device)
         check_tensor("logits_1E", logits_1E, (1, load_E.shape[0]), FLOATS, device)
         check_rule(load_E.shape[0], top_k, score_function, bias_E, device)
         if token_mask_1 is not None:

@@ -24,9 +24,11 @@ from moe_kernels.backend import (
     raw_stream,
     uses_pdl,
 )
-from moe_kernels.integers import next_power_of_2
+from moe_kernels.integers import cdiv, next_power_of_2
 from moe_kernels.numerics import gated, narrow, widen
 from moe_kernels.routing import choose_experts
+
+_MOST_STEPS = tl.constexpr(16)  # that a program of the down projection has unrolled
 
 
 @triton.jit
@@ -37,9 +39,6 @@ def _prefetch(pointer, num_elements):
         tl.inline_asm_elementwise(
             "prefetch.global.L2 [$1]; mov.u32 $0, 0;", "=r,l", [address], dtype=tl.int32, is_pure=False, pack=1
         )
-
-
-_MOST_STEPS = tl.constexpr(16)  # that a program of the down projection has unrolled
 
 
 @triton.jit
@@ -242,7 +241,7 @@ def _make_plan(
 ) -> _Plan:
     _, hidden_size, intermediate = down_SHI.shape
     block_k, pdl = next_power_of_2(top_k), uses_pdl(x_1H)
-    scratch = -(-top_k * intermediate // 16) * 16
+    scratch = cdiv(top_k * intermediate, 16) * 16
     num_bytes = 3 * top_k * hidden_size * intermediate * x_1H.element_size()
     eviction = "evict_first" if num_bytes <= _MOST_TO_STREAM else ""
     return _Plan(

@@ -51,22 +51,9 @@ def select_replicas_torch(
     return lanes.to(torch.int32).view(expert_ids_TK.shape), counts_L1[:num_lanes].to(torch.int32)
 
 
-def check_table(
-    offsets_E1: torch.Tensor,
-    lanes_P: torch.Tensor,
-    cumulative_P: torch.Tensor,
-    load_E: torch.Tensor,
-    rank_start: int,
-    increment_1: torch.Tensor | None,
-    device: torch.device,
-) -> None:
-    """What every op that chooses replicas asks of the table and the counter."""
+def check_counter(load_E: torch.Tensor, increment_1: torch.Tensor | None, device: torch.device) -> None:
+    """What every op that records the load asks of the counter."""
     check_tensor("load_E", load_E, (None,), torch.int64, device)
-    check_tensor("table_offsets_E1", offsets_E1, (load_E.shape[0] + 1,), torch.int32, device)
-    check_tensor("table_lanes_P", lanes_P, (None,), torch.int32, device)
-    check_tensor("table_cumulative_P", cumulative_P, (lanes_P.shape[0],), torch.int32, device)
-    if not 0 <= rank_start < SHARE_ONE:
-        raise ValueError(f"rank_start={rank_start}: must be in [0, 2**{SHARE_BITS})")
     if increment_1 is not None:
         check_tensor("increment_1", increment_1, (1,), torch.int64, device)
 
@@ -149,7 +136,12 @@ def select_replicas(
     """
     device = expert_ids_TK.device
     check_tensor("expert_ids_TK", expert_ids_TK, (None, None), torch.int32)
-    check_table(table_offsets_E1, table_lanes_P, table_cumulative_P, load_E, rank_start, increment_1, device)
+    check_counter(load_E, increment_1, device)
+    check_tensor("table_offsets_E1", table_offsets_E1, (load_E.shape[0] + 1,), torch.int32, device)
+    check_tensor("table_lanes_P", table_lanes_P, (None,), torch.int32, device)
+    check_tensor("table_cumulative_P", table_cumulative_P, (table_lanes_P.shape[0],), torch.int32, device)
+    if not 0 <= rank_start < SHARE_ONE:
+        raise ValueError(f"rank_start={rank_start}: must be in [0, 2**{SHARE_BITS})")
     if num_lanes < 1:
         raise ValueError(f"num_lanes={num_lanes}: must be at least 1")
     return _select_replicas(

@@ -174,7 +174,9 @@ def compile_one_token(arch: int, dtype: torch.dtype) -> None:
     # More steps than are unrolled, and more weights than stream.
     long = *down[:2], {"TOP_K": 16, "BLOCK_K": 16, "BLOCK_I": 128, "INTERMEDIATE": 8192, "EVICTION": ""}
     cases = [("_up_kernel", *up), ("_down_kernel", *down)]
-    for name, types, num_warps, constants in cases + [("_down_kernel", *long)] * (dtype == torch.bfloat16):
+    if dtype == torch.bfloat16:
+        cases.append(("_down_kernel", *long))
+    for name, types, num_warps, constants in cases:
         compiled = compile_kernel(
             "one_token_triton",
             name,
