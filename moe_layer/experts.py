@@ -62,10 +62,12 @@ class Experts(nn.Module):
 
     def _view_slots(self, trainable: dict[str, bool]) -> None:
         self._tma = has_tma(self.resident.pool.device)
+        self.own_parameters: dict[str, nn.Parameter] = {}  # whatever may be put in their places
         for name, tensor in self.resident.pool.tensors.items():
             # `.data`: the same memory with a version counter of its own, as a slot that is filled between a forward and
             # its backward is one that neither reads (I1, I3).
-            self.register_parameter(name, nn.Parameter(tensor.data, requires_grad=trainable[name]))
+            self.own_parameters[name] = nn.Parameter(tensor.data, requires_grad=trainable[name])
+            self.register_parameter(name, self.own_parameters[name])
 
     @property
     def is_frozen(self) -> bool:
@@ -275,7 +277,8 @@ class Experts(nn.Module):
         memo[id(old)] = old.copied_to(SlotPool(old.pool.specs, old.pool.num_slots, old.pool.device), old.streams)
         fresh = Experts.__new__(Experts)
         memo[id(self)] = fresh
-        state = {name: value for name, value in self.__dict__.items() if name != "_parameters"}
+        views = ("_parameters", "own_parameters")
+        state = {name: value for name, value in self.__dict__.items() if name not in views}
         fresh.__dict__.update(copy.deepcopy(state, memo), _parameters={})
         fresh._view_slots({name: parameter.requires_grad for name, parameter in self.named_parameters()})
         return fresh

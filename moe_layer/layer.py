@@ -14,7 +14,7 @@ from eplb.groups import check_member, ranks_of
 from eplb.pool import SlotPool
 from eplb.resident import ResidentExperts
 from eplb.streams import streams_of
-from moe_kernels import GOLDEN, SHARE_BITS, one_token, resolve_backend, select_replicas
+from moe_kernels import GOLDEN, SHARE_BITS, local_forward, resolve_backend, select_replicas
 from moe_kernels.activation import ACTIVATIONS
 from moe_layer.arguments import (
     check_choice,
@@ -195,8 +195,8 @@ class MoELayer(nn.Module):
         logits_TE = gate(x_TH) if router_logits is None else _rows(router_logits)
         if not torch.compiler.is_compiling():
             resident.note_stream()
-        if self._is_one_token_alone(gate, experts, x_TH, logits_TE):
-            y_TH = _of_one_token(gate, experts, x_TH, logits_TE, mask_T)
+        if self._is_alone(gate, experts, x_TH, logits_TE):
+            y_TH = _forward_alone(gate, experts, x_TH, logits_TE, mask_T)
         else:
             weights_TK, expert_ids_TK = gate.choose(logits_TE, mask_T)
             lanes_TK, counts_L = self._choose_replicas(resident, expert_ids_TK)
@@ -226,16 +226,12 @@ class MoELayer(nn.Module):
             any(tensor.requires_grad for tensor in tensors) or not self.experts.is_frozen
         )
 
-    def _is_one_token_alone(
-        self, gate: nn.Module, experts: nn.Module, x_TH: torch.Tensor, logits_TE: torch.Tensor
-    ) -> bool:
-        """Whether the kernels for a single token apply: without gradients, where no expert can be on another rank.
+    def _is_alone(self, gate: nn.Module, experts: nn.Module, x_TH: torch.Tensor, logits_TE: torch.Tensor) -> bool:
+        """Whether one op does it all: without gradients, where no expert can be on another rank.
 
         Nor where somebody listens to the layer's parts or has put others in their places, which would be passed over.
         """
-        if x_TH.shape[0] != 1 or type(self.dispatcher) is not LocalDispatcher:
-            return False
-        if self._needs_grad(x_TH, logits_TE):
+        if type(self.dispatcher) is not LocalDispatcher or self._needs_grad(x_TH, logits_TE):
             return False
         if (
             type(experts) is not Experts
@@ -245,8 +241,14 @@ class MoELayer(nn.Module):
         ):
             return False
         bias_E = _part(gate, "e_score_correction_bias")
-        if _part(experts, "gate_up_proj").dtype != x_TH.dtype or (bias_E is not None and bias_E.dtype != torch.float32):
-            return False  # cast part by part; the separate ops say what is wrong
+        if bias_E is not None and bias_E.dtype != torch.float32:
+            return False  # cast part by part; the separate ops say what is wrong, here and of other weights
+        for name, own in experts.own_parameters.items():
+            weights = _part(experts, name)
+            if weights.dtype != x_TH.dtype:
+                return False
+            if weights is not own and (weights.shape != own.shape or weights.stride()[1:] != own.stride()[1:]):
+                return False
         return resolve_backend(self.backend, x_TH.device) == "triton"
 
     def _computed(
@@ -326,18 +328,18 @@ def _part(module: nn.Module, name: str) -> Any:
     return getattr(module, name)
 
 
-def _of_one_token(
+def _forward_alone(
     gate: Router,
     experts: Experts,
-    x_1H: torch.Tensor,
-    logits_1E: torch.Tensor,
-    token_mask_1: torch.Tensor | None,
+    x_TH: torch.Tensor,
+    logits_TE: torch.Tensor,
+    token_mask_T: torch.Tensor | None,
 ) -> torch.Tensor:
     resident = experts.resident
     table, rule = resident.table, gate.rule
-    return one_token(
-        x_1H,
-        logits_1E,
+    return local_forward(
+        x_TH,
+        logits_TE,
         _part(experts, "gate_up_proj"),
         _part(experts, "down_proj"),
         table.lanes_P,  # each expert has one replica, as there is one rank
@@ -349,10 +351,10 @@ def _of_one_token(
         renormalize=rule.renormalize,
         scale=rule.scale,
         bias_E=_part(gate, "e_score_correction_bias"),
-        token_mask_1=token_mask_1,
+        token_mask_T=token_mask_T,
         activation=experts.activation,
         backend="triton",
-        validate=False,  # `check_forward_input` and `_is_one_token_alone` have looked
+        validate=False,  # `check_forward_input` and `_is_alone` have looked
     )
 
 

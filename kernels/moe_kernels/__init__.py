@@ -8,7 +8,7 @@ from moe_kernels.combine import combine, combine_torch
 from moe_kernels.config import GemmConfig, gemm_config, gemm_configs, has_tma
 from moe_kernels.expert_down import expert_down, expert_down_torch
 from moe_kernels.expert_up import expert_up, expert_up_torch
-from moe_kernels.one_token import one_token, one_token_torch
+from moe_kernels.local_forward import local_forward, local_forward_torch
 from moe_kernels.replicas import select_replicas, select_replicas_torch
 from moe_kernels.replicas_triton import GOLDEN, SHARE_BITS
 from moe_kernels.routing import topk_routing, topk_routing_torch
@@ -30,8 +30,8 @@ __all__ = [
     "gemm_config",
     "gemm_configs",
     "has_tma",
-    "one_token",
-    "one_token_torch",
+    "local_forward",
+    "local_forward_torch",
     "resolve_backend",
     "select_replicas",
     "select_replicas_torch",

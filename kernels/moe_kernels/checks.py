@@ -18,11 +18,12 @@ def check_tensor(
     contiguous: bool = True,
 ) -> None:
     """`tensor` has this shape (None: any size), one of these dtypes, this device, and is contiguous."""
-    if tensor.dim() != len(shape):
-        raise ValueError(f"{name} has shape {tuple(tensor.shape)}: must have {len(shape)} dimensions")
-    for axis, size in enumerate(shape):
-        if size is not None and tensor.shape[axis] != size:
-            raise ValueError(f"{name} has shape {tuple(tensor.shape)}: dimension {axis} must be {size}")
+    sizes = tensor.shape
+    if len(sizes) != len(shape):
+        raise ValueError(f"{name} has shape {tuple(sizes)}: must have {len(shape)} dimensions")
+    for axis, (is_size, size) in enumerate(zip(sizes, shape, strict=True)):
+        if size is not None and is_size != size:
+            raise ValueError(f"{name} has shape {tuple(sizes)}: dimension {axis} must be {size}")
     allowed = dtypes if isinstance(dtypes, tuple) else (dtypes,)
     if tensor.dtype not in allowed:
         raise ValueError(f"{name} has dtype {tensor.dtype}: must be one of {[str(dtype) for dtype in allowed]}")

@@ -11,12 +11,14 @@ import torch
 import triton
 import triton.language as tl
 
-from moe_kernels.backend import gdc_launch_dependents, gdc_wait, on_device, registered_op, resolve_backend, uses_pdl
+from moe_kernels.backend import registered_op, resolve_backend
 from moe_kernels.checks import FLOATS, check_tensor
 from moe_kernels.integers import cdiv, next_power_of_2
+from moe_kernels.launch import Launcher, gdc_launch_dependents, gdc_wait
 from moe_kernels.numerics import narrow, widen
 
 
+@Launcher
 @triton.jit
 def _combine_kernel(
     # inputs
@@ -36,7 +38,7 @@ def _combine_kernel(
 
     Nobody reads the rows again: L2 lets them go first.
     """
-    if PDL:  # see `uses_pdl`
+    if PDL:  # see `Launcher`
         gdc_wait()
         gdc_launch_dependents()
     token = tl.program_id(0).to(tl.int64)
@@ -51,18 +53,14 @@ def _combine_kernel(
     tl.store(y_ptr + token * hidden_size + column, narrow(total, y_ptr.dtype.element_ty), mask=inside)
 
 
-def _combine_triton(rows_NH: torch.Tensor, lanes_TK: torch.Tensor) -> torch.Tensor:
+def combine_triton(rows_NH: torch.Tensor, lanes_TK: torch.Tensor) -> torch.Tensor:
     num_tokens, top_k = lanes_TK.shape
     hidden_size = rows_NH.shape[1]
     y_TH = rows_NH.new_empty((num_tokens, hidden_size))
     if y_TH.numel():
         block = min(1024, next_power_of_2(hidden_size))
         grid = (num_tokens, cdiv(hidden_size, block))
-        pdl = uses_pdl(rows_NH)
-        with on_device(rows_NH):
-            _combine_kernel[grid](
-                rows_NH, lanes_TK, y_TH, hidden_size, TOP_K=top_k, PDL=pdl, BLOCK_H=block, launch_pdl=pdl
-            )
+        _combine_kernel[grid](rows_NH, lanes_TK, y_TH, hidden_size, TOP_K=top_k, BLOCK_H=block)
     return y_TH
 
 
@@ -78,7 +76,7 @@ def combine_torch(rows_NH: torch.Tensor, lanes_TK: torch.Tensor) -> torch.Tensor
 
 @registered_op("moe_kernels::combine")
 def _combine(rows_NH: torch.Tensor, lanes_TK: torch.Tensor, backend: str) -> torch.Tensor:
-    return (_combine_triton if backend == "triton" else combine_torch)(rows_NH, lanes_TK)
+    return (combine_triton if backend == "triton" else combine_torch)(rows_NH, lanes_TK)
 
 
 @_combine.register_fake

@@ -12,17 +12,19 @@ import torch.nn.functional as F
 import triton
 import triton.language as tl
 
-from moe_kernels.backend import gdc_launch_dependents, gdc_wait, on_device, registered_op, resolve_backend, uses_pdl
+from moe_kernels.backend import registered_op, resolve_backend
 from moe_kernels.checks import FLOATS, check_rows, check_slots, check_tensor, check_tma
 from moe_kernels.config import GemmConfig
 from moe_kernels.expert_down_tma import expert_down_tma
 from moe_kernels.integers import cdiv
+from moe_kernels.launch import Launcher, gdc_launch_dependents, gdc_wait
 from moe_kernels.numerics import dot, narrow
 from moe_kernels.row_blocks import elementwise, padded_rows, row_blocks, unversioned, without_autocast
 from moe_kernels.schedule import TileSchedule
 from moe_kernels.tile_order import load_own_tile
 
 
+@Launcher
 @triton.jit
 def _expert_down_kernel(
     # inputs
@@ -88,7 +90,7 @@ def _expert_down_kernel(
     tl.store(rows_at, rows, mask=inside[:, None] & (column[None, :] < hidden_size))
 
 
-def _expert_down_triton(
+def expert_down_triton(
     hidden_NI: torch.Tensor,
     down_SHI: torch.Tensor,
     lane_to_slot_L: torch.Tensor,
@@ -97,39 +99,39 @@ def _expert_down_triton(
     tile_lane: torch.Tensor,
     tile_start: torch.Tensor,
     tile_end: torch.Tensor,
+    num_tiles: torch.Tensor,
     config: GemmConfig,
 ) -> torch.Tensor:
+    if config.tma:
+        tiles = (order_N, tile_lane, tile_start, tile_end, num_tiles)
+        return expert_down_tma(hidden_NI, down_SHI, lane_to_slot_L, row_weights_N, *tiles, config)
     block_n, block_k = config.block_n, config.block_k
     _, hidden_size, intermediate = down_SHI.shape
     rows_NH = hidden_NI.new_empty((order_N.shape[0], hidden_size))
     grid = (tile_lane.shape[0] * cdiv(hidden_size, block_n),)
-    pdl = uses_pdl(hidden_NI)
     if grid[0]:
-        with on_device(hidden_NI):
-            _expert_down_kernel[grid](
-                hidden_NI,
-                down_SHI,
-                lane_to_slot_L,
-                row_weights_N,
-                order_N,
-                tile_lane,
-                tile_start,
-                tile_end,
-                rows_NH,
-                hidden_size,
-                intermediate,
-                hidden_NI.stride(0),
-                down_SHI.stride(0),
-                PDL=pdl,
-                EVEN_K=intermediate % block_k == 0,
-                BLOCK_M=config.block_m,
-                BLOCK_N=block_n,
-                BLOCK_K=block_k,
-                GROUP_M=config.group_m,
-                num_warps=config.num_warps,
-                num_stages=config.num_stages,
-                launch_pdl=pdl,
-            )
+        _expert_down_kernel[grid](
+            hidden_NI,
+            down_SHI,
+            lane_to_slot_L,
+            row_weights_N,
+            order_N,
+            tile_lane,
+            tile_start,
+            tile_end,
+            rows_NH,
+            hidden_size,
+            intermediate,
+            hidden_NI.stride(0),
+            down_SHI.stride(0),
+            EVEN_K=intermediate % block_k == 0,
+            BLOCK_M=config.block_m,
+            BLOCK_N=block_n,
+            BLOCK_K=block_k,
+            GROUP_M=config.group_m,
+            num_warps=config.num_warps,
+            num_stages=config.num_stages,
+        )
     return rows_NH
 
 
@@ -172,11 +174,9 @@ def _expert_down(
     backend: str,
 ) -> torch.Tensor:
     if backend == "triton":
-        inputs = (hidden_NI, down_SHI, lane_to_slot_L, row_weights_N, order_N, tile_lane, tile_start, tile_end)
+        tiles = (order_N, tile_lane, tile_start, tile_end, num_tiles)
         config = GemmConfig.from_list(tiling)
-        if config.tma:
-            return expert_down_tma(*inputs, num_tiles, config)
-        return _expert_down_triton(*inputs, config)
+        return expert_down_triton(hidden_NI, down_SHI, lane_to_slot_L, row_weights_N, *tiles, config)
     return _expert_down_torch(hidden_NI, down_SHI, lane_to_slot_L, row_weights_N, order_N, offsets_L1)
 
 

@@ -14,10 +14,10 @@ import triton
 import triton.language as tl
 from triton.tools.tensor_descriptor import TensorDescriptor
 
-from moe_kernels.backend import gdc_launch_dependents, gdc_wait, on_device, uses_pdl
 from moe_kernels.checks import check_tma_address, slot_stride
 from moe_kernels.config import GemmConfig
 from moe_kernels.integers import cdiv
+from moe_kernels.launch import Launcher, gdc_launch_dependents, gdc_wait
 from moe_kernels.numerics import dot, narrow
 from moe_kernels.tile_order import load_own_tile, load_tile
 
@@ -104,6 +104,7 @@ def _down_tile(
         _store_rows(*pointers, extra, start + BLOCK_M, end, first_column, HIDDEN_SIZE, EVICTION, HALVES)
 
 
+@Launcher
 @triton.jit(do_not_specialize=["num_programs"])
 def _expert_down_tma_kernel(
     # inputs
@@ -216,41 +217,37 @@ def expert_down_tma(
         )
 
     hidden = rows_of(config.block_m)
-    pdl = uses_pdl(hidden_NI)
-    with on_device(hidden_NI):
-        _expert_down_tma_kernel[(num_programs,)](
-            hidden,
-            rows_of(config.tail_m) if config.tail_m else hidden,
-            rows_of(config.extra_m) if config.extra_m else hidden,
-            TensorDescriptor(
-                down_SHI,
-                [slots, hidden_size, intermediate],
-                [slot_stride(down_SHI), intermediate, 1],
-                [1, config.block_n, config.block_k],
-            ),
-            lane_to_slot_L,
-            row_weights_N,
-            order_N,
-            tile_lane,
-            tile_start,
-            tile_end,
-            num_tiles,
-            rows_NH,
-            num_programs,
-            HIDDEN_SIZE=hidden_size,
-            INTERMEDIATE=intermediate,
-            EVICTION="evict_last" if config.keep else "",
-            PDL=pdl,
-            PERSISTENT=config.programs_per_sm > 0,
-            SWAP=config.swap,
-            TAIL_M=config.tail_m,
-            BLOCK_M=config.block_m,
-            EXTRA_M=config.extra_m,
-            BLOCK_N=config.block_n,
-            BLOCK_K=config.block_k,
-            GROUP_M=config.group_m,
-            num_warps=config.num_warps,
-            num_stages=config.num_stages,
-            launch_pdl=pdl,
-        )
+    _expert_down_tma_kernel[(num_programs,)](
+        hidden,
+        rows_of(config.tail_m) if config.tail_m else hidden,
+        rows_of(config.extra_m) if config.extra_m else hidden,
+        TensorDescriptor(
+            down_SHI,
+            [slots, hidden_size, intermediate],
+            [slot_stride(down_SHI), intermediate, 1],
+            [1, config.block_n, config.block_k],
+        ),
+        lane_to_slot_L,
+        row_weights_N,
+        order_N,
+        tile_lane,
+        tile_start,
+        tile_end,
+        num_tiles,
+        rows_NH,
+        num_programs,
+        HIDDEN_SIZE=hidden_size,
+        INTERMEDIATE=intermediate,
+        EVICTION="evict_last" if config.keep else "",
+        PERSISTENT=config.programs_per_sm > 0,
+        SWAP=config.swap,
+        TAIL_M=config.tail_m,
+        BLOCK_M=config.block_m,
+        EXTRA_M=config.extra_m,
+        BLOCK_N=config.block_n,
+        BLOCK_K=config.block_k,
+        GROUP_M=config.group_m,
+        num_warps=config.num_warps,
+        num_stages=config.num_stages,
+    )
     return rows_NH

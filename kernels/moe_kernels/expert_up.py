@@ -13,11 +13,12 @@ import triton
 import triton.language as tl
 
 from moe_kernels.activation import check_activation, gated, gated_backward_gate, gated_backward_up
-from moe_kernels.backend import gdc_launch_dependents, gdc_wait, on_device, registered_op, resolve_backend, uses_pdl
+from moe_kernels.backend import registered_op, resolve_backend
 from moe_kernels.checks import FLOATS, check_gate_up, check_rows, check_tensor, check_tma
 from moe_kernels.config import GemmConfig
 from moe_kernels.expert_up_tma import expert_up_tma
 from moe_kernels.integers import cdiv
+from moe_kernels.launch import Launcher, gdc_launch_dependents, gdc_wait
 from moe_kernels.numerics import dot, narrow
 from moe_kernels.numerics import gated as gated_in_kernel
 from moe_kernels.row_blocks import elementwise, padded_rows, row_blocks, unversioned, without_autocast
@@ -25,6 +26,7 @@ from moe_kernels.schedule import TileSchedule
 from moe_kernels.tile_order import load_own_tile
 
 
+@Launcher
 @triton.jit
 def _expert_up_kernel(
     # inputs
@@ -100,7 +102,7 @@ def _expert_up_kernel(
     tl.store(hidden_at, hidden, mask=inside[:, None] & (column[None, :] < intermediate))
 
 
-def _expert_up_triton(
+def expert_up_triton(
     x_RH: torch.Tensor,
     gate_up_SNH: torch.Tensor,
     lane_to_slot_L: torch.Tensor,
@@ -112,38 +114,37 @@ def _expert_up_triton(
     activation: str,
     config: GemmConfig,
 ) -> torch.Tensor:
+    if config.tma:
+        tiles = (order_N, tile_lane, tile_start, tile_end)
+        return expert_up_tma(x_RH, gate_up_SNH, lane_to_slot_L, *tiles, fanout, activation, config)
     block_n, block_k = config.block_n, config.block_k
     hidden_size, intermediate = x_RH.shape[1], gate_up_SNH.shape[1] // 2
     hidden_NI = x_RH.new_empty((order_N.shape[0], intermediate))
     grid = (tile_lane.shape[0] * cdiv(intermediate, block_n // 2),)
-    pdl = uses_pdl(x_RH)
     if grid[0]:
-        with on_device(x_RH):
-            _expert_up_kernel[grid](
-                x_RH,
-                gate_up_SNH,
-                lane_to_slot_L,
-                order_N,
-                tile_lane,
-                tile_start,
-                tile_end,
-                hidden_NI,
-                hidden_size,
-                intermediate,
-                fanout,
-                x_RH.stride(0),
-                gate_up_SNH.stride(0),
-                PDL=pdl,
-                ACTIVATION=activation,
-                EVEN_K=hidden_size % block_k == 0,
-                BLOCK_M=config.block_m,
-                BLOCK_I=block_n // 2,
-                BLOCK_K=block_k,
-                GROUP_M=config.group_m,
-                num_warps=config.num_warps,
-                num_stages=config.num_stages,
-                launch_pdl=pdl,
-            )
+        _expert_up_kernel[grid](
+            x_RH,
+            gate_up_SNH,
+            lane_to_slot_L,
+            order_N,
+            tile_lane,
+            tile_start,
+            tile_end,
+            hidden_NI,
+            hidden_size,
+            intermediate,
+            fanout,
+            x_RH.stride(0),
+            gate_up_SNH.stride(0),
+            ACTIVATION=activation,
+            EVEN_K=hidden_size % block_k == 0,
+            BLOCK_M=config.block_m,
+            BLOCK_I=block_n // 2,
+            BLOCK_K=block_k,
+            GROUP_M=config.group_m,
+            num_warps=config.num_warps,
+            num_stages=config.num_stages,
+        )
     return hidden_NI
 
 
@@ -193,8 +194,7 @@ def _expert_up(
     if backend == "triton":
         tiles = (order_N, tile_lane, tile_start, tile_end)
         config = GemmConfig.from_list(tiling)
-        launch = expert_up_tma if config.tma else _expert_up_triton
-        return launch(x_RH, gate_up_SNH, lane_to_slot_L, *tiles, fanout, activation, config)
+        return expert_up_triton(x_RH, gate_up_SNH, lane_to_slot_L, *tiles, fanout, activation, config)
     return _expert_up_torch(x_RH, gate_up_SNH, lane_to_slot_L, order_N, offsets_L1, fanout, activation)
 
 

@@ -12,10 +12,10 @@ import triton
 import triton.language as tl
 from triton.tools.tensor_descriptor import TensorDescriptor
 
-from moe_kernels.backend import gdc_launch_dependents, gdc_wait, on_device, uses_pdl
 from moe_kernels.checks import check_tma_address, slot_stride
 from moe_kernels.config import GemmConfig
 from moe_kernels.integers import cdiv
+from moe_kernels.launch import Launcher, gdc_launch_dependents, gdc_wait
 from moe_kernels.numerics import dot, gated, narrow
 from moe_kernels.tile_order import load_own_tile
 
@@ -145,6 +145,7 @@ def _narrow_tile(
     _store_hidden(hidden_ptr, hidden, position, end, first_column, INTERMEDIATE, EVICTION, BLOCK_I)
 
 
+@Launcher
 @triton.jit
 def _expert_up_tma_kernel(
     # inputs
@@ -241,33 +242,29 @@ def expert_up_tma(
         shape = [slots, intermediate // 8, 2, 8, hidden_size]
         strides = [stride_slot, 8 * hidden_size, intermediate * hidden_size, hidden_size, 1]
         block = [1, block_i // 8, 2, 8, config.block_k]
-    pdl = uses_pdl(x_RH)
-    with on_device(x_RH):
-        _expert_up_tma_kernel[grid](
-            x_RH,
-            TensorDescriptor(gate_up_SNH, shape, strides, block),
-            lane_to_slot_L,
-            order_N,
-            tile_lane,
-            tile_start,
-            tile_end,
-            hidden_NI,
-            fanout,
-            x_RH.stride(0),
-            HIDDEN_SIZE=hidden_size,
-            INTERMEDIATE=intermediate,
-            ACTIVATION=activation,
-            EVICTION="evict_last" if config.keep else "",
-            PDL=pdl,
-            SWAP=config.swap,
-            TAIL_M=config.tail_m,
-            BLOCK_M=config.block_m,
-            EXTRA_M=config.extra_m,
-            BLOCK_I=block_i,
-            BLOCK_K=config.block_k,
-            GROUP_M=config.group_m,
-            num_warps=config.num_warps,
-            num_stages=config.num_stages,
-            launch_pdl=pdl,
-        )
+    _expert_up_tma_kernel[grid](
+        x_RH,
+        TensorDescriptor(gate_up_SNH, shape, strides, block),
+        lane_to_slot_L,
+        order_N,
+        tile_lane,
+        tile_start,
+        tile_end,
+        hidden_NI,
+        fanout,
+        x_RH.stride(0),
+        HIDDEN_SIZE=hidden_size,
+        INTERMEDIATE=intermediate,
+        ACTIVATION=activation,
+        EVICTION="evict_last" if config.keep else "",
+        SWAP=config.swap,
+        TAIL_M=config.tail_m,
+        BLOCK_M=config.block_m,
+        EXTRA_M=config.extra_m,
+        BLOCK_I=block_i,
+        BLOCK_K=config.block_k,
+        GROUP_M=config.group_m,
+        num_warps=config.num_warps,
+        num_stages=config.num_stages,
+    )
     return hidden_NI

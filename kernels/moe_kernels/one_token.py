@@ -1,114 +1,285 @@
 # mypy: allow-incomplete-defs
-"""The whole layer for a single token whose experts are all here, in three launches: choice, up, and down with combine.
+# Of the arguments of a kernel only the constants are annotated.
+"""`local_forward` of a single token, in three launches: choice, up, and down with combine.
 
 Neither schedule nor tiles nor tensor cores: all that counts is how soon the memory is busy, and that it stays so.
-Nor shares: experts that are all on one device have one replica each.
 K experts per token, E logical experts, H hidden, I intermediate, S slots, L lanes.
 """
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+from typing import Any
+
 import torch
-import torch.nn.functional as F
+import triton
+import triton.language as tl
 
-from moe_kernels.activation import check_activation, gated
-from moe_kernels.backend import registered_op, resolve_backend
-from moe_kernels.checks import FLOATS, check_gate_up, check_slots, check_tensor
-from moe_kernels.one_token_triton import one_token_triton
-from moe_kernels.replicas import check_counter
-from moe_kernels.routing import check_rule, topk_routing_torch
-from moe_kernels.row_blocks import without_autocast
+from moe_kernels.integers import cdiv, next_power_of_2
+from moe_kernels.launch import Launcher, PreparedLaunch, gdc_launch_dependents, gdc_wait, on_device, raw_stream
+from moe_kernels.numerics import gated, narrow, widen
+from moe_kernels.routing import choose_experts
+
+_MOST_STEPS = tl.constexpr(16)  # that a program of the down projection has unrolled
 
 
-@without_autocast
-def one_token_torch(
-    x_1H: torch.Tensor,
-    logits_1E: torch.Tensor,
-    gate_up_SNH: torch.Tensor,
-    down_SHI: torch.Tensor,
-    table_lanes_E: torch.Tensor,
-    lane_to_slot_L: torch.Tensor,
-    load_E: torch.Tensor,
-    increment_1: torch.Tensor | None,
-    top_k: int,
-    score_function: str = "softmax",
-    renormalize: bool = True,
-    scale: float = 1.0,
-    bias_E: torch.Tensor | None = None,
-    token_mask_1: torch.Tensor | None = None,
-    activation: str = "silu",
-) -> torch.Tensor:
-    """Reference of `one_token`."""
-    weights_1K, ids_1K = topk_routing_torch(
-        logits_1E,
-        top_k,
-        score_function=score_function,
-        renormalize=renormalize,
-        scale=scale,
-        bias_E=bias_E,
-        token_mask_T=token_mask_1,
+@triton.jit
+def _prefetch(pointer, num_elements):
+    """Begin to bring up to 32 lines of int32 into L2; nothing if there are no elements."""
+    if num_elements > 0:
+        address = pointer + tl.minimum(tl.arange(0, 32) * 32, num_elements - 1)
+        tl.inline_asm_elementwise(
+            "prefetch.global.L2 [$1]; mov.u32 $0, 0;", "=r,l", [address], dtype=tl.int32, is_pure=False, pack=1
+        )
+
+
+@triton.jit
+def _choice_in(scratch_ptr, SCRATCH: tl.constexpr):
+    """Slots and weights' bits, int32 [2, K], behind the SCRATCH elements of hidden."""
+    return (scratch_ptr + SCRATCH).to(tl.pointer_type(tl.int32), bitcast=True)
+
+
+@Launcher
+@triton.jit(
+    do_not_specialize_on_alignment=[
+        "logits_ptr", "bias_ptr", "mask_ptr", "table_lanes_ptr", "lane_to_slot_ptr", "increment_ptr", "load_ptr",
+    ],
+)  # fmt: skip
+def _choice_kernel(
+    # inputs
+    logits_ptr,
+    bias_ptr,  # None: no bias
+    mask_ptr,  # None: the token counts
+    scale,
+    table_lanes_ptr,
+    lane_to_slot_ptr,
+    increment_ptr,  # None: nothing is recorded
+    # outputs
+    load_ptr,  # read first
+    scratch_ptr,
+    # shapes
+    num_experts,
+    num_lanes,
+    SCRATCH: tl.constexpr,
+    # constants
+    TOP_K: tl.constexpr,
+    SOFTMAX: tl.constexpr,
+    RENORMALIZE: tl.constexpr,
+    PDL: tl.constexpr,
+    # tunables
+    BLOCK_E: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+):
+    """`topk_routing` of one token, and on to the slots; one warp.
+
+    Where each expert is gets read beside the choice, not after it: two reads that depend on each other take as long.
+
+    Example: logits [1, 3, 3, 2], K = 2 (renormalized softmax); experts 1 and 2 in the lanes 1 and 2, these in the slots
+    7 and 5 → slots [7, 5] and the bits of [0.5, 0.5] behind hidden, load [0, 1, 1, 0].
+    """
+    if PDL:  # see `Launcher`
+        gdc_wait()
+        gdc_launch_dependents()
+        _prefetch(lane_to_slot_ptr, num_lanes)
+    experts = tl.arange(0, BLOCK_E)
+    lanes = tl.load(table_lanes_ptr + experts, mask=experts < num_experts, other=-1)
+    loads = tl.load(load_ptr + experts, mask=experts < num_experts, other=0)
+    slots = tl.load(lane_to_slot_ptr + lanes, mask=lanes >= 0, other=-1)
+    weights, ids = choose_experts(
+        logits_ptr, bias_ptr, 1, num_experts, scale, TOP_K, SOFTMAX, RENORMALIZE, 1, BLOCK_E, BLOCK_K
     )
-    ids_K = ids_1K[0].long()
-    is_masked_K, ids_K = ids_K < 0, ids_K.clamp(min=0)
-    if increment_1 is not None:
-        load_E.index_add_(0, ids_K, torch.where(is_masked_K, 0, increment_1))
-    lanes_K = torch.where(is_masked_K, -1, table_lanes_E[ids_K])
-    slots_K = lane_to_slot_L[lanes_K.clamp(min=0).long()].long()
-    total_H = x_1H.new_zeros(x_1H.shape[1], dtype=torch.float32)
-    for k in range(top_k):
-        # A lane of -1 may lead to a slot of -1, or to weights that nobody ever wrote.
-        slot = slots_K[k].clamp(min=0)
-        gate_I, up_I = F.linear(x_1H[0].float(), gate_up_SNH[slot].float()).chunk(2)
-        hidden_I = gated(activation, gate_I, up_I).to(x_1H.dtype)
-        product_H = F.linear(hidden_I.float(), down_SHI[slot].float())
-        total_H += torch.where(lanes_K[k] >= 0, product_H * weights_1K[0, k], 0.0)
-    return total_H.to(x_1H.dtype)[None]
+    weights, ids = tl.reshape(weights, (BLOCK_K,)), tl.reshape(ids, (BLOCK_K,))
+    k = tl.arange(0, BLOCK_K)
+    counts = k < TOP_K
+    if mask_ptr is not None:
+        counts &= tl.load(mask_ptr) != 0
+    slot = tl.where(counts, tl.gather(slots, ids, 0), -1)
+    choice_ptr = _choice_in(scratch_ptr, SCRATCH)
+    tl.store(choice_ptr + k, slot, mask=k < TOP_K)
+    weights = tl.where(slot >= 0, weights, 0.0)
+    tl.store(choice_ptr + TOP_K + k, weights.to(tl.int32, bitcast=True), mask=k < TOP_K)
+    if increment_ptr is not None:
+        # The ids are distinct, so each counter has one writer.
+        tl.store(load_ptr + ids, tl.gather(loads, ids, 0) + tl.load(increment_ptr), mask=counts)
 
 
-@registered_op("moe_kernels::one_token", mutates_args=("load_E",))
-def _one_token(
+@Launcher
+@triton.jit
+def _up_kernel(
+    # inputs
+    x_ptr,
+    gate_up_ptr,
+    # input and output
+    scratch_ptr,
+    # shapes and strides, in elements
+    stride_slot,
+    SCRATCH: tl.constexpr,
+    HIDDEN_SIZE: tl.constexpr,
+    INTERMEDIATE: tl.constexpr,
+    # constants
+    ACTIVATION: tl.constexpr,
+    EVICTION: tl.constexpr,
+    PDL: tl.constexpr,
+    # tunables
+    BLOCK_H: tl.constexpr,
+):
+    """One element of hidden of one expert."""
+    if PDL:  # see `Launcher`
+        gdc_wait()
+        gdc_launch_dependents()
+    column, k = tl.program_id(0).to(tl.int64), tl.program_id(1)
+    slot = tl.load(_choice_in(scratch_ptr, SCRATCH) + k).to(tl.int64)
+    if slot < 0:
+        return
+    at = gate_up_ptr + slot * stride_slot + column * HIDDEN_SIZE
+    gate = tl.zeros((BLOCK_H,), dtype=tl.float32)
+    up = tl.zeros((BLOCK_H,), dtype=tl.float32)
+    for first in tl.static_range(0, HIDDEN_SIZE, BLOCK_H):
+        h = first + tl.arange(0, BLOCK_H)
+        if first + BLOCK_H <= HIDDEN_SIZE:
+            gate_weight = tl.load(at + h, eviction_policy=EVICTION)
+            up_weight = tl.load(at + INTERMEDIATE * HIDDEN_SIZE + h, eviction_policy=EVICTION)
+            x = widen(tl.load(x_ptr + h))
+        else:
+            inside = h < HIDDEN_SIZE
+            gate_weight = tl.load(at + h, mask=inside, other=0.0, eviction_policy=EVICTION)
+            up_weight = tl.load(at + INTERMEDIATE * HIDDEN_SIZE + h, mask=inside, other=0.0, eviction_policy=EVICTION)
+            x = widen(tl.load(x_ptr + h, mask=inside, other=0.0))
+        gate += widen(gate_weight) * x
+        up += widen(up_weight) * x
+    hidden = gated(tl.sum(gate, axis=0), tl.sum(up, axis=0), ACTIVATION)
+    tl.store(scratch_ptr + k * INTERMEDIATE + column, narrow(hidden, scratch_ptr.dtype.element_ty))
+
+
+@triton.jit
+def _products(
+    down_at, hidden_at, chosen, first, INTERMEDIATE: tl.constexpr, EVICTION: tl.constexpr, BLOCK_I: tl.constexpr
+):
+    i = first + tl.arange(0, BLOCK_I)[None, :]
+    inside = chosen[:, None] & (i < INTERMEDIATE)
+    down = tl.load(down_at + i, mask=inside, other=0.0, eviction_policy=EVICTION)
+    return widen(down) * widen(tl.load(hidden_at + i, mask=inside, other=0.0))
+
+
+@Launcher
+@triton.jit
+def _down_kernel(
+    # inputs
+    scratch_ptr,
+    down_ptr,
+    # outputs
+    y_ptr,
+    # shapes and strides, in elements
+    stride_slot,
+    SCRATCH: tl.constexpr,
+    HIDDEN_SIZE: tl.constexpr,
+    INTERMEDIATE: tl.constexpr,
+    TOP_K: tl.constexpr,
+    # constants
+    EVICTION: tl.constexpr,
+    PDL: tl.constexpr,
+    # tunables
+    BLOCK_K: tl.constexpr,
+    BLOCK_I: tl.constexpr,
+):
+    """One element of y, the sum over all experts in a fixed order, in float32.
+
+    With PDL the choice and the first weights are read before the wait. The choice is there, as every program of the
+    kernel before has waited for it before it let this one start; weights in a slot that a table names don't change.
+    """
+    row = tl.program_id(0).to(tl.int64)
+    k = tl.arange(0, BLOCK_K)
+    choice_ptr = _choice_in(scratch_ptr, SCRATCH)
+    # From L2: before its own wait a program may have an older line of this memory in L1.
+    slot = tl.load(choice_ptr + k, mask=k < TOP_K, other=-1, cache_modifier=".cg").to(tl.int64)
+    chosen = slot >= 0
+    at = down_ptr + (slot * stride_slot + row * INTERMEDIATE)[:, None]
+    i = tl.arange(0, BLOCK_I)[None, :]
+    inside = chosen[:, None] & (i < INTERMEDIATE)
+    down = tl.load(at + i, mask=inside, other=0.0, eviction_policy=EVICTION)
+    if PDL:  # see `Launcher`
+        gdc_wait()
+        gdc_launch_dependents()
+    hidden_at = scratch_ptr + k[:, None] * INTERMEDIATE
+    product = widen(down) * widen(tl.load(hidden_at + i, mask=inside, other=0.0))
+    # Unrolled, all loads are under way at once; but the compiler would choke on very long rows.
+    UNROLLED: tl.constexpr = min(INTERMEDIATE, _MOST_STEPS * BLOCK_I)
+    for first in tl.static_range(BLOCK_I, UNROLLED, BLOCK_I):
+        product += _products(at, hidden_at, chosen, first, INTERMEDIATE, EVICTION, BLOCK_I)
+    for first in tl.range(UNROLLED, INTERMEDIATE, BLOCK_I):
+        product += _products(at, hidden_at, chosen, first, INTERMEDIATE, EVICTION, BLOCK_I)
+    weights = tl.load(choice_ptr + TOP_K + k, mask=k < TOP_K, other=0, cache_modifier=".cg").to(
+        tl.float32, bitcast=True
+    )
+    y = tl.sum(tl.sum(product, axis=1) * weights, axis=0)
+    tl.store(y_ptr + row, narrow(y, y_ptr.dtype.element_ty))
+
+
+@dataclass(frozen=True)
+class _Plan:
+    """The three launches of layers of one kind, and where the choice lies behind hidden (elements)."""
+
+    choice: PreparedLaunch
+    up: PreparedLaunch
+    down: PreparedLaunch
+    scratch: int
+
+
+def _make_plan(
     x_1H: torch.Tensor,
-    logits_1E: torch.Tensor,
-    gate_up_SNH: torch.Tensor,
     down_SHI: torch.Tensor,
-    table_lanes_E: torch.Tensor,
-    lane_to_slot_L: torch.Tensor,
-    load_E: torch.Tensor,
-    increment_1: torch.Tensor | None,
+    num_experts: int,
     top_k: int,
     score_function: str,
     renormalize: bool,
-    scale: float,
-    bias_E: torch.Tensor | None,
-    token_mask_1: torch.Tensor | None,
     activation: str,
-    backend: str,
-) -> torch.Tensor:
-    return (one_token_triton if backend == "triton" else one_token_torch)(
-        x_1H,
-        logits_1E,
-        gate_up_SNH,
-        down_SHI,
-        table_lanes_E,
-        lane_to_slot_L,
-        load_E,
-        increment_1,
-        top_k,
-        score_function,
-        renormalize,
-        scale,
-        bias_E,
-        token_mask_1,
-        activation,
+) -> _Plan:
+    _, hidden_size, intermediate = down_SHI.shape
+    device_index, block_k = x_1H.get_device(), next_power_of_2(top_k)
+    scratch = cdiv(top_k * intermediate, 16) * 16
+    num_bytes = 3 * top_k * hidden_size * intermediate * x_1H.element_size()
+    eviction = "evict_first" if num_bytes <= _MOST_TO_STREAM else ""
+    return _Plan(
+        choice=_choice_kernel.prepare(
+            device_index,
+            SCRATCH=scratch,
+            TOP_K=top_k,
+            SOFTMAX=score_function == "softmax",
+            RENORMALIZE=renormalize,
+            BLOCK_E=next_power_of_2(num_experts),
+            BLOCK_K=block_k,
+            num_warps=1,
+        ),
+        up=_up_kernel.prepare(
+            device_index,
+            SCRATCH=scratch,
+            HIDDEN_SIZE=hidden_size,
+            INTERMEDIATE=intermediate,
+            ACTIVATION=activation,
+            EVICTION=eviction,
+            BLOCK_H=_block(hidden_size),
+            num_warps=2,
+        ),
+        down=_down_kernel.prepare(
+            device_index,
+            SCRATCH=scratch,
+            HIDDEN_SIZE=hidden_size,
+            INTERMEDIATE=intermediate,
+            TOP_K=top_k,
+            EVICTION=eviction,
+            BLOCK_K=block_k,
+            BLOCK_I=min(next_power_of_2(intermediate), max(_ELEMENTS // block_k, 16)),
+            num_warps=1,
+        ),
+        scratch=scratch,
     )
 
 
-@_one_token.register_fake
-def _one_token_fake(x_1H, *_):
-    return torch.empty_like(x_1H)
+_plans: dict[Any, _Plan] = {}
+_MOST_PLANS = 256  # kinds of layers; a process has few
 
 
-def one_token(
+def one_token_triton(
     x_1H: torch.Tensor,
     logits_1E: torch.Tensor,
     gate_up_SNH: torch.Tensor,
@@ -119,70 +290,63 @@ def one_token(
     increment_1: torch.Tensor | None,
     top_k: int,
     *,
-    score_function: str = "softmax",
-    renormalize: bool = True,
-    scale: float = 1.0,
-    bias_E: torch.Tensor | None = None,
-    token_mask_1: torch.Tensor | None = None,
-    activation: str = "silu",
-    backend: str = "auto",
-    validate: bool = True,
+    score_function: str,
+    renormalize: bool,
+    scale: float,
+    bias_E: torch.Tensor | None,
+    token_mask_T: torch.Tensor | None,
+    activation: str,
 ) -> torch.Tensor:
-    """All ops of one forward, for one token whose experts are all on this device, once each; without gradients.
-
-    The same experts and weights as by the separate ops, and the same counts in `load_E`. hidden is rounded to the dtype
-    of x; unlike there, the experts' contributions are not rounded before they are summed. The result depends neither on
-    the slots nor on the lanes.
-
-    Args:
-        x_1H: [1, H] float32, float16 or bfloat16, contiguous.
-        logits_1E, top_k, score_function, renormalize, scale, bias_E, token_mask_1: as of `topk_routing`.
-        gate_up_SNH: [S, 2I, H], down_SHI: [S, H, I], of the dtype of x, as of `expert_up` and `expert_down`.
-        table_lanes_E: [E] int32, contiguous; the lane of each expert's only replica, -1 for none (it adds nothing).
-        lane_to_slot_L: [L] int32, contiguous.
-        load_E, increment_1: as of `select_replicas`.
-        activation: "silu", or "gelu" (the exact one).
-        backend: see `resolve_backend`.
-        validate: False for a caller whose arguments keep these rules by construction and whose `backend` is resolved: the
-            checks take the host as long as a launch.
-
-    Returns:
-        y_1H, of the dtype of x.
-
-    Raises:
-        ValueError: an argument breaks one of these rules.
-    """
-    if validate:
-        device = x_1H.device
-        check_tensor("x_1H", x_1H, (1, None), FLOATS)
-        check_gate_up(gate_up_SNH, x_1H.shape[1], x_1H.dtype, device)
-        num_slots, double, hidden_size = gate_up_SNH.shape
-        check_tensor("down_SHI", down_SHI, (num_slots, hidden_size, double // 2), x_1H.dtype, device, contiguous=False)
-        check_slots("down_SHI", down_SHI)
-        check_counter(load_E, increment_1, device)
-        check_tensor("table_lanes_E", table_lanes_E, (load_E.shape[0],), torch.int32, device)
-        check_tensor("lane_to_slot_L", lane_to_slot_L, (None,), torch.int32, device)
-        check_tensor("logits_1E", logits_1E, (1, load_E.shape[0]), FLOATS, device)
-        check_rule(load_E.shape[0], top_k, score_function, bias_E, device)
-        if token_mask_1 is not None:
-            check_tensor("token_mask_1", token_mask_1, (1,), torch.bool, device)
-        check_activation(activation)
-        backend = resolve_backend(backend, device)
-    return _one_token(
-        x_1H,
-        logits_1E,
-        gate_up_SNH,
-        down_SHI,
-        table_lanes_E,
-        lane_to_slot_L,
-        load_E,
-        increment_1,
-        top_k,
-        score_function,
-        renormalize,
-        float(scale),
-        bias_E,
-        token_mask_1,
-        activation,
-        backend,
+    _, hidden_size, intermediate = down_SHI.shape
+    num_experts, num_lanes = load_E.numel(), lane_to_slot_L.numel()
+    stride_up, stride_down = gate_up_SNH.stride(0), down_SHI.stride(0)
+    device_index = x_1H.get_device()
+    key = (
+        device_index,
+        (x_1H.dtype, logits_1E.dtype, gate_up_SNH.dtype, down_SHI.dtype, None if bias_E is None else bias_E.dtype),
+        (hidden_size, intermediate, stride_up, stride_down, num_experts, num_lanes, top_k),
+        (score_function, renormalize, activation),
+        (token_mask_T is None, increment_1 is None),
     )
+    aligned = not (x_1H.data_ptr() | gate_up_SNH.data_ptr() | down_SHI.data_ptr()) % 16
+    plan = _plans.get(key) if aligned else None
+    if plan is None:
+        plan = _make_plan(x_1H, down_SHI, num_experts, top_k, score_function, renormalize, activation)
+        if aligned:
+            if len(_plans) >= _MOST_PLANS:
+                _plans.clear()
+            _plans[key] = plan
+    # hidden, and behind it the choice: one allocation, which takes the host as long as a launch.
+    scratch = x_1H.new_empty(plan.scratch + 8 * top_k // x_1H.element_size())
+    y_1H = torch.empty_like(x_1H)
+    with on_device(device_index):
+        stream = raw_stream(device_index)
+        plan.choice(
+            (1, 1, 1),
+            stream,
+            logits_1E,
+            bias_E,
+            token_mask_T,
+            scale,
+            table_lanes_E,
+            lane_to_slot_L,
+            increment_1,
+            load_E,
+            scratch,
+            num_experts,
+            num_lanes,
+        )
+        plan.up((intermediate, top_k, 1), stream, x_1H, gate_up_SNH, scratch, stride_up)
+        plan.down((hidden_size, 1, 1), stream, scratch, down_SHI, y_1H, stride_down)
+    return y_1H
+
+
+# Weights up to this size (bytes) take each other's places in L2, and not those of dirty lines, which would have to be written
+# first; more of them take longer so (measured on an H200, docs/performance.md).
+_MOST_TO_STREAM = 256 << 20
+_ELEMENTS = 2048  # weights that a program of the down projection reads at once
+
+
+def _block(size: int) -> int:
+    """The widest block that divides the size; else 1024, or what holds it all."""
+    return next((block for block in (1024, 512) if size % block == 0), min(1024, next_power_of_2(size)))

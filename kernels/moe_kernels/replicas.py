@@ -15,9 +15,9 @@ from moe_kernels.replicas_triton import GOLDEN, SHARE_BITS, SHARE_ONE, select_re
 
 def select_replicas_torch(
     expert_ids_TK: torch.Tensor,
-    table_offsets_E1: torch.Tensor,
+    table_offsets_E1: torch.Tensor | None,
     table_lanes_P: torch.Tensor,
-    table_cumulative_P: torch.Tensor,
+    table_cumulative_P: torch.Tensor | None,
     load_E: torch.Tensor,
     rank_start: int,
     *,
@@ -26,6 +26,10 @@ def select_replicas_torch(
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Reference of `select_replicas`."""
     num_experts = load_E.numel()
+    if table_offsets_E1 is None:
+        table_offsets_E1 = torch.arange(num_experts + 1, device=load_E.device)
+    if table_cumulative_P is None:
+        table_cumulative_P = torch.full_like(table_lanes_P, SHARE_ONE)
     ids = expert_ids_TK.flatten().long()
     valid = (ids >= 0) & (ids < num_experts)
     bins = torch.where(valid, ids, num_experts)
@@ -66,9 +70,9 @@ def _counts(bins: torch.Tensor, num_bins: int) -> torch.Tensor:
 @registered_op("moe_kernels::select_replicas", mutates_args=("load_E",))
 def _select_replicas(
     expert_ids_TK: torch.Tensor,
-    table_offsets_E1: torch.Tensor,
+    table_offsets_E1: torch.Tensor | None,
     table_lanes_P: torch.Tensor,
-    table_cumulative_P: torch.Tensor,
+    table_cumulative_P: torch.Tensor | None,
     load_E: torch.Tensor,
     rank_start: int,
     num_lanes: int,
@@ -97,9 +101,9 @@ def _select_replicas_fake(
 
 def select_replicas(
     expert_ids_TK: torch.Tensor,
-    table_offsets_E1: torch.Tensor,
+    table_offsets_E1: torch.Tensor | None,
     table_lanes_P: torch.Tensor,
-    table_cumulative_P: torch.Tensor,
+    table_cumulative_P: torch.Tensor | None,
     load_E: torch.Tensor,
     rank_start: int,
     *,
@@ -116,7 +120,8 @@ def select_replicas(
 
     Args:
         expert_ids_TK: [T, K] int32, contiguous; -1 for a masked token.
-        table_offsets_E1: [E + 1] int32; the replicas of e are the entries offsets[e] to offsets[e + 1].
+        table_offsets_E1: [E + 1] int32; the replicas of e are the entries offsets[e] to offsets[e + 1]. None, with
+            `table_cumulative_P`: each expert has one, entry e is that of e.
         table_lanes_P: [P] int32; the lane of each entry, each in [0, num_lanes) and in one entry only; with others the
             behaviour is undefined.
         table_cumulative_P: [P] int32; running sum of an expert's shares in units of 2**-30; its last is 2**30.
@@ -137,9 +142,14 @@ def select_replicas(
     device = expert_ids_TK.device
     check_tensor("expert_ids_TK", expert_ids_TK, (None, None), torch.int32)
     check_counter(load_E, increment_1, device)
-    check_tensor("table_offsets_E1", table_offsets_E1, (load_E.shape[0] + 1,), torch.int32, device)
-    check_tensor("table_lanes_P", table_lanes_P, (None,), torch.int32, device)
-    check_tensor("table_cumulative_P", table_cumulative_P, (table_lanes_P.shape[0],), torch.int32, device)
+    if table_offsets_E1 is None or table_cumulative_P is None:
+        if table_offsets_E1 is not table_cumulative_P:
+            raise ValueError("table_offsets_E1 and table_cumulative_P: must both be None, or neither")
+        check_tensor("table_lanes_P", table_lanes_P, (load_E.shape[0],), torch.int32, device)
+    else:
+        check_tensor("table_offsets_E1", table_offsets_E1, (load_E.shape[0] + 1,), torch.int32, device)
+        check_tensor("table_lanes_P", table_lanes_P, (None,), torch.int32, device)
+        check_tensor("table_cumulative_P", table_cumulative_P, (table_lanes_P.shape[0],), torch.int32, device)
     if not 0 <= rank_start < SHARE_ONE:
         raise ValueError(f"rank_start={rank_start}: must be in [0, 2**{SHARE_BITS})")
     if num_lanes < 1:

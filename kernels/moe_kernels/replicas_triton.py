@@ -11,8 +11,8 @@ import torch
 import triton
 import triton.language as tl
 
-from moe_kernels.backend import gdc_launch_dependents, gdc_wait, on_device, uses_pdl
 from moe_kernels.integers import next_power_of_2
+from moe_kernels.launch import Launcher, gdc_launch_dependents, gdc_wait
 from moe_kernels.scan import (
     chunk_options,
     count_chunks,
@@ -68,8 +68,11 @@ def _load_expert(offsets_ptr, load_ptr, increment_ptr, num_experts):
     """The program's expert and whether it exists, its entries of the table, its load, and what an element adds to that."""
     expert = tl.program_id(0)
     is_expert = expert < num_experts
-    first_entry = tl.load(offsets_ptr + expert, mask=is_expert, other=0)
-    last_entry = tl.load(offsets_ptr + expert + 1, mask=is_expert, other=0)
+    if offsets_ptr is None:
+        first_entry, last_entry = expert, tl.minimum(expert + 1, num_experts)
+    else:
+        first_entry = tl.load(offsets_ptr + expert, mask=is_expert, other=0)
+        last_entry = tl.load(offsets_ptr + expert + 1, mask=is_expert, other=0)
     load = tl.load(load_ptr + expert, mask=is_expert, other=0)
     increment = tl.load(increment_ptr) if increment_ptr is not None else 0
     return expert, is_expert, first_entry, last_entry, load, increment
@@ -82,7 +85,9 @@ def _count_lanes(counts_ptr, table_lanes_ptr, cumulative_ptr, first_entry, last_
     begin = 0
     for entry in range(first_entry, last_entry):
         lane = tl.load(table_lanes_ptr + entry)
-        end = tl.load(cumulative_ptr + entry)
+        end = _SHARE_MASK + 1
+        if cumulative_ptr is not None:
+            end = tl.load(cumulative_ptr + entry)
         low, high, around = _ranks_between(begin, end, start, count)
         tl.store(counts_ptr + lane, high - low + around)
         home = tl.where((begin <= start) & (start < end), lane, home)
@@ -99,13 +104,14 @@ def _clear_lanes(counts_ptr, table_lanes, expert, num_experts, num_lanes):
 
 
 # Unspecialized, or serving would compile when one is a multiple of 16.
+@Launcher
 @triton.jit(do_not_specialize=["rank_start", "num_elements"])
 def _select_replicas_kernel(
     # inputs
     ids_ptr,
-    offsets_ptr,
+    offsets_ptr,  # None: each expert has one replica
     table_lanes_ptr,
-    cumulative_ptr,
+    cumulative_ptr,  # None: likewise
     increment_ptr,  # None: nothing is recorded
     rank_start,
     # outputs
@@ -130,7 +136,7 @@ def _select_replicas_kernel(
     [0, 1/4, 1/2, 3/4] of the circle; lane 3 has the ranks below 3, lane 5 the others → lanes [3, 3, 3, 5],
     counts [0, 0, 0, 3, 0, 1], load 4.
     """
-    if PDL:  # see `uses_pdl`
+    if PDL:  # see `Launcher`
         gdc_wait()
         gdc_launch_dependents()
     expert, is_expert, first_entry, last_entry, load, increment = _load_expert(
@@ -149,7 +155,7 @@ def _select_replicas_kernel(
     hits = count_hits(mine)
     for step in range(1, steps):
         bins = load_bins(ids_ptr, index, step, num_elements, num_experts, BLOCK, ROWS)  # ahead of the stores
-        if not several:
+        if offsets_ptr is None or not several:
             before = (step - 1) * (BLOCK // ROWS)
             tl.store(lanes_ptr + before + index, lane, mask=mine & (index < num_elements - before))
         mine = bins == expert
@@ -159,7 +165,7 @@ def _select_replicas_kernel(
         tl.debug_barrier()  # every thread has read the counter before one of them writes it
         tl.store(load_ptr + expert, load + count * increment, mask=is_expert)
 
-    if several:
+    if offsets_ptr is not None and several:
         start = circle_start(rank_start, load).to(tl.int32)
         home = _count_lanes(counts_ptr, table_lanes_ptr, cumulative_ptr, first_entry, last_entry, start, count)
         ends = row_ends(hits, 0)
@@ -186,8 +192,11 @@ def _select_replicas_kernel(
         _clear_lanes(counts_ptr, table_lanes, expert, num_experts, num_lanes)
 
 
+@Launcher
 @triton.jit(do_not_specialize=["rank_start", "num_chunks"])  # as above
 def _count_replicas_kernel(
+    # input and output
+    chunks_ptr,  # of `count_chunks`, and what `start_chunks` makes of it
     # inputs
     offsets_ptr,
     table_lanes_ptr,
@@ -195,8 +204,7 @@ def _count_replicas_kernel(
     increment_ptr,  # None: nothing is recorded
     rank_start,
     # outputs
-    chunks_ptr,  # read first, as is the next: of `count_chunks`, and what `start_chunks` makes of it
-    load_ptr,
+    load_ptr,  # read first
     counts_ptr,
     circles_ptr,
     # shapes
@@ -215,7 +223,7 @@ def _count_replicas_kernel(
     Example: expert 0 as above, four elements in one chunk, chunks [[4], [0]] → chunks [[0], [0]], counts and load as above, and
     the circle [0, 4]: start and count.
     """
-    if PDL:  # see `uses_pdl`
+    if PDL:  # see `Launcher`
         gdc_wait()
         gdc_launch_dependents()
     expert, is_expert, first_entry, last_entry, load, increment = _load_expert(
@@ -235,6 +243,7 @@ def _count_replicas_kernel(
         _clear_lanes(counts_ptr, table_lanes, expert, num_experts, num_lanes)
 
 
+@Launcher
 @triton.jit(do_not_specialize=["num_elements"])  # as above
 def _find_lanes_kernel(
     # inputs
@@ -259,36 +268,39 @@ def _find_lanes_kernel(
     Example: expert 0 as above, with the circle [0, 4] (start, count); ids [0, 0, 0, 0] in one chunk, starts [[0], [0]] →
     lanes [3, 3, 3, 5].
     """
-    if PDL:  # see `uses_pdl`
+    if PDL:  # see `Launcher`
         gdc_wait()
         gdc_launch_dependents()
     index, expert = load_chunk(ids_ptr, num_elements, num_experts, CHUNK)
     is_expert = expert < num_experts
-    first_entry = tl.load(offsets_ptr + expert, mask=is_expert, other=0)
-    last_entry = tl.load(offsets_ptr + expert + 1, mask=is_expert, other=0)
-    start = tl.load(circles_ptr + 2 * expert, mask=is_expert, other=0)
-    count = tl.load(circles_ptr + 2 * expert + 1, mask=is_expert, other=1)
-    rank = rank_in_bins(expert, starts_ptr, CHUNK)
-    turned = start - _SHARE_MASK - 1  # the start as those see it that have passed the end of the circle
-    start = tl.where(rank < _ranks_below(-turned, count), start, turned)
     lane = tl.full((CHUNK,), -1, dtype=tl.int32)
-    searching = is_expert
-    for replica in range(0, tl.max(last_entry - first_entry, axis=0)):
-        entry = first_entry + replica
-        searching &= entry < last_entry
-        candidate = tl.load(table_lanes_ptr + entry, mask=searching, other=-1)
-        end = tl.load(cumulative_ptr + entry, mask=searching, other=0)
-        found = searching & (rank < _ranks_below(end - start, count))
-        lane = tl.where(found, candidate, lane)
-        searching &= ~found
+    if offsets_ptr is None:
+        lane = tl.load(table_lanes_ptr + expert, mask=is_expert, other=-1)
+    else:
+        first_entry = tl.load(offsets_ptr + expert, mask=is_expert, other=0)
+        last_entry = tl.load(offsets_ptr + expert + 1, mask=is_expert, other=0)
+        start = tl.load(circles_ptr + 2 * expert, mask=is_expert, other=0)
+        count = tl.load(circles_ptr + 2 * expert + 1, mask=is_expert, other=1)
+        rank = rank_in_bins(expert, starts_ptr, CHUNK)
+        turned = start - _SHARE_MASK - 1  # the start as those see it that have passed the end of the circle
+        start = tl.where(rank < _ranks_below(-turned, count), start, turned)
+        searching = is_expert
+        for replica in range(0, tl.max(last_entry - first_entry, axis=0)):
+            entry = first_entry + replica
+            searching &= entry < last_entry
+            candidate = tl.load(table_lanes_ptr + entry, mask=searching, other=-1)
+            end = tl.load(cumulative_ptr + entry, mask=searching, other=0)
+            found = searching & (rank < _ranks_below(end - start, count))
+            lane = tl.where(found, candidate, lane)
+            searching &= ~found
     tl.store(lanes_ptr + index, lane, mask=index < num_elements)
 
 
 def select_replicas_triton(
     expert_ids_TK: torch.Tensor,
-    table_offsets_E1: torch.Tensor,
+    table_offsets_E1: torch.Tensor | None,
     table_lanes_P: torch.Tensor,
-    table_cumulative_P: torch.Tensor,
+    table_cumulative_P: torch.Tensor | None,
     load_E: torch.Tensor,
     rank_start: int,
     *,
@@ -300,37 +312,30 @@ def select_replicas_triton(
     table = (table_offsets_E1, table_lanes_P, table_cumulative_P)
     sizes = (num_experts, num_entries, num_lanes)
     options = scan_options(num_elements)
-    pdl, block_p = uses_pdl(load_E), next_power_of_2(max(num_entries, 1))
-    with on_device(load_E):
-        chunks_BC = count_chunks(expert_ids_TK, num_experts)
-        if chunks_BC is None:
-            _select_replicas_kernel[(num_experts + 1,)](
-                *(expert_ids_TK, *table, increment_1, rank_start),
-                *(load_E, lanes_TK, counts_L),
-                *(num_elements, *sizes),
-                PDL=pdl,
-                BLOCK_P=block_p,
-                launch_pdl=pdl,
-                **options,
-            )
-            return lanes_TK, counts_L
-        circles_E2, num_chunks = expert_ids_TK.new_empty((num_experts, 2)), chunks_BC.shape[1]
-        _count_replicas_kernel[(num_experts + 1,)](
-            *(*table, increment_1, rank_start),
-            *(chunks_BC, load_E, counts_L, circles_E2),
-            *(num_chunks, *sizes),
-            PDL=pdl,
-            BLOCK=options["BLOCK"],
+    block_p = next_power_of_2(max(num_entries, 1))
+    chunks_BC = count_chunks(expert_ids_TK, num_experts)
+    if chunks_BC is None:
+        _select_replicas_kernel[(num_experts + 1,)](
+            *(expert_ids_TK, *table, increment_1, rank_start),
+            *(load_E, lanes_TK, counts_L),
+            *(num_elements, *sizes),
             BLOCK_P=block_p,
-            num_warps=options["num_warps"],
-            launch_pdl=pdl,
+            **options,
         )
-        _find_lanes_kernel[(num_chunks,)](
-            *(expert_ids_TK, *table, chunks_BC, circles_E2),
-            lanes_TK,
-            *(num_elements, num_experts),
-            PDL=pdl,
-            launch_pdl=pdl,
-            **chunk_options(),
-        )
+        return lanes_TK, counts_L
+    circles_E2, num_chunks = expert_ids_TK.new_empty((num_experts, 2)), chunks_BC.shape[1]
+    _count_replicas_kernel[(num_experts + 1,)](
+        *(chunks_BC, *table, increment_1, rank_start),
+        *(load_E, counts_L, circles_E2),
+        *(num_chunks, *sizes),
+        BLOCK=options["BLOCK"],
+        BLOCK_P=block_p,
+        num_warps=options["num_warps"],
+    )
+    _find_lanes_kernel[(num_chunks,)](
+        *(expert_ids_TK, *table, chunks_BC, circles_E2),
+        lanes_TK,
+        *(num_elements, num_experts),
+        **chunk_options(),
+    )
     return lanes_TK, counts_L

@@ -11,9 +11,10 @@ import torch
 import triton
 import triton.language as tl
 
-from moe_kernels.backend import gdc_launch_dependents, gdc_wait, on_device, registered_op, resolve_backend, uses_pdl
+from moe_kernels.backend import registered_op, resolve_backend
 from moe_kernels.checks import FLOATS, check_tensor
 from moe_kernels.integers import cdiv, next_power_of_2
+from moe_kernels.launch import Launcher, gdc_launch_dependents, gdc_wait
 from moe_kernels.numerics import widen
 
 SCORE_FUNCTIONS = ("softmax", "sigmoid")
@@ -88,6 +89,7 @@ def choose_experts(
     return weights * scale, ids
 
 
+@Launcher
 @triton.jit(do_not_specialize=["num_tokens"])  # or serving would compile when it is a multiple of 16
 def _topk_routing_kernel(
     # inputs
@@ -115,7 +117,7 @@ def _topk_routing_kernel(
 
     Example: logits [1, 3, 3, 2], K = 2, softmax, renormalized → ids [1, 2], weights [0.5, 0.5].
     """
-    if PDL:  # see `uses_pdl`
+    if PDL:  # see `Launcher`
         gdc_wait()
         gdc_launch_dependents()
     first = tl.program_id(0).to(tl.int64) * TOKENS
@@ -143,7 +145,7 @@ def _tokens_per_program(num_experts: int) -> int:
     return 4 if num_experts % 16 == 0 and num_experts <= 128 else 1
 
 
-def _topk_routing_triton(
+def topk_routing_triton(
     logits_TE: torch.Tensor,
     top_k: int,
     *,
@@ -156,28 +158,25 @@ def _topk_routing_triton(
     num_tokens, num_experts = logits_TE.shape
     weights_TK = logits_TE.new_empty((num_tokens, top_k), dtype=torch.float32)
     ids_TK = logits_TE.new_empty((num_tokens, top_k), dtype=torch.int32)
-    tokens, pdl = _tokens_per_program(num_experts), uses_pdl(logits_TE)
+    tokens = _tokens_per_program(num_experts)
     if num_tokens:
-        with on_device(logits_TE):
-            _topk_routing_kernel[(cdiv(num_tokens, tokens),)](
-                logits_TE,
-                bias_E,
-                token_mask_T,
-                scale,
-                weights_TK,
-                ids_TK,
-                num_tokens,
-                num_experts,
-                TOP_K=top_k,
-                SOFTMAX=score_function == "softmax",
-                RENORMALIZE=renormalize,
-                PDL=pdl,
-                TOKENS=tokens,
-                BLOCK_E=next_power_of_2(num_experts),
-                BLOCK_K=next_power_of_2(top_k),
-                num_warps=tokens,
-                launch_pdl=pdl,
-            )
+        _topk_routing_kernel[(cdiv(num_tokens, tokens),)](
+            logits_TE,
+            bias_E,
+            token_mask_T,
+            scale,
+            weights_TK,
+            ids_TK,
+            num_tokens,
+            num_experts,
+            TOP_K=top_k,
+            SOFTMAX=score_function == "softmax",
+            RENORMALIZE=renormalize,
+            TOKENS=tokens,
+            BLOCK_E=next_power_of_2(num_experts),
+            BLOCK_K=next_power_of_2(top_k),
+            num_warps=tokens,
+        )
     return weights_TK, ids_TK
 
 
@@ -237,7 +236,7 @@ def _topk_routing(
     token_mask_T: torch.Tensor | None,
     backend: str,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    route = _topk_routing_triton if backend == "triton" else topk_routing_torch
+    route = topk_routing_triton if backend == "triton" else topk_routing_torch
     return route(
         logits_TE,
         top_k,

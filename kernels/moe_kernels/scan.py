@@ -21,8 +21,8 @@ import torch
 import triton
 import triton.language as tl
 
-from moe_kernels.backend import gdc_launch_dependents, gdc_wait, uses_pdl
 from moe_kernels.integers import cdiv, next_power_of_2
+from moe_kernels.launch import Launcher, gdc_launch_dependents, gdc_wait
 
 SMALLEST_BLOCK, LARGEST_BLOCK = 512, 8192  # of keys that a program looks at in a step
 MANY_KEYS = 65536  # from here on three launches take less time than one (H200, docs/performance.md)
@@ -132,20 +132,19 @@ def count_chunks(keys: torch.Tensor, num_bins: int) -> torch.Tensor | None:
     if keys.numel() < MANY_KEYS:
         return None
     counts_BC = keys.new_empty((num_bins + 1, cdiv(keys.numel(), CHUNK)))
-    block, pdl = min(next_power_of_2(num_bins + 1), LARGEST_BLOCK_B), uses_pdl(keys)
+    block = min(next_power_of_2(num_bins + 1), LARGEST_BLOCK_B)
     _count_chunks_kernel[(counts_BC.shape[1], cdiv(num_bins + 1, block))](
         keys,
         counts_BC,
         keys.numel(),
         num_bins,
-        PDL=pdl,
         BLOCK_B=block,
-        launch_pdl=pdl,
         **chunk_options(),
     )
     return counts_BC
 
 
+@Launcher
 @triton.jit(do_not_specialize=["num_keys"])  # or serving would compile when it is a multiple of 16
 def _count_chunks_kernel(
     # inputs
@@ -165,7 +164,7 @@ def _count_chunks_kernel(
 
     Example (CHUNK 16): keys [1, 0, -1, 1], 2 bins → counts [[1], [2], [13]], in the last also what is past the end.
     """
-    if PDL:  # see `uses_pdl`
+    if PDL:  # see `Launcher`
         gdc_wait()
         gdc_launch_dependents()
     first = tl.program_id(1) * BLOCK_B

@@ -14,10 +14,11 @@ import torch.nn.functional as F
 import triton
 import triton.language as tl
 
-from moe_kernels.backend import gdc_launch_dependents, gdc_wait, on_device, registered_op, resolve_backend, uses_pdl
+from moe_kernels.backend import registered_op, resolve_backend
 from moe_kernels.checks import check_tensor
 from moe_kernels.config import GemmConfig
 from moe_kernels.integers import next_power_of_2
+from moe_kernels.launch import Launcher, gdc_launch_dependents, gdc_wait
 from moe_kernels.scan import (
     chunk_options,
     count_chunks,
@@ -90,6 +91,7 @@ def _has_extra(counts, BLOCK_M: tl.constexpr, EXTRA_M: tl.constexpr):
 
 
 # Unspecialized, or serving would compile when one is a multiple of 16.
+@Launcher
 @triton.jit(do_not_specialize=["num_rows", "num_chunks", "max_tiles"])
 def _build_schedule_kernel(
     # inputs
@@ -123,7 +125,7 @@ def _build_schedule_kernel(
     Example (M = 16, no extra rows): lanes [1, 0, -1, 1], counts [1, 2] → order [1, 0, 3, 2], offsets [0, 1, 3],
     tile_lane [0, 1], tile_start [0, 1], tile_end [1, 3], num_tiles 2.
     """
-    if PDL:  # see `uses_pdl`
+    if PDL:  # see `Launcher`
         gdc_wait()
         gdc_launch_dependents()
     lane = tl.program_id(0)
@@ -175,6 +177,7 @@ def _build_schedule_kernel(
             tl.store(order_ptr + position, index + step * (BLOCK // ROWS), mask=mine & inside)
 
 
+@Launcher
 @triton.jit(do_not_specialize=["num_rows"])  # as above
 def _place_rows_kernel(
     # inputs
@@ -195,7 +198,7 @@ def _place_rows_kernel(
 
     Example: lanes [1, 0, -1, 1], offsets [0, 1, 3], starts [[0], [0], [0]] → order [1, 0, 3, 2].
     """
-    if PDL:  # see `uses_pdl`
+    if PDL:  # see `Launcher`
         gdc_wait()
         gdc_launch_dependents()
     row, bins = load_chunk(lanes_ptr, num_rows, num_lanes, CHUNK)
@@ -204,9 +207,7 @@ def _place_rows_kernel(
     tl.store(order_ptr + position, row, mask=inside)
 
 
-def _build_schedule_triton(
-    lanes_N: torch.Tensor, counts_L: torch.Tensor, *, block_m: int, extra_m: int
-) -> TileSchedule:
+def build_schedule_triton(lanes_N: torch.Tensor, counts_L: torch.Tensor, *, block_m: int, extra_m: int) -> TileSchedule:
     num_rows, num_lanes = lanes_N.numel(), counts_L.numel()
     most = max_tiles(num_rows, num_lanes, block_m)
     schedule = TileSchedule(
@@ -219,43 +220,37 @@ def _build_schedule_triton(
         block_m=block_m,
         extra_m=extra_m,
     )
-    pdl = uses_pdl(lanes_N)
-    with on_device(lanes_N):
-        chunks_BC = count_chunks(lanes_N, num_lanes)
-        num_chunks = 0 if chunks_BC is None else chunks_BC.shape[1]
-        _build_schedule_kernel[(num_lanes + 1,)](
+    chunks_BC = count_chunks(lanes_N, num_lanes)
+    num_chunks = 0 if chunks_BC is None else chunks_BC.shape[1]
+    _build_schedule_kernel[(num_lanes + 1,)](
+        lanes_N,
+        counts_L,
+        chunks_BC,
+        schedule.order_N,
+        schedule.offsets_L1,
+        schedule.tile_lane,
+        schedule.tile_start,
+        schedule.tile_end,
+        schedule.num_tiles,
+        num_rows,
+        num_chunks,
+        num_lanes,
+        most,
+        BLOCK_M=block_m,
+        EXTRA_M=extra_m,
+        BLOCK_L=next_power_of_2(num_lanes),
+        **scan_options(num_rows),
+    )
+    if chunks_BC is not None:
+        _place_rows_kernel[(num_chunks,)](
             lanes_N,
-            counts_L,
+            schedule.offsets_L1,
             chunks_BC,
             schedule.order_N,
-            schedule.offsets_L1,
-            schedule.tile_lane,
-            schedule.tile_start,
-            schedule.tile_end,
-            schedule.num_tiles,
             num_rows,
-            num_chunks,
             num_lanes,
-            most,
-            BLOCK_M=block_m,
-            EXTRA_M=extra_m,
-            PDL=pdl,
-            BLOCK_L=next_power_of_2(num_lanes),
-            launch_pdl=pdl,
-            **scan_options(num_rows),
+            **chunk_options(),
         )
-        if chunks_BC is not None:
-            _place_rows_kernel[(num_chunks,)](
-                lanes_N,
-                schedule.offsets_L1,
-                chunks_BC,
-                schedule.order_N,
-                num_rows,
-                num_lanes,
-                PDL=pdl,
-                launch_pdl=pdl,
-                **chunk_options(),
-            )
     return schedule
 
 
@@ -293,7 +288,7 @@ def build_schedule_torch(
 def _build_schedule(
     lanes_N: torch.Tensor, counts_L: torch.Tensor, block_m: int, extra_m: int, backend: str
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
-    build = _build_schedule_triton if backend == "triton" else build_schedule_torch
+    build = build_schedule_triton if backend == "triton" else build_schedule_torch
     built = build(lanes_N, counts_L, block_m=block_m, extra_m=extra_m)
     return built.order_N, built.offsets_L1, built.tile_lane, built.tile_start, built.tile_end, built.num_tiles
 

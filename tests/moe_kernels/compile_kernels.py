@@ -27,7 +27,7 @@ MODULES = {
         "expert_down_tma",
         "expert_up",
         "expert_up_tma",
-        "one_token_triton",
+        "one_token",
         "replicas_triton",
         "routing",
         "scan",
@@ -40,7 +40,7 @@ DTYPES = {torch.float32: "fp32", torch.float16: "fp16", torch.bfloat16: "bf16"}
 
 def compile_kernel(module: str, name: str, types: dict[str, str], constants: dict[str, Any], arch: int, **options: int):  # type: ignore[no-untyped-def]
     """`types`: those of the arguments that differ from i32 (shapes) and *i32 (pointers); everything is 16-aligned."""
-    kernel = getattr(MODULES[module], name)
+    kernel = getattr(MODULES[module], name).jit
     signature = {}
     for argument in kernel.arg_names:
         default = "*i32" if argument.endswith("_ptr") else "i32"
@@ -127,15 +127,16 @@ def compile_small(arch: int) -> None:
                 )
                 warps = set(re.findall(r"warpsPerCTA = \[(.*?)\]", compiled.asm["ttgir"]))
                 assert warps == {f"{tokens}, 1"}, f"a warp must have a token of its own: {warps}"
+    one_replica_each = {"offsets_ptr": None, "cumulative_ptr": None}
     for num_keys in (512, 2048, 8192, MANY_KEYS):
         options, few = scan_options(num_keys), num_keys < MANY_KEYS
         block, rows = {"BLOCK": options["BLOCK"]}, {"ROWS": options["ROWS"]}
-        for increment in ({}, {"increment_ptr": None}):
+        for absent in ({}, {"increment_ptr": None}, one_replica_each):
             compile_small_one(
                 "replicas_triton",
                 "_select_replicas_kernel" if few else "_count_replicas_kernel",
                 {"load_ptr": "*i64", "increment_ptr": "*i64"},
-                block | (rows if few else {}) | {"BLOCK_P": 512} | increment,
+                block | (rows if few else {}) | {"BLOCK_P": 512} | absent,
                 arch,
                 options["num_warps"],
             )
@@ -149,7 +150,8 @@ def compile_small(arch: int) -> None:
     for block in (2, 128, 512):
         count = chunk | {"BLOCK_B": block}
         compile_small_one("scan", "_count_chunks_kernel", {}, count, arch, options["num_warps"])
-    compile_small_one("replicas_triton", "_find_lanes_kernel", {}, chunk, arch, options["num_warps"])
+    for absent in ({}, one_replica_each):
+        compile_small_one("replicas_triton", "_find_lanes_kernel", {}, chunk | absent, arch, options["num_warps"])
     compile_small_one("schedule", "_place_rows_kernel", {}, chunk, arch, options["num_warps"])
 
 
@@ -167,7 +169,7 @@ def compile_one_token(arch: int, dtype: torch.dtype) -> None:
         "BLOCK_K": 8,
         "SCRATCH": 6144,
     }
-    compile_kernel("one_token_triton", "_choice_kernel", choice, constants, arch, num_warps=1, launch_pdl=pdl)
+    compile_kernel("one_token", "_choice_kernel", choice, constants, arch, num_warps=1, launch_pdl=pdl)
     sizes = {"HIDDEN_SIZE": 2880, "INTERMEDIATE": 768, "PDL": pdl, "SCRATCH": 6144, "EVICTION": "evict_first"}
     up = ("x_ptr", "gate_up_ptr", "scratch_ptr"), 2, {"ACTIVATION": "silu", "BLOCK_H": 1024}
     down = ("scratch_ptr", "down_ptr", "y_ptr"), 1, {"TOP_K": 8, "BLOCK_K": 8, "BLOCK_I": 256}
@@ -178,7 +180,7 @@ def compile_one_token(arch: int, dtype: torch.dtype) -> None:
         cases.append(("_down_kernel", *long))
     for name, types, num_warps, constants in cases:
         compiled = compile_kernel(
-            "one_token_triton",
+            "one_token",
             name,
             dict.fromkeys(types, element),
             sizes | constants,

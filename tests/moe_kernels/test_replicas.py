@@ -72,6 +72,22 @@ def test_example(device, backend):
     assert load.tolist() == [4]
 
 
+@pytest.mark.parametrize("picks", [[], [3], [0, 2, -1, 2, 4, 1, 0, 0], 40 * [1, 3]])
+@pytest.mark.parametrize("increment", [None, 2])
+def test_of_one_replica_each_the_lanes_say_all(device, backend, picks, increment):
+    """Expert 4 does not exist; lanes 1 and 5 have no expert."""
+    table_lanes, ids = int32([4, 0, 3, 2], device), int32(picks, device).view(-1, 1)
+    lanes_of = [4, 0, 3, 2, -1, -1]
+    load = torch.arange(4, device=device)
+    increment_1 = None if increment is None else torch.tensor([increment], device=device)
+    lanes, counts = select_replicas(
+        ids, None, table_lanes, None, load, 5, num_lanes=6, increment_1=increment_1, backend=backend
+    )
+    assert lanes.flatten().tolist() == [lanes_of[pick] for pick in picks]
+    assert counts.tolist() == [lanes.flatten().tolist().count(lane) for lane in range(6)]
+    assert load.tolist() == [expert + (increment or 0) * picks.count(expert) for expert in range(4)]
+
+
 bounds = st.lists(st.integers(0, ONE - 1), max_size=4).map(lambda inner: [*sorted(inner), ONE])
 cases = {
     "table": st.lists(bounds | st.just([]), min_size=1, max_size=4),
@@ -199,6 +215,8 @@ def test_opcheck(device):
     [
         ("expert_ids_TK", {"expert_ids_TK": torch.zeros((1, 1), dtype=torch.int64)}),
         ("table_offsets_E1", {"table_offsets_E1": int32([0])}),
+        ("must both be None", {"table_offsets_E1": None}),
+        ("table_lanes_P", {"table_offsets_E1": None, "table_cumulative_P": None, "table_lanes_P": int32([0, 1])}),
         ("table_lanes_P", {"table_lanes_P": torch.zeros(1)}),
         ("table_cumulative_P", {"table_cumulative_P": int32([1, ONE])}),
         ("load_E", {"load_E": int32([0])}),

@@ -168,13 +168,12 @@ def test_wrong_counts_write_nothing_out_of_bounds(small_chunks, device, counts, 
         *(100, num_chunks, 3, most),
         BLOCK_M=16,
         EXTRA_M=extra_m,
-        PDL=False,
         BLOCK=256,
         ROWS=2,
         BLOCK_L=4,
     )
     if many:
-        _place_rows_kernel[(num_chunks,)](lanes, offsets, chunks, order, 100, 3, PDL=False, **chunk_options())
+        _place_rows_kernel[(num_chunks,)](lanes, offsets, chunks, order, 100, 3, **chunk_options())
     for whole in (*outputs.values(), start_whole, end_whole):
         assert (whole[:guard] == 77).all() and (whole[-guard:] == 77).all()
 
