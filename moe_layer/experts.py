@@ -77,6 +77,9 @@ class Experts(nn.Module):
         """The rows to compute, each by the expert in its lane and scaled by its routing weight: rows_NH, unordered as sent."""
         resident = self.resident
         _, hidden_size, intermediate_size = self.down_proj.shape
+        if hidden_size != dispatched.rows_RH.shape[1]:  # which no op asks, as each sees one of the two
+            shape = tuple(self.down_proj.shape)
+            raise ValueError(f"down_proj has shape {shape}: dimension 1 must be {dispatched.rows_RH.shape[1]}")
         up, down = gemm_configs(
             hidden_size,
             intermediate_size,

@@ -70,10 +70,10 @@ class Launcher:
         parts: list[Any] = []
         for argument, by_value in zip(arguments, self._by_value, strict=False):
             kind = type(argument)
-            if kind is int:
+            if isinstance(argument, torch.Tensor):
+                parts += argument.dtype, argument.data_ptr() & 15
+            elif kind is int:
                 parts.append(argument if by_value else -(2**31) <= argument < 2**31)
-            elif isinstance(argument, torch.Tensor):
-                parts += argument.dtype, argument.data_ptr() % 16 == 0
             elif kind is TensorDescriptor:
                 parts += argument.base.dtype, argument.padding, *argument.block_shape
             elif kind is float or argument is None:

@@ -5,6 +5,7 @@ import copy
 import pytest
 import torch
 
+import moe_layer.layer
 from moe_kernels import resolve_backend
 from moe_layer import ROUTER_RULES, LocalDispatcher, MoELayer, RouterRule
 from tests.moe_layer.reference import Weights, clear_tokens, dense_forward, give_unit_scale, logical_grad
@@ -154,8 +155,9 @@ def test_one_token_alone(backend, leading, device, assert_close):
     assert layer.resident.load_E.sum() == 4
 
 
-def test_one_token_passes_over_nobody(device):
-    """Hooks on the experts and dispatchers of one's own see one token too."""
+@pytest.mark.parametrize("num_tokens", [1, 3])
+def test_nobody_is_passed_over(num_tokens, device):
+    """Hooks on the experts and dispatchers of one's own."""
     seen = []
 
     class Counting(LocalDispatcher):
@@ -166,9 +168,9 @@ def test_one_token_passes_over_nobody(device):
     layer = make_layer("plain", device, backend="triton")
     layer.experts.register_forward_hook(lambda *_: seen.append("hook"))
     with torch.no_grad():
-        layer(clear_tokens(layer, 1))
+        layer(clear_tokens(layer, num_tokens))
         layer = make_layer("plain", device, backend="triton", dispatcher=Counting())
-        layer(clear_tokens(layer, 1))
+        layer(clear_tokens(layer, num_tokens))
     assert seen == ["hook", "dispatch"]
 
 
@@ -219,15 +221,52 @@ def new_table(layer):
         projection_as_a_plain_attribute, new_table,
     ],
 )  # fmt: skip
-def test_one_token_sees_what_was_replaced(change, device, assert_close):
+@pytest.mark.parametrize("num_tokens", [1, 3])
+def test_what_was_replaced_is_seen(change, num_tokens, device, assert_close):
     layer = make_layer("plain", device, router="minimax_m2", backend="triton")
-    x = clear_tokens(layer, 1)
+    x = clear_tokens(layer, num_tokens)
     with torch.no_grad():
         before = layer(x)
         change(layer)
         after = layer(x)
-        assert_close(after, layer(x.repeat(2, 1))[:1], scale=2.0)
+        layer.experts.register_forward_hook(lambda *_: None)  # so it takes the separate ops
+        assert_close(after, layer(x), scale=2.0)
     assert not torch.allclose(after, before, atol=1e-3)
+
+
+@pytest.mark.parametrize("num_tokens", [1, 3])
+def test_one_op_for_all_or_none(num_tokens, device, monkeypatch):
+    """Natively and in the interpreter; the references are separate ops."""
+    seen = []
+    forward = moe_layer.layer.local_forward
+    monkeypatch.setattr(moe_layer.layer, "local_forward", lambda *a, **k: seen.append(len(a[0])) or forward(*a, **k))
+    for backend, expected in (("triton", [num_tokens]), ("torch", [])):
+        layer = make_layer("plain", device, backend=backend)
+        x = clear_tokens(layer, num_tokens)
+        seen.clear()
+        with torch.no_grad():
+            layer(x)
+        assert seen == expected
+        layer(x.clone().requires_grad_())
+        assert seen == expected
+
+
+@pytest.mark.parametrize("num_tokens", [1, 3])
+@pytest.mark.parametrize(
+    "change",
+    [
+        lambda w: w.double(),
+        lambda w: w[:, 1:],
+        lambda w: w[:, :, 1:],
+        lambda w: w.transpose(1, 2).contiguous().transpose(1, 2),
+    ],
+)
+def test_weights_that_do_not_fit_are_refused(change, num_tokens, device):
+    layer = make_layer("plain", device, backend="triton")
+    x = clear_tokens(layer, num_tokens)
+    replaced = {"experts.down_proj": change(layer.experts.down_proj.detach())}
+    with torch.no_grad(), pytest.raises(ValueError, match=r"down_SHI|down_proj|hidden_NI"):
+        torch.func.functional_call(layer, replaced, x)
 
 
 class Wrapped(torch.nn.Module):
@@ -271,9 +310,10 @@ def test_a_gate_in_the_way_of_the_layers_own_is_asked(how, num_tokens, device):
         assert torch.equal(y, upside_down)
 
 
-def test_one_token_by_a_functional_call(device):
+@pytest.mark.parametrize("num_tokens", [1, 3])
+def test_a_functional_call(num_tokens, device):
     layer = make_layer("plain", device, backend="triton")
-    x = clear_tokens(layer, 1)
+    x = clear_tokens(layer, num_tokens)
     with torch.no_grad():
         y = layer(x)
         doubled = {"experts.down_proj": 2 * layer.experts.down_proj}
