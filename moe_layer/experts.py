@@ -69,6 +69,13 @@ class Experts(nn.Module):
             self.own_parameters[name] = nn.Parameter(tensor.data, requires_grad=trainable[name])
             self.register_parameter(name, self.own_parameters[name])
 
+    def fits(self, name: str, weights: torch.Tensor, dtype: torch.dtype) -> bool:
+        """Whether `weights`, found in the place of a parameter, are what kernels take for it without another look."""
+        own = self.own_parameters[name]
+        if weights.dtype != dtype:
+            return False
+        return weights is own or (weights.shape == own.shape and weights.stride()[1:] == own.stride()[1:])
+
     @property
     def is_frozen(self) -> bool:
         return not any(parameter.requires_grad for parameter in self.parameters())

@@ -195,8 +195,9 @@ class MoELayer(nn.Module):
         logits_TE = gate(x_TH) if router_logits is None else _rows(router_logits)
         if not torch.compiler.is_compiling():
             resident.note_stream()
-        if self._is_alone(gate, experts, x_TH, logits_TE):
-            y_TH = _forward_alone(gate, experts, x_TH, logits_TE, mask_T)
+        alone = self._weights_alone(gate, experts, x_TH, logits_TE)
+        if alone is not None:
+            y_TH = _forward_alone(gate, experts, x_TH, logits_TE, mask_T, *alone)
         else:
             weights_TK, expert_ids_TK = gate.choose(logits_TE, mask_T)
             lanes_TK, counts_L = self._choose_replicas(resident, expert_ids_TK)
@@ -226,30 +227,30 @@ class MoELayer(nn.Module):
             any(tensor.requires_grad for tensor in tensors) or not self.experts.is_frozen
         )
 
-    def _is_alone(self, gate: nn.Module, experts: nn.Module, x_TH: torch.Tensor, logits_TE: torch.Tensor) -> bool:
-        """Whether one op does it all: without gradients, where no expert can be on another rank.
+    def _weights_alone(
+        self, gate: nn.Module, experts: nn.Module, x_TH: torch.Tensor, logits_TE: torch.Tensor
+    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor | None] | None:
+        """What the one op that does it all takes: gate_up, down, and the router's bias. None: it takes the separate ops.
 
-        Nor where somebody listens to the layer's parts or has put others in their places, which would be passed over.
+        It does without gradients, where no expert can be on another rank; but not where somebody listens to the layer's parts
+        or has put others in their places, which would be passed over.
         """
         if type(self.dispatcher) is not LocalDispatcher or self._needs_grad(x_TH, logits_TE):
-            return False
+            return None
         if (
             type(experts) is not Experts
             or type(gate) is not Router
             or experts._forward_hooks
             or experts._forward_pre_hooks
         ):
-            return False
+            return None
         bias_E = _part(gate, "e_score_correction_bias")
         if bias_E is not None and bias_E.dtype != torch.float32:
-            return False  # cast part by part; the separate ops say what is wrong, here and of other weights
-        for name, own in experts.own_parameters.items():
-            weights = _part(experts, name)
-            if weights.dtype != x_TH.dtype:
-                return False
-            if weights is not own and (weights.shape != own.shape or weights.stride()[1:] != own.stride()[1:]):
-                return False
-        return resolve_backend(self.backend, x_TH.device) == "triton"
+            return None  # cast part by part; the separate ops say what is wrong, here and of other weights
+        gate_up, down = (_part(experts, name) for name in ("gate_up_proj", "down_proj"))
+        if not (experts.fits("gate_up_proj", gate_up, x_TH.dtype) and experts.fits("down_proj", down, x_TH.dtype)):
+            return None
+        return (gate_up, down, bias_E) if resolve_backend(self.backend, x_TH.device) == "triton" else None
 
     def _computed(
         self, x_TH: torch.Tensor, weights_TK: torch.Tensor, lanes_TK: torch.Tensor, counts_L: torch.Tensor
@@ -334,14 +335,17 @@ def _forward_alone(
     x_TH: torch.Tensor,
     logits_TE: torch.Tensor,
     token_mask_T: torch.Tensor | None,
+    gate_up_SNH: torch.Tensor,
+    down_SHI: torch.Tensor,
+    bias_E: torch.Tensor | None,
 ) -> torch.Tensor:
     resident = experts.resident
     table, rule = resident.table, gate.rule
     return local_forward(
         x_TH,
         logits_TE,
-        _part(experts, "gate_up_proj"),
-        _part(experts, "down_proj"),
+        gate_up_SNH,
+        down_SHI,
         table.lanes_P,  # each expert has one replica, as there is one rank
         table.lane_to_slot_S,
         resident.load_E,
@@ -350,11 +354,11 @@ def _forward_alone(
         score_function=rule.score_function,
         renormalize=rule.renormalize,
         scale=rule.scale,
-        bias_E=_part(gate, "e_score_correction_bias"),
+        bias_E=bias_E,
         token_mask_T=token_mask_T,
         activation=experts.activation,
         backend="triton",
-        validate=False,  # `check_forward_input` and `_is_alone` have looked
+        validate=False,  # `check_forward_input` and `_weights_alone` have looked
     )
 
 

@@ -23,7 +23,7 @@ def resolve_backend(backend: str, device: torch.device | str) -> Literal["triton
     Raises:
         ValueError: unknown `backend`, or "triton" where it can't run (it is never replaced silently).
     """
-    device_type = torch.device(device).type
+    device_type = (device if isinstance(device, torch.device) else torch.device(device)).type
     if backend == "torch":
         return "torch"
     if backend == "auto":

@@ -302,11 +302,10 @@ def one_token_triton(
     stride_up, stride_down = gate_up_SNH.stride(0), down_SHI.stride(0)
     device_index = x_1H.get_device()
     key = (
-        device_index,
-        (x_1H.dtype, logits_1E.dtype, gate_up_SNH.dtype, down_SHI.dtype, None if bias_E is None else bias_E.dtype),
-        (hidden_size, intermediate, stride_up, stride_down, num_experts, num_lanes, top_k),
-        (score_function, renormalize, activation),
-        (token_mask_T is None, increment_1 is None),
+        *(device_index, x_1H.dtype, logits_1E.dtype, gate_up_SNH.dtype, down_SHI.dtype),
+        *(hidden_size, intermediate, stride_up, stride_down, num_experts, num_lanes, top_k),
+        *(score_function, renormalize, activation),
+        *(None if bias_E is None else bias_E.dtype, token_mask_T is None, increment_1 is None),
     )
     aligned = not (x_1H.data_ptr() | gate_up_SNH.data_ptr() | down_SHI.data_ptr()) % 16
     plan = _plans.get(key) if aligned else None
