@@ -72,9 +72,10 @@ class Experts(nn.Module):
     def fits(self, name: str, weights: torch.Tensor, dtype: torch.dtype) -> bool:
         """Whether `weights`, found in the place of a parameter, are what kernels take for it without another look."""
         own = self.own_parameters[name]
-        if weights.dtype != dtype:
-            return False
-        return weights is own or (weights.shape == own.shape and weights.stride()[1:] == own.stride()[1:])
+        if weights is own:
+            return weights.dtype == dtype
+        of_own = (dtype, own.device, own.shape, own.stride()[1:])
+        return (weights.dtype, weights.device, weights.shape, weights.stride()[1:]) == of_own
 
     @property
     def is_frozen(self) -> bool:

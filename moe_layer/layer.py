@@ -16,6 +16,7 @@ from eplb.resident import ResidentExperts
 from eplb.streams import streams_of
 from moe_kernels import GOLDEN, SHARE_BITS, local_forward, resolve_backend, select_replicas
 from moe_kernels.activation import ACTIVATIONS
+from moe_kernels.checks import FLOATS
 from moe_layer.arguments import (
     check_choice,
     check_forward_input,
@@ -232,25 +233,32 @@ class MoELayer(nn.Module):
     ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor | None] | None:
         """What the one op that does it all takes: gate_up, down, and the router's bias. None: it takes the separate ops.
 
-        It does without gradients, where no expert can be on another rank; but not where somebody listens to the layer's parts
-        or has put others in their places, which would be passed over.
+        It does without gradients, where no expert can be on another rank. Not where somebody listens to the calls that it would
+        pass over, or has put other functions in their places; nor with tensors that don't fit: the separate ops say
+        what is wrong.
         """
-        if type(self.dispatcher) is not LocalDispatcher or self._needs_grad(x_TH, logits_TE):
+        dispatcher = self.dispatcher
+        if type(dispatcher) is not LocalDispatcher or type(experts) is not Experts or type(gate) is not Router:
             return None
         if (
-            type(experts) is not Experts
-            or type(gate) is not Router
-            or experts._forward_hooks
-            or experts._forward_pre_hooks
+            dispatcher.__dict__
+            or "choose" in gate.__dict__
+            or _is_call_changed(experts)
+            or resolve_backend(self.backend, x_TH.device) != "triton"
         ):
             return None
+        gate_up, down = _part(experts, "gate_up_proj"), _part(experts, "down_proj")
         bias_E = _part(gate, "e_score_correction_bias")
-        if bias_E is not None and bias_E.dtype != torch.float32:
-            return None  # cast part by part; the separate ops say what is wrong, here and of other weights
-        gate_up, down = (_part(experts, name) for name in ("gate_up_proj", "down_proj"))
-        if not (experts.fits("gate_up_proj", gate_up, x_TH.dtype) and experts.fits("down_proj", down, x_TH.dtype)):
+        num_experts, device = experts.resident.num_experts, x_TH.device
+        if (
+            not experts.fits("gate_up_proj", gate_up, x_TH.dtype)
+            or not experts.fits("down_proj", down, x_TH.dtype)
+            or not _fits(logits_TE, (x_TH.shape[0], num_experts), FLOATS, device)
+            or (bias_E is not None and not _fits(bias_E, (num_experts,), (torch.float32,), device))
+            or self._needs_grad(x_TH, logits_TE, gate_up, down, *(() if bias_E is None else (bias_E,)))
+        ):
             return None
-        return (gate_up, down, bias_E) if resolve_backend(self.backend, x_TH.device) == "triton" else None
+        return gate_up, down, bias_E
 
     def _computed(
         self, x_TH: torch.Tensor, weights_TK: torch.Tensor, lanes_TK: torch.Tensor, counts_L: torch.Tensor
@@ -327,6 +335,22 @@ def _part(module: nn.Module, name: str) -> Any:
     if name in module._buffers:
         return module._buffers[name]
     return getattr(module, name)
+
+
+def _is_call_changed(module: nn.Module) -> bool:
+    """Whether to call the module is more, or other, than its class's `forward`."""
+    everywhere = nn.modules.module
+    return bool(
+        module._forward_hooks
+        or module._forward_pre_hooks
+        or everywhere._global_forward_hooks
+        or everywhere._global_forward_pre_hooks
+        or "forward" in module.__dict__
+    )
+
+
+def _fits(tensor: torch.Tensor, shape: tuple[int, ...], dtypes: tuple[torch.dtype, ...], device: torch.device) -> bool:
+    return tensor.shape == shape and tensor.dtype in dtypes and tensor.device == device and tensor.is_contiguous()
 
 
 def _forward_alone(

@@ -220,20 +220,6 @@ def gemm_configs(
     tma: bool = False,
 ) -> tuple[GemmConfig, GemmConfig]:
     """`gemm_config` of a layer's `expert_up` and `expert_down`, which share one schedule."""
-    tokens = next_power_of_2(num_tokens) if num_tokens > 0 else num_tokens  # the bucket, as others would fill the cache
-    return _gemm_configs(hidden_size, intermediate_size, dtype, tokens, top_k, num_experts, tma)
-
-
-@functools.cache  # asked at each forward
-def _gemm_configs(
-    hidden_size: int,
-    intermediate_size: int,
-    dtype: torch.dtype,
-    num_tokens: int,
-    top_k: int,
-    num_experts: int,
-    tma: bool,
-) -> tuple[GemmConfig, GemmConfig]:
     batch = (dtype, num_tokens, top_k, num_experts)
     up = gemm_config(2 * intermediate_size, hidden_size, *batch, gated=True, tma=tma)
     return up, gemm_config(hidden_size, intermediate_size, *batch, tma=tma)

@@ -23,8 +23,11 @@ class Launcher:
     """Decorator of a Triton kernel that is launched as ever, `kernel[grid](*arguments, **constants)`.
 
     It takes less of the host's time: Triton looks at each argument of each launch in a way that takes longer than many of
-    these kernels run, here it is one look into a dictionary. It launches on the device of the first argument,
-    which is never None. And it sets the kernel's parameter PDL: whether kernels are launched while the one before still runs.
+    these kernels run, here it is one look into a dictionary. (Hooks of launches are called. What else Triton asks at each
+    launch, its knobs for debugging and instrumentation and hooks before runs, is asked at a kernel's first launch only.)
+
+    It launches on the device of the first argument, which is never None. And it sets the kernel's parameter PDL: whether
+    kernels are launched while the one before still runs.
 
     Such a kernel (programmatic dependent launch, from Hopper on) is set up beforehand and holds at `gdc_wait()` until its
     predecessor has ended and all of that one's writes are seen. *Every* program begins with that wait, also one that
@@ -46,7 +49,9 @@ class Launcher:
     def prepare(self, device_index: int, **constants: Any) -> PreparedLaunch:
         """For an owner that knows better than `_launch` what doesn't change."""
         if self._has_pdl_parameter:
-            constants["PDL"] = constants["launch_pdl"] = has_pdl(device_index)
+            constants["PDL"] = has_pdl(device_index)
+            if constants["PDL"]:
+                constants["launch_pdl"] = True  # an option that not every backend of Triton has
         return PreparedLaunch(self.jit, constants)
 
     def _launch(self, grid: tuple[int, ...], *arguments: Any, **constants: Any) -> None:

@@ -8,6 +8,7 @@ T tokens, K experts per token, E logical experts, H hidden, I intermediate, S sl
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
 
 import torch
@@ -19,6 +20,7 @@ from moe_kernels.combine import combine_torch, combine_triton
 from moe_kernels.config import gemm_configs, has_tma
 from moe_kernels.expert_down import expert_down_torch, expert_down_triton
 from moe_kernels.expert_up import expert_up_torch, expert_up_triton
+from moe_kernels.integers import next_power_of_2
 from moe_kernels.one_token import one_token_triton
 from moe_kernels.replicas import check_counter, select_replicas_torch
 from moe_kernels.replicas_triton import select_replicas_triton
@@ -63,6 +65,9 @@ def local_forward_torch(
     return combine_torch(rows_NH, lanes_TK)
 
 
+_gemm_configs = functools.cache(gemm_configs)  # asked at each forward
+
+
 def _local_forward_triton(
     x_TH: torch.Tensor,
     logits_TE: torch.Tensor,
@@ -82,9 +87,9 @@ def _local_forward_triton(
     activation: str,
 ) -> torch.Tensor:
     _, hidden_size, intermediate = down_SHI.shape
-    up, down = gemm_configs(
-        hidden_size, intermediate, x_TH.dtype, x_TH.shape[0], top_k, load_E.shape[0], tma=has_tma(x_TH.device)
-    )
+    # By the bucket of tokens, as others would fill the cache.
+    batch = (x_TH.dtype, next_power_of_2(x_TH.shape[0]), top_k, load_E.shape[0])
+    up, down = _gemm_configs(hidden_size, intermediate, *batch, tma=has_tma(x_TH.device))
     weights_TK, ids_TK = topk_routing_triton(
         logits_TE,
         top_k,

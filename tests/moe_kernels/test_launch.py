@@ -1,9 +1,12 @@
+from random import Random
 from types import SimpleNamespace
 
 import pytest
 import torch
 import triton
+from triton.backends.compiler import BaseBackend
 from triton.compiler import CompiledKernel
+from triton.runtime.jit import JITFunction, create_function_from_signature
 from triton.tools.tensor_descriptor import TensorDescriptor
 
 from moe_kernels import combine, launch
@@ -107,8 +110,8 @@ def tensor_at(byte, dtype=torch.float32):
     return MEMORY[byte : byte + 64].view(dtype)
 
 
-def descriptor(*block):
-    return TensorDescriptor(tensor_at(0).view(4, 4), [4, 4], [4, 1], list(block))
+def descriptor(*block, dtype=torch.float32, padding="zero"):
+    return TensorDescriptor(tensor_at(0, dtype)[:16].view(4, 4), [4, 4], [4, 1], list(block), padding)
 
 
 A, B = tensor_at(0), tensor_at(64)
@@ -120,6 +123,7 @@ A, B = tensor_at(0), tensor_at(64)
         ((tensor_at(128), B, 5, 6), {}, False),
         ((A, B[:3], 5, 6), {}, False),
         ((tensor_at(4), B, 5, 6), {}, True),
+        ((tensor_at(8), B, 5, 6), {}, True),
         ((tensor_at(0, torch.int32), B, 5, 6), {}, True),
         ((A, None, 5, 6), {}, True),
         ((A, 1.5, 5, 6), {}, True),
@@ -128,6 +132,8 @@ A, B = tensor_at(0), tensor_at(64)
         ((A, B, 5, 16), {}, False),
         ((A, B, 5, 1), {}, False),
         ((A, B, 5, 2**31), {}, True),
+        ((A, B, 5, -(2**31)), {}, False),
+        ((A, B, 5, -(2**31) - 1), {}, True),
         ((descriptor(4, 4), B, 5, 6), {}, True),
         ((A, B, 5, 6), {"BLOCK": 32}, True),
         ((A, B, 5, 6), {"num_warps": 4}, True),
@@ -138,9 +144,7 @@ def test_a_kernel_is_compiled_anew_for_what_triton_specialises_on(compiled, monk
     jit = Jit(compiled)
     kernel, constants = Launcher(jit), {"BLOCK": 16, "num_warps": 1} | constants
     kernel[2, 3](A, B, 5, 6, BLOCK=16, num_warps=1)
-    assert jit.compilations == [
-        ((2, 3, 1), (A, B, 5, 6), {"BLOCK": 16, "num_warps": 1, "PDL": False, "launch_pdl": False})
-    ]
+    assert jit.compilations == [((2, 3, 1), (A, B, 5, 6), {"BLOCK": 16, "num_warps": 1, "PDL": False})]
     kernel[8,](*other, **constants)
     assert len(jit.compilations) == 1 + compiles
     kernel[9,](*other, **constants)
@@ -151,37 +155,119 @@ def test_a_kernel_is_compiled_anew_for_what_triton_specialises_on(compiled, monk
     assert compiled.launches[-1][-6:] == (A, B, 5, 6, 16, False)
 
 
-def test_descriptors_of_other_boxes_or_numbers_are_other_kernels(compiled, monkeypatch):
+def test_descriptors_of_other_boxes_dtypes_or_paddings_are_other_kernels(compiled, monkeypatch):
     monkeypatch.setattr(launch, "raw_stream", lambda device_index: 7)
     jit = Jit(compiled)
     kernel = Launcher(jit)
-    for first in (descriptor(4, 4), descriptor(2, 4), descriptor(4, 4), descriptor(2, 4)):
+    different = [
+        descriptor(4, 4),
+        descriptor(8, 8),
+        descriptor(8, 8, dtype=torch.int32),
+        descriptor(8, 8, padding="nan"),
+    ]
+    for first in 2 * different:
         kernel[1,](first, B, 5, 6, BLOCK=16)
+    assert len(jit.compilations) == len(different)
+
+
+def test_constants_are_known_by_their_names(compiled, monkeypatch):
+    monkeypatch.setattr(launch, "raw_stream", lambda device_index: 7)
+    jit = Jit(compiled)
+    kernel = Launcher(jit)
+    kernel[1,](A, B, 5, 6, BLOCK=1, num_warps=2)
+    kernel[1,](A, B, 5, 6, num_warps=1, BLOCK=2)
     assert len(jit.compilations) == 2
 
 
-def test_what_can_not_be_an_argument_is_refused(compiled):
-    with pytest.raises(TypeError, match="kernel: a str can't be an argument, got 'b'"):
-        Launcher(Jit(compiled))[1,](A, "b", 5, 6, BLOCK=16)
+class OnDevice(torch.Tensor):
+    """A tensor that says to be on the GPU 1."""
+
+    def get_device(self):
+        return 1
 
 
-def test_few_of_very_many_specialisations_are_kept(compiled, monkeypatch):
-    monkeypatch.setattr(launch, "raw_stream", lambda device_index: 7)
-    monkeypatch.setattr(launch, "_MOST_PREPARED", 3)
+def test_a_kernel_is_launched_on_the_device_of_its_first_argument(compiled, monkeypatch):
+    entered = []
+
+    class Device:
+        def __init__(self, index):
+            self.index = index
+
+        def __enter__(self):
+            entered.append(self.index)
+
+        def __exit__(self, *_):
+            entered.append(None)
+
+    monkeypatch.setattr(launch, "raw_stream", lambda device_index: (device_index, tuple(entered)))
+    monkeypatch.setattr(launch, "on_device", Device)
     jit = Jit(compiled)
-    kernel = Launcher(jit)
-    for n in range(10):
-        kernel[1,](A, B, n, 6, BLOCK=16)
-        assert len(kernel._prepared) <= 3
-    assert len(jit.compilations) == 10
+    kernel, there = Launcher(jit), A.as_subclass(OnDevice)
+    for first in (A, there, there, A):
+        kernel[1,](first, B, 5, 6, BLOCK=16)
+    assert len(jit.compilations) == 2, "a kernel belongs to a device"
+    assert entered == [-1, None, 1, None, 1, None, -1, None]
+    assert [arguments[3] for arguments in compiled.launches] == [(1, (*entered[:4], 1)), (-1, (*entered[:6], -1))]
+
+
+@pytest.mark.parametrize("argument", ["b", True])
+def test_what_can_not_be_an_argument_is_refused(compiled, argument):
+    with pytest.raises(TypeError, match=f"kernel: a {type(argument).__name__} can't be an argument, got {argument!r}"):
+        Launcher(Jit(compiled))[1,](A, argument, 5, 6, BLOCK=16)
+
+
+@pytest.mark.parametrize(
+    ("interpreted", "cuda", "expected"), [(False, "13.0", True), (True, "13.0", False), (False, None, False)]
+)
+def test_what_is_prepared(monkeypatch, interpreted, cuda, expected):
+    monkeypatch.setattr(launch, "INTERPRETED", interpreted)
+    monkeypatch.setattr(torch.version, "cuda", cuda)
+    assert launch._prepares() is expected
+
+
+# `def` in a file of its own lines, as Triton reads its source.
+def some_kernel(a, b, c, count, number, scale, BLOCK: triton.language.constexpr):
+    pass
+
+
+def random_argument(random):
+    def tensor():
+        byte = random.choice([0, 8, 16, 24, 32])
+        found = tensor_at(byte, random.choice([torch.float32, torch.bfloat16, torch.int32, torch.int64, torch.bool]))
+        return random.choice([found, torch.nn.Parameter(found, requires_grad=False)])
+
+    def box():
+        dtype, padding = random.choice([(torch.float32, "zero"), (torch.float32, "nan"), (torch.int32, "zero")])
+        return descriptor(random.choice([4, 8]), 8, dtype=dtype, padding=padding)
+
+    def number():
+        return random.choice([0, 1, 2, 15, 16, 17, -1, 2**31 - 1, 2**31, -(2**31), -(2**31) - 1, 2**62])
+
+    return random.choice([tensor, box, number, lambda: None, lambda: 1.5])()
+
+
+def test_equal_keys_mean_equal_specialisations_by_triton():
+    jit = JITFunction(some_kernel, do_not_specialize=["count"], do_not_specialize_on_alignment=["c"])
+    binder = create_function_from_signature(jit.signature, jit.params, BaseBackend)
+    kernel, random, seen, met = Launcher(jit), Random(0), {}, 0
+    for _ in range(20_000):
+        # Only two that vary, so that keys are met again.
+        arguments = [A, B, None, 7, 5, 2.5]
+        for place in random.sample(range(6), 2):
+            arguments[place] = random_argument(random)
+        key = tuple(kernel._specialization(arguments))
+        specialization = str(binder(*arguments, BLOCK=16)[1])
+        met += key in seen
+        assert seen.setdefault(key, specialization) == specialization
+    assert met > 1000 and len(seen) > 1000
 
 
 @pytest.mark.gpu
 def test_addresses_may_be_aligned_now_and_then(device):
     """Two kernels, each for its own tensors, whichever came first."""
-    memory = torch.randn(4 * 2 * 24 + 8, device=device).bfloat16()
+    memory = torch.randn(4 * 2 * 24 + 8, device=device).bfloat16()  # 2 bytes each
     lanes = torch.zeros(4, 2, dtype=torch.int32, device=device)
-    for begin in (0, 1, 8, 3, 0):
+    for begin in (0, 4, 1, 8, 3, 0):
         rows = memory[begin : begin + 4 * 2 * 24].view(8, 24)
         assert torch.equal(combine(rows, lanes), combine(rows, lanes, backend="torch"))
 

@@ -155,23 +155,43 @@ def test_one_token_alone(backend, leading, device, assert_close):
     assert layer.resident.load_E.sum() == 4
 
 
+class CountingDispatcher(LocalDispatcher):
+    def __init__(self, seen):
+        self.seen = seen
+
+    def dispatch(self, *arguments):
+        self.seen.append("called")
+        return super().dispatch(*arguments)
+
+
+def note_calls(thing, name, seen):
+    """Put a function of one's own in the place of a method, as accelerate's hooks do."""
+    method = getattr(thing, name)
+    setattr(thing, name, lambda *arguments: seen.append("called") or method(*arguments))
+
+
 @pytest.mark.parametrize("num_tokens", [1, 3])
-def test_nobody_is_passed_over(num_tokens, device):
-    """Hooks on the experts and dispatchers of one's own."""
+@pytest.mark.parametrize("who", ["hook", "pre-hook", "global hook", "experts", "gate", "dispatcher", "own dispatcher"])
+def test_nobody_is_passed_over(who, num_tokens, device):
     seen = []
-
-    class Counting(LocalDispatcher):
-        def dispatch(self, *arguments):
-            seen.append("dispatch")
-            return super().dispatch(*arguments)
-
-    layer = make_layer("plain", device, backend="triton")
-    layer.experts.register_forward_hook(lambda *_: seen.append("hook"))
+    own = {"dispatcher": CountingDispatcher(seen)} if who == "own dispatcher" else {}
+    layer = make_layer("plain", device, backend="triton", **own)
+    handle = None
+    if who == "hook":
+        layer.experts.register_forward_hook(lambda *_: seen.append("called"))
+    elif who == "pre-hook":
+        layer.experts.register_forward_pre_hook(lambda *_: seen.append("called"))
+    elif who == "global hook":
+        handle = torch.nn.modules.module.register_module_forward_hook(
+            lambda module, *_: seen.append("called") if module is layer.experts else None
+        )
+    elif who in ("experts", "gate", "dispatcher"):
+        note_calls(getattr(layer, who), {"experts": "forward", "gate": "choose", "dispatcher": "dispatch"}[who], seen)
     with torch.no_grad():
         layer(clear_tokens(layer, num_tokens))
-        layer = make_layer("plain", device, backend="triton", dispatcher=Counting())
-        layer(clear_tokens(layer, num_tokens))
-    assert seen == ["hook", "dispatch"]
+    if handle is not None:
+        handle.remove()
+    assert seen == ["called"]
 
 
 def new_bias(layer):
@@ -253,61 +273,63 @@ def test_one_op_for_all_or_none(num_tokens, device, monkeypatch):
 
 @pytest.mark.parametrize("num_tokens", [1, 3])
 @pytest.mark.parametrize(
-    "change",
+    ("name", "change"),
     [
-        lambda w: w.double(),
-        lambda w: w[:, 1:],
-        lambda w: w[:, :, 1:],
-        lambda w: w.transpose(1, 2).contiguous().transpose(1, 2),
+        ("experts.down_proj", lambda w: w.double()),
+        ("experts.down_proj", lambda w: w[:, 1:]),
+        ("experts.down_proj", lambda w: w[:, :, 1:]),
+        ("experts.down_proj", lambda w: w.transpose(1, 2).contiguous().transpose(1, 2)),
+        ("experts.down_proj", lambda w: w.to("meta")),
+        ("experts.gate_up_proj", lambda w: w[:, 1:]),
+        ("experts.gate_up_proj", lambda w: w[:, :, 1:]),
+        ("gate.e_score_correction_bias", lambda b: b[1:]),
+        ("gate.e_score_correction_bias", lambda b: b[:, None]),
+        ("gate.e_score_correction_bias", lambda b: b.repeat_interleave(2)[::2]),
+        ("gate.e_score_correction_bias", lambda b: b.double()),
+        ("gate.e_score_correction_bias", lambda b: b.to("meta")),
+        ("gate.weight", lambda w: w[1:]),
     ],
 )
-def test_weights_that_do_not_fit_are_refused(change, num_tokens, device):
-    layer = make_layer("plain", device, backend="triton")
+def test_weights_that_do_not_fit_are_refused(name, change, num_tokens, device):
+    layer = make_layer("plain", device, router="minimax_m2", backend="triton")
     x = clear_tokens(layer, num_tokens)
-    replaced = {"experts.down_proj": change(layer.experts.down_proj.detach())}
-    with torch.no_grad(), pytest.raises(ValueError, match=r"down_SHI|down_proj|hidden_NI"):
+    owner, attribute = name.split(".")
+    replaced = {name: change(getattr(getattr(layer, owner), attribute).detach())}
+    with torch.no_grad(), pytest.raises(ValueError, match=r"must|config"):
         torch.func.functional_call(layer, replaced, x)
 
 
-class Wrapped(torch.nn.Module):
-    """A router whose choice is another's, upside down."""
+@pytest.mark.parametrize("num_tokens", [1, 5])
+@pytest.mark.parametrize(
+    "change",
+    [
+        lambda logits: logits[:, 1:],
+        lambda logits: torch.cat([logits, logits], dim=1),
+        lambda logits: torch.cat([logits, logits]),
+        lambda logits: logits[1:],
+        lambda logits: logits.double(),
+        lambda logits: logits.int(),
+        lambda logits: logits.to("meta"),
+        lambda logits: logits.repeat_interleave(2, dim=1)[:, ::2],
+    ],
+)
+def test_logits_that_do_not_fit_are_refused(change, num_tokens, device):
+    """Those of the layer's own gate, when a hook has changed them."""
+    layer = make_layer("plain", device, router="minimax_m2", backend="triton")
+    layer.gate.register_forward_hook(lambda module, inputs, logits: change(logits))
+    with torch.no_grad(), pytest.raises(ValueError, match="must"):
+        layer(clear_tokens(layer, num_tokens))
 
-    def __init__(self, gate):
-        super().__init__()
-        self.gate = gate
 
-    def __getattr__(self, name):
-        return super().__getattr__(name) if name in ("gate", "_modules") else getattr(self.gate, name)
-
-    def forward(self, x_TH):
-        return -self.gate(x_TH)
-
-    def choose(self, *arguments):
-        return self.gate.choose(*arguments)
-
-
-class WithProperty(MoELayer):
-    @property
-    def gate(self):
-        return Wrapped(self._modules["gate"])
-
-
-@pytest.mark.parametrize("num_tokens", [1, 2])
-@pytest.mark.parametrize("how", ["in the instance's __dict__", "as a property"])
-def test_a_gate_in_the_way_of_the_layers_own_is_asked(how, num_tokens, device):
-    layer = make_layer("plain", device)
+@pytest.mark.parametrize("num_tokens", [1, 3])
+def test_weights_as_plain_attributes_get_their_gradient(num_tokens, device):
+    layer = make_layer("plain", device, backend="triton")
+    down = layer.experts.down_proj.detach().clone().requires_grad_()
     x = clear_tokens(layer, num_tokens)
-    with torch.no_grad():
-        upside_down = layer(x, router_logits=-layer.gate(x))
-        if how == "as a property":
-            layer.__class__ = WithProperty
-        else:
-            object.__setattr__(layer, "gate", Wrapped(layer.gate))
-        y = layer(x)
-    if num_tokens == 1 and x.is_cuda:  # not bit for bit: it goes through the separate ops now
-        torch.testing.assert_close(y, upside_down)
-    else:
-        assert torch.equal(y, upside_down)
+    del layer.experts.down_proj
+    layer.experts.down_proj = down
+    layer(x, router_logits=layer.gate(x).detach()).sum().backward()
+    assert down.grad.abs().sum() > 0
 
 
 @pytest.mark.parametrize("num_tokens", [1, 3])
