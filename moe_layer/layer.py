@@ -28,6 +28,7 @@ from moe_layer.arguments import (
 from moe_layer.collectives import broadcast_
 from moe_layer.dispatch import Dispatcher, LocalDispatcher, make_dispatcher
 from moe_layer.experts import Experts, expert_specs
+from moe_layer.parts import fits, is_call_changed, part
 from moe_layer.recomputed import Recomputed
 from moe_layer.router import Router, RouterRule
 
@@ -187,9 +188,9 @@ class MoELayer(nn.Module):
         Raises:
             ValueError: shape, dtype or device of an argument do not fit.
         """
-        gate, experts = _part(self, "gate"), _part(self, "experts")
+        gate, experts = part(self, "gate"), part(self, "experts")
         resident = experts.resident
-        weight_EH = _part(gate, "weight")
+        weight_EH = part(gate, "weight")
         check_forward_input(x, token_mask, router_logits, weight_EH, self.hidden_size, resident.num_experts)
         x_TH = _rows(x)
         mask_T = None if token_mask is None else token_mask.reshape(-1).contiguous()
@@ -243,18 +244,18 @@ class MoELayer(nn.Module):
         if (
             dispatcher.__dict__
             or "choose" in gate.__dict__
-            or _is_call_changed(experts)
+            or is_call_changed(experts)
             or resolve_backend(self.backend, x_TH.device) != "triton"
         ):
             return None
-        gate_up, down = _part(experts, "gate_up_proj"), _part(experts, "down_proj")
-        bias_E = _part(gate, "e_score_correction_bias")
+        gate_up, down = part(experts, "gate_up_proj"), part(experts, "down_proj")
+        bias_E = part(gate, "e_score_correction_bias")
         num_experts, device = experts.resident.num_experts, x_TH.device
         if (
             not experts.fits("gate_up_proj", gate_up, x_TH.dtype)
             or not experts.fits("down_proj", down, x_TH.dtype)
-            or not _fits(logits_TE, (x_TH.shape[0], num_experts), FLOATS, device)
-            or (bias_E is not None and not _fits(bias_E, (num_experts,), (torch.float32,), device))
+            or not fits(logits_TE, (x_TH.shape[0], num_experts), FLOATS, device)
+            or (bias_E is not None and not fits(bias_E, (num_experts,), (torch.float32,), device))
             or self._needs_grad(x_TH, logits_TE, gate_up, down, *(() if bias_E is None else (bias_E,)))
         ):
             return None
@@ -319,38 +320,6 @@ def make_pool(
     num_physical = physical_per_rank(hidden_size, intermediate_size, num_experts, num_redundant_experts, num_ranks)
     specs = expert_specs(hidden_size, intermediate_size, resolve_dtype(dtype))
     return SlotPool(specs, num_layers * num_physical + num_shadow_slots, resolve_device(device))
-
-
-def _part(module: nn.Module, name: str) -> Any:
-    """`getattr(module, name)` of a parameter, submodule or buffer, without the half microsecond after which nn.Module finds it.
-
-    Nothing is remembered: what has been replaced is seen, as is a plain attribute or a property in its place.
-    """
-    if name in module.__dict__ or hasattr(type(module), name):
-        return getattr(module, name)
-    if name in module._parameters:
-        return module._parameters[name]
-    if name in module._modules:
-        return module._modules[name]
-    if name in module._buffers:
-        return module._buffers[name]
-    return getattr(module, name)
-
-
-def _is_call_changed(module: nn.Module) -> bool:
-    """Whether to call the module is more, or other, than its class's `forward`."""
-    everywhere = nn.modules.module
-    return bool(
-        module._forward_hooks
-        or module._forward_pre_hooks
-        or everywhere._global_forward_hooks
-        or everywhere._global_forward_pre_hooks
-        or "forward" in module.__dict__
-    )
-
-
-def _fits(tensor: torch.Tensor, shape: tuple[int, ...], dtypes: tuple[torch.dtype, ...], device: torch.device) -> bool:
-    return tensor.shape == shape and tensor.dtype in dtypes and tensor.device == device and tensor.is_contiguous()
 
 
 def _forward_alone(
