@@ -84,8 +84,7 @@ def check_forward_input(
     Raises:
         ValueError: shape, dtype or device of an argument do not fit.
     """
-    sizes = x.shape
-    if not sizes or sizes[-1] != hidden_size:
+    if x.dim() == 0 or x.shape[-1] != hidden_size:
         raise ValueError(f"x must have hidden_size={hidden_size} as its last dimension, got shape {tuple(x.shape)}")
     if x.dtype != weight.dtype:
         raise ValueError(f"x must have the layer's dtype {weight.dtype}, got {x.dtype}")
@@ -100,7 +99,7 @@ def check_forward_input(
             raise ValueError(f"token_mask must be on {x.device}, as x is, got {token_mask.device}")
     if router_logits is None:
         return
-    if router_logits.shape != (*sizes[:-1], num_experts):
+    if router_logits.shape != (*x.shape[:-1], num_experts):
         raise ValueError(
             f"router_logits must have shape {(*x.shape[:-1], num_experts)}, one logit per token and "
             f"expert, got {tuple(router_logits.shape)}"

@@ -254,6 +254,47 @@ def test_what_was_replaced_is_seen(change, num_tokens, device, assert_close):
     assert not torch.allclose(after, before, atol=1e-3)
 
 
+class Wrapped(torch.nn.Module):
+    """A router whose choice is another's, upside down."""
+
+    def __init__(self, gate):
+        super().__init__()
+        self.gate = gate
+
+    def __getattr__(self, name):
+        return super().__getattr__(name) if name in ("gate", "_modules") else getattr(self.gate, name)
+
+    def forward(self, x_TH):
+        return -self.gate(x_TH)
+
+    def choose(self, *arguments):
+        return self.gate.choose(*arguments)
+
+
+class WithProperty(MoELayer):
+    @property
+    def gate(self):
+        return Wrapped(self._modules["gate"])
+
+
+@pytest.mark.parametrize("num_tokens", [1, 2])
+@pytest.mark.parametrize("how", ["in the instance's __dict__", "as a property"])
+def test_a_gate_in_the_way_of_the_layers_own_is_asked(how, num_tokens, device):
+    layer = make_layer("plain", device)
+    x = clear_tokens(layer, num_tokens)
+    with torch.no_grad():
+        upside_down = layer(x, router_logits=-layer.gate(x))
+        if how == "as a property":
+            layer.__class__ = WithProperty
+        else:
+            object.__setattr__(layer, "gate", Wrapped(layer.gate))
+        y = layer(x)
+    if num_tokens == 1 and x.is_cuda:  # not bit for bit: it goes through the separate ops now
+        torch.testing.assert_close(y, upside_down)
+    else:
+        assert torch.equal(y, upside_down)
+
+
 @pytest.mark.parametrize("num_tokens", [1, 3])
 def test_one_op_for_all_or_none(num_tokens, device, monkeypatch):
     """Natively and in the interpreter; the references are separate ops."""
