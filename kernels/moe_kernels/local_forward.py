@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable
+from typing import Any
 
 import torch
 
@@ -79,26 +80,14 @@ def _local_forward_triton(
     increment_1: torch.Tensor | None,
     top_k: int,
     *,
-    score_function: str,
-    renormalize: bool,
-    scale: float,
-    bias_E: torch.Tensor | None,
-    token_mask_T: torch.Tensor | None,
     activation: str,
+    **rule: Any,  # and the mask: what `topk_routing` is told
 ) -> torch.Tensor:
     _, hidden_size, intermediate = down_SHI.shape
     # By the bucket of tokens, as others would fill the cache.
     batch = (x_TH.dtype, next_power_of_2(x_TH.shape[0]), top_k, load_E.shape[0])
     up, down = _gemm_configs(hidden_size, intermediate, *batch, tma=has_tma(x_TH.device))
-    weights_TK, ids_TK = topk_routing_triton(
-        logits_TE,
-        top_k,
-        score_function=score_function,
-        renormalize=renormalize,
-        scale=scale,
-        bias_E=bias_E,
-        token_mask_T=token_mask_T,
-    )
+    weights_TK, ids_TK = topk_routing_triton(logits_TE, top_k, **rule)
     table = (None, table_lanes_E, None)
     lanes_TK, counts_L = select_replicas_triton(
         ids_TK, *table, load_E, 0, num_lanes=lane_to_slot_L.shape[0], increment_1=increment_1
@@ -188,7 +177,8 @@ def local_forward(
         x_TH: [T, H] float32, float16 or bfloat16, contiguous.
         logits_TE, top_k, score_function, renormalize, scale, bias_E, token_mask_T: as of `topk_routing`.
         gate_up_SNH: [S, 2I, H], down_SHI: [S, H, I], of the dtype of x, as of `expert_up` and `expert_down`.
-        table_lanes_E: [E] int32, contiguous; the lane of each expert's only replica, each in [0, L) and different.
+        table_lanes_E: [E] int32, contiguous; the lane of each expert's only replica, each in [0, L) and different; with others
+            the behaviour is undefined.
         lane_to_slot_L: [L] int32, contiguous.
         load_E, increment_1: as of `select_replicas`.
         activation: "silu", or "gelu" (the exact one).
