@@ -1,8 +1,8 @@
 """``python -m bench.policy``: balance, moves and planning time of the policies, side by side.
 
 For each setup, load and change: every policy plans for the changed load from its own steady state, and what it then reaches
-with the shares it gave is compared with B* (`eplb.metrics.free_placement_bound`), which no placement beats. A move is an expert
-fetched to a rank that did not hold it, the same for every policy.
+with the shares it gave is compared with B* (`eplb.planning.balance.free_placement_bound`), which no placement beats.
+A move is an expert fetched to a rank that did not hold it, the same for every policy.
 
 Steady states: `deepseek`: its plan for the load before the change. `adaptive`: from that plan, without twins, through
 `--harden` windows, each the load with fresh 20 % noise (lognormal), and then the load itself. `adaptive, from deepseek`:
@@ -24,14 +24,14 @@ import numpy as np
 
 from bench.command import make_parser
 from bench.environment import environment
-from eplb.metrics import free_placement_bound, max_over_mean, rank_loads
-from eplb.placement import Placement
-from eplb.plan import make_plan
-from eplb.policy import Policy, Proposal, Topology, make_policy
-from eplb.policy.adaptive import num_moves, without_twins
-from eplb.policy.deepseek import deepseek_placement
-from eplb.shares import balanced_shares
-from eplb.traces import base_load, change_load
+from eplb.planning.balance import free_placement_bound, max_over_mean, rank_loads
+from eplb.planning.placement import Placement
+from eplb.planning.plan import make_plan
+from eplb.planning.policy import Policy, Proposal, Topology, make_policy
+from eplb.planning.policy.adaptive import num_moves, without_twins
+from eplb.planning.policy.deepseek import deepseek_placement
+from eplb.planning.shares import balanced_shares
+from eplb.simulate.traces import base_load, change_load
 
 try:
     from tqdm import tqdm

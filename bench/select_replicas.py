@@ -9,10 +9,10 @@ import sys
 import torch
 
 from bench.kernel import Inputs, Work, main
-from eplb.placement import Placement
-from eplb.shares import equal_shares
+from eplb.planning.placement import Placement
+from eplb.planning.shares import equal_shares
+from eplb.relocation.table import ExpertTable
 from eplb.streams import streams_of
-from eplb.table import ExpertTable
 from moe_kernels import select_replicas, select_replicas_torch
 
 REDUNDANT = 8

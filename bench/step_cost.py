@@ -18,9 +18,9 @@ from bench.command import make_parser
 from bench.report import Report, add_device
 from bench.timing import Timing, synchronize
 from eplb import EplbConfig, EplbController, SlotPool, TensorSpec
-from eplb.fill import Handoff
-from eplb.resident import ResidentExperts
-from eplb.shares import equal_shares
+from eplb.planning.shares import equal_shares
+from eplb.relocation.fill import Handoff
+from eplb.relocation.resident import ResidentExperts
 from eplb.streams import streams_of
 
 

@@ -18,10 +18,10 @@ from bench.command import make_parser
 from bench.providers import Problem, make_layer, make_problem, make_weights
 from bench.report import DTYPES, Report, add_arguments, chosen_cases, geometric_mean, plot_over_floor
 from bench.timing import Function, Timing, time_eager, time_graphs
-from eplb.placement import Placement
-from eplb.shares import equal_shares
+from eplb.planning.placement import Placement
+from eplb.planning.shares import equal_shares
+from eplb.relocation.table import ExpertTable
 from eplb.streams import streams_of
-from eplb.table import ExpertTable
 from moe_kernels import (
     build_schedule,
     combine,

@@ -16,10 +16,10 @@ from bench.cases import floor_us
 from bench.command import make_parser
 from bench.report import Report, add_device
 from bench.timing import Timing, synchronize, time_graph
-from eplb.placement import Placement
-from eplb.shares import equal_shares
+from eplb.planning.placement import Placement
+from eplb.planning.shares import equal_shares
+from eplb.relocation.table import ExpertTable, flip
 from eplb.streams import streams_of
-from eplb.table import ExpertTable, flip
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

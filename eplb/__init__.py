@@ -3,10 +3,10 @@
 from eplb.config import EplbConfig
 from eplb.controller import EplbController, RelocatableLayer
 from eplb.decorator import step_eplb_after
-from eplb.events import CpuGpuEvent
-from eplb.placement import Placement
-from eplb.pool import SlotPool, TensorSpec
-from eplb.status import Health, Metrics
+from eplb.health import Health, Metrics
+from eplb.planning.placement import Placement
+from eplb.relocation.events import CpuGpuEvent
+from eplb.relocation.pool import SlotPool, TensorSpec
 
 __all__ = [
     "CpuGpuEvent",

@@ -4,8 +4,8 @@ from typing import Annotated, Any
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
-from eplb.communicator import COMMUNICATORS
-from eplb.policy import Policy, make_policy
+from eplb.planning.policy import Policy, make_policy
+from eplb.relocation.communicator import COMMUNICATORS
 
 PositiveSeconds = Annotated[float, Field(gt=0, allow_inf_nan=False)]
 

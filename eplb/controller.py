@@ -16,16 +16,16 @@ import torch.distributed as dist
 from torch import nn
 
 from eplb.config import EplbConfig
-from eplb.fill import Handoff
+from eplb.connect import TorchTransport, Transport
+from eplb.health import Health, Metrics
 from eplb.load_window import LoadWindowRecorder
 from eplb.planner import Planner
-from eplb.policy import Topology
-from eplb.protocol import Work
-from eplb.resident import ResidentExperts
-from eplb.status import Health, Metrics
+from eplb.planning.policy import Topology
+from eplb.relocation.fill import Handoff
+from eplb.relocation.resident import ResidentExperts
+from eplb.relocation.table import flip
+from eplb.rounds.protocol import Work
 from eplb.streams import DeviceStreams, StreamLike
-from eplb.table import flip
-from eplb.transport import TorchTransport, Transport
 from eplb.worker import Clock, Worker
 from eplb.worker_thread import WorkerThread
 

@@ -9,7 +9,7 @@ from collections.abc import Sequence
 import numpy as np
 import torch
 
-from eplb.resident import ResidentExperts
+from eplb.relocation.resident import ResidentExperts
 from eplb.streams import DeviceStreams, EventLike
 
 

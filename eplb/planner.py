@@ -6,14 +6,14 @@ from collections.abc import Iterable, Sequence
 
 import numpy as np
 
-from eplb.messages import Loads, decode_loads
-from eplb.metrics import layer_balancedness
-from eplb.placement import Placement
-from eplb.plan import LayerUpdate, Plan
-from eplb.policy import Policy, Topology
-from eplb.pool import SlotPool, SlotState
-from eplb.rebalance import LayerFacts, plan_rebalance
-from eplb.resident import ResidentExperts
+from eplb.planning.balance import layer_balancedness
+from eplb.planning.placement import Placement
+from eplb.planning.plan import LayerUpdate, Plan
+from eplb.planning.policy import Policy, Topology
+from eplb.planning.rebalance import LayerFacts, plan_rebalance
+from eplb.relocation.pool import SlotPool, SlotState
+from eplb.relocation.resident import ResidentExperts
+from eplb.rounds.messages import Loads, decode_loads
 
 logger = logging.getLogger(__name__)
 

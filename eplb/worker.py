@@ -10,18 +10,18 @@ from typing import Protocol
 
 import numpy as np
 
-from eplb.agreement import Agreement, Exchange
-from eplb.communicator.base import Communicator
 from eplb.config import EplbConfig
-from eplb.fill import Handoff, WaveFill
+from eplb.health import Health, Metrics
 from eplb.load_window import LoadWindowRecorder
-from eplb.messages import Loads, decode_plan, encode_loads, encode_plan
-from eplb.plan import Plan
 from eplb.planner import Planner
-from eplb.pool import SlotState
-from eplb.protocol import RECORD_WORDS, Agreed, Phase, Record, Work, advance, heard_plan, is_held, models_differ
-from eplb.resident import ResidentExperts
-from eplb.status import Health, Metrics
+from eplb.planning.plan import Plan
+from eplb.relocation.communicator.base import Communicator
+from eplb.relocation.fill import Handoff, WaveFill
+from eplb.relocation.pool import SlotState
+from eplb.relocation.resident import ResidentExperts
+from eplb.rounds.exchange import Agreement, Exchange
+from eplb.rounds.messages import Loads, decode_plan, encode_loads, encode_plan
+from eplb.rounds.protocol import RECORD_WORDS, Agreed, Phase, Record, Work, advance, heard_plan, is_held, models_differ
 from eplb.streams import DeviceStreams, EventLike
 
 logger = logging.getLogger(__name__)

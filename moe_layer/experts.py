@@ -11,8 +11,8 @@ import torch
 import torch.distributed as dist
 from torch import nn
 
-from eplb.pool import SlotPool, SlotState, TensorSpec
-from eplb.resident import ResidentExperts
+from eplb.relocation.pool import SlotPool, SlotState, TensorSpec
+from eplb.relocation.resident import ResidentExperts
 from eplb.streams import streams_of
 from moe_kernels import build_schedule, expert_down, expert_up, gemm_configs, has_tma
 from moe_layer.arguments import resolve_device

@@ -11,8 +11,8 @@ import torch.distributed as dist
 from torch import nn
 
 from eplb.groups import check_member, ranks_of
-from eplb.pool import SlotPool
-from eplb.resident import ResidentExperts
+from eplb.relocation.pool import SlotPool
+from eplb.relocation.resident import ResidentExperts
 from eplb.streams import streams_of
 from moe_kernels import GOLDEN, SHARE_BITS, local_forward, resolve_backend, select_replicas
 from moe_kernels.activation import ACTIVATIONS

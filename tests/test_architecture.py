@@ -11,7 +11,7 @@ ROOT = Path(__file__).parent.parent
 PACKAGES = {"moe_layer": ROOT / "moe_layer", "eplb": ROOT / "eplb", "moe_kernels": ROOT / "kernels" / "moe_kernels"}
 
 # Arrays in and out; no device, thread, stream or process group (DESIGN §2).
-PURE = ("placement", "shares", "plan", "waves", "metrics", "policy", "protocol", "rebalance")
+PURE = ("planning", "rounds.protocol")
 NOT_PURE = ("torch", "threading", "multiprocessing", "asyncio", "concurrent", "socket", "random")
 
 
@@ -83,13 +83,13 @@ def test_what_is_pure_leads_to_nothing_that_acts(part):
         all_imports = imports(way[-1], found[way[-1]])
         wrong = sorted(one for one in all_imports if any(within(one, other) for other in NOT_PURE))
         assert not wrong, f"{' → '.join(way)} imports {wrong}"
-        # (`import eplb.plan` also runs eplb/__init__.py, which only gathers names.)
+        # (`import eplb.planning.plan` also runs eplb/__init__.py, which only gathers names.)
         new = {one for one in all_imports if one in found and one != "eplb"} - seen
         seen |= new
         waiting += [(*way, one) for one in new]
 
 
-@pytest.mark.parametrize("acting", ["pool", "table", "events", "worker", "controller", "communicator"])
+@pytest.mark.parametrize("acting", ["relocation", "rounds.exchange", "worker", "controller", "connect"])
 def test_what_acts_would_be_found(acting):
     """The scan sees threads and devices where they are."""
     found = {name: path for name, path in modules("eplb").items() if within(name, f"eplb.{acting}")}

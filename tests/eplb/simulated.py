@@ -10,9 +10,9 @@ from typing import TYPE_CHECKING
 import numpy as np
 import torch
 
-from eplb.communicator import Communicator, Transfer, TransferBatch
 from eplb.config import EplbConfig
 from eplb.controller import EplbController
+from eplb.relocation.communicator import Communicator, Transfer, TransferBatch
 from eplb.streams import DeviceStreams
 from eplb.worker import Worker
 

@@ -16,8 +16,8 @@ import torch
 from torch import nn
 
 from eplb.config import EplbConfig
-from eplb.pool import SlotPool, SlotState, TensorSpec
-from eplb.resident import ResidentExperts
+from eplb.relocation.pool import SlotPool, SlotState, TensorSpec
+from eplb.relocation.resident import ResidentExperts
 from tests.eplb.simulated import Faults, SimBus, SimController, SimStreams, SimTransport
 
 

@@ -8,7 +8,7 @@ import pytest
 import torch
 import torch.distributed as dist
 
-from eplb.communicator import (
+from eplb.relocation.communicator import (
     COMMUNICATORS,
     Communicator,
     LocalCommunicator,

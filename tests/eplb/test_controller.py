@@ -10,13 +10,13 @@ import torch
 from torch import nn
 
 from eplb import EplbConfig, EplbController, SlotPool, TensorSpec, step_eplb_after
-from eplb.agreement import LocalAgreement
-from eplb.communicator import LocalCommunicator
-from eplb.policy import Proposal
-from eplb.protocol import Record, Work
-from eplb.resident import ResidentExperts
+from eplb.connect import TorchTransport
+from eplb.planning.policy import Proposal
+from eplb.relocation.communicator import LocalCommunicator
+from eplb.relocation.resident import ResidentExperts
+from eplb.rounds.exchange import LocalAgreement
+from eplb.rounds.protocol import Record, Work
 from eplb.streams import HostStreams
-from eplb.transport import TorchTransport
 
 QUICK = {"step_interval": 2, "window_size": 2, "window_samples": 1, "round_interval": 1e-3, "heartbeat_interval": 2e-3}
 

@@ -3,9 +3,9 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from eplb.policy import Topology, make_policy
-from eplb.policy.deepseek import deepseek_placement, pack_evenly, replicate
-from eplb.traces import DEEPSEEK_EXAMPLE
+from eplb.planning.policy import Topology, make_policy
+from eplb.planning.policy.deepseek import deepseek_placement, pack_evenly, replicate
+from eplb.simulate.traces import DEEPSEEK_EXAMPLE
 
 PUBLISHED = [[5, 6, 5, 7, 8, 4, 3, 4, 10, 9, 10, 2, 0, 1, 11, 1], [7, 10, 6, 8, 6, 11, 8, 9, 2, 4, 5, 1, 5, 0, 3, 1]]
 

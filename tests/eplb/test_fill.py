@@ -3,13 +3,13 @@
 import numpy as np
 import torch
 
-from eplb.communicator import Communicator, TransferBatch
-from eplb.fill import WaveFill
-from eplb.placement import Placement
-from eplb.plan import LayerUpdate, Move, Wave
-from eplb.pool import SlotPool, SlotState, TensorSpec
-from eplb.resident import ResidentExperts
-from eplb.shares import equal_shares
+from eplb.planning.placement import Placement
+from eplb.planning.plan import LayerUpdate, Move, Wave
+from eplb.planning.shares import equal_shares
+from eplb.relocation.communicator import Communicator, TransferBatch
+from eplb.relocation.fill import WaveFill
+from eplb.relocation.pool import SlotPool, SlotState, TensorSpec
+from eplb.relocation.resident import ResidentExperts
 from eplb.streams import HostStreams
 
 

@@ -6,7 +6,7 @@ import torch
 from torch import nn
 
 from eplb import EplbConfig, EplbController
-from eplb.traces import load_trace
+from eplb.simulate.traces import load_trace
 from moe_layer import MoELayer
 
 

@@ -6,7 +6,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from eplb.placement import Placement, count_experts
+from eplb.planning.placement import Placement, count_experts
 
 
 @st.composite
@@ -75,7 +75,7 @@ def test_a_later_write_to_the_callers_array_is_not_seen():
 
 
 def test_digest_is_the_same_in_another_process():
-    code = "from eplb.placement import Placement; print(Placement.initial(12, 4, 8, 3).digest())"
+    code = "from eplb.planning.placement import Placement; print(Placement.initial(12, 4, 8, 3).digest())"
     other = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout
     assert int(other) == Placement.initial(12, 4, 8, 3).digest() == 5061197235227420271
     assert 0 <= int(other) < 2**63

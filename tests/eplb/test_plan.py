@@ -6,12 +6,12 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from eplb.metrics import max_over_mean, rank_loads
-from eplb.placement import EMPTY, Placement
-from eplb.plan import Plan, make_plan
-from eplb.policy import Proposal, Topology, make_policy
-from eplb.shares import balanced_shares, equal_shares, equal_shares_of
-from eplb.traces import base_load
+from eplb.planning.balance import max_over_mean, rank_loads
+from eplb.planning.placement import EMPTY, Placement
+from eplb.planning.plan import Plan, make_plan
+from eplb.planning.policy import Proposal, Topology, make_policy
+from eplb.planning.shares import balanced_shares, equal_shares, equal_shares_of
+from eplb.simulate.traces import base_load
 
 
 def with_lanes(physical_LWP, num_experts, empty):

@@ -8,13 +8,13 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from eplb.metrics import free_placement_bound, max_over_mean, rank_loads
-from eplb.placement import Placement, count_experts
-from eplb.policy import Proposal, Topology, known_policies, make_policy, register_policy
-from eplb.policy.adaptive import num_moves, one_replica_shares
-from eplb.policy.groups import split_by_node
-from eplb.shares import balanced_shares
-from eplb.traces import base_load, change_load
+from eplb.planning.balance import free_placement_bound, max_over_mean, rank_loads
+from eplb.planning.placement import Placement, count_experts
+from eplb.planning.policy import Proposal, Topology, known_policies, make_policy, register_policy
+from eplb.planning.policy.adaptive import num_moves, one_replica_shares
+from eplb.planning.policy.groups import split_by_node
+from eplb.planning.shares import balanced_shares
+from eplb.simulate.traces import base_load, change_load
 
 
 def initial(layers, experts, redundant, ranks):
@@ -239,8 +239,8 @@ def test_more_slots_per_rank_than_experts():
 def test_the_same_in_another_process():
     code = (
         "import numpy as np, hashlib\n"
-        "from eplb.policy import Topology, make_policy\n"
-        "from eplb.placement import Placement\n"
+        "from eplb.planning.policy import Topology, make_policy\n"
+        "from eplb.planning.placement import Placement\n"
         "load = (np.arange(4 * 96) * 2654435761 % 1009).reshape(4, 1, 96) ** 2\n"
         "live = np.tile(Placement.initial(96, 16, 16, 7).lanes_WS, (4, 1, 1))\n"
         "new = make_policy('adaptive').propose(load, live, Topology(16)).physical_LWP\n"

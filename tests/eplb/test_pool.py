@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from eplb import SlotPool, TensorSpec
-from eplb.pool import ALIGNMENT, SlotState
+from eplb.relocation.pool import ALIGNMENT, SlotState
 
 SPECS = (
     TensorSpec("weight", (3, 5), torch.float32),  # 60 bytes → 256

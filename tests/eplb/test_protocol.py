@@ -7,7 +7,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from eplb.protocol import RECORD_WORDS, Agreed, Phase, Record, Work, advance, heard_plan, is_held
+from eplb.rounds.protocol import RECORD_WORDS, Agreed, Phase, Record, Work, advance, heard_plan, is_held
 
 NOTHING = Record()
 

@@ -4,12 +4,12 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from scipy.optimize import linprog
 
-from eplb.metrics import rank_loads
-from eplb.placement import Placement
-from eplb.policy.adaptive import without_twins
-from eplb.policy.deepseek import deepseek_placement
-from eplb.shares import SHARE_BITS, balanced_shares, cumulative_shares, equal_shares, equal_shares_of
-from eplb.traces import base_load, change_load
+from eplb.planning.balance import rank_loads
+from eplb.planning.placement import Placement
+from eplb.planning.policy.adaptive import without_twins
+from eplb.planning.policy.deepseek import deepseek_placement
+from eplb.planning.shares import SHARE_BITS, balanced_shares, cumulative_shares, equal_shares, equal_shares_of
+from eplb.simulate.traces import base_load, change_load
 
 
 def least_maximum(load_E, physical_WP):

@@ -9,8 +9,8 @@ import re
 
 import pytest
 
-from eplb.policy import Proposal, make_policy
-from eplb.pool import SlotState
+from eplb.planning.policy import Proposal, make_policy
+from eplb.relocation.pool import SlotState
 from tests.eplb.simulation import World
 
 SEEDS = int(os.environ.get("EPLB_SEEDS", "200"))

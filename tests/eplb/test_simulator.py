@@ -7,8 +7,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from eplb import simulate as command
-from eplb.metrics import (
+from eplb.planning.balance import (
     balancedness,
     free_placement_bound,
     layer_balancedness,
@@ -16,11 +15,12 @@ from eplb.metrics import (
     per_batch_imbalance,
     rank_loads,
 )
-from eplb.placement import Placement
-from eplb.policy import Topology, make_policy
-from eplb.shares import balanced_shares, equal_shares
-from eplb.simulator import simulate
-from eplb.traces import DEEPSEEK_EXAMPLE, Trace, base_load, change_load, generate, load_trace
+from eplb.planning.placement import Placement
+from eplb.planning.policy import Topology, make_policy
+from eplb.planning.shares import balanced_shares, equal_shares
+from eplb.simulate import __main__ as command
+from eplb.simulate.replay import simulate
+from eplb.simulate.traces import DEEPSEEK_EXAMPLE, Trace, base_load, change_load, generate, load_trace
 
 
 def test_metrics_by_hand():

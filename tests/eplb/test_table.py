@@ -4,10 +4,10 @@ import numpy as np
 import pytest
 import torch
 
-from eplb.placement import Placement
-from eplb.shares import equal_shares
+from eplb.planning.placement import Placement
+from eplb.planning.shares import equal_shares
+from eplb.relocation.table import ExpertTable, flip
 from eplb.streams import HostStreams, streams_of
-from eplb.table import ExpertTable, flip
 
 ONE = 1 << 30
 

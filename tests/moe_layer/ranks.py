@@ -10,7 +10,7 @@ import torch
 import torch.distributed as dist
 
 from eplb import EplbConfig, EplbController
-from eplb.policy import Proposal, Topology
+from eplb.planning.policy import Proposal, Topology
 from moe_layer import MoELayer
 from tests.moe_layer.reference import give_unit_scale
 

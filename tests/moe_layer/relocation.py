@@ -9,12 +9,12 @@ import torch
 from torch.utils.checkpoint import checkpoint
 
 from eplb import EplbConfig, EplbController
-from eplb.communicator import LocalCommunicator
-from eplb.fill import Handoff, WaveFill
-from eplb.placement import Placement
-from eplb.plan import LayerUpdate, Move, Wave
-from eplb.shares import equal_shares
-from eplb.table import flip
+from eplb.planning.placement import Placement
+from eplb.planning.plan import LayerUpdate, Move, Wave
+from eplb.planning.shares import equal_shares
+from eplb.relocation.communicator import LocalCommunicator
+from eplb.relocation.fill import Handoff, WaveFill
+from eplb.relocation.table import flip
 from moe_layer import MoELayer
 from tests.moe_layer.reference import give_unit_scale
 

@@ -5,7 +5,7 @@ import re
 import pytest
 import torch
 
-from eplb.pool import SlotPool, SlotState
+from eplb.relocation.pool import SlotPool, SlotState
 from moe_layer import MoELayer, RouterRule, make_pool
 from moe_layer.experts import expert_specs
 

@@ -10,11 +10,11 @@ import threading
 import pytest
 import torch
 
-from eplb.communicator import LocalCommunicator
-from eplb.fill import WaveFill
 from eplb.load_window import LoadWindowRecorder
-from eplb.plan import LayerUpdate, Wave
-from eplb.pool import SlotState
+from eplb.planning.plan import LayerUpdate, Wave
+from eplb.relocation.communicator import LocalCommunicator
+from eplb.relocation.fill import WaveFill
+from eplb.relocation.pool import SlotState
 from tests.moe_layer.relocation import (
     Relocator,
     as_is,

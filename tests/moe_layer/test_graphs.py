@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from eplb import EplbConfig, EplbController
-from eplb.pool import SlotState
+from eplb.relocation.pool import SlotState
 from moe_layer import MoELayer
 from tests.moe_layer.relocation import Relocator, make_pair, poison
 

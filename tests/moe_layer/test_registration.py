@@ -10,7 +10,7 @@ import torch
 from torch import nn
 
 from eplb import EplbConfig, EplbController, RelocatableLayer
-from eplb.pool import SlotState
+from eplb.relocation.pool import SlotState
 from moe_layer import MoELayer, make_pool
 from tests.moe_layer.reference import give_unit_scale
 from tests.moe_layer.relocation import Relocator

@@ -10,7 +10,7 @@ import pytest
 import torch
 import torch.distributed as dist
 
-from eplb.pool import SlotState
+from eplb.relocation.pool import SlotState
 from moe_layer import make_pool
 from tests.distributed import distributed
 from tests.moe_layer.ranks import (

@@ -2,7 +2,7 @@
 
 from collections.abc import Sequence
 
-from eplb.communicator.base import Communicator, Transfer, TransferBatch
+from eplb.relocation.communicator.base import Communicator, Transfer, TransferBatch
 from eplb.streams import DeviceStreams, EventLike
 
 

@@ -5,11 +5,11 @@ import warnings
 import torch
 import torch.distributed as dist
 
-from eplb.communicator.base import Communicator, Transfer, TransferBatch
-from eplb.communicator.local import LocalCommunicator
-from eplb.communicator.torch_gloo import TorchGlooCommunicator
-from eplb.communicator.torch_nccl import TorchNcclCommunicator
 from eplb.groups import new_group_like
+from eplb.relocation.communicator.base import Communicator, Transfer, TransferBatch
+from eplb.relocation.communicator.local import LocalCommunicator
+from eplb.relocation.communicator.torch_gloo import TorchGlooCommunicator
+from eplb.relocation.communicator.torch_nccl import TorchNcclCommunicator
 from eplb.streams import DeviceStreams
 
 COMMUNICATORS = ("auto", "torch_gloo", "torch_nccl")

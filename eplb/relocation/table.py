@@ -6,8 +6,8 @@ Legend: E logical experts, P physical experts over all ranks, S lanes of a rank.
 import numpy as np
 import torch
 
-from eplb.placement import Placement
-from eplb.shares import cumulative_shares
+from eplb.planning.placement import Placement
+from eplb.planning.shares import cumulative_shares
 from eplb.streams import DeviceStreams, StreamLike
 
 

@@ -6,10 +6,10 @@ from typing import Protocol
 import torch
 import torch.distributed as dist
 
-from eplb.agreement import Agreement, GlooAgreement, LocalAgreement
-from eplb.communicator import Communicator, LocalCommunicator, choose_communicator, make_communicator
 from eplb.config import EplbConfig
 from eplb.groups import check_member, new_group_like, ranks_of
+from eplb.relocation.communicator import Communicator, LocalCommunicator, choose_communicator, make_communicator
+from eplb.rounds.exchange import Agreement, GlooAgreement, LocalAgreement
 from eplb.streams import DeviceStreams
 
 

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import numpy as np
 
-from eplb.policy.base import Proposal, Topology, check_input, register_policy
-from eplb.shares import balanced_shares, equal_shares_of
+from eplb.planning.policy.base import Proposal, Topology, check_input, register_policy
+from eplb.planning.shares import balanced_shares, equal_shares_of
 
 
 @register_policy("static")
@@ -21,7 +21,7 @@ class StaticPolicy:
         self.balance_shares = balance_shares
 
     def propose(self, load_LNE: np.ndarray, physical_LWP: np.ndarray, topology: Topology) -> Proposal:
-        """See `eplb.policy.Policy.propose`."""
+        """See `eplb.planning.policy.Policy.propose`."""
         load_LNE, physical_LWP = check_input(load_LNE, physical_LWP, topology)
         if self.balance_shares:
             shares_LWP = balanced_shares(load_LNE.mean(axis=1), physical_LWP)

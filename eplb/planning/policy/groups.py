@@ -10,9 +10,9 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from eplb.metrics import max_over_mean
-from eplb.policy.base import Topology
-from eplb.policy.deepseek import deepseek_placement, pack_evenly
+from eplb.planning.balance import max_over_mean
+from eplb.planning.policy.base import Topology
+from eplb.planning.policy.deepseek import deepseek_placement, pack_evenly
 
 
 @dataclass

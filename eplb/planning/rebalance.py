@@ -5,9 +5,9 @@ from dataclasses import dataclass, replace
 
 import numpy as np
 
-from eplb.placement import Placement
-from eplb.plan import LayerUpdate, Plan, Wave, make_plan
-from eplb.policy import Policy, Topology
+from eplb.planning.placement import Placement
+from eplb.planning.plan import LayerUpdate, Plan, Wave, make_plan
+from eplb.planning.policy import Policy, Topology
 
 
 @dataclass(frozen=True)

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import numpy as np
 
-from eplb.placement import EMPTY, Placement
+from eplb.planning.placement import EMPTY, Placement
 
 
 def max_over_mean(rank_load_W: np.ndarray) -> np.ndarray:

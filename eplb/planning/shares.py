@@ -13,7 +13,7 @@ from functools import cached_property
 
 import numpy as np
 
-from eplb.placement import EMPTY, Placement
+from eplb.planning.placement import EMPTY, Placement
 
 SHARE_BITS = 30
 """Shares become integers in units of 2**-30."""

@@ -18,7 +18,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from eplb.placement import EMPTY, Placement
+from eplb.planning.placement import EMPTY, Placement
 
 FAIR_SENDS = 2
 """A rank sends at most so many experts per free slot in a wave, unless that would leave another rank idle."""

@@ -10,12 +10,12 @@ from typing import Literal
 
 import numpy as np
 
-from eplb.metrics import free_placement_bound, max_over_mean, rank_loads
-from eplb.placement import count_experts
-from eplb.policy.base import Proposal, Topology, check_input, register_policy
-from eplb.policy.groups import regroup, split_by_node
-from eplb.policy.repair import repair
-from eplb.shares import balanced_shares
+from eplb.planning.balance import free_placement_bound, max_over_mean, rank_loads
+from eplb.planning.placement import count_experts
+from eplb.planning.policy.base import Proposal, Topology, check_input, register_policy
+from eplb.planning.policy.groups import regroup, split_by_node
+from eplb.planning.policy.repair import repair
+from eplb.planning.shares import balanced_shares
 
 
 def yield_gil() -> None:
@@ -28,9 +28,9 @@ class AdaptivePolicy:
     """Repairs the live placement instead of making a new one.
 
     1. The best shares for what is live. Layers whose largest rank load is then within `min_gain` of the bound B* (what any
-       placement could reach, `eplb.metrics.free_placement_bound`) keep their placement.
+       placement could reach, `eplb.planning.balance.free_placement_bound`) keep their placement.
     2. Layers that are worse, and by more than the sub-windows' own scatter explains, are repaired: few moves until they are
-       within `target` of the bound (`eplb.policy.repair`).
+       within `target` of the bound (`eplb.planning.policy.repair`).
     3. Layers whose repair gains less than `min_gain` keep their placement after all; so do those that `max_moves` leaves out,
        the least gain per move first.
     4. Two replicas of one expert on one rank, where it can be avoided, give way to another expert.
@@ -86,7 +86,7 @@ class AdaptivePolicy:
         self.batch_assignments = batch_assignments
 
     def propose(self, load_LNE: np.ndarray, physical_LWP: np.ndarray, topology: Topology) -> Proposal:
-        """See `eplb.policy.Policy.propose`."""
+        """See `eplb.planning.policy.Policy.propose`."""
         load_LNE, live_LWP = check_input(load_LNE, physical_LWP, topology)
         num_experts = load_LNE.shape[2]
         if self.objective == "activated_experts":

@@ -4,7 +4,7 @@ Each step solves the best shares of the layers that are still above their limit,
 promise little, exchanges of two) would take off the excess, and applies the best. A step that did not help is taken back, and
 the layer's candidates are then tried out exactly, by solving their shares, more and more of them until one helps.
 
-Shape letters as in `eplb.policy.candidates`.
+Shape letters as in `eplb.planning.policy.candidates`.
 """
 
 from __future__ import annotations
@@ -13,8 +13,8 @@ from collections.abc import Callable
 
 import numpy as np
 
-from eplb.policy.candidates import TINY, Changes, Situation, doubles, singles
-from eplb.shares import level_loads
+from eplb.planning.policy.candidates import TINY, Changes, Situation, doubles, singles
+from eplb.planning.shares import level_loads
 
 POOR_SINGLE = 0.05
 """Exchanges are looked at where the best single move promises less than this part of the layer's excess."""

@@ -4,12 +4,12 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from eplb.communicator.base import Communicator, Transfer, TransferBatch
-from eplb.events import CpuGpuEvent
-from eplb.placement import Placement
-from eplb.plan import LayerUpdate, Wave
-from eplb.pool import SlotPool
-from eplb.resident import ResidentExperts
+from eplb.planning.placement import Placement
+from eplb.planning.plan import LayerUpdate, Wave
+from eplb.relocation.communicator.base import Communicator, Transfer, TransferBatch
+from eplb.relocation.events import CpuGpuEvent
+from eplb.relocation.pool import SlotPool
+from eplb.relocation.resident import ResidentExperts
 from eplb.streams import DeviceStreams, EventLike
 
 

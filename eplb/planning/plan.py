@@ -4,7 +4,7 @@ Shape letters: L layers, E logical experts, W ranks, P physical experts and S la
 
 A wave fills free slots, publishes the new tables of its layers and waits for grace; only then are the slots of the dropped
 lanes free again. So in one wave a rank gives a layer as many experts as it takes from it, within the free slots of the pool
-on that rank, and every expert keeps a replica (I2). `eplb.waves` chooses what goes into which wave.
+on that rank, and every expert keeps a replica (I2). `eplb.planning.waves` chooses what goes into which wave.
 """
 
 from __future__ import annotations
@@ -17,11 +17,11 @@ from itertools import islice
 
 import numpy as np
 
-from eplb.metrics import free_placement_bound, max_over_mean, rank_loads
-from eplb.placement import EMPTY, Placement, count_experts
-from eplb.policy import Proposal, Topology
-from eplb.shares import balanced_shares, cumulative_shares, equal_shares
-from eplb.waves import LayerWork, Move, schedule_waves
+from eplb.planning.balance import free_placement_bound, max_over_mean, rank_loads
+from eplb.planning.placement import EMPTY, Placement, count_experts
+from eplb.planning.policy import Proposal, Topology
+from eplb.planning.shares import balanced_shares, cumulative_shares, equal_shares
+from eplb.planning.waves import LayerWork, Move, schedule_waves
 
 __all__ = ["LayerUpdate", "Move", "Plan", "PlanSummary", "Wave", "make_plan"]
 
@@ -70,7 +70,7 @@ class PlanSummary:
         layers_moved: layers with at least one move.
         max_over_mean_now: with the shares that are live.
         max_over_mean_after: after each wave, in order.
-        bound: no placement has less (`eplb.metrics.free_placement_bound` over the mean rank load).
+        bound: no placement has less (`eplb.planning.balance.free_placement_bound` over the mean rank load).
         gain_per_move: (now − after the last wave) / moves, 0 without moves.
         fewest_waves: no schedule has fewer: the most moves into one rank of one pool, over its free slots.
         degraded: layers that got no move although they should: a rank of their pool has no free slot, or no empty lane.

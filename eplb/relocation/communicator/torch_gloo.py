@@ -5,8 +5,8 @@ from collections.abc import Sequence
 import torch
 import torch.distributed as dist
 
-from eplb.communicator.base import Communicator, Transfer, TransferBatch
-from eplb.communicator.local import LocalCommunicator
+from eplb.relocation.communicator.base import Communicator, Transfer, TransferBatch
+from eplb.relocation.communicator.local import LocalCommunicator
 from eplb.streams import DeviceStreams, EventLike
 
 

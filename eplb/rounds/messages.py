@@ -8,7 +8,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from eplb.plan import Plan
+from eplb.planning.plan import Plan
 
 _HEADER_WORDS = 3  # of a plan: number of waves, hash, bytes of JSON
 

@@ -11,9 +11,9 @@ from pathlib import Path
 
 import numpy as np
 
-from eplb.policy import Topology, known_policies, make_policy
-from eplb.simulator import WindowResult, simulate
-from eplb.traces import DEEPSEEK_EXAMPLE, Trace, generate, load_trace
+from eplb.planning.policy import Topology, known_policies, make_policy
+from eplb.simulate.replay import WindowResult, simulate
+from eplb.simulate.traces import DEEPSEEK_EXAMPLE, Trace, generate, load_trace
 
 try:
     from tqdm import tqdm

@@ -2,17 +2,17 @@
 
 import threading
 from collections import deque
-from collections.abc import Callable, Sequence
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any
 
 import torch
 
-from eplb.placement import Placement
-from eplb.pool import SlotPool, SlotState
-from eplb.shares import equal_shares
+from eplb.planning.placement import Placement
+from eplb.planning.shares import equal_shares
+from eplb.relocation.pool import SlotPool, SlotState
+from eplb.relocation.table import ExpertTable
 from eplb.streams import DeviceStreams, EventLike, StreamLike
-from eplb.table import ExpertTable
 
 
 class Pin:
@@ -23,14 +23,23 @@ class Pin:
 
     def __init__(self, owner: "ResidentExperts", version: int) -> None:
         self._owner = owner
+        self._held = True
         self.version = version
 
     def used_on(self, stream: StreamLike) -> None:
         """A backward under this version has been enqueued on `stream` so far."""
         self._owner._pin_events.append((self.version, stream.record_event()))
 
+    def release(self) -> None:
+        """Nothing more is enqueued under this version; what was, on the calling thread's stream, may still run."""
+        if self._held:
+            self._held = False
+            self.used_on(self._owner.streams.current())
+            self._owner._dropped_pins.append(self.version)
+
     def __del__(self) -> None:
-        self._owner._dropped_pins.append(self.version)
+        if self._held:
+            self._owner._dropped_pins.append(self.version)
 
 
 class ResidentExperts:
@@ -153,6 +162,12 @@ class ResidentExperts:
         handle = self.streams.current_handle()
         if handle not in self._streams_seen and not self.streams.is_capturing():
             self._streams_seen[handle] = self.streams.current()
+
+    @contextmanager
+    def choice(self) -> Iterator[Pin]:
+        """Around what reads the table: the version cannot change inside; the pin keeps it until released."""
+        self.note_stream()
+        yield self.pin()
 
     def streams_seen(self) -> Sequence[StreamLike]:
         return list(self._streams_seen.values())

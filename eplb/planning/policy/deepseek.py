@@ -11,8 +11,8 @@ from __future__ import annotations
 
 import numpy as np
 
-from eplb.policy.base import Proposal, Topology, check_input, register_policy
-from eplb.shares import equal_shares_of
+from eplb.planning.policy.base import Proposal, Topology, check_input, register_policy
+from eplb.planning.shares import equal_shares_of
 
 
 def pack_evenly(weight_Xn: np.ndarray, num_packs: int) -> tuple[np.ndarray, np.ndarray]:
@@ -138,7 +138,7 @@ class DeepSeekPolicy:
     """
 
     def propose(self, load_LNE: np.ndarray, physical_LWP: np.ndarray, topology: Topology) -> Proposal:
-        """See `eplb.policy.Policy.propose`."""
+        """See `eplb.planning.policy.Policy.propose`."""
         load_LNE, physical_LWP = check_input(load_LNE, physical_LWP, topology)
         num_layers, num_ranks, per_rank = physical_LWP.shape
         new_LWP = deepseek_placement(

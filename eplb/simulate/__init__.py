@@ -1,0 +1,1 @@
+"""Replays a load trace through policies: `python -m eplb.simulate`."""
