@@ -1,5 +1,3 @@
-# mypy: allow-incomplete-defs
-# Of the arguments of a kernel only the constants are annotated.
 """What the ops share that rank keys by bin: each among those of its bin, in their order; without global atomics.
 
 Few keys: one launch, in which each program scans all keys and ranks those of its own bin. That reads N keys per bin, all
