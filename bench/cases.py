@@ -1,4 +1,4 @@
-"""What is measured: five model shapes at batches of 1 to 16,384 tokens, some with skewed routing, and their floors.
+"""The cases: five model shapes at batches of 1 to 16,384 tokens, some with skewed routing, and their least work.
 
 A case is data. Its logits come from a seeded CPU generator, so they are the same on every device; the seeds are chosen so
 that the number of experts hit is typical of the draw.
@@ -8,13 +8,6 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
-
-# Measured on an H200 (torch 2.11, CUDA 13.0): an 8192 x 8192 x 8192 bf16 product on random data, and a plain read of
-# memory. The data sheet says 989 TFLOP/s and 4.8 TB/s, which nothing reaches.
-BF16_FLOPS_PER_S = 686e12
-BYTES_PER_S = 4.38e12
-# Not measured: NVIDIA's data sheet of the H200, FP32 without tensor cores.
-FP32_FLOPS_PER_S = 67e12
 
 ZIPF_EXPONENT = 1.5
 """Skewed logits fall by this times the logarithm of an expert's rank."""
@@ -96,18 +89,16 @@ def count_hit(logits_TE: torch.Tensor, top_k: int) -> int:
     return logits_TE.topk(top_k, dim=1).indices.unique().numel()
 
 
-def floor_us(flops: float, num_bytes: float, dtype: torch.dtype = torch.bfloat16) -> float:
-    """What no kernel can beat, in µs: the products or the bytes, each at the measured ceiling."""
-    flops_per_s = FP32_FLOPS_PER_S if dtype == torch.float32 else BF16_FLOPS_PER_S
-    return 1e6 * max(flops / flops_per_s, num_bytes / BYTES_PER_S)
+def forward_work(shape: Shape, num_tokens: int, experts_hit: int, dtype: torch.dtype) -> tuple[float, float]:
+    """The FLOPs and bytes that no forward of a layer can do without.
 
-
-def forward_floor_us(shape: Shape, num_tokens: int, experts_hit: int, dtype: torch.dtype = torch.bfloat16) -> float:
-    """Floor of a layer's forward: the weights of the experts hit are read once, and the input, and the output written."""
+    The weights of the experts hit are read once, the input is read, the output is written. For its floor, give them to
+    `bench.ceilings.Ceilings.floor_us`.
+    """
     matrix = shape.hidden_size * shape.intermediate_size
     flops = 6 * num_tokens * shape.top_k * matrix
     num_bytes = dtype.itemsize * (3 * matrix * experts_hit + 2 * num_tokens * shape.hidden_size)
-    return floor_us(flops, num_bytes, dtype)
+    return flops, num_bytes
 
 
 def select(shapes: Sequence[str] | None, tokens: Sequence[int] | None) -> list[Case]:

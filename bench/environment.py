@@ -1,4 +1,4 @@
-"""What a measurement depends on: columns for every CSV."""
+"""Hardware, versions and commit: columns of every CSV."""
 
 import os
 import platform
@@ -6,6 +6,8 @@ import subprocess
 from pathlib import Path
 
 import torch
+
+ROOT = Path(__file__).resolve().parent.parent
 
 
 def environment() -> dict[str, str]:
@@ -25,15 +27,25 @@ def environment() -> dict[str, str]:
         "torch": torch.__version__,
         "triton": triton_version,
         "python": platform.python_version(),
-        # A copy of the tree without its history can be told.
-        "commit": os.environ.get("BENCH_COMMIT") or _output("git", "describe", "--always", "--dirty=+", "--exclude=*"),
+        "commit": commit_of(ROOT, "BENCH_COMMIT"),
     }
 
 
-def _output(*command: str) -> str:
+def commit_of(root: Path, variable: str) -> str:
+    """The commit of a checkout; ``+`` behind it says that there are uncommitted changes.
+
+    A copy without history cannot tell: then the environment variable `variable` does.
+    """
+    told = os.environ.get(variable)
+    if told:
+        return told
+    if _output("git", "rev-parse", "--show-toplevel", cwd=root) != str(root.resolve()):
+        return "unknown"  # a folder inside another repository
+    return _output("git", "describe", "--always", "--dirty=+", "--exclude=*", cwd=root)
+
+
+def _output(*command: str, cwd: Path | None = None) -> str:
     try:
-        return subprocess.run(
-            command, cwd=Path(__file__).parent, capture_output=True, text=True, check=True
-        ).stdout.strip()
+        return subprocess.run(command, cwd=cwd, capture_output=True, text=True, check=True).stdout.strip()
     except (OSError, subprocess.CalledProcessError):
         return "unknown"

@@ -10,7 +10,8 @@ from typing import Any
 
 import torch
 
-from bench.cases import Case, count_hit, floor_us, make_logits
+from bench.cases import Case, count_hit, make_logits
+from bench.ceilings import Ceilings, measure_ceilings
 from bench.command import make_parser
 from bench.providers import Unavailable, Weights, make_weights
 from bench.report import (
@@ -130,7 +131,9 @@ def main(op: str, doc: str | None, make_work: Callable[[Inputs], Work], argument
     options = parser.parse_args(arguments)
     cases = chosen_cases(parser, options)
     complaints: list[str] = []
-    with Report(options.csv, len(cases)) as report, torch.no_grad():
+    ceilings = measure_ceilings(options.device, DTYPES[options.dtype])
+    with Report(options.csv, len(cases), ceilings.columns()) as report, torch.no_grad():
+        report.line(f"floors by {ceilings}, measured now")
         for shape, of_shape in groupby(cases, key=lambda case: case.shape):
             kept: list[Weights] = []
 
@@ -141,7 +144,7 @@ def main(op: str, doc: str | None, make_work: Callable[[Inputs], Work], argument
 
             for case in of_shape:
                 inputs = Inputs(case, DTYPES[options.dtype], options.device, weights)
-                complaints += _measure(op, inputs, make_work(inputs), options, report)
+                complaints += _measure(op, inputs, make_work(inputs), options, report, ceilings)
         report.line("\ngeometric mean of time / floor")
         for name in dict.fromkeys(row["provider"] for row in report.rows):
             factors = [row["median_us"] / row["floor_us"] for row in report.rows if row["provider"] == name]
@@ -154,11 +157,13 @@ def main(op: str, doc: str | None, make_work: Callable[[Inputs], Work], argument
     return 1 if wrong else 0
 
 
-def _measure(op: str, inputs: Inputs, work: Work, options: argparse.Namespace, report: Report) -> list[str]:
+def _measure(
+    op: str, inputs: Inputs, work: Work, options: argparse.Namespace, report: Report, ceilings: Ceilings
+) -> list[str]:
     """One line and one row for each run; returns what was skipped or wrong."""
     name = inputs.case.name
     report.step(name)
-    floor = floor_us(work.flops, work.num_bytes, inputs.dtype)
+    floor = ceilings.floor_us(work.flops, work.num_bytes)
     expected = _as_tuple(work.expected())
     texts, complaints = [], []
     for provider, run in work.runs.items():

@@ -1,14 +1,15 @@
 """``python -m bench.moe_forward``: the forward of one MoE layer, hidden states and router logits to output, against peers.
 
 On a GPU: device time of a CUDA graph's replay with a cold L2 (and with ``--eager`` also without a graph, from the host).
-Every output is checked against float32 in the same run; the exit status is 1 if one is wrong or a provider failed.
+The providers of a case take turns (`bench.timing.time_captured`). The floors are those of ceilings measured at the start of
+the run. Every output is checked against float32; the exit status is 1 if one is wrong or a provider failed.
 
 To measure a peer that is not built in, write a module that calls `bench.providers.register` and name it:
-``--provider-module my_module --providers moe_layer,mine``.
+``--provider-module my_module --providers moe_layer,mine``. To compare with another checkout of this project, in the same run:
+``--against PATH`` (`bench.against`).
 """
 
 import argparse
-import csv
 import sys
 from collections.abc import Callable, Sequence
 from itertools import groupby
@@ -17,7 +18,9 @@ from typing import Any
 
 import torch
 
-from bench.cases import Case, count_hit, forward_floor_us, make_logits
+from bench import against
+from bench.cases import Case, count_hit, forward_work, make_logits
+from bench.ceilings import Ceilings, measure_ceilings
 from bench.command import make_parser
 from bench.providers import Problem, Provider, Unavailable, find, make_problem, make_weights, reference
 from bench.report import (
@@ -30,7 +33,7 @@ from bench.report import (
     plot_over_floor,
     relative_error,
 )
-from bench.timing import FLUSHES, extra_bytes, time_eager, time_graph
+from bench.timing import FLUSHES, capture, extra_bytes, time_captured, time_eager
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -48,26 +51,41 @@ def main(arguments: Sequence[str] | None = None) -> int:
     )
     parser.add_argument("--eager", action="store_true", help="also without a CUDA graph: latency, and back to back")
     parser.add_argument(
-        "--peers", type=Path, metavar="FILE", help="a CSV of known times (case, provider, median_us) to compare with"
+        "--against",
+        type=Path,
+        metavar="PATH",
+        help="compare with the layer of another checkout, instead of with providers",
     )
+    parser.add_argument("--rounds", type=int, default=against.ROUNDS, help="of --against")
     options = parser.parse_args(arguments)
     cases = chosen_cases(parser, options)
     try:
+        if options.against is not None:
+            against.check_root(options.against)
+            if options.rounds < 1:
+                raise ValueError(f"--rounds must be at least 1, got {options.rounds}")
         providers = find(options.providers, options.provider_module)
     except (ValueError, ImportError) as error:
         parser.error(str(error))
-    known = best_known(options.peers) if options.peers else {}
+    if options.against is not None:
+        return against.run(cases, options)
     complaints: list[str] = []
-    with Report(options.csv, len(cases) * len(providers)) as report, torch.no_grad():
-        report.line(_header(providers, options.peers))
+    ceilings = measure_ceilings(options.device, DTYPES[options.dtype])
+    with Report(options.csv, len(cases), ceilings.columns()) as report, torch.no_grad():
+        report.line(f"floors by {ceilings}, measured now")
+        report.line(_header(providers))
         for shape, of_shape in groupby(cases, key=lambda case: case.shape):
             weights = make_weights(shape, DTYPES[options.dtype], options.device)
             for case in of_shape:
+                report.step(case.name)
                 logits_TE = make_logits(case)
                 problem = make_problem(shape, weights, logits_TE)
-                rows, problems = _measure(case, problem, count_hit(logits_TE, shape.top_k), providers, options, report)
+                hit = count_hit(logits_TE, shape.top_k)
+                rows, problems = _measure(case, problem, hit, providers, options, ceilings)
+                for row in rows:
+                    report.row(row)
                 complaints += problems
-                report.line(_line(case, rows, providers, known.get(case.name) if options.peers else None))
+                report.line(_line(case, rows, providers))
                 for complaint in problems:
                     report.line(f"    {complaint}")
             del weights, problem  # before the next shape's are made
@@ -82,20 +100,28 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def _measure(
-    case: Case, problem: Problem, hit: int, providers: Sequence[Provider], options: argparse.Namespace, report: Report
+    case: Case,
+    problem: Problem,
+    hit: int,
+    providers: Sequence[Provider],
+    options: argparse.Namespace,
+    ceilings: Ceilings,
 ) -> tuple[list[dict[str, Any]], list[str]]:
-    """The rows of a case, written to the report as they come; and what was skipped ("skipped …") or wrong ("FAILED …")."""
+    """The rows of a case, and what was skipped ("skipped …") or wrong ("FAILED …")."""
     expected = reference(problem)
-    floor = forward_floor_us(case.shape, case.num_tokens, hit, DTYPES[options.dtype])
-    rows: list[dict[str, Any]] = []
+    floor = ceilings.floor_us(*forward_work(case.shape, case.num_tokens, hit, DTYPES[options.dtype]))
+    is_gpu = options.device.type == "cuda"
+    forwards: dict[str, Callable[[], torch.Tensor]] = {}
+    graphs: dict[str, torch.cuda.CUDAGraph] = {}
+    checked: dict[str, tuple[float, int | None]] = {}
     complaints: list[str] = []
     for provider in providers:
-        report.step(f"{case.name} {provider.name}")
         try:
             forward = provider.prepare(problem)
             error = relative_error(forward(), expected)
-            memory = extra_bytes(forward, options.device)
-            times = _times(forward, options)
+            checked[provider.name] = error, extra_bytes(forward, options.device)
+            if is_gpu:
+                graphs[provider.name] = capture(forward, options.device)
         except Unavailable as reason:
             complaints.append(f"skipped {provider.name}, {case.name}: {reason}")
             continue
@@ -103,67 +129,60 @@ def _measure(
             message = str(failure).partition("\n")[0]
             complaints.append(f"FAILED {provider.name}, {case.name}: {type(failure).__name__}: {message}")
             continue
+        forwards[provider.name] = forward
         if not error <= WORST_ERROR:
             complaints.append(f"FAILED {provider.name}, {case.name}: error {error:.2e} against float32, or NaN")
-        for mode, (median_us, p20_us, p80_us) in times.items():
-            row = {
-                "case": case.name,
-                "provider": provider.name,
-                "median_us": median_us,
-                "p20_us": p20_us,
-                "p80_us": p80_us,
-                "floor_us": floor,
-                "rel_err": error,
-                "mode": mode,
-                "dtype": options.dtype,
-                "experts_hit": hit,
-                "extra_bytes": memory,
-            }
-            report.row(row)
-            rows.append(row)
+    rows = [
+        {
+            "case": case.name,
+            "provider": name,
+            "median_us": median_us,
+            "p20_us": p20_us,
+            "p80_us": p80_us,
+            "floor_us": floor,
+            "rel_err": checked[name][0],
+            "mode": mode,
+            "dtype": options.dtype,
+            "experts_hit": hit,
+            "extra_bytes": checked[name][1],
+        }
+        for name, times in _times(forwards, graphs, options).items()
+        for mode, (median_us, p20_us, p80_us) in times.items()
+    ]
     return rows, complaints
 
 
 def _times(
-    forward: Callable[[], torch.Tensor], options: argparse.Namespace
-) -> dict[str, tuple[float, float | None, float | None]]:
-    """By mode: median, p20, p80 in µs."""
-    times: dict[str, tuple[float, float | None, float | None]] = {}
-    if options.device.type == "cuda":
-        timing = time_graph(forward, options.device, options.seconds, options.flush)
+    forwards: dict[str, Callable[[], torch.Tensor]],
+    graphs: dict[str, torch.cuda.CUDAGraph],
+    options: argparse.Namespace,
+) -> dict[str, dict[str, tuple[float, float | None, float | None]]]:
+    """By provider and mode: median, p20, p80 in µs. Graphs take turns; forwards without a graph are timed one by one."""
+    times: dict[str, dict[str, tuple[float, float | None, float | None]]] = {name: {} for name in forwards}
+    if options.device.type == "cuda" and forwards:
         mode = "graph" if options.flush == "write" else "graph_read_flush"
-        times[mode] = timing.median_us, timing.p20_us, timing.p80_us
-    if options.eager or not times:
-        timing, back_to_back_us = time_eager(forward, options.device, options.seconds)
-        times["eager"] = timing.median_us, timing.p20_us, timing.p80_us
-        times["back_to_back"] = back_to_back_us, None, None
+        captured = [graphs[name] for name in forwards]
+        timings = time_captured(captured, options.device, options.seconds, options.flush)
+        for name, timing in zip(forwards, timings, strict=True):
+            times[name][mode] = timing.median_us, timing.p20_us, timing.p80_us
+    if options.eager or options.device.type != "cuda":
+        for name, forward in forwards.items():
+            timing, back_to_back_us = time_eager(forward, options.device, options.seconds)
+            times[name]["eager"] = timing.median_us, timing.p20_us, timing.p80_us
+            times[name]["back_to_back"] = back_to_back_us, None, None
     return times
 
 
-def best_known(path: Path) -> dict[str, tuple[float, str]]:
-    """The best time of each case in a CSV, and whose it is."""
-    best: dict[str, tuple[float, str]] = {}
-    with path.open(newline="") as file:
-        for row in csv.DictReader(file):
-            found = float(row["median_us"]), row["provider"]
-            best[row["case"]] = min(best.get(row["case"], found), found)
-    return best
-
-
-def _header(providers: Sequence[Provider], peers: Path | None) -> str:
+def _header(providers: Sequence[Provider]) -> str:
     names = "".join(f"{provider.name + ' µs':>{_width(provider)}}" for provider in providers)
-    return f"{'case':<22}{'hit':>5}{'floor µs':>10}{names}{'× floor':>10}{'speed-up':>10}" + (
-        f"{'known best µs':>30}{'speed-up':>10}" if peers else ""
-    )
+    return f"{'case':<22}{'hit':>5}{'floor µs':>10}{names}{'× floor':>10}{'speed-up':>10}"
 
 
 def _width(provider: Provider) -> int:
     return max(10, len(provider.name) + 5)
 
 
-def _line(
-    case: Case, rows: Sequence[dict[str, Any]], providers: Sequence[Provider], known: tuple[float, str] | None
-) -> str:
+def _line(case: Case, rows: Sequence[dict[str, Any]], providers: Sequence[Provider]) -> str:
     """Times in the first mode measured; the factors are of the first provider, against the best of the others."""
     first: dict[str, float] = {}
     for row in rows:
@@ -178,8 +197,7 @@ def _line(
     ours, others = first.get(providers[0].name), [us for name, us in first.items() if name != providers[0].name]
     if ours is None:
         return text
-    text += f"{ours / rows[0]['floor_us']:>10.2f}" + (f"{min(others) / ours:>10.2f}" if others else f"{'-':>10}")
-    return text + (f"{f'{known[0]:.1f} ({known[1]})':>30}{known[0] / ours:>10.2f}" if known else "")
+    return text + f"{ours / rows[0]['floor_us']:>10.2f}" + (f"{min(others) / ours:>10.2f}" if others else f"{'-':>10}")
 
 
 def _summary(rows: Sequence[dict[str, Any]], providers: Sequence[Provider]) -> list[str]:

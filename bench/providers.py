@@ -1,8 +1,8 @@
-"""Who computes a forward: this package's layer, and peers.
+"""The providers of a forward: this package's layer, and peers.
 
-A peer that is not here (vLLM's kernels, say) is a module of one's own that calls `register()` at import; name it with
-``--provider-module``. What a provider may do before the clock runs (`prepare`) is what a server does once: lay out
-weights, allocate. What it returns does the rest, routing included, and is captured in a CUDA graph.
+For another peer (vLLM's kernels, say) write a module that calls `register()` at import, and name it with
+``--provider-module``. `prepare` does before the clock runs what a server does once: it lays out weights and allocates.
+The function that it returns does the rest, routing included, and is captured in a CUDA graph.
 """
 
 import importlib
@@ -139,7 +139,10 @@ def reference(problem: Problem) -> torch.Tensor:
 
 
 class _Ours:
-    """`MoELayer`, unregistered, with one shadow slot: the table, the shares and the load recording are part of it."""
+    """`MoELayer`, unregistered, with one shadow slot.
+
+    Its time contains the table and the load recording, but no shares: with one rank each expert has one replica.
+    """
 
     name = "moe_layer"
 
@@ -165,7 +168,10 @@ def make_layer(problem: Problem) -> MoELayer:
         device=problem.x_TH.device,
         dtype=problem.x_TH.dtype,
     )
-    layer.experts.load_state_dict({"gate_up_proj": weights.gate_up_ENH, "down_proj": weights.down_EHI})
+    # Not strict: router logits are given, so its own router has no weights to load.
+    layer.load_state_dict(
+        {"experts.gate_up_proj": weights.gate_up_ENH, "experts.down_proj": weights.down_EHI}, strict=False
+    )
     return layer
 
 

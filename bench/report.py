@@ -1,4 +1,4 @@
-"""What the benchmarks share: devices and dtypes, CSV files written row by row, progress, a table's lines, pictures."""
+"""Shared by the benchmarks: devices and dtypes, CSV files written row by row, progress, a table's lines, pictures."""
 
 import argparse
 import csv
@@ -69,11 +69,17 @@ def chosen_cases(parser: argparse.ArgumentParser, options: argparse.Namespace, l
 
 
 class Report:
-    """Rows of results: to a CSV as they come, and kept in `rows`. Lines and a progress bar do not disturb each other."""
+    """Rows of results: to a CSV as they come, and kept in `rows`. Lines and a progress bar do not disturb each other.
 
-    def __init__(self, path: Path | None, total: int = 0) -> None:
+    Args:
+        path: the CSV; none if None.
+        total: steps of the progress bar.
+        columns: for all rows, beside hardware, versions and commit: the run's ceilings.
+    """
+
+    def __init__(self, path: Path | None, total: int = 0, columns: Mapping[str, str] | None = None) -> None:
         self.rows: list[dict[str, Any]] = []
-        self._environment = environment()
+        self._environment = {**(columns or {}), **environment()}
         self._file = path.open("w", newline="") if path else None
         self._writer: csv.DictWriter[str] | None = None
         self._bar = tqdm(total=total, file=sys.stderr, disable=None, leave=False) if tqdm else None
@@ -88,14 +94,14 @@ class Report:
             self._file.close()
 
     def row(self, values: Mapping[str, Any]) -> None:
-        """All rows of a report have the same columns; the environment's follow them."""
+        """All rows of a report have the same columns; a value that is given goes before one of the environment."""
         self.rows.append(dict(values))
         if self._file is None:
             return
         if self._writer is None:
-            self._writer = csv.DictWriter(self._file, [*values, *self._environment])
+            self._writer = csv.DictWriter(self._file, list(dict.fromkeys([*values, *self._environment])))
             self._writer.writeheader()
-        self._writer.writerow({name: _cell(value) for name, value in values.items()} | self._environment)
+        self._writer.writerow(self._environment | {name: _cell(value) for name, value in values.items()})
         self._file.flush()
 
     def line(self, text: str) -> None:

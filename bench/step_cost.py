@@ -1,12 +1,19 @@
-"""``python -m bench.step_cost``: what `EplbController.step()` costs the main thread.
+"""``python -m bench.step_cost``: the cost of `EplbController.step()` on the main thread.
 
 One rank, many layers, in three kinds of step: quiet (nothing to do), with a snapshot of the load counters, and with a
-flip of all layers at once. Host microseconds, median and 20th/80th percentile; on a GPU the device's work is not waited
-for inside the measured time, as `step()` does not wait for it.
+flip of all layers at once. Host microseconds, median and 20th/80th percentile. The times do not contain the device's work,
+because `step()` does not wait for it.
+
+``--against PATH`` compares with another checkout: each checkout's own script runs in a process of its own, by turns.
 """
 
 import argparse
+import csv
+import os
+import statistics
+import subprocess
 import sys
+import tempfile
 import time
 from collections.abc import Sequence
 from pathlib import Path
@@ -15,6 +22,7 @@ import torch
 from torch import nn
 
 from bench.command import make_parser
+from bench.environment import ROOT
 from bench.report import Report, add_device
 from bench.timing import Timing, synchronize
 from eplb import EplbConfig, EplbController, SlotPool, TensorSpec
@@ -23,9 +31,11 @@ from eplb.relocation.fill import Handoff
 from eplb.relocation.resident import ResidentExperts
 from eplb.streams import streams_of
 
+DEADLINE_SECONDS = 600.0
+
 
 class Layer(nn.Module):
-    """What a controller needs of a layer, without its weights."""
+    """A layer as a controller sees it, without weights."""
 
     dispatch_backend = "local"
     expert_ranks = ()
@@ -45,7 +55,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--repeats", type=int, default=2000)
     add_device(parser)
     parser.add_argument("--csv", type=Path, metavar="FILE")
+    parser.add_argument("--against", type=Path, metavar="PATH", help="another checkout of this project")
+    parser.add_argument("--rounds", type=int, default=6, help="of --against")
     options = parser.parse_args(arguments)
+    if options.against is not None:
+        return compare(options)
     with Report(options.csv) as report:
         for kind, timing in measure(options).items():
             report.row(
@@ -61,6 +75,42 @@ def main(arguments: Sequence[str] | None = None) -> int:
             spread = f"p20 {timing.p20_us:.2f}, p80 {timing.p80_us:.2f}, of {timing.num_samples}"
             report.line(f"{kind:<10} {timing.median_us:8.2f} µs  ({spread})")
     return 0
+
+
+def compare(options: argparse.Namespace) -> int:
+    """Print new / old of each kind of step: the median over rounds, and the rounds' least and largest."""
+    roots = {"old": options.against.resolve(), "new": ROOT}
+    rounds: list[dict[str, dict[str, float]]] = []
+    for number in range(options.rounds):
+        order = ("old", "new") if number % 2 else ("new", "old")
+        rounds.append({side: _medians(roots[side], options) for side in order})
+    for kind in rounds[0]["new"]:
+        of_side = {side: [one[side][kind] for one in rounds] for side in roots}
+        ratios = [new / old for old, new in zip(of_side["old"], of_side["new"], strict=True)]
+        old_us, new_us = (statistics.median(of_side[side]) for side in roots)
+        print(
+            f"{kind:<10} old {old_us:8.2f} µs, new {new_us:8.2f} µs, new / old {statistics.median(ratios):.3f} "
+            f"({min(ratios):.3f} to {max(ratios):.3f} in {len(rounds)} rounds)"
+        )
+    return 0
+
+
+def _medians(root: Path, options: argparse.Namespace) -> dict[str, float]:
+    """By kind of step, in µs: one run of the script of a checkout."""
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder) / "out.csv"
+        numbers = ["--layers", options.layers, "--experts", options.experts, "--repeats", options.repeats]
+        arguments = [*map(str, numbers), "--device", str(options.device), "--csv", str(path)]
+        subprocess.run(
+            [sys.executable, "-m", "bench.step_cost", *arguments],
+            cwd=root,
+            env=os.environ | {"PYTHONPATH": f"{root}{os.pathsep}{root / 'kernels'}"},
+            stdout=subprocess.DEVNULL,
+            timeout=DEADLINE_SECONDS,
+            check=True,
+        )
+        with path.open(newline="") as file:
+            return {row["step"]: float(row["median_us"]) for row in csv.DictReader(file)}
 
 
 def measure(options: argparse.Namespace) -> dict[str, Timing]:

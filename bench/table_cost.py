@@ -1,9 +1,11 @@
-"""``python -m bench.table_cost``: what table, shares and load recording cost a forward that could also do without.
+"""``python -m bench.table_cost``: the cost of the indirection table in a forward that could do without.
 
-The same forward twice, in one run: with the table, and with the experts hard-wired to rows of the weights
-(`hard_wired`). All must give the same bits. Without replicas the forward with the table is `MoELayer`'s, and hard-wired a
-row's slot is its expert's id; how many rows each expert has is given (what any layer must find out, so this is the strict
-comparison), or counted. With replicas, whose lanes lead to the same weights, each row's lane is given.
+The same forward twice in one run: through the table, and with the experts hard-wired to rows of the weights
+(`hard_wired`). All must give the same bits. Two comparisons, which contain different things:
+
+- *table*: `MoELayer`'s own forward. Each expert has one replica, so it looks up slots and records the load; it reads no
+  shares. Hard-wired, the number of rows of each expert is given (strict, as every layer must find it out) or counted.
+- *table with replicas*: some experts have two, so the choice by shares is in it. Hard-wired, each row's lane is given.
 """
 
 import argparse
@@ -13,7 +15,8 @@ from itertools import groupby
 
 import torch
 
-from bench.cases import Case, count_hit, forward_floor_us, make_logits
+from bench.cases import Case, count_hit, forward_work, make_logits
+from bench.ceilings import Ceilings, measure_ceilings
 from bench.command import make_parser
 from bench.providers import Problem, make_layer, make_problem, make_weights
 from bench.report import DTYPES, Report, add_arguments, chosen_cases, geometric_mean, plot_over_floor
@@ -126,7 +129,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     cases = chosen_cases(parser, options, least_tokens=2)
     differing: list[str] = []
     costs: dict[str, list[float]] = {"counts given": [], "counted": [], "replicas": []}
-    with Report(options.csv, len(cases)) as report, torch.no_grad():
+    ceilings = measure_ceilings(options.device, DTYPES[options.dtype])
+    with Report(options.csv, len(cases), ceilings.columns()) as report, torch.no_grad():
         report.line(
             f"{'case':<22}{'counts given':>14}{'counted':>10}{'table µs':>10}{'cost %':>9}{'%':>8}"
             f"{'lanes given':>16}{'replicas µs':>13}{'cost %':>9}"
@@ -142,7 +146,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
                 timings, equal = _measure(problem, layer, options)
                 if not equal:
                     differing.append(case.name)
-                _write(report, case, timings, equal, count_hit(logits_TE, shape.top_k), options)
+                _write(report, case, timings, equal, count_hit(logits_TE, shape.top_k), options, ceilings)
                 us = [timing.median_us for timing in timings.values()]
                 percent = [100 * (us[2] / us[0] - 1), 100 * (us[2] / us[1] - 1), 100 * (us[4] / us[3] - 1)]
                 for kind, cost in zip(costs, percent, strict=True):
@@ -187,8 +191,15 @@ def _measure(problem: Problem, layer: MoELayer, options: argparse.Namespace) -> 
 
 
 def _write(
-    report: Report, case: Case, timings: dict[str, Timing], equal: bool, hit: int, options: argparse.Namespace
+    report: Report,
+    case: Case,
+    timings: dict[str, Timing],
+    equal: bool,
+    hit: int,
+    options: argparse.Namespace,
+    ceilings: Ceilings,
 ) -> None:
+    floor = ceilings.floor_us(*forward_work(case.shape, case.num_tokens, hit, DTYPES[options.dtype]))
     for name, timing in timings.items():
         report.row(
             {
@@ -197,7 +208,7 @@ def _write(
                 "median_us": timing.median_us,
                 "p20_us": timing.p20_us,
                 "p80_us": timing.p80_us,
-                "floor_us": forward_floor_us(case.shape, case.num_tokens, hit, DTYPES[options.dtype]),
+                "floor_us": floor,
                 "bits_equal": equal,
                 "mode": "graph" if options.device.type == "cuda" else "eager",
                 "dtype": options.dtype,

@@ -1,7 +1,7 @@
 """``python -m bench.table_flip``: `flip()` of all layers' tables at once: the device's time, and the host's.
 
-What stands between two forwards when a relocation takes effect. Nothing is staged anew between flips: the bytes copied are
-the same.
+This work stands between two forwards when a relocation takes effect. Nothing is staged between the flips, so all copy the
+same bytes.
 """
 
 import sys
@@ -12,7 +12,7 @@ from typing import Any
 
 import torch
 
-from bench.cases import floor_us
+from bench.ceilings import measure_ceilings
 from bench.command import make_parser
 from bench.report import Report, add_device
 from bench.timing import Timing, synchronize, time_graph
@@ -37,7 +37,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     num_physical = (options.experts + options.redundant) // options.ranks
     placement = Placement.initial(options.experts, options.redundant, options.ranks, num_lanes=num_physical + 1)
     shares_WS = equal_shares(placement)
-    with Report(options.csv) as report:
+    ceilings = measure_ceilings(device)
+    with Report(options.csv, columns=ceilings.columns()) as report:
         for num_layers in options.layers:
             tables = [ExpertTable(placement, shares_WS, streams) for _ in range(num_layers)]
 
@@ -61,7 +62,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
                         "median_us": timing.median_us,
                         "p20_us": timing.p20_us,
                         "p80_us": timing.p80_us,
-                        "floor_us": floor_us(0, 2 * num_bytes),
+                        "floor_us": ceilings.floor_us(0, 2 * num_bytes),
                         "bytes": num_bytes,
                     }
                 )

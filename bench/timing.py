@@ -16,10 +16,12 @@ import torch
 Function = Callable[[], Any]
 
 WARM_UPS = 3
-# As Triton's `do_bench_cudagraph`. Under load for longer, the power limit lowers the clock: see docs/performance.md.
+# As Triton's `do_bench_cudagraph`.
 DEFAULT_SECONDS = 0.02
 LEAST_REPEATS, MOST_REPEATS = 10, 200
-# Idle before the samples are taken, so that the clock does not tell what the GPU did before (a reference in float32, say).
+# Work comes in bursts from idle: under load for longer the power limit lowers the clock (docs/performance.md), and a GPU that
+# is still hot from other work (a reference in float32, say) would be slower.
+BURST_SECONDS = 0.02
 IDLE_SECONDS = 0.5
 LEAST_FLUSH = 256 * 2**20  # bytes
 FLUSHES = ("write", "read")
@@ -41,29 +43,56 @@ class Timing:
 def time_graphs(
     functions: Sequence[Function], device: torch.device, seconds: float = DEFAULT_SECONDS, flush: str = "write"
 ) -> list[Timing]:
-    """Device time of each function, replayed from CUDA graphs with a cold L2, all once in each round, in random order.
+    """`time_captured` of functions without host syncs; each is captured once, after a warm-up."""
+    return time_captured([capture(function, device) for function in functions], device, seconds, flush)
 
-    Before each replay a buffer of four times the L2 is written, as Triton's `do_bench` does, or read. The host enqueues
-    everything without waiting, and is ahead of the device, as a flush takes longer than the launches; so the time from event
-    to event is the device's alone. The device has idled before. Interleaved, drifts of the clock hit all functions alike; in
-    the same order in every round they would not: what follows a light function finds a higher clock.
+
+def time_captured(
+    graphs: Sequence[torch.cuda.CUDAGraph], device: torch.device, seconds: float = DEFAULT_SECONDS, flush: str = "write"
+) -> list[Timing]:
+    """Device time of each graph's replay with a cold L2, all once in each round, in random order.
+
+    Before each replay a buffer of four times the L2 is written, as Triton's `do_bench` does, or read. The host enqueues a
+    burst of rounds without waiting, and is ahead of the device, as a flush takes longer than the launches; so the time from
+    event to event is the device's alone. The device idles before each burst of about 20 ms (at least one round).
+    Interleaved, drifts of the clock hit all functions alike. In a fixed order they would not: a function behind a light
+    one would find a higher clock.
 
     Args:
-        functions: without host syncs; each is captured once, after a warm-up.
-        device: a CUDA device.
-        seconds: about how long each function is timed; 10 to 200 repeats.
-        flush: "write" leaves the L2 full of lines that must be written to memory as they make room, which whoever reads
-            pays for; "read" leaves lines that need not be.
+        device: a CUDA device, that of the graphs.
+        seconds: about how long each graph is timed; 10 to 200 repeats.
+        flush: "write" leaves the L2 full of lines that must be written to memory as they make room, and a forward that
+            reads weights pays for that; "read" leaves lines that need not be.
     """
-    with torch.cuda.device(device):
-        graphs = [_capture(function) for function in functions]
-        fill_cache = _flush(device, flush)
-        estimate_us = sum(_samples(graphs, fill_cache, 3)[1])  # of all functions once
-        repeats = _repeats(estimate_us, seconds * len(graphs))
+    order = random.Random(0)
+    estimate_us = round_us(graphs, device, flush)
+    repeats = repeats_for(estimate_us, seconds * len(graphs))
+    per_burst = max(1, int(1e6 * BURST_SECONDS / estimate_us))
+    samples: list[list[float]] = [[] for _ in graphs]
+    for first in range(0, repeats, per_burst):
         time.sleep(IDLE_SECONDS)
-        samples, _ = _samples(graphs, fill_cache, repeats)
-        del graphs
-        return [Timing.of(of_one) for of_one in samples]
+        burst = samples_us(graphs, device, min(per_burst, repeats - first), flush, order)
+        for of_graph, new in zip(samples, burst, strict=True):
+            of_graph += new
+    return [Timing.of(of_graph) for of_graph in samples]
+
+
+def round_us(graphs: Sequence[torch.cuda.CUDAGraph], device: torch.device, flush: str = "write") -> float:
+    """Estimate of the time of one round: a flush and a replay of each graph."""
+    with torch.cuda.device(device):
+        return sum(_samples(graphs, _flush(device, flush), 3, random.Random(0))[1])
+
+
+def samples_us(
+    graphs: Sequence[torch.cuda.CUDAGraph],
+    device: torch.device,
+    repeats: int,
+    flush: str = "write",
+    order: random.Random | None = None,
+) -> list[list[float]]:
+    """One burst: the times of each graph's replays, one in each of `repeats` rounds (`time_captured`)."""
+    with torch.cuda.device(device):
+        return _samples(graphs, _flush(device, flush), repeats, order or random.Random(0))[0]
 
 
 def time_graph(
@@ -74,18 +103,18 @@ def time_graph(
 
 
 def time_eager(function: Function, device: torch.device, seconds: float = DEFAULT_SECONDS) -> tuple[Timing, float]:
-    """What a caller without graphs waits for: (latency, time per call back to back).
+    """Times of a caller without graphs: (latency, time per call back to back).
 
-    The latency is from the call on an idle device to the end of its work, with the host's part; the L2 keeps what the
-    last call left. Back to back, many calls are enqueued and waited for once: what is longer of host and device.
+    The latency is from the call on an idle device to the end of its work, with the host's part; the L2 is as the last call
+    left it. Back to back, many calls are enqueued and waited for once: the longer one of host and device decides.
     """
     for _ in range(WARM_UPS):
         function()
     synchronize(device)
-    estimate_us = min(_wall(function, device) for _ in range(3))
-    repeats = _repeats(estimate_us, seconds / 2)
-    latency = Timing.of([_wall(function, device) for _ in range(repeats)])
-    throughput_us = _wall(lambda: [function() for _ in range(repeats)], device) / repeats
+    estimate_us = min(wall_us(function, device) for _ in range(3))
+    repeats = repeats_for(estimate_us, seconds / 2)
+    latency = Timing.of([wall_us(function, device) for _ in range(repeats)])
+    throughput_us = wall_us(lambda: [function() for _ in range(repeats)], device) / repeats
     return latency, throughput_us
 
 
@@ -108,28 +137,29 @@ def extra_bytes(function: Function, device: torch.device) -> int | None:
     return peak - before
 
 
-def _capture(function: Function) -> torch.cuda.CUDAGraph:
-    side = torch.cuda.Stream()
-    side.wait_stream(torch.cuda.current_stream())
-    with torch.cuda.stream(side):
-        for _ in range(WARM_UPS):
+def capture(function: Function, device: torch.device) -> torch.cuda.CUDAGraph:
+    """A CUDA graph of one call, after a warm-up; it has been replayed once."""
+    with torch.cuda.device(device):
+        side = torch.cuda.Stream()
+        side.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(side):
+            for _ in range(WARM_UPS):
+                function()
+        torch.cuda.current_stream().wait_stream(side)
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph):
             function()
-    torch.cuda.current_stream().wait_stream(side)
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        function()
-    graph.replay()
-    return graph
+        graph.replay()
+        return graph
 
 
 def _samples(
-    graphs: Sequence[torch.cuda.CUDAGraph], flush: Function, repeats: int
+    graphs: Sequence[torch.cuda.CUDAGraph], flush: Function, repeats: int, order: random.Random
 ) -> tuple[list[list[float]], list[float]]:
     """Times of each graph's replays, and for each graph the time of a flush and a replay."""
     events = [[[torch.cuda.Event(enable_timing=True) for _ in range(3)] for _ in range(repeats)] for _ in graphs]
     for _ in range(10):  # the host's lead
         flush()
-    order = random.Random(0)
     for repeat in range(repeats):
         for number in order.sample(range(len(graphs)), len(graphs)):
             before_flush, begin, end = events[number][repeat]
@@ -160,11 +190,13 @@ def _flush_buffer(device: torch.device) -> torch.Tensor:
     return torch.empty(size // 4, dtype=torch.int32, device=device)
 
 
-def _repeats(estimate_us: float, seconds: float) -> int:
+def repeats_for(estimate_us: float, seconds: float) -> int:
+    """How often to repeat something that takes `estimate_us`, to spend about `seconds`: 10 to 200 times."""
     return int(min(max(1e6 * seconds / max(estimate_us, 1e-3), LEAST_REPEATS), MOST_REPEATS))
 
 
-def _wall(function: Function, device: torch.device) -> float:
+def wall_us(function: Function, device: torch.device) -> float:
+    """Host time from the call on an idle device to the end of its work."""
     synchronize(device)
     begin = time.perf_counter_ns()
     function()

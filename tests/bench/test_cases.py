@@ -7,11 +7,13 @@ from dataclasses import replace
 import pytest
 import torch
 
-from bench.cases import CASES, GAP, SHAPES, Case, count_hit, forward_floor_us, make_logits, select
+from bench.cases import CASES, GAP, SHAPES, Case, count_hit, forward_work, make_logits, select
+from bench.ceilings import Ceilings, measure_ceilings
 
 BY_NAME = {case.name: case for case in CASES}
 
-# Experts hit and floor in µs, as typed from the table of the peers' measurement.
+# Experts hit and floor in µs at 686 TFLOP/s and 4.38 TB/s, from a table that another program made.
+RATES = Ceilings(686e12, 4.38e12)
 KNOWN = {
     "qwen3/T1": (8, 17),
     "qwen3/T16": (77, 166),
@@ -53,12 +55,26 @@ def test_experts_hit_and_floor(name):
     case, (hit, floor) = BY_NAME[name], KNOWN[name]
     assert count_hit(make_logits(case), case.shape.top_k) == hit
     # The table is rounded, and so are the ceilings in it.
-    assert forward_floor_us(case.shape, case.num_tokens, hit) == pytest.approx(floor, rel=1e-3, abs=0.7)
+    work = forward_work(case.shape, case.num_tokens, hit, torch.bfloat16)
+    assert RATES.floor_us(*work) == pytest.approx(floor, rel=1e-3, abs=0.7)
 
 
-def test_floor_of_float32_reads_twice_the_bytes():
-    shape = SHAPES["qwen3"]
-    assert forward_floor_us(shape, 1, 8, torch.float32) == pytest.approx(2 * forward_floor_us(shape, 1, 8))
+def test_float32_is_twice_the_bytes():
+    flops, num_bytes = forward_work(SHAPES["qwen3"], 1, 8, torch.bfloat16)
+    assert forward_work(SHAPES["qwen3"], 1, 8, torch.float32) == (flops, 2 * num_bytes)
+
+
+def test_ceilings_are_measured():
+    """On a CPU too, so that scripts can be tried there."""
+    ceilings = measure_ceilings(torch.device("cpu"), seconds=0.001)
+    assert 1e8 < ceilings.flops_per_s < 1e14 and 1e7 < ceilings.bytes_per_s < 1e13
+    assert set(ceilings.columns()) == {"ceiling_tflops", "ceiling_tb_per_s"}
+
+
+@pytest.mark.gpu
+def test_ceilings_of_a_gpu():
+    ceilings = measure_ceilings(torch.device("cuda", 0))
+    assert 1e13 < ceilings.flops_per_s < 1e16 and 1e11 < ceilings.bytes_per_s < 2e13
 
 
 @pytest.mark.parametrize("name", ["qwen3/T256", "qwen3~zipf/T256", "gptoss/T64"])

@@ -1,67 +1,59 @@
-"""The README's table."""
+"""The tables made of one run's results."""
 
-import csv
+from __future__ import annotations
+
+from pathlib import Path
 
 import pytest
 
+from bench import table
 from bench.table import main
 
-
-@pytest.fixture
-def files(tmp_path):
-    def write(name, rows):
-        path = tmp_path / name
-        with path.open("w", newline="") as file:
-            writer = csv.DictWriter(file, rows[0])
-            writer.writeheader()
-            writer.writerows(rows)
-        return str(path)
-
-    row = {"experts_hit": 8, "floor_us": 10.0, "mode": "graph", "rel_err": 0.002, "dtype": "bf16", "device": "a GPU"}
-    results = [
-        row | {"case": "qwen3/T1", "provider": "moe_layer", "median_us": 20.0},
-        row | {"case": "qwen3/T1", "provider": "moe_layer", "median_us": 99.0, "mode": "eager"},
-        row | {"case": "qwen3/T1", "provider": "other", "median_us": 1.0},
-        row | {"case": "qwen3/T16", "provider": "moe_layer", "median_us": 5.0},
-    ]
-    peers = [
-        {"case": case, "provider": provider, "median_us": median}
-        for case, provider, median in [
-            ("qwen3/T1", "A", 50.0),
-            ("qwen3/T1", "B", 40.0),
-            ("qwen3/T16", "A", 10.0),
-        ]
-    ]
-    return write("results.csv", results), write("peers.csv", peers)
+HEAD = "# measured somewhere\ncase,provider,median_us,floor_us,rel_err,mode,dtype,experts_hit,device\n"
+ROWS = """qwen3/T1,moe_layer,20,10,0.002,graph,bf16,8,a GPU
+qwen3/T1,moe_layer,99,10,0.002,eager,bf16,8,a GPU
+qwen3/T1,A,50,10,0.002,graph,bf16,8,a GPU
+qwen3/T1,B,40,10,,graph,bf16,8,a GPU
+qwen3/T16384,moe_layer,50,100,0.002,graph,bf16,8,a GPU
+qwen3/T16384,A,45,100,0.002,graph,bf16,8,a GPU
+"""
 
 
-def test_table(files, capsys, tmp_path):
-    assert main([*files]) == 0
+def write(tmp_path, rows):
+    path = tmp_path / "results.csv"
+    path.write_text(HEAD + rows)
+    return str(path)
+
+
+def test_table(tmp_path, capsys):
+    assert main([write(tmp_path, ROWS)]) == 0
     lines = capsys.readouterr().out.splitlines()
+    assert lines[0].startswith("| case | experts hit | floor µs | moe_layer µs | × floor | A | B |")
     assert lines[2:4] == [
-        "| qwen3/T1 | 8 | 10 | 20.0 | 2.00 | 40 | B | 2.00 |",
-        "| qwen3/T16 | 8 | 10 | 5.0 | 0.50 | 10 | A | 2.00 |",
+        "| qwen3/T1 | 8 | 10 | 20 | 2.00 | 50 | 40 | 2.000 |",
+        "| qwen3/T16384 | 8 | 100 | 50 | 0.50 | 45 | – | 0.900 |",
     ]
-    assert lines[-1].endswith("over 2 cases: moe_layer 1.000 × floor, best peers 2.000 × floor")
+    assert "over 2 cases: moe_layer 1.000 × floor" in lines[5]
+    assert lines[7].split() == ["up", "to", "256", "2.000", "(1", "cases,", "worst", "2.000)"]
+    assert lines[8].split() == ["16,384", "0.900", "(1", "cases,", "worst", "0.900)"]
 
 
-def test_a_case_without_peers_is_an_error(files, tmp_path):
-    results, _ = files
-    peers = tmp_path / "none.csv"
-    peers.write_text("case,provider,median_us\nqwen3/T1,A,1\n")
-    with pytest.raises(SystemExit):
-        main([results, str(peers)])
+@pytest.mark.parametrize(
+    ("before", "after"),
+    [
+        ("20,10,0.002", "20,10,nan"),
+        ("50,10,0.002", "50,10,0.1"),  # a peer's
+        ("45,100,0.002,graph,bf16", "45,100,0.002,graph,fp32"),
+        ("qwen3/T16384,A,", "qwen3/T64,A,"),  # no peer in the same case
+    ],
+)
+def test_results_that_make_no_table(tmp_path, before, after):
+    assert before in ROWS
+    with pytest.raises(SystemExit) as refusal:
+        main([write(tmp_path, ROWS.replace(before, after))])
+    assert refusal.value.code == 2
 
 
-@pytest.mark.parametrize("change", [{"rel_err": "nan"}, {"rel_err": 0.1}, {"dtype": "fp32"}])
-def test_wrong_results_are_not_shown(files, tmp_path, change):
-    results, peers = files
-    with open(results, newline="") as file:
-        rows = list(csv.DictReader(file))
-    rows[0] |= change
-    with open(results, "w", newline="") as file:
-        writer = csv.DictWriter(file, rows[0])
-        writer.writeheader()
-        writer.writerows(rows)
-    with pytest.raises(SystemExit):
-        main([results, peers])
+def test_the_kept_run_has_all_peers_in_all_cases():
+    rows = table.read(Path(table.__file__).parent / "results/h200/forward_with_peers.csv")
+    assert len(rows) == 39 * 6

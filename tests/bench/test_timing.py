@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import random
 import time
 
 import pytest
@@ -57,10 +58,29 @@ def test_each_round_has_every_graph_once_in_changing_order(monkeypatch):
 
     monkeypatch.setattr(torch.cuda, "Event", Event)
     monkeypatch.setattr(torch.cuda, "synchronize", lambda: None)
-    samples, rounds = timing._samples([Graph(number) for number in range(3)], torch.zeros(1).zero_, 20)
+    graphs = [Graph(number) for number in range(3)]
+    samples, rounds = timing._samples(graphs, torch.zeros(1).zero_, 20, random.Random(0))
     orders = [tuple(visited[first : first + 3]) for first in range(0, 60, 3)]
     assert all(sorted(order) == [0, 1, 2] for order in orders) and len(set(orders)) > 3
     assert samples == [[1e3] * 20] * 3 and rounds == [2e3] * 3
+
+
+def test_work_comes_in_bursts_from_idle(monkeypatch):
+    """Six rounds fit into a burst of 20 ms; the last burst has the rest."""
+    happened, orders = [], []
+
+    def samples_us(graphs, device, repeats, flush, order):
+        happened.append(repeats)
+        orders.append(order)
+        return [[float(number)] * repeats for number, _ in enumerate(graphs)]
+
+    monkeypatch.setattr(timing, "round_us", lambda *_: 3e3)
+    monkeypatch.setattr(timing, "samples_us", samples_us)
+    monkeypatch.setattr(time, "sleep", lambda seconds: happened.append("idle"))
+    first, second = timing.time_captured([None, None], CPU, seconds=0.021)
+    assert happened == ["idle", 6, "idle", 6, "idle", 2]
+    assert (first.median_us, second.median_us, second.num_samples) == (0.0, 1.0, 14)
+    assert len({id(order) for order in orders}) == 1  # one generator, or each burst would begin with the same order
 
 
 @pytest.mark.gpu
