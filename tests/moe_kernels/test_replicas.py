@@ -223,7 +223,6 @@ LOAD = torch.zeros(1, dtype=torch.int64)
         ("must both be None", {"table": replace(TABLE, offsets_E1=None)}),
         ("table.lanes_P", {"table": ReplicaTable(int32([0, 1]), int32([0]))}),
         ("table.lanes_P", {"table": replace(TABLE, lanes_P=torch.zeros(1))}),
-        ("table.lane_to_slot_L", {"table": replace(TABLE, lane_to_slot_L=torch.zeros(1))}),
         ("table.cumulative_P", {"table": replace(TABLE, cumulative_P=int32([1, ONE]))}),
         ("load.load_E", {"load": LoadCounter(int32([0]))}),
         ("load.increment_1", {"load": LoadCounter(LOAD, torch.ones(2, dtype=torch.int64))}),
