@@ -1,11 +1,12 @@
-"""How kernels are launched: on their arguments' device and its current stream, and with little of the host's time."""
+"""Launches kernels: on the device of their arguments, on its current stream, and with little host time."""
 
 from __future__ import annotations
 
 import functools
+import logging
 from collections.abc import Callable
 from contextlib import nullcontext
-from typing import Any
+from typing import Any, Literal
 
 import torch
 import triton
@@ -16,43 +17,51 @@ from moe_kernels.backend import INTERPRETED
 
 __all__ = ["Launcher", "PreparedLaunch", "gdc_launch_dependents", "gdc_wait", "has_pdl", "on_device", "raw_stream"]
 
+_log = logging.getLogger(__name__)
+
+# Triton's versions whose compiled kernels are launched by `PreparedLaunch` itself, through Triton's internals.
+_TESTED_TRITON = ("3.6", "3.7")
 _MOST_PREPARED = 1024  # of a kernel; there is one for each of its specialisations, of which a process has few
 
 
 class Launcher:
-    """Decorator of a Triton kernel that is launched as ever, `kernel[grid](*arguments, **constants)`.
+    """Decorator of a Triton kernel. The call stays Triton's: `kernel[grid](*arguments, **constants)`.
 
-    It takes less of the host's time: Triton looks at each argument of each launch in a way that takes longer than many of
-    these kernels run, here it is one look into a dictionary. (Hooks of launches are called. What else Triton asks at each
-    launch, its knobs for debugging and instrumentation and hooks before runs, is asked at a kernel's first launch only.)
+    A launch takes less host time than Triton's own. Triton examines each argument of each launch, which takes longer than
+    many of these kernels run. A Launcher makes a key of the arguments and looks the compiled kernel up. It calls the hooks of
+    launches. It reads Triton's knobs for debugging and instrumentation, and the hooks before runs, only at the first launch
+    of a kernel. With a Triton version that is not tested it launches through Triton's public interface.
 
-    It launches on the device of the first argument, which is never None. And it sets the kernel's parameter PDL: whether
-    kernels are launched while the one before still runs.
+    The kernel runs on the device of the first argument, which is never None. The Launcher sets the kernel's parameter PDL:
+    whether the GPU may start a kernel while the one before it still runs (programmatic dependent launch, from Hopper on).
 
-    Such a kernel (programmatic dependent launch, from Hopper on) is set up beforehand and holds at `gdc_wait()` until its
-    predecessor has ended and all of that one's writes are seen. *Every* program begins with that wait, also one that
-    reads nothing new: a wait covers only the one kernel before, so what an older kernel wrote is there only if that
-    predecessor had itself waited. (`one_token.py` has one founded exception.) After it, `gdc_launch_dependents()` lets the
-    next kernel be set up at once.
+    With PDL, the GPU sets a kernel up early. The kernel then waits in `gdc_wait()` until its predecessor has ended and the
+    predecessor's writes are visible. *Every* program begins with that wait, even one that reads nothing new. A wait covers
+    one predecessor only, so the writes of an older kernel are visible only if the predecessor itself has waited.
+    (`one_token.py` has one exception, and its reason.) After the wait, `gdc_launch_dependents()` lets the GPU set up the
+    next kernel.
     """
 
     def __init__(self, jit: Any) -> None:
         self.jit = jit
         self._has_pdl_parameter = "PDL" in jit.arg_names
-        # The interpreter's functions have no such list.
-        self._by_value = [not parameter.do_not_specialize for parameter in getattr(jit, "params", ())]
         self._prepared: dict[tuple[Any, ...], PreparedLaunch] = {}
 
     def __getitem__(self, grid: tuple[int, ...]) -> Callable[..., None]:
         return functools.partial(self._launch, grid)
 
     def prepare(self, device_index: int, **constants: Any) -> PreparedLaunch:
-        """For an owner that knows better than `_launch` what doesn't change."""
+        """A launch without a key, for a caller that itself knows when the specialisation changes (`one_token.py`)."""
         if self._has_pdl_parameter:
             constants["PDL"] = has_pdl(device_index)
             if constants["PDL"]:
                 constants["launch_pdl"] = True  # an option that not every backend of Triton has
         return PreparedLaunch(self.jit, constants)
+
+    @functools.cached_property
+    def _by_value(self) -> list[bool]:
+        """Of each parameter, whether a number is specialised on (an internal of Triton's)."""
+        return [not parameter.do_not_specialize for parameter in self.jit.params]
 
     def _launch(self, grid: tuple[int, ...], *arguments: Any, **constants: Any) -> None:
         first = arguments[0]
@@ -71,7 +80,7 @@ class Launcher:
             launch((*grid, 1, 1)[:3], raw_stream(device_index), *arguments)
 
     def _specialization(self, arguments: tuple[Any, ...]) -> list[Any]:
-        """All of the arguments that Triton compiles for; of numbers their values, which is more."""
+        """The properties of the arguments on which Triton specialises a kernel. Of a number, the key has its value."""
         parts: list[Any] = []
         for argument, by_value in zip(arguments, self._by_value, strict=False):
             kind = type(argument)
@@ -89,10 +98,10 @@ class Launcher:
 
 
 class PreparedLaunch:
-    """`kernel[grid]` of what it was first called with but for the tensors' addresses and unspecialised numbers.
+    """Launches one specialisation of a kernel: the first call compiles it, later calls only launch it.
 
-    The owner knows that nothing which the kernel was specialised on has changed: dtypes, numbers, and whether addresses are
-    multiples of 16 bytes (but for arguments in its `do_not_specialize_on_alignment`).
+    The caller ensures that later arguments have the same specialisation: dtypes, numbers (but those of `do_not_specialize`),
+    and whether addresses are multiples of 16 bytes (but those of `do_not_specialize_on_alignment`).
     """
 
     def __init__(self, jit: Any, constants: dict[str, Any]) -> None:
@@ -110,18 +119,42 @@ class PreparedLaunch:
         elif _may_have_launch_hooks():
             compiled[grid](*arguments, *self._values, stream=stream)
         else:
-            # As `compiled[grid]` and Triton's own launcher do it, but with neither metadata nor hooks.
+            # The same call that `compiled[grid]` makes, without metadata and hooks.
             handles = (compiled.function, compiled.packed_metadata, None, None, None)
             compiled.run(*grid, stream, *handles, *arguments, *self._values)
 
 
 def _prepares() -> bool:
-    """Not in the interpreter; nor on AMD's GPUs, for which Triton also compiles by the sizes of tensors."""
-    return not INTERPRETED and torch.version.cuda is not None
+    """Whether a second launch goes past Triton's own look at the arguments.
+
+    Not in the interpreter; nor on AMD's GPUs, for which Triton also compiles by the sizes of tensors; nor with a Triton whose
+    internals are not known.
+    """
+    if INTERPRETED or torch.version.cuda is None:
+        return False
+    return _TRITON_IS_TESTED or _launches_publicly()
+
+
+def _is_tested(version: str) -> bool:
+    return ".".join(version.split(".")[:2]) in _TESTED_TRITON
+
+
+_TRITON_IS_TESTED = _is_tested(triton.__version__)
+
+
+@functools.cache
+def _launches_publicly() -> Literal[False]:
+    """Says so, once."""
+    _log.warning(
+        "Triton %s is not one of %s: kernels are launched through Triton's public interface, which takes more host time",
+        triton.__version__,
+        ", ".join(_TESTED_TRITON),
+    )
+    return False
 
 
 def _may_have_launch_hooks() -> bool:
-    """Whether somebody, a profiler say, hooks into launches. Not so empty chains, which would cost 1 µs a launch."""
+    """Whether a profiler, say, hooks into launches. An empty chain of hooks counts as none: to call it costs 1 µs."""
     knobs = triton.knobs
     enter, leave = knobs.runtime.launch_enter_hook, knobs.runtime.launch_exit_hook
     if type(enter) is type(leave) is knobs.HookChain:
@@ -131,19 +164,19 @@ def _may_have_launch_hooks() -> bool:
 
 @functools.cache
 def has_pdl(device_index: int) -> bool:
-    """Whether kernels on a CUDA device (-1: the CPU) can be launched while the one before still runs; see `Launcher`."""
+    """Whether a CUDA device (-1: the CPU) can start a kernel while the one before it still runs; see `Launcher`."""
     if INTERPRETED or device_index < 0 or torch.version.cuda is None:
         return False
     return torch.cuda.get_device_capability(device_index) >= (9, 0)
 
 
 def on_device(device_index: int) -> Any:
-    """A context in which this CUDA device (-1: none, in the interpreter) is the current one, on which Triton launches."""
+    """A context that makes this CUDA device the current one, on which Triton launches. (-1: the interpreter's, none.)"""
     if device_index < 0 or device_index == torch._C._cuda_getDevice():
         return nullcontext()  # `torch.cuda.device` costs 2 µs also where it changes nothing
     return torch.cuda.device(device_index)
 
 
 def raw_stream(device_index: int) -> int:
-    """The handle of the current stream of a CUDA device, as a launch takes it; 0 in the interpreter."""
+    """The handle of a CUDA device's current stream; 0 in the interpreter."""
     return 0 if INTERPRETED else torch._C._cuda_getCurrentRawStream(device_index)

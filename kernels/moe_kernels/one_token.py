@@ -57,7 +57,7 @@ def _choice_kernel(
     lane_to_slot_ptr,
     increment_ptr,  # None: nothing is recorded
     # outputs
-    load_ptr,  # read first
+    load_ptr,  # added to
     scratch_ptr,
     # shapes
     num_experts,
@@ -85,7 +85,6 @@ def _choice_kernel(
         _prefetch(lane_to_slot_ptr, num_lanes)
     experts = tl.arange(0, BLOCK_E)
     lanes = tl.load(table_lanes_ptr + experts, mask=experts < num_experts, other=-1)
-    loads = tl.load(load_ptr + experts, mask=experts < num_experts, other=0)
     slots = tl.load(lane_to_slot_ptr + lanes, mask=lanes >= 0, other=-1)
     weights, ids = choose_experts(
         logits_ptr, bias_ptr, 1, num_experts, scale, TOP_K, SOFTMAX, RENORMALIZE, 1, BLOCK_E, BLOCK_K
@@ -101,8 +100,10 @@ def _choice_kernel(
     weights = tl.where(slot >= 0, weights, 0.0)
     tl.store(choice_ptr + TOP_K + k, weights.to(tl.int32, bitcast=True), mask=k < TOP_K)
     if increment_ptr is not None:
-        # The ids are distinct, so each counter has one writer.
-        tl.store(load_ptr + ids, tl.gather(loads, ids, 0) + tl.load(increment_ptr), mask=counts)
+        # An atomic, because another stream may run this layer at the same time. Nobody reads its result.
+        tl.atomic_add(
+            load_ptr + ids, tl.load(increment_ptr) + tl.zeros_like(ids).to(tl.int64), mask=counts, sem="relaxed"
+        )
 
 
 @Launcher

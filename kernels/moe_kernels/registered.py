@@ -11,12 +11,11 @@ import inspect
 import typing
 from collections.abc import Callable
 from dataclasses import fields, is_dataclass
-from operator import attrgetter
 from typing import Any
 
 import torch
 
-_PLAIN = {torch.Tensor, torch.nn.Parameter, int, float, bool, str, type(None)}
+_PLAIN = {torch.Tensor, torch.nn.Parameter, type(None)}
 _TENSORS = (torch.Tensor, torch.Tensor | None)
 
 
@@ -36,25 +35,25 @@ class RegisteredOp:
         self.function = function
         hints = typing.get_type_hints(function)
         returns = hints.pop("return")
-        flat: dict[str, Any] = {}
-        structures: list[tuple[str, ...] | None] = []  # by argument: the fields of a dataclass
         self._types = tuple(hints.values())
-        self._tensors: list[tuple[int, Callable[[Any], tuple[Any, ...]]]] = []  # of the dataclasses that have some
-        for place, (argument, hint) in enumerate(hints.items()):
-            if not is_dataclass(hint):
+        structures: list[tuple[str, ...] | None] = []  # by argument: the fields of a dataclass
+        flat: dict[str, Any] = {}
+        tensors: list[str] = []
+        for argument, hint in hints.items():
+            if is_dataclass(hint):
+                types = typing.get_type_hints(hint)
+                names = tuple(field.name for field in fields(hint))
+                structures.append(names)
+                flat |= {f"{argument}_{name}": types[name] for name in names}
+                tensors += [f"{argument}.{name}" for name in names if types[name] in _TENSORS]
+            else:
                 structures.append(None)
                 flat[argument] = hint
-                continue
-            types = typing.get_type_hints(hint)
-            structures.append(tuple(field.name for field in fields(hint)))
-            flat |= {f"{argument}_{field.name}": types[field.name] for field in fields(hint)}
-            tensors = [field.name for field in fields(hint) if types[field.name] in _TENSORS]
-            if tensors:
-                assert len(tensors) > 1, f"{hint}: attrgetter returns a tuple only of several"
-                self._tensors.append((place, attrgetter(*tensors)))
+                tensors += [argument] if hint in _TENSORS else []
         self._structures = tuple(structures)
-        self._plain = frozenset(_PLAIN | {hint for hint in self._types if is_dataclass(hint)})
         self.names = tuple(flat)
+        # Compiled, because to walk the fields in a loop takes as long as the rest of a call.
+        self._tensors = eval(f"lambda {', '.join(hints)}: ({', '.join(tensors)},)")
 
         def of_flat(*arguments: Any) -> Any:
             return function(*self._rebuild(arguments))
@@ -119,19 +118,14 @@ class RegisteredOp:
     def __call__(self, *arguments: Any) -> Any:
         if torch.compiler.is_compiling():
             return self.registered(*self.flatten(*arguments))
-        values = [*arguments]
-        for place, tensors in self._tensors:
-            values += tensors(arguments[place])
+        tensors = self._tensors(*arguments)
         if (
             torch._C._len_torch_dispatch_stack()
             or torch._C._len_torch_function_stack()
             or torch._C._functorch.peek_interpreter_stack() is not None
-            or not self._plain.issuperset(map(type, values))
-            or values[0].is_meta
-            or (
-                torch.is_grad_enabled()
-                and any(isinstance(value, torch.Tensor) and value.requires_grad for value in values)
-            )
+            or not _PLAIN.issuperset(map(type, tensors))
+            or tensors[0].is_meta
+            or (torch.is_grad_enabled() and any(tensor is not None and tensor.requires_grad for tensor in tensors))
         ):
             return self.registered(*self.flatten(*arguments))
         return self.function(*arguments)

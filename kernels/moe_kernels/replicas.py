@@ -5,6 +5,8 @@ T tokens, E logical experts, K experts per token, L lanes, P replicas of all exp
 
 from __future__ import annotations
 
+import threading
+
 import torch
 
 from moe_kernels.backend import resolve_backend
@@ -13,6 +15,8 @@ from moe_kernels.load import LoadCounter
 from moe_kernels.registered import registered_op
 from moe_kernels.replicas_triton import GOLDEN, SHARE_BITS, SHARE_ONE, select_replicas_triton
 from moe_kernels.table import ReplicaTable
+
+_RECORDING = threading.Lock()  # on a CPU, threads may run one layer at once
 
 
 def select_replicas_torch(
@@ -51,7 +55,8 @@ def select_replicas_torch(
     lanes = torch.where(found, table_lanes_P[torch.where(found, entry, 0)] if table_lanes_P.numel() else -1, -1)
     counts_L1 = _counts(torch.where(found, lanes, num_lanes), num_lanes + 1)
     if load.increment_1 is not None:
-        load_E.add_(counts_E1[:num_experts] * load.increment_1)
+        with _RECORDING:
+            load_E.add_(counts_E1[:num_experts] * load.increment_1)
     return lanes.to(torch.int32).view(expert_ids_TK.shape), counts_L1[:num_lanes].to(torch.int32)
 
 

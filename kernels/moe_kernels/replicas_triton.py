@@ -79,6 +79,13 @@ def _load_expert(offsets_ptr, load_ptr, increment_ptr, num_experts):
 
 
 @triton.jit
+def _record(load_ptr, expert, is_expert, added):
+    """Add to the counter, after every thread has read it; by an atomic, because another stream may do so at the same time."""
+    tl.debug_barrier()
+    tl.atomic_add(load_ptr + expert, added, mask=is_expert, sem="relaxed")  # nobody reads its result
+
+
+@triton.jit
 def _count_lanes(counts_ptr, table_lanes_ptr, cumulative_ptr, first_entry, last_entry, start, count):
     """Write how many of an expert's `count` elements each of its replicas has; returns the lane that has the start."""
     home = -1
@@ -115,7 +122,7 @@ def _select_replicas_kernel(
     increment_ptr,  # None: nothing is recorded
     rank_start,
     # outputs
-    load_ptr,  # read first
+    load_ptr,  # read, then added to
     lanes_ptr,
     counts_ptr,
     # shapes
@@ -162,8 +169,7 @@ def _select_replicas_kernel(
         hits += count_hits(mine)
     count = tl.sum(hits)
     if increment_ptr is not None:
-        tl.debug_barrier()  # every thread has read the counter before one of them writes it
-        tl.store(load_ptr + expert, load + count * increment, mask=is_expert)
+        _record(load_ptr, expert, is_expert, count * increment)
 
     if offsets_ptr is not None and several:
         start = circle_start(rank_start, load).to(tl.int32)
@@ -204,7 +210,7 @@ def _count_replicas_kernel(
     increment_ptr,  # None: nothing is recorded
     rank_start,
     # outputs
-    load_ptr,  # read first
+    load_ptr,  # read, then added to
     counts_ptr,
     circles_ptr,
     # shapes
@@ -231,8 +237,7 @@ def _count_replicas_kernel(
     )
     count = start_chunks(chunks_ptr, expert, num_chunks, BLOCK)
     if increment_ptr is not None:
-        tl.debug_barrier()  # every thread has read the counter before one of them writes it
-        tl.store(load_ptr + expert, load + count * increment, mask=is_expert)
+        _record(load_ptr, expert, is_expert, count * increment)
     start = circle_start(rank_start, load).to(tl.int32)
     _count_lanes(counts_ptr, table_lanes_ptr, cumulative_ptr, first_entry, last_entry, start, count)
     tl.store(circles_ptr + 2 * expert, start, mask=is_expert)

@@ -30,8 +30,7 @@ class ReplicaTable:
     cumulative_P: torch.Tensor | None = None
 
     def check(self, num_experts: int, device: torch.device) -> None:
-        """Raises ValueError if shapes, dtypes or devices are wrong for so many experts."""
-        check_tensor("table.lane_to_slot_L", self.lane_to_slot_L, (None,), torch.int32, device)
+        """Raises ValueError if the replicas have wrong shapes, dtypes or devices for so many experts."""
         if self.offsets_E1 is None or self.cumulative_P is None:
             if self.offsets_E1 is not self.cumulative_P:
                 raise ValueError("table.offsets_E1 and table.cumulative_P: must both be None, or neither")
@@ -42,9 +41,10 @@ class ReplicaTable:
             check_tensor("table.cumulative_P", self.cumulative_P, (self.lanes_P.shape[0],), torch.int32, device)
 
     def check_local(self, num_experts: int, device: torch.device) -> None:
-        """`check`, and each expert has one replica."""
+        """`check`, and the lanes have slots, and each expert has one replica."""
         if self.offsets_E1 is not None or self.cumulative_P is not None:
             raise ValueError(
                 "table.offsets_E1 and table.cumulative_P: must be None where all experts are on this device"
             )
         self.check(num_experts, device)
+        check_tensor("table.lane_to_slot_L", self.lane_to_slot_L, (None,), torch.int32, device)

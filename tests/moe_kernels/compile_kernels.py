@@ -88,7 +88,16 @@ def compile_small_one(
     ptx = compiled.asm["ptx"]
     wait, access = ptx.find("griddepcontrol.wait"), min(ptx.find("ld.global"), ptx.find("st.global"))
     assert 0 <= wait < access if pdl else wait == -1, "must wait for the kernel before, and before all else"
+    if "increment_ptr" in types and constants.get("increment_ptr", 0) is not None:
+        check_recording(ptx)
     return compiled
+
+
+def check_recording(ptx: str) -> None:
+    """Load is added by one atomic without a fence, whose result nobody reads (so ptxas makes a RED of it)."""
+    (atomic,) = re.findall(r"atom\.global\.gpu\.relaxed\.add\.u64 (%rd\d+),", ptx)
+    assert len(re.findall(rf"{atomic}\b", ptx)) == 1, "the result of the atomic is read"
+    assert not re.search(r"fence|membar|acq_rel", ptx)
 
 
 def compile_small(arch: int) -> None:
@@ -169,7 +178,8 @@ def compile_one_token(arch: int, dtype: torch.dtype) -> None:
         "BLOCK_K": 8,
         "SCRATCH": 6144,
     }
-    compile_kernel("one_token", "_choice_kernel", choice, constants, arch, num_warps=1, launch_pdl=pdl)
+    compiled = compile_kernel("one_token", "_choice_kernel", choice, constants, arch, num_warps=1, launch_pdl=pdl)
+    check_recording(compiled.asm["ptx"])
     sizes = {"HIDDEN_SIZE": 2880, "INTERMEDIATE": 768, "PDL": pdl, "SCRATCH": 6144, "EVICTION": "evict_first"}
     up = ("x_ptr", "gate_up_ptr", "scratch_ptr"), 2, {"ACTIVATION": "silu", "BLOCK_H": 1024}
     down = ("scratch_ptr", "down_ptr", "y_ptr"), 1, {"TOP_K": 8, "BLOCK_K": 8, "BLOCK_I": 256}

@@ -155,13 +155,24 @@ def test_autocast_changes_nothing(device, backend):
         assert torch.equal(plain, under_autocast)
 
 
-@pytest.mark.parametrize("compiler", ["aot_eager", "inductor"])
-def test_compiles_as_one_graph(device, assert_close, compiler):
-    eager, compiled = arguments(device, requires_grad=True), arguments(device, requires_grad=True)
-    expected = chain(**eager)
-    y = torch.compile(chain, fullgraph=True, backend=compiler)(**compiled)
+@pytest.mark.parametrize(
+    ("compiler", "backend", "requires_grad"),
+    [
+        ("inductor", "auto", True),
+        ("aot_eager", "torch", True),
+        ("aot_eager", "triton", True),  # the host code of the CUDA path, on any machine
+        ("aot_eager", "triton", False),
+    ],
+)
+def test_compiles_as_one_graph(device, assert_close, compiler, backend, requires_grad):
+    torch.compiler.reset()
+    eager, compiled = (arguments(device, requires_grad=requires_grad) for _ in range(2))
+    expected = chain(**eager, backend=backend)
+    y = torch.compile(chain, fullgraph=True, backend=compiler)(**compiled, backend=backend)
     assert torch.equal(y, expected)
     assert torch.equal(compiled["count"], eager["count"])
+    if not requires_grad:
+        return
     expected.square().sum().backward()
     y.square().sum().backward()
     for name in ("x", "logits", "gate_up", "down"):

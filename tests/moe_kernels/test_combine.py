@@ -49,9 +49,10 @@ def test_gradient(device, backend):
     assert torch.equal(rows.grad, expected)
 
 
-def test_opcheck(device):
+@pytest.mark.parametrize("backend", ["torch", "triton"])
+def test_opcheck(device, backend):
     rows, lanes = case(4, 3, 9, device)
-    torch.library.opcheck(_combine.registered, (rows.nan_to_num().requires_grad_(), lanes, "torch"))
+    torch.library.opcheck(_combine.registered, (rows.nan_to_num().requires_grad_(), lanes, backend))
 
 
 @pytest.mark.parametrize(

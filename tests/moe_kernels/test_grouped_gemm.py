@@ -252,16 +252,18 @@ def test_the_reference_aligns_what_the_pool_did_not():
     assert torch.equal(padded_matrix(shifted), shifted)
 
 
-def test_opcheck(make_experts):
+@pytest.mark.parametrize("backend", ["torch", "triton"])
+def test_opcheck(make_experts, backend):
     experts = make_experts(5, 2, 3, 10, 6)
-    schedule, config = schedule_of(experts, "torch")
+    experts.lanes_N.clamp_(min=0)  # undefined rows would compare as unequal
+    schedule, config = schedule_of(experts, backend)
     for tensor in (experts.x_RH, experts.gate_up_SNH, experts.down_SHI, experts.row_weights_N):
         tensor.requires_grad_()
     slots = (experts.matrices, experts.lane_to_slot_L, schedule)
-    torch.library.opcheck(_expert_up.registered, _expert_up.flatten(experts.x_RH, *slots, 2, config, "torch"))
+    torch.library.opcheck(_expert_up.registered, _expert_up.flatten(experts.x_RH, *slots, 2, config, backend))
     hidden = down_inputs(experts).nan_to_num().requires_grad_()
     torch.library.opcheck(
-        _expert_down.registered, _expert_down.flatten(hidden, *slots, experts.row_weights_N, config, "torch")
+        _expert_down.registered, _expert_down.flatten(hidden, *slots, experts.row_weights_N, config, backend)
     )
 
 

@@ -27,6 +27,9 @@ def test_nothing_overlaps_on_a_cpu():
     assert not has_pdl(torch.zeros(1).get_device())
 
 
+PREPARES = launch._prepares
+
+
 @pytest.fixture
 def compiled(monkeypatch):
     """A compiled kernel that launches nothing, but notes what it was to launch and calls hooks."""
@@ -201,6 +204,7 @@ def test_a_kernel_is_launched_on_the_device_of_its_first_argument(compiled, monk
 
     monkeypatch.setattr(launch, "raw_stream", lambda device_index: (device_index, tuple(entered)))
     monkeypatch.setattr(launch, "on_device", Device)
+    monkeypatch.setattr(launch, "has_pdl", lambda device_index: False)  # the machine may have one GPU, or none
     jit = Jit(compiled)
     kernel, there = Launcher(jit), A.as_subclass(OnDevice)
     for first in (A, there, there, A):
@@ -223,6 +227,45 @@ def test_what_is_prepared(monkeypatch, interpreted, cuda, expected):
     monkeypatch.setattr(launch, "INTERPRETED", interpreted)
     monkeypatch.setattr(torch.version, "cuda", cuda)
     assert launch._prepares() is expected
+
+
+@pytest.mark.parametrize(
+    ("version", "expected"), [("3.6.0", True), ("3.7.1", True), ("3.8.0", False), ("3.60.0", False), ("4.0", False)]
+)
+def test_which_versions_are_tested(version, expected):
+    assert launch._is_tested(version) is expected
+
+
+def test_this_version_is_tested():
+    assert launch._TRITON_IS_TESTED
+
+
+def test_an_unknown_triton_launches_through_its_public_interface(compiled, monkeypatch, caplog):
+    """Its compiled kernels, parameters and launches may be anything: none is touched. One warning for all kernels."""
+    monkeypatch.setattr(launch, "_prepares", PREPARES)
+    monkeypatch.setattr(launch, "INTERPRETED", False)
+    monkeypatch.setattr(torch.version, "cuda", "13.0")
+    monkeypatch.setattr(triton, "__version__", "3.9.1")
+    monkeypatch.setattr(launch, "_TRITON_IS_TESTED", launch._is_tested("3.9.1"))
+    monkeypatch.setattr(launch, "raw_stream", lambda device_index: 7)
+    launch._launches_publicly.cache_clear()
+    jits = [Jit(object()), Jit(object())]
+    for jit in jits:
+        del jit.params
+        kernel = Launcher(jit)
+        kernel[2, 3](A, B, 5, 6, BLOCK=16)
+        kernel[4,](A, B, 5, 6, BLOCK=16)
+        alone = PreparedLaunch(jit, {"BLOCK": 16})
+        alone((1, 1, 1), 7, A, B, 5, 6)
+        alone((1, 1, 1), 7, A, B, 5, 6)
+        with_pdl = {"BLOCK": 16, "PDL": False}
+        assert jit.compilations == [
+            ((2, 3, 1), (A, B, 5, 6), with_pdl),
+            ((4, 1, 1), (A, B, 5, 6), with_pdl),
+            *(2 * [((1, 1, 1), (A, B, 5, 6), {"BLOCK": 16})]),
+        ]
+    (record,) = caplog.records
+    assert "3.9.1" in record.getMessage() and record.levelname == "WARNING"
 
 
 # `def` in a file of its own lines, as Triton reads its source.

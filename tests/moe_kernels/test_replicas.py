@@ -203,12 +203,13 @@ def test_edges(device, backend):
     assert lanes.tolist() == [[-1, -1]] and counts.tolist() == [0] * SPREAD
 
 
-def test_opcheck(device):
+@pytest.mark.parametrize("backend", ["torch", "triton"])
+def test_opcheck(device, backend):
     load, one = (torch.tensor(values, dtype=torch.int64, device=device) for values in ([3, 4], [1]))
     table = table_of([[ONE // 2, ONE], [ONE]], device)
     for increment in (None, one):
         arguments = (int32([[0, 1], [0, -1]], device), table, LoadCounter(load.clone(), increment), 5, 2 * SPREAD)
-        torch.library.opcheck(_select_replicas.registered, _select_replicas.flatten(*arguments, "torch"))
+        torch.library.opcheck(_select_replicas.registered, _select_replicas.flatten(*arguments, backend))
 
 
 TABLE = ReplicaTable(int32([0]), int32([0]), int32([0, 1]), int32([ONE]))
@@ -223,7 +224,6 @@ LOAD = torch.zeros(1, dtype=torch.int64)
         ("must both be None", {"table": replace(TABLE, offsets_E1=None)}),
         ("table.lanes_P", {"table": ReplicaTable(int32([0, 1]), int32([0]))}),
         ("table.lanes_P", {"table": replace(TABLE, lanes_P=torch.zeros(1))}),
-        ("table.lane_to_slot_L", {"table": replace(TABLE, lane_to_slot_L=torch.zeros(1))}),
         ("table.cumulative_P", {"table": replace(TABLE, cumulative_P=int32([1, ONE]))}),
         ("load.load_E", {"load": LoadCounter(int32([0]))}),
         ("load.increment_1", {"load": LoadCounter(LOAD, torch.ones(2, dtype=torch.int64))}),

@@ -135,11 +135,12 @@ def test_gradient(device, assert_close, backend, renormalize, score_function):
     assert_close(logits.grad, exact.grad)
 
 
-def test_opcheck(device):
+@pytest.mark.parametrize("backend", ["torch", "triton"])
+def test_opcheck(device, backend):
     logits = logits_of(3, 6, device).requires_grad_()
     mask, bias = torch.tensor([True, False, True], device=device), torch.zeros(6, device=device)
     for extra in ((None, None), (bias, mask)):
-        flat = _topk_routing.flatten(logits, 2, RoutingRule(), *extra, "torch")
+        flat = _topk_routing.flatten(logits, 2, RoutingRule(), *extra, backend)
         torch.library.opcheck(_topk_routing.registered, flat)
 
 

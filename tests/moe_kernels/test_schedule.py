@@ -178,9 +178,10 @@ def test_wrong_counts_write_nothing_out_of_bounds(small_chunks, device, counts, 
         assert (whole[:guard] == 77).all() and (whole[-guard:] == 77).all()
 
 
-def test_opcheck(device):
+@pytest.mark.parametrize("backend", ["torch", "triton"])
+def test_opcheck(device, backend):
     lanes, counts = (torch.tensor(values, dtype=torch.int32, device=device) for values in ([1, 0, -1, 1], [1, 2, 0]))
-    torch.library.opcheck(_build_schedule.registered, (lanes, counts, 16, 8, "torch"))
+    torch.library.opcheck(_build_schedule.registered, (lanes, counts, 16, 8, backend))
 
 
 @pytest.mark.parametrize(

@@ -195,14 +195,20 @@ def test_a_schedule_of_other_extra_rows_is_refused(make_experts, built_for, used
         expert_down(hidden, experts.matrices, *common, experts.row_weights_N, config=used)
 
 
-def test_compiles_as_one_graph(make_experts):
-    experts = make_experts(9, 2, 3, 64, 32, torch.bfloat16)
-    schedule = build_schedule(experts.lanes_N, experts.counts_L, block_m=NARROW.block_m)
+@pytest.mark.parametrize("backend", ["torch", "triton"])
+@pytest.mark.parametrize("name", ["32 rows, swapped", "128 rows and more", "persistent"])
+def test_compiles_as_one_graph(make_experts, name, backend):
+    """With `triton`, that is the host code of the TMA kernels: descriptors, checks of addresses, the number of programs."""
+    torch.compiler.reset()
+    experts, config = make_experts(9, 2, 3, 64, 32, torch.bfloat16), VARIANTS[name]
+    tiles = {"block_m": config.block_m, "extra_m": config.extra_m}
+    schedule = build_schedule(experts.lanes_N, experts.counts_L, **tiles, backend=backend)
 
     def both(x):
         common = (experts.lane_to_slot_L, schedule)
-        hidden = expert_up(x, experts.matrices, *common, fanout=2, config=NARROW)
-        return expert_down(hidden, experts.matrices, *common, experts.row_weights_N, config=NARROW)
+        options = {"config": config, "backend": backend}
+        hidden = expert_up(x, experts.matrices, *common, fanout=2, **options)
+        return expert_down(hidden, experts.matrices, *common, experts.row_weights_N, **options)
 
     computed = experts.lanes_N >= 0
     compiled = torch.compile(both, fullgraph=True, backend="aot_eager")
