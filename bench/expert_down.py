@@ -14,7 +14,7 @@ def make_work(inputs: Inputs) -> Work:
     h, i = inputs.shape.hidden_size, inputs.shape.intermediate_size
     hidden_NI = inputs.normal(inputs.num_rows, i)
     down_EHI, weights_N = inputs.weights.down_EHI, inputs.routing[0].flatten()
-    arguments = hidden_NI, down_EHI, inputs.lane_to_slot_L, schedule, weights_N
+    arguments = hidden_NI, inputs.matrices, inputs.lane_to_slot_L, schedule, weights_N
     order_N, ends_E = schedule.order_N.long(), inputs.ends_E
 
     def grouped() -> torch.Tensor:

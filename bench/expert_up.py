@@ -15,7 +15,7 @@ def make_work(inputs: Inputs) -> Work:
     h, i = inputs.shape.hidden_size, inputs.shape.intermediate_size
     x_TH = inputs.normal(inputs.num_tokens, h)
     gate_up_ENH = inputs.weights.gate_up_ENH
-    arguments = x_TH, gate_up_ENH, inputs.lane_to_slot_L, schedule
+    arguments = x_TH, inputs.matrices, inputs.lane_to_slot_L, schedule
     ends_E = inputs.ends_E
 
     def grouped() -> torch.Tensor:

@@ -25,7 +25,16 @@ from bench.report import (
     relative_error,
 )
 from bench.timing import Function, time_eager, time_graph
-from moe_kernels import GemmConfig, TileSchedule, build_schedule, gemm_configs, has_tma, topk_routing
+from moe_kernels import (
+    ExpertMatrices,
+    GemmConfig,
+    RoutingRule,
+    TileSchedule,
+    build_schedule,
+    gemm_configs,
+    has_tma,
+    topk_routing,
+)
 
 
 @dataclass(frozen=True)
@@ -60,6 +69,10 @@ class Inputs:
     def weights(self) -> Weights:
         return self._weights()
 
+    @property
+    def matrices(self) -> ExpertMatrices:
+        return ExpertMatrices(self.weights.gate_up_ENH, self.weights.down_EHI)
+
     @cached_property
     def logits_TE(self) -> torch.Tensor:
         return make_logits(self.case).to(self.device, self.dtype)
@@ -71,7 +84,7 @@ class Inputs:
     @cached_property
     def routing(self) -> tuple[torch.Tensor, torch.Tensor]:
         """Weights, float32, and ids, int32."""
-        return topk_routing(self.logits_TE, self.top_k)
+        return topk_routing(self.logits_TE, self.top_k, RoutingRule())
 
     @property
     def ids_TK(self) -> torch.Tensor:

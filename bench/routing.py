@@ -5,7 +5,7 @@ import sys
 import torch
 
 from bench.kernel import Inputs, Work, main
-from moe_kernels import topk_routing, topk_routing_torch
+from moe_kernels import RoutingRule, topk_routing, topk_routing_torch
 
 
 def make_work(inputs: Inputs) -> Work:
@@ -16,8 +16,11 @@ def make_work(inputs: Inputs) -> Work:
         return weights_TK / weights_TK.sum(dim=-1, keepdim=True), ids_TK
 
     return Work(
-        runs={"topk_routing": lambda: topk_routing(logits_TE, top_k), "torch softmax, topk": softmax_topk},
-        expected=lambda: topk_routing_torch(logits_TE, top_k),
+        runs={
+            "topk_routing": lambda: topk_routing(logits_TE, top_k, RoutingRule()),
+            "torch softmax, topk": softmax_topk,
+        },
+        expected=lambda: topk_routing_torch(logits_TE, top_k, RoutingRule()),
         num_bytes=logits_TE.nbytes + inputs.num_rows * (4 + 4),
         unchecked=frozenset({"torch softmax, topk"}),  # equal logits in another order
     )

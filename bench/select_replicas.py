@@ -13,7 +13,7 @@ from eplb.planning.placement import Placement
 from eplb.planning.shares import equal_shares
 from eplb.relocation.table import ExpertTable
 from eplb.streams import streams_of
-from moe_kernels import select_replicas, select_replicas_torch
+from moe_kernels import LoadCounter, ReplicaTable, select_replicas, select_replicas_torch
 
 REDUNDANT = 8
 
@@ -24,6 +24,7 @@ def make_work(inputs: Inputs) -> Work:
     placement = Placement.initial(num_experts, REDUNDANT, 1, num_lanes=num_lanes)
     table = ExpertTable(placement, equal_shares(placement), streams_of(device))
     arrays = table.offsets_E1, table.lanes_P, table.cumulative_P
+    replicas = ReplicaTable(table.lanes_P, table.lane_to_slot_S, table.offsets_E1, table.cumulative_P)
     increment_1 = torch.ones(1, dtype=torch.int64, device=device)
     # Each run has a counter of its own, as recording changes what the next call chooses.
     load_E, other_load_E, peer_load_E = torch.zeros(3, num_experts, dtype=torch.int64, device=device)
@@ -39,12 +40,16 @@ def make_work(inputs: Inputs) -> Work:
     return Work(
         runs={
             "select_replicas": lambda: select_replicas(
-                ids_TK, *arrays, load_E, 0, num_lanes=num_lanes, increment_1=increment_1
+                ids_TK, replicas, LoadCounter(load_E, increment_1), 0, num_lanes=num_lanes
             ),
-            "without recording": lambda: select_replicas(ids_TK, *arrays, other_load_E, 0, num_lanes=num_lanes),
+            "without recording": lambda: select_replicas(
+                ids_TK, replicas, LoadCounter(other_load_E), 0, num_lanes=num_lanes
+            ),
             "torch modulo, scatter_add_": modulo,
         },
-        expected=lambda: select_replicas_torch(ids_TK, *arrays, torch.zeros_like(load_E), 0, num_lanes=num_lanes),
+        expected=lambda: select_replicas_torch(
+            ids_TK, replicas, LoadCounter(torch.zeros_like(load_E)), 0, num_lanes=num_lanes
+        ),
         num_bytes=2 * ids_TK.nbytes + sum(array.nbytes for array in arrays) + 2 * load_E.nbytes + 4 * num_lanes,
         unchecked=frozenset({"torch modulo, scatter_add_"}),
     )

@@ -26,6 +26,10 @@ from eplb.planning.shares import equal_shares
 from eplb.relocation.table import ExpertTable
 from eplb.streams import streams_of
 from moe_kernels import (
+    ExpertMatrices,
+    LoadCounter,
+    ReplicaTable,
+    RoutingRule,
     build_schedule,
     combine,
     expert_down,
@@ -51,7 +55,7 @@ def hard_wired(
         counts_L: rows of each lane; counted here if None.
         lanes_TK: the lane of each row; the expert's id if None.
     """
-    weights_TK, ids_TK = topk_routing(problem.logits_TE, problem.top_k)
+    weights_TK, ids_TK = topk_routing(problem.logits_TE, problem.top_k, RoutingRule())
     if lanes_TK is None:
         lanes_TK = ids_TK
     if counts_L is None:
@@ -80,17 +84,14 @@ class WithReplicas:
         table = self.table
         return select_replicas(
             ids_TK,
-            table.offsets_E1,
-            table.lanes_P,
-            table.cumulative_P,
-            self.load_E,
+            ReplicaTable(table.lanes_P, self.lane_to_slot_L, table.offsets_E1, table.cumulative_P),
+            LoadCounter(self.load_E, self.increment_1),
             0,
             num_lanes=self.num_lanes,
-            increment_1=self.increment_1,
         )
 
     def __call__(self) -> torch.Tensor:
-        weights_TK, ids_TK = topk_routing(self.problem.logits_TE, self.problem.top_k)
+        weights_TK, ids_TK = topk_routing(self.problem.logits_TE, self.problem.top_k, RoutingRule())
         lanes_TK, counts_L = self.lanes(ids_TK)
         return _computed(self.problem, self.layer, weights_TK, lanes_TK, counts_L, self.lane_to_slot_L)
 
@@ -107,10 +108,10 @@ def _computed(
 
     batch = (dtype, num_tokens, shape.top_k, shape.num_experts)
     up, down = gemm_configs(shape.hidden_size, shape.intermediate_size, *batch, tma=has_tma(problem.x_TH.device))
-    experts = layer.experts
+    matrices = ExpertMatrices(layer.experts.gate_up_proj, layer.experts.down_proj)
     schedule = build_schedule(lanes_TK.view(-1), counts_L, block_m=up.block_m, extra_m=up.extra_m)
-    hidden_NI = expert_up(problem.x_TH, experts.gate_up_proj, lane_to_slot_L, schedule, fanout=shape.top_k, config=up)
-    rows_NH = expert_down(hidden_NI, experts.down_proj, lane_to_slot_L, schedule, weights_TK.view(-1), config=down)
+    hidden_NI = expert_up(problem.x_TH, matrices, lane_to_slot_L, schedule, fanout=shape.top_k, config=up)
+    rows_NH = expert_down(hidden_NI, matrices, lane_to_slot_L, schedule, weights_TK.view(-1), config=down)
     return combine(rows_NH, lanes_TK)
 
 
@@ -168,7 +169,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 def _measure(problem: Problem, layer: MoELayer, options: argparse.Namespace) -> tuple[dict[str, Timing], bool]:
     """Times by forward, and whether their bits are equal."""
     num_experts, device = problem.shape.num_experts, options.device
-    _, ids_TK = topk_routing(problem.logits_TE, problem.top_k)
+    _, ids_TK = topk_routing(problem.logits_TE, problem.top_k, RoutingRule())
     counts_E = torch.bincount(ids_TK.flatten(), minlength=num_experts).int()
     slot_E = torch.tensor(slot_of_expert(layer), dtype=torch.int32, device=device)
     with_replicas = WithReplicas(problem, layer, min(options.redundant, num_experts))

@@ -6,7 +6,7 @@ result is compared with the first one's, bit for bit: tiles may be chosen freely
 
 import sys
 from collections.abc import Iterator, Sequence
-from dataclasses import replace
+from dataclasses import astuple, replace
 from itertools import groupby, product
 
 import torch
@@ -70,8 +70,8 @@ def tune(report: Report, case: Case, inputs: Inputs, seconds: float, best: int) 
     def run(op: str, config: GemmConfig) -> torch.Tensor:
         schedule = schedules[config.block_m, config.extra_m]
         if op == "up":
-            return expert_up(x_TH, inputs.weights.gate_up_ENH, slots, schedule, fanout=inputs.top_k, config=config)
-        return expert_down(expected["up"], inputs.weights.down_EHI, slots, schedule, weights_N, config=config)
+            return expert_up(x_TH, inputs.matrices, slots, schedule, fanout=inputs.top_k, config=config)
+        return expert_down(expected["up"], inputs.matrices, slots, schedule, weights_N, config=config)
 
     for op in ("up", "down"):
         if op == "down" and "up" not in expected:
@@ -93,9 +93,9 @@ def tune(report: Report, case: Case, inputs: Inputs, seconds: float, best: int) 
                 expected[op] = result
                 schedule = schedules[tiling]
                 reference = (
-                    expert_up_torch(x_TH, inputs.weights.gate_up_ENH, slots, schedule, fanout=inputs.top_k)
+                    expert_up_torch(x_TH, inputs.matrices, slots, schedule, fanout=inputs.top_k)
                     if op == "up"
-                    else expert_down_torch(expected["up"], inputs.weights.down_EHI, slots, schedule, weights_N)
+                    else expert_down_torch(expected["up"], inputs.matrices, slots, schedule, weights_N)
                 )
                 if not relative_error(result, reference) <= WORST_ERROR:
                     wrong.append(op)
@@ -103,17 +103,21 @@ def tune(report: Report, case: Case, inputs: Inputs, seconds: float, best: int) 
             all_equal &= equal
             times.append((timing.median_us, config))
             report.row(
-                {"case": case.name, "op": op, "config": " ".join(map(str, config.as_list()))}
+                {"case": case.name, "op": op, "config": _fields(config)}
                 | {"median_us": round(timing.median_us, 2), "p20_us": round(timing.p20_us, 2)}
                 | {"p80_us": round(timing.p80_us, 2), "equal_bits": equal}
             )
         for median_us, config in sorted(times, key=lambda pair: pair[0])[:best]:
-            report.line(f"{case.name:<20} {op:<5} {median_us:9.1f} µs  {' '.join(map(str, config.as_list()))}")
+            report.line(f"{case.name:<20} {op:<5} {median_us:9.1f} µs  {_fields(config)}")
     if wrong:
         raise SystemExit(
             f"{case.name}: the first candidate of {' and '.join(wrong)} is not what the reference computes"
         )
     return all_equal
+
+
+def _fields(config: GemmConfig) -> str:
+    return " ".join(str(int(value)) for value in astuple(config))
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

@@ -14,7 +14,7 @@ from torch import nn
 from eplb.relocation.pool import SlotPool, SlotState, TensorSpec
 from eplb.relocation.resident import ResidentExperts
 from eplb.streams import streams_of
-from moe_kernels import build_schedule, expert_down, expert_up, gemm_configs, has_tma
+from moe_kernels import ExpertMatrices, build_schedule, expert_down, expert_up, gemm_configs, has_tma
 from moe_layer.arguments import resolve_device
 from moe_layer.collectives import all_gather_flags, broadcast_
 from moe_layer.dispatch import Dispatched
@@ -101,19 +101,19 @@ class Experts(nn.Module):
         schedule = build_schedule(
             dispatched.lanes_N, dispatched.counts_S, block_m=up.block_m, extra_m=up.extra_m, backend=self.backend
         )
+        matrices = ExpertMatrices(self.gate_up_proj, self.down_proj, self.activation)
         hidden_NI = expert_up(
             dispatched.rows_RH,
-            self.gate_up_proj,
+            matrices,
             lane_to_slot_S,
             schedule,
             fanout=dispatched.fanout,
-            activation=self.activation,
             config=up,
             backend=self.backend,
         )
         return expert_down(
             hidden_NI,
-            self.down_proj,
+            matrices,
             lane_to_slot_S,
             schedule,
             dispatched.row_weights_N,

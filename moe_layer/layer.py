@@ -14,7 +14,16 @@ from eplb.groups import check_member, ranks_of
 from eplb.relocation.pool import SlotPool
 from eplb.relocation.resident import ResidentExperts
 from eplb.streams import streams_of
-from moe_kernels import GOLDEN, SHARE_BITS, local_forward, resolve_backend, select_replicas
+from moe_kernels import (
+    GOLDEN,
+    SHARE_BITS,
+    ExpertMatrices,
+    LoadCounter,
+    ReplicaTable,
+    local_forward,
+    resolve_backend,
+    select_replicas,
+)
 from moe_kernels.activation import ACTIVATIONS
 from moe_kernels.checks import FLOATS
 from moe_layer.arguments import (
@@ -213,13 +222,10 @@ class MoELayer(nn.Module):
         table = resident.table
         return select_replicas(
             expert_ids_TK,
-            table.offsets_E1,
-            table.lanes_P,
-            table.cumulative_P,
-            resident.load_E,
+            ReplicaTable(table.lanes_P, table.lane_to_slot_S, table.offsets_E1, table.cumulative_P),
+            LoadCounter(resident.load_E, resident.load_increment_1),
             _rank_start(resident),
             num_lanes=resident.num_ranks * resident.num_lanes,
-            increment_1=_increment_1(resident),
             backend=self.backend,
         )
 
@@ -333,23 +339,17 @@ def _forward_alone(
     bias_E: torch.Tensor | None,
 ) -> torch.Tensor:
     resident = experts.resident
-    table, rule = resident.table, gate.rule
+    table = resident.table
     return local_forward(
         x_TH,
         logits_TE,
-        gate_up_SNH,
-        down_SHI,
-        table.lanes_P,  # each expert has one replica, as there is one rank
-        table.lane_to_slot_S,
-        resident.load_E,
-        _increment_1(resident),
+        ExpertMatrices(gate_up_SNH, down_SHI, experts.activation),
+        ReplicaTable(table.lanes_P, table.lane_to_slot_S),  # each expert has one replica, as there is one rank
+        LoadCounter(resident.load_E, resident.load_increment_1),
         gate.top_k,
-        score_function=rule.score_function,
-        renormalize=rule.renormalize,
-        scale=rule.scale,
+        gate.rule.for_kernels(),
         bias_E=bias_E,
         token_mask_T=token_mask_T,
-        activation=experts.activation,
         backend="triton",
         validate=False,  # `check_forward_input` and `_weights_alone` have looked
     )
@@ -360,19 +360,8 @@ def _rank_start(resident: ResidentExperts) -> int:
     return (resident.rank * GOLDEN) % 2**SHARE_BITS
 
 
-def _increment_1(resident: ResidentExperts) -> torch.Tensor | None:
-    """What a token adds to the load; nothing where a forward is repeated that was counted."""
-    recording = torch.compiler.is_compiling() or not _is_recomputing()
-    return resident.load_increment_1 if recording else None
-
-
 def _rows(tensor: torch.Tensor) -> torch.Tensor:
     """``[..., n]`` as ``[T, n]``, contiguous; a reshape that changes nothing would take the host as long as a launch."""
     if tensor.dim() == 2 and tensor.is_contiguous():
         return tensor
     return tensor.reshape(-1, tensor.shape[-1]).contiguous()
-
-
-def _is_recomputing() -> bool:
-    """Whether this forward runs inside a backward, so it repeats one that was counted (activation checkpointing)."""
-    return torch._C._current_graph_task_id() != -1

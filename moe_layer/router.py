@@ -10,8 +10,8 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from moe_kernels import topk_routing
-from moe_kernels.routing import SCORE_FUNCTIONS
+from moe_kernels import RoutingRule, topk_routing
+from moe_kernels.rule import SCORE_FUNCTIONS
 from moe_layer.arguments import check_choice
 
 
@@ -31,6 +31,9 @@ class RouterRule:
     renormalize: bool = True
     scale: float = 1.0
     correction_bias: bool = False
+
+    def for_kernels(self) -> RoutingRule:
+        return RoutingRule(self.score_function, self.renormalize, self.scale)
 
 
 ROUTER_RULES = {
@@ -107,9 +110,7 @@ class Router(nn.Module):
         return topk_routing(
             logits_TE,
             self.top_k,
-            score_function=self.rule.score_function,
-            renormalize=self.rule.renormalize,
-            scale=self.rule.scale,
+            self.rule.for_kernels(),
             bias_E=self.e_score_correction_bias,
             token_mask_T=token_mask_T,
             backend=self.backend,

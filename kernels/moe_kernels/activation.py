@@ -9,9 +9,9 @@ ACTIVATIONS = ("silu", "gelu")
 
 
 def check_activation(activation: str) -> None:
-    """Raises ValueError for an unknown one."""
+    """Raises ValueError for one that the kernels do not have."""
     if activation not in ACTIVATIONS:
-        raise ValueError(f"activation={activation!r}: must be one of {ACTIVATIONS}")
+        raise ValueError(f"activation={activation!r}: the kernels have {ACTIVATIONS}, each gated: act(gate) * up")
 
 
 def gated(activation: str, gate: torch.Tensor, up: torch.Tensor) -> torch.Tensor:

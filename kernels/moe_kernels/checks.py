@@ -48,14 +48,6 @@ def check_slots(name: str, weights: torch.Tensor) -> None:
         raise ValueError(f"{name} has strides {weights.stride()}: the matrix of a slot must be contiguous")
 
 
-def check_gate_up(gate_up_SNH: torch.Tensor, hidden_size: int, dtype: torch.dtype, device: torch.device) -> None:
-    """Slots of gate rows, then up rows."""
-    check_tensor("gate_up_SNH", gate_up_SNH, (None, None, hidden_size), dtype, device, contiguous=False)
-    check_slots("gate_up_SNH", gate_up_SNH)
-    if gate_up_SNH.shape[1] % 2:
-        raise ValueError(f"gate_up_SNH has shape {tuple(gate_up_SNH.shape)}: dimension 1 must be even (gate, up)")
-
-
 def check_tma(name: str, weights: torch.Tensor, columns: int | None = None) -> None:
     """What the tensor memory accelerator asks of shapes: 16-bit elements, and rows in units of 16 bytes."""
     _, rows, inner = weights.shape

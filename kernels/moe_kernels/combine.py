@@ -1,5 +1,3 @@
-# mypy: allow-incomplete-defs
-# Of the arguments of a kernel only the constants are annotated.
 """Combine: the sum of a token's K expert outputs, in a fixed order.
 
 T tokens, K experts per token, H hidden, N = T * K flat rows.
@@ -11,11 +9,12 @@ import torch
 import triton
 import triton.language as tl
 
-from moe_kernels.backend import registered_op, resolve_backend
+from moe_kernels.backend import resolve_backend
 from moe_kernels.checks import FLOATS, check_tensor
 from moe_kernels.integers import cdiv, next_power_of_2
 from moe_kernels.launch import Launcher, gdc_launch_dependents, gdc_wait
 from moe_kernels.numerics import narrow, widen
+from moe_kernels.registered import registered_op
 
 
 @Launcher
@@ -88,10 +87,11 @@ def _setup_context(ctx, inputs, output):
     ctx.save_for_backward(inputs[1])
 
 
-def _backward(ctx, grad_y_TH):
+def _backward(ctx, needs, grad_y_TH):
+    del needs  # only of the rows
     (lanes_TK,) = ctx.saved_tensors
     grad_TKH = torch.where((lanes_TK >= 0)[:, :, None], grad_y_TH[:, None, :], 0.0)
-    return grad_TKH.reshape(-1, grad_y_TH.shape[1]), None, None
+    return {"rows_NH": grad_TKH.reshape(-1, grad_y_TH.shape[1])}
 
 
 _combine.register_autograd(_backward, setup_context=_setup_context)

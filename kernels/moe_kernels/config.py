@@ -71,25 +71,6 @@ class GemmConfig:
             # Swapped, gate and up rows are 64 each at least, or they would be multiplied by mma.sync; a box holds 256.
             raise ValueError(f"block_n={self.block_n}: must be in [{128 if self.swap else 32}, 256] with tma=True")
 
-    def as_list(self) -> list[int]:
-        """What a registered op takes: the fields in their order, as integers."""
-        tiles = [self.block_m, self.block_n, self.block_k, self.num_warps, self.num_stages, self.group_m]
-        # By name, as `dataclasses.astuple` takes the host as long as a launch.
-        return [*tiles, int(self.tma), int(self.swap), self.tail_m, self.programs_per_sm, self.extra_m, int(self.keep)]
-
-    @classmethod
-    def from_list(cls, values: list[int]) -> GemmConfig:
-        """The reverse of `as_list`."""
-        return _config_of(tuple(values))
-
-
-@functools.cache  # asked at each launch
-def _config_of(values: tuple[int, ...]) -> GemmConfig:
-    block_m, block_n, block_k, num_warps, num_stages, group_m, tma, swap, *rest, keep = values
-    tail_m, programs_per_sm, extra_m = rest
-    sizes = (block_m, block_n, block_k, num_warps, num_stages, group_m)
-    return GemmConfig(*sizes, bool(tma), bool(swap), tail_m, programs_per_sm, extra_m, bool(keep))
-
 
 _ANY = 1 << 62  # more than there can be
 # (most rows per expert, config). Shared memory of a tile: (block_m + block_n) * block_k * itemsize * num_stages bytes (the
@@ -106,7 +87,7 @@ _TABLE_32_BIT: tuple[tuple[int, GemmConfig], ...] = (
     (_ANY, GemmConfig(block_m=32, block_n=64, block_k=32, num_warps=4, num_stages=3)),
 )
 
-# With TMA, tuned on an H200 (`python -m bench.tune`, docs/performance.md).
+# With TMA, tuned on an H200 (`python -m bench.tune`, docs/log.md).
 _NARROW = GemmConfig(block_m=16, block_n=128, block_k=128, num_warps=4, num_stages=3, tma=True, swap=True)
 _NARROW_32 = GemmConfig(block_m=32, block_n=128, block_k=64, num_warps=4, num_stages=5, tma=True, swap=True)
 _MIDDLE = GemmConfig(block_m=64, block_n=128, block_k=64, num_warps=4, num_stages=4, tma=True)

@@ -1,5 +1,3 @@
-# mypy: allow-incomplete-defs
-# Of the arguments of a kernel only the constants are annotated.
 """`expert_down` where there is a tensor memory accelerator (Hopper): weights and rows come by TMA.
 
 N flat rows, H hidden, I intermediate, S slots, L lanes.
@@ -18,7 +16,9 @@ from moe_kernels.checks import check_tma_address, slot_stride
 from moe_kernels.config import GemmConfig
 from moe_kernels.integers import cdiv
 from moe_kernels.launch import Launcher, gdc_launch_dependents, gdc_wait
+from moe_kernels.matrices import ExpertMatrices
 from moe_kernels.numerics import dot, narrow
+from moe_kernels.schedule import TileSchedule
 from moe_kernels.tile_order import load_own_tile, load_tile
 
 
@@ -186,22 +186,19 @@ def _num_multiprocessors(index: int) -> int:
 
 def expert_down_tma(
     hidden_NI: torch.Tensor,
-    down_SHI: torch.Tensor,
+    matrices: ExpertMatrices,
     lane_to_slot_L: torch.Tensor,
+    schedule: TileSchedule,
     row_weights_N: torch.Tensor,
-    order_N: torch.Tensor,
-    tile_lane: torch.Tensor,
-    tile_start: torch.Tensor,
-    tile_end: torch.Tensor,
-    num_tiles: torch.Tensor,
     config: GemmConfig,
 ) -> torch.Tensor:
     """Launches the kernel; arguments as `expert_down`'s."""
+    down_SHI = matrices.down_SHI
     check_tma_address("hidden_NI", hidden_NI)
-    check_tma_address("down_SHI", down_SHI)
+    check_tma_address("matrices.down_SHI", down_SHI)
     slots, hidden_size, intermediate = down_SHI.shape
-    rows_NH = hidden_NI.new_empty((order_N.shape[0], hidden_size))
-    num_programs = tile_lane.shape[0] * cdiv(hidden_size, config.block_n)
+    rows_NH = hidden_NI.new_empty((schedule.order_N.shape[0], hidden_size))
+    num_programs = schedule.tile_lane.shape[0] * cdiv(hidden_size, config.block_n)
     if not num_programs:
         return rows_NH
     if config.programs_per_sm:
@@ -229,11 +226,11 @@ def expert_down_tma(
         ),
         lane_to_slot_L,
         row_weights_N,
-        order_N,
-        tile_lane,
-        tile_start,
-        tile_end,
-        num_tiles,
+        schedule.order_N,
+        schedule.tile_lane,
+        schedule.tile_start,
+        schedule.tile_end,
+        schedule.num_tiles,
         rows_NH,
         num_programs,
         HIDDEN_SIZE=hidden_size,

@@ -1,5 +1,3 @@
-# mypy: allow-incomplete-defs
-# Of the arguments of a kernel only the constants are annotated.
 """`expert_up` where there is a tensor memory accelerator (Hopper): weights come by TMA, with the slot as coordinate.
 
 R source rows, N = R * fanout flat rows, H hidden, I intermediate, S slots, L lanes.
@@ -16,7 +14,9 @@ from moe_kernels.checks import check_tma_address, slot_stride
 from moe_kernels.config import GemmConfig
 from moe_kernels.integers import cdiv
 from moe_kernels.launch import Launcher, gdc_launch_dependents, gdc_wait
+from moe_kernels.matrices import ExpertMatrices
 from moe_kernels.numerics import dot, gated, narrow
+from moe_kernels.schedule import TileSchedule
 from moe_kernels.tile_order import load_own_tile
 
 
@@ -215,22 +215,19 @@ def _expert_up_tma_kernel(
 
 def expert_up_tma(
     x_RH: torch.Tensor,
-    gate_up_SNH: torch.Tensor,
+    matrices: ExpertMatrices,
     lane_to_slot_L: torch.Tensor,
-    order_N: torch.Tensor,
-    tile_lane: torch.Tensor,
-    tile_start: torch.Tensor,
-    tile_end: torch.Tensor,
+    schedule: TileSchedule,
     fanout: int,
-    activation: str,
     config: GemmConfig,
 ) -> torch.Tensor:
     """Launches the kernel; arguments as `expert_up`'s."""
-    check_tma_address("gate_up_SNH", gate_up_SNH)
+    gate_up_SNH = matrices.gate_up_SNH
+    check_tma_address("matrices.gate_up_SNH", gate_up_SNH)
     slots, double, hidden_size = gate_up_SNH.shape
     intermediate, block_i, stride_slot = double // 2, config.block_n // 2, slot_stride(gate_up_SNH)
-    hidden_NI = x_RH.new_empty((order_N.shape[0], intermediate))
-    grid = (tile_lane.shape[0] * cdiv(intermediate, block_i),)
+    hidden_NI = x_RH.new_empty((schedule.order_N.shape[0], intermediate))
+    grid = (schedule.tile_lane.shape[0] * cdiv(intermediate, block_i),)
     if not grid[0]:
         return hidden_NI
     if config.swap:
@@ -246,16 +243,16 @@ def expert_up_tma(
         x_RH,
         TensorDescriptor(gate_up_SNH, shape, strides, block),
         lane_to_slot_L,
-        order_N,
-        tile_lane,
-        tile_start,
-        tile_end,
+        schedule.order_N,
+        schedule.tile_lane,
+        schedule.tile_start,
+        schedule.tile_end,
         hidden_NI,
         fanout,
         x_RH.stride(0),
         HIDDEN_SIZE=hidden_size,
         INTERMEDIATE=intermediate,
-        ACTIVATION=activation,
+        ACTIVATION=matrices.activation,
         EVICTION="evict_last" if config.keep else "",
         SWAP=config.swap,
         TAIL_M=config.tail_m,

@@ -1,5 +1,3 @@
-# mypy: allow-incomplete-defs
-# Of the arguments of a kernel only the constants are annotated.
 """What the kernels share about numbers: rounding, products and activations, natively and in the interpreter.
 
 Triton's interpreter keeps bfloat16 as raw 16-bit integers: it multiplies those, truncates when it narrows, and does not

@@ -1,5 +1,3 @@
-# mypy: allow-incomplete-defs
-# Of the arguments of a kernel only the constants are annotated.
 """`local_forward` of a single token, in three launches: choice, up, and down with combine.
 
 Neither schedule nor tiles nor tensor cores: all that counts is how soon the memory is busy, and that it stays so.
@@ -17,8 +15,12 @@ import triton.language as tl
 
 from moe_kernels.integers import cdiv, next_power_of_2
 from moe_kernels.launch import Launcher, PreparedLaunch, gdc_launch_dependents, gdc_wait, on_device, raw_stream
+from moe_kernels.load import LoadCounter
+from moe_kernels.matrices import ExpertMatrices
 from moe_kernels.numerics import gated, narrow, widen
-from moe_kernels.routing import choose_experts
+from moe_kernels.routing_triton import choose_experts
+from moe_kernels.rule import RoutingRule
+from moe_kernels.table import ReplicaTable
 
 _MOST_STEPS = tl.constexpr(16)  # that a program of the down projection has unrolled
 
@@ -230,8 +232,7 @@ def _make_plan(
     down_SHI: torch.Tensor,
     num_experts: int,
     top_k: int,
-    score_function: str,
-    renormalize: bool,
+    rule: RoutingRule,
     activation: str,
 ) -> _Plan:
     _, hidden_size, intermediate = down_SHI.shape
@@ -244,8 +245,8 @@ def _make_plan(
             device_index,
             SCRATCH=scratch,
             TOP_K=top_k,
-            SOFTMAX=score_function == "softmax",
-            RENORMALIZE=renormalize,
+            SOFTMAX=rule.score_function == "softmax",
+            RENORMALIZE=rule.renormalize,
             BLOCK_E=next_power_of_2(num_experts),
             BLOCK_K=block_k,
             num_warps=1,
@@ -282,21 +283,16 @@ _MOST_PLANS = 256  # kinds of layers; a process has few
 def one_token_triton(
     x_1H: torch.Tensor,
     logits_1E: torch.Tensor,
-    gate_up_SNH: torch.Tensor,
-    down_SHI: torch.Tensor,
-    table_lanes_E: torch.Tensor,
-    lane_to_slot_L: torch.Tensor,
-    load_E: torch.Tensor,
-    increment_1: torch.Tensor | None,
+    matrices: ExpertMatrices,
+    table: ReplicaTable,
+    load: LoadCounter,
     top_k: int,
-    *,
-    score_function: str,
-    renormalize: bool,
-    scale: float,
+    rule: RoutingRule,
     bias_E: torch.Tensor | None,
     token_mask_T: torch.Tensor | None,
-    activation: str,
 ) -> torch.Tensor:
+    gate_up_SNH, down_SHI = matrices.gate_up_SNH, matrices.down_SHI
+    load_E, increment_1, lane_to_slot_L = load.load_E, load.increment_1, table.lane_to_slot_L
     _, hidden_size, intermediate = down_SHI.shape
     num_experts, num_lanes = load_E.numel(), lane_to_slot_L.numel()
     stride_up, stride_down = gate_up_SNH.stride(0), down_SHI.stride(0)
@@ -304,13 +300,13 @@ def one_token_triton(
     key = (
         *(device_index, x_1H.dtype, logits_1E.dtype, gate_up_SNH.dtype, down_SHI.dtype),
         *(hidden_size, intermediate, stride_up, stride_down, num_experts, num_lanes, top_k),
-        *(score_function, renormalize, activation),
+        *(rule.score_function, rule.renormalize, matrices.activation),
         *(None if bias_E is None else bias_E.dtype, token_mask_T is None, increment_1 is None),
     )
     aligned = not (x_1H.data_ptr() | gate_up_SNH.data_ptr() | down_SHI.data_ptr()) % 16
     plan = _plans.get(key) if aligned else None
     if plan is None:
-        plan = _make_plan(x_1H, down_SHI, num_experts, top_k, score_function, renormalize, activation)
+        plan = _make_plan(x_1H, down_SHI, num_experts, top_k, rule, matrices.activation)
         if aligned:
             if len(_plans) >= _MOST_PLANS:
                 _plans.clear()
@@ -326,8 +322,8 @@ def one_token_triton(
             logits_1E,
             bias_E,
             token_mask_T,
-            scale,
-            table_lanes_E,
+            float(rule.scale),
+            table.lanes_P,
             lane_to_slot_L,
             increment_1,
             load_E,
@@ -341,7 +337,7 @@ def one_token_triton(
 
 
 # Weights up to this size (bytes) take each other's places in L2, and not those of dirty lines, which would have to be written
-# first; more of them take longer so (measured on an H200, docs/performance.md).
+# first; more of them take longer so (measured on an H200, docs/log.md).
 _MOST_TO_STREAM = 256 << 20
 _ELEMENTS = 2048  # weights that a program of the down projection reads at once
 

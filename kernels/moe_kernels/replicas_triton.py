@@ -1,5 +1,3 @@
-# mypy: allow-incomplete-defs
-# Of the arguments of a kernel only the constants are annotated.
 """The kernels of `select_replicas` and their launches.
 
 T tokens, E logical experts, K experts per token, L lanes, P replicas of all experts together (entries of the table).
@@ -13,6 +11,7 @@ import triton.language as tl
 
 from moe_kernels.integers import next_power_of_2
 from moe_kernels.launch import Launcher, gdc_launch_dependents, gdc_wait
+from moe_kernels.load import LoadCounter
 from moe_kernels.scan import (
     chunk_options,
     count_chunks,
@@ -27,6 +26,7 @@ from moe_kernels.scan import (
     scan_options,
     start_chunks,
 )
+from moe_kernels.table import ReplicaTable
 
 SHARE_BITS = 30
 SHARE_ONE = 1 << SHARE_BITS
@@ -298,25 +298,23 @@ def _find_lanes_kernel(
 
 def select_replicas_triton(
     expert_ids_TK: torch.Tensor,
-    table_offsets_E1: torch.Tensor | None,
-    table_lanes_P: torch.Tensor,
-    table_cumulative_P: torch.Tensor | None,
-    load_E: torch.Tensor,
+    table: ReplicaTable,
+    load: LoadCounter,
     rank_start: int,
     *,
     num_lanes: int,
-    increment_1: torch.Tensor | None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     lanes_TK, counts_L = torch.empty_like(expert_ids_TK), expert_ids_TK.new_empty(num_lanes)
-    num_elements, num_experts, num_entries = expert_ids_TK.numel(), load_E.numel(), table_lanes_P.numel()
-    table = (table_offsets_E1, table_lanes_P, table_cumulative_P)
+    load_E, increment_1 = load.load_E, load.increment_1
+    num_elements, num_experts, num_entries = expert_ids_TK.numel(), load_E.numel(), table.lanes_P.numel()
+    entries = (table.offsets_E1, table.lanes_P, table.cumulative_P)
     sizes = (num_experts, num_entries, num_lanes)
     options = scan_options(num_elements)
     block_p = next_power_of_2(max(num_entries, 1))
     chunks_BC = count_chunks(expert_ids_TK, num_experts)
     if chunks_BC is None:
         _select_replicas_kernel[(num_experts + 1,)](
-            *(expert_ids_TK, *table, increment_1, rank_start),
+            *(expert_ids_TK, *entries, increment_1, rank_start),
             *(load_E, lanes_TK, counts_L),
             *(num_elements, *sizes),
             BLOCK_P=block_p,
@@ -325,7 +323,7 @@ def select_replicas_triton(
         return lanes_TK, counts_L
     circles_E2, num_chunks = expert_ids_TK.new_empty((num_experts, 2)), chunks_BC.shape[1]
     _count_replicas_kernel[(num_experts + 1,)](
-        *(chunks_BC, *table, increment_1, rank_start),
+        *(chunks_BC, *entries, increment_1, rank_start),
         *(load_E, counts_L, circles_E2),
         *(num_chunks, *sizes),
         BLOCK=options["BLOCK"],
@@ -333,7 +331,7 @@ def select_replicas_triton(
         num_warps=options["num_warps"],
     )
     _find_lanes_kernel[(num_chunks,)](
-        *(expert_ids_TK, *table, chunks_BC, circles_E2),
+        *(expert_ids_TK, *entries, chunks_BC, circles_E2),
         lanes_TK,
         *(num_elements, num_experts),
         **chunk_options(),

@@ -1,5 +1,3 @@
-# mypy: allow-incomplete-defs
-# Of the arguments of a kernel only the constants are annotated.
 """Tile schedule: rows sorted by lane, cut into tiles of one lane each.
 
 N flat rows, L lanes, M rows per tile.
@@ -14,11 +12,12 @@ import torch.nn.functional as F
 import triton
 import triton.language as tl
 
-from moe_kernels.backend import registered_op, resolve_backend
+from moe_kernels.backend import resolve_backend
 from moe_kernels.checks import check_tensor
 from moe_kernels.config import GemmConfig
 from moe_kernels.integers import next_power_of_2
 from moe_kernels.launch import Launcher, gdc_launch_dependents, gdc_wait
+from moe_kernels.registered import registered_op
 from moe_kernels.scan import (
     chunk_options,
     count_chunks,

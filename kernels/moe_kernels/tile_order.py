@@ -1,5 +1,3 @@
-# mypy: allow-incomplete-defs
-# Of the arguments of a kernel only the constants are annotated.
 """In which order the programs of a grouped GEMM take the tiles."""
 
 from __future__ import annotations

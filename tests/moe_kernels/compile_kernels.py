@@ -15,7 +15,7 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from moe_kernels import GemmConfig, combine, expert_down, expert_up, gemm_config, replicas_triton, routing, schedule  # noqa: F401
+from moe_kernels import GemmConfig, gemm_config, local_forward, routing_triton  # noqa: F401
 from moe_kernels.config import _INTERMEDIATE, _KEPT_TMA, _TABLE_TMA
 from moe_kernels.scan import MANY_KEYS, chunk_options, scan_options
 
@@ -23,13 +23,13 @@ MODULES = {
     name: sys.modules[f"moe_kernels.{name}"]
     for name in (
         "combine",
-        "expert_down",
         "expert_down_tma",
-        "expert_up",
+        "expert_down_triton",
         "expert_up_tma",
+        "expert_up_triton",
         "one_token",
         "replicas_triton",
-        "routing",
+        "routing_triton",
         "scan",
         "schedule",
     )
@@ -73,8 +73,8 @@ def compile_gemms(arch: int, dtype: torch.dtype, rows_per_expert: int, even_k: b
     up = tiles | {"BLOCK_I": config.block_n // 2, "ACTIVATION": activation}
     down = tiles | {"BLOCK_N": config.block_n}
     for module, name, constants in (
-        ("expert_up", "_expert_up_kernel", up),
-        ("expert_down", "_expert_down_kernel", down),
+        ("expert_up_triton", "_expert_up_kernel", up),
+        ("expert_down_triton", "_expert_down_kernel", down),
     ):
         compiled = compile_kernel(module, name, floats, constants, arch, **options)
         assert compiled.metadata.shared <= 99 * 1024, f"{compiled.metadata.shared} bytes of shared memory"
@@ -102,9 +102,9 @@ def compile_small(arch: int) -> None:
         )
         for softmax, bias in ((True, {"bias_ptr": None, "mask_ptr": None}), (False, {})):
             for experts in (16, 48, 64, 128, 256):
-                tokens = routing._tokens_per_program(experts)
+                tokens = routing_triton._tokens_per_program(experts)
                 compiled = compile_small_one(
-                    "routing",
+                    "routing_triton",
                     "_topk_routing_kernel",
                     {
                         "logits_ptr": f"*{dtype}",

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import pytest
 import torch
 
-from moe_kernels import scan
+from moe_kernels import ExpertMatrices, scan
 
 
 @pytest.fixture(autouse=True)
@@ -58,6 +58,10 @@ class Experts:
     lanes_N: torch.Tensor
     row_weights_N: torch.Tensor
     fanout: int
+
+    @property
+    def matrices(self) -> ExpertMatrices:
+        return ExpertMatrices(self.gate_up_SNH, self.down_SHI)
 
     @property
     def counts_L(self) -> torch.Tensor:

@@ -8,6 +8,10 @@ import torch.nn.functional as F
 
 from moe_kernels import (
     SHARE_BITS,
+    ExpertMatrices,
+    LoadCounter,
+    ReplicaTable,
+    RoutingRule,
     build_schedule,
     combine,
     expert_down,
@@ -25,14 +29,14 @@ EXPERT_OF_LANE = [0, 1, 2, 3, 4, 0, 1]
 
 
 def chain(x, logits, mask, gate_up, down, lane_to_slot, table, count, increment, config, backend="auto"):
-    weights, ids = topk_routing(logits, TOP_K, token_mask_T=mask, backend=backend)
-    num_lanes = lane_to_slot.numel()
-    lanes, counts = select_replicas(
-        ids, *table, count, 12345, num_lanes=num_lanes, increment_1=increment, backend=backend
-    )
+    weights, ids = topk_routing(logits, TOP_K, RoutingRule(), token_mask_T=mask, backend=backend)
+    offsets, lanes, cumulative = table
+    replicas, load = ReplicaTable(lanes, lane_to_slot, offsets, cumulative), LoadCounter(count, increment)
+    lanes, counts = select_replicas(ids, replicas, load, 12345, num_lanes=lane_to_slot.numel(), backend=backend)
     schedule = build_schedule(lanes.view(-1), counts, block_m=config.block_m, backend=backend)
-    hidden = expert_up(x, gate_up, lane_to_slot, schedule, fanout=TOP_K, config=config, backend=backend)
-    rows = expert_down(hidden, down, lane_to_slot, schedule, weights.view(-1), config=config, backend=backend)
+    matrices = ExpertMatrices(gate_up, down)
+    hidden = expert_up(x, matrices, lane_to_slot, schedule, fanout=TOP_K, config=config, backend=backend)
+    rows = expert_down(hidden, matrices, lane_to_slot, schedule, weights.view(-1), config=config, backend=backend)
     return combine(rows, lanes, backend=backend)
 
 
@@ -112,7 +116,8 @@ def test_on_meta_only_shapes_are_computed():
     assert y.is_meta and y.shape == (TOKENS, HIDDEN) and y.dtype == torch.bfloat16
     lanes = inputs["lane_to_slot"]
     schedule = build_schedule(lanes, lanes, block_m=inputs["config"].block_m)
-    hidden = expert_up(inputs["x"][:7], inputs["gate_up"], lanes, schedule, fanout=1, config=inputs["config"])
+    matrices = ExpertMatrices(inputs["gate_up"], inputs["down"])
+    hidden = expert_up(inputs["x"][:7], matrices, lanes, schedule, fanout=1, config=inputs["config"])
     assert hidden.is_meta and hidden.shape == (7, INTERMEDIATE)
 
 

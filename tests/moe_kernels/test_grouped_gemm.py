@@ -7,7 +7,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from moe_kernels import build_schedule, expert_down, expert_up, gemm_config
+from moe_kernels import ExpertMatrices, build_schedule, expert_down, expert_up, gemm_config
 from moe_kernels.expert_down import _expert_down
 from moe_kernels.expert_up import _expert_up
 from moe_kernels.row_blocks import padded_matrix
@@ -65,7 +65,7 @@ def test_up(make_experts, assert_close, shape, dtype, backend):
     schedule, config = schedule_of(experts, backend)
     hidden = expert_up(
         experts.x_RH,
-        experts.gate_up_SNH,
+        experts.matrices,
         experts.lane_to_slot_L,
         schedule,
         fanout=experts.fanout,
@@ -86,7 +86,7 @@ def test_down(make_experts, assert_close, shape, dtype, backend):
     hidden = down_inputs(experts)
     rows = expert_down(
         hidden,
-        experts.down_SHI,
+        experts.matrices,
         experts.lane_to_slot_L,
         schedule,
         experts.row_weights_N,
@@ -105,18 +105,17 @@ def test_every_tile_shape(make_experts, assert_close, dtype, rows):
     schedule, config = schedule_of(experts, "triton", rows)
     hidden = expert_up(
         experts.x_RH,
-        experts.gate_up_SNH,
+        replace(experts.matrices, activation="gelu"),
         experts.lane_to_slot_L,
         schedule,
         fanout=1,
-        activation="gelu",
         config=replace(config, group_m=1),
         backend="triton",
     )
     expected = dense_up(experts, schedule, experts.x_RH.double(), experts.gate_up_SNH.double(), "gelu")
     assert_close(hidden[: expected.shape[0]], expected)
     weights = (experts.lane_to_slot_L, schedule, experts.row_weights_N)
-    out = expert_down(hidden, experts.down_SHI, *weights, config=config, backend="triton")
+    out = expert_down(hidden, experts.matrices, *weights, config=config, backend="triton")
     expected = dense_down(experts, schedule, hidden.double(), experts.down_SHI.double(), experts.row_weights_N.double())
     assert_close(out[schedule.order_N[: expected.shape[0]].long()], expected)
 
@@ -128,8 +127,8 @@ def test_up_gradient(make_experts, assert_close, shape, activation, backend):
     experts = make_experts(*shape)
     schedule, config = schedule_of(experts, backend)
     x, gate_up = experts.x_RH.requires_grad_(), experts.gate_up_SNH.requires_grad_()
-    options = {"fanout": experts.fanout, "activation": activation, "config": config, "backend": backend}
-    hidden = expert_up(x, gate_up, experts.lane_to_slot_L, schedule, **options)
+    options = {"fanout": experts.fanout, "config": config, "backend": backend}
+    hidden = expert_up(x, replace(experts.matrices, activation=activation), experts.lane_to_slot_L, schedule, **options)
     exact = [tensor.detach().double().requires_grad_() for tensor in (x, gate_up)]
     expected = dense_up(experts, schedule, *exact, activation)
     upstream = torch.randn(hidden.shape, generator=torch.Generator().manual_seed(1)).to(hidden.device)
@@ -146,8 +145,10 @@ def test_down_gradient(make_experts, assert_close, shape, backend):
     experts = make_experts(*shape)
     schedule, config = schedule_of(experts, backend)
     inputs = [tensor.requires_grad_() for tensor in (down_inputs(experts), experts.down_SHI, experts.row_weights_N)]
-    hidden, down, row_weights = inputs
-    rows = expert_down(hidden, down, experts.lane_to_slot_L, schedule, row_weights, config=config, backend=backend)
+    hidden, _, row_weights = inputs
+    rows = expert_down(
+        hidden, experts.matrices, experts.lane_to_slot_L, schedule, row_weights, config=config, backend=backend
+    )
     exact = [tensor.detach().double().requires_grad_() for tensor in inputs]
     expected = dense_down(experts, schedule, *exact)
     upstream = torch.randn(rows.shape, generator=torch.Generator().manual_seed(1)).to(rows.device)
@@ -164,8 +165,8 @@ def test_gradients_only_where_they_are_needed(make_experts, device):
     experts = make_experts(6, 1, 2, 16, 16)
     schedule, config = schedule_of(experts, "auto")
     x = experts.x_RH.requires_grad_()
-    hidden = expert_up(x, experts.gate_up_SNH, experts.lane_to_slot_L, schedule, fanout=1, config=config)
-    expert_down(hidden, experts.down_SHI, experts.lane_to_slot_L, schedule, experts.row_weights_N, config=config)[
+    hidden = expert_up(x, experts.matrices, experts.lane_to_slot_L, schedule, fanout=1, config=config)
+    expert_down(hidden, experts.matrices, experts.lane_to_slot_L, schedule, experts.row_weights_N, config=config)[
         experts.lanes_N >= 0
     ].sum().backward()
     assert x.grad.abs().sum() > 0
@@ -183,8 +184,8 @@ def test_other_slots_may_be_filled_before_the_backward(make_experts, backend):
         x, row_weights = experts.x_RH.requires_grad_(), experts.row_weights_N.requires_grad_()
         slots = (experts.lane_to_slot_L, schedule)
         options = {"config": config, "backend": backend}
-        hidden = expert_up(x, experts.gate_up_SNH, *slots, fanout=1, **options)
-        rows = expert_down(hidden, experts.down_SHI, *slots, row_weights, **options)
+        hidden = expert_up(x, experts.matrices, *slots, fanout=1, **options)
+        rows = expert_down(hidden, experts.matrices, *slots, row_weights, **options)
         if fill:
             (free,) = set(range(4)) - set(experts.lane_to_slot_L.tolist())
             for weights in (experts.gate_up_SNH, experts.down_SHI):
@@ -215,11 +216,12 @@ def test_slots_beyond_32_bit_offsets(device, assert_close, backend):
     config = gemm_config(32, 16, torch.float16, 3, 1, 1)
     lanes = torch.zeros(3, dtype=torch.int32, device=device)
     schedule = build_schedule(lanes, counts_of(lanes, 1), block_m=config.block_m, backend=backend)
-    hidden = expert_up(x, gate_up, lane_to_slot, schedule, fanout=1, config=config, backend=backend)
+    matrices = ExpertMatrices(gate_up, down)
+    hidden = expert_up(x, matrices, lane_to_slot, schedule, fanout=1, config=config, backend=backend)
     gate, up = F.linear(x.double(), gate_up[2].double()).chunk(2, dim=1)
     assert_close(hidden, F.silu(gate) * up)
     ones = torch.ones(3, device=device)
-    rows = expert_down(hidden, down, lane_to_slot, schedule, ones, config=config, backend=backend)
+    rows = expert_down(hidden, matrices, lane_to_slot, schedule, ones, config=config, backend=backend)
     assert_close(rows, F.linear(hidden.double(), down[2].double()))
 
 
@@ -231,7 +233,7 @@ def test_rows_may_be_padded(make_experts, assert_close):
         schedule, config = schedule_of(experts, backend)
         hidden = expert_up(
             wide[:, :16],
-            experts.gate_up_SNH,
+            experts.matrices,
             experts.lane_to_slot_L,
             schedule,
             fanout=2,
@@ -253,18 +255,13 @@ def test_the_reference_aligns_what_the_pool_did_not():
 def test_opcheck(make_experts):
     experts = make_experts(5, 2, 3, 10, 6)
     schedule, config = schedule_of(experts, "torch")
-    tiles = (schedule.tile_lane, schedule.tile_start, schedule.tile_end)
-    x, gate_up, down = (t.requires_grad_() for t in (experts.x_RH, experts.gate_up_SNH, experts.down_SHI))
-    slots, order, offsets = experts.lane_to_slot_L, schedule.order_N, schedule.offsets_L1
-    tiling = config.as_list()
-    torch.library.opcheck(
-        _expert_up.registered, (x, gate_up, slots, order, offsets, *tiles, 2, "silu", tiling, "torch")
-    )
+    for tensor in (experts.x_RH, experts.gate_up_SNH, experts.down_SHI, experts.row_weights_N):
+        tensor.requires_grad_()
+    slots = (experts.matrices, experts.lane_to_slot_L, schedule)
+    torch.library.opcheck(_expert_up.registered, _expert_up.flatten(experts.x_RH, *slots, 2, config, "torch"))
     hidden = down_inputs(experts).nan_to_num().requires_grad_()
-    row_weights = experts.row_weights_N.requires_grad_()
-    tiles = (*tiles, schedule.num_tiles)
     torch.library.opcheck(
-        _expert_down.registered, (hidden, down, slots, row_weights, order, offsets, *tiles, tiling, "torch")
+        _expert_down.registered, _expert_down.flatten(hidden, *slots, experts.row_weights_N, config, "torch")
     )
 
 
@@ -272,12 +269,19 @@ def good_up():
     schedule = build_schedule(torch.zeros(4, dtype=torch.int32), torch.tensor([4, 0], dtype=torch.int32), block_m=16)
     return {
         "x_RH": torch.zeros((2, 8)),
-        "gate_up_SNH": torch.zeros((3, 12, 8)),
+        "matrices": ExpertMatrices(torch.zeros((3, 12, 8)), torch.zeros((3, 8, 6))),
         "lane_to_slot_L": torch.zeros(2, dtype=torch.int32),
         "schedule": schedule,
         "fanout": 2,
         "config": gemm_config(12, 8, torch.float32, 1, 1, 1),
     }
+
+
+def changed(arguments, change):
+    """`arguments` with others, or with other fields of the matrices."""
+    fields = {name: value for name, value in change.items() if name not in (*arguments, "backend")}
+    arguments = arguments | {"matrices": replace(arguments["matrices"], **fields)}
+    return arguments | {name: value for name, value in change.items() if name not in fields}
 
 
 @pytest.mark.parametrize(
@@ -290,6 +294,7 @@ def good_up():
         ("gate_up_SNH", {"gate_up_SNH": torch.zeros((3, 8, 12)).transpose(1, 2)}),
         ("gate_up_SNH", {"gate_up_SNH": torch.zeros((3, 11, 8))}),
         ("gate_up_SNH", {"gate_up_SNH": torch.zeros((3, 0, 8))}),
+        ("down_SHI", {"down_SHI": torch.zeros((3, 9, 6))}),
         ("lane_to_slot_L", {"lane_to_slot_L": torch.zeros(3, dtype=torch.int32)}),
         ("schedule.order_N", {"fanout": 3}),
         ("fanout", {"fanout": 0}),
@@ -300,7 +305,7 @@ def good_up():
 )
 def test_up_refuses(name, change):
     with pytest.raises(ValueError, match=name):
-        expert_up(**(good_up() | change))
+        expert_up(**changed(good_up(), change))
 
 
 @pytest.mark.parametrize(
@@ -316,11 +321,7 @@ def test_up_refuses(name, change):
     ],
 )
 def test_down_refuses(name, change):
-    good = {name: value for name, value in good_up().items() if name in ("lane_to_slot_L", "schedule", "config")}
-    good |= {
-        "hidden_NI": torch.zeros((4, 6)),
-        "down_SHI": torch.zeros((3, 8, 6)),
-        "row_weights_N": torch.zeros(4),
-    }
+    good = {name: value for name, value in good_up().items() if name not in ("x_RH", "fanout")}
+    good |= {"hidden_NI": torch.zeros((4, 6)), "row_weights_N": torch.zeros(4)}
     with pytest.raises(ValueError, match=name):
-        expert_down(**(good | change))
+        expert_down(**changed(good, change))

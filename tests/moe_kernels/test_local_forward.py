@@ -1,5 +1,7 @@
 """All of a forward as one op, against the separate ops. A single token has kernels of its own."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 import triton
@@ -8,17 +10,21 @@ from hypothesis import strategies as st
 
 from moe_kernels import (
     SHARE_BITS,
+    LoadCounter,
+    ReplicaTable,
+    RoutingRule,
     build_schedule,
     combine,
     expert_down,
     expert_up,
     gemm_configs,
     has_tma,
+    local_experts,
     local_forward,
     select_replicas,
     topk_routing,
 )
-from moe_kernels.local_forward import _local_forward
+from moe_kernels.local_forward import _local_experts, _local_forward
 
 
 def arguments(
@@ -37,54 +43,51 @@ def arguments(
     experts = make_experts(num_tokens, top_k, num_lanes, hidden_size, intermediate, dtype, seed)
     device = experts.x_RH.device
     random = torch.Generator().manual_seed(seed)
+    one = torch.ones(1, dtype=torch.int64, device=device)
     return {
         "x_TH": experts.x_RH,
         "logits_TE": torch.randn(num_tokens, num_experts, generator=random).to(device),
-        "gate_up_SNH": experts.gate_up_SNH,
-        "down_SHI": experts.down_SHI,
-        "table_lanes_E": torch.arange(spare_lanes, num_lanes, dtype=torch.int32, device=device).flip(0),
-        "lane_to_slot_L": experts.lane_to_slot_L,
-        "load_E": torch.randint(0, 10**12, (num_experts,), generator=random).to(device),
-        "increment_1": torch.ones(1, dtype=torch.int64, device=device),
+        "matrices": experts.matrices,
+        "table": ReplicaTable(
+            torch.arange(spare_lanes, num_lanes, dtype=torch.int32, device=device).flip(0), experts.lane_to_slot_L
+        ),
+        "load": LoadCounter(torch.randint(0, 10**12, (num_experts,), generator=random).to(device), one),
         "top_k": top_k,
+        "rule": RoutingRule(),
     }
 
 
-def separate(arguments, backend="torch", activation="silu", configs=None, **rule):
+def separate(arguments, backend="torch", configs=None, bias_E=None, token_mask_T=None):
     """The output and the counters by the separate ops."""
-    a = dict(arguments)
-    load, mask = a["load_E"].clone(), rule.pop("token_mask_T", None)
-    weights, ids = topk_routing(a["logits_TE"], a["top_k"], token_mask_T=mask, backend=backend, **rule)
-    lanes_E = a["table_lanes_E"]
-    offsets = torch.arange(lanes_E.numel() + 1, dtype=torch.int32, device=lanes_E.device)
-    shares = torch.full_like(lanes_E, 1 << SHARE_BITS)
-    lanes, counts = select_replicas(
-        *(ids, offsets, lanes_E, shares, load, 0),
-        num_lanes=a["lane_to_slot_L"].numel(),
-        increment_1=a["increment_1"],
-        backend=backend,
+    options = {"bias_E": bias_E, "token_mask_T": token_mask_T, "backend": backend}
+    weights, ids = topk_routing(arguments["logits_TE"], arguments["top_k"], arguments["rule"], **options)
+    given_experts = {"expert_ids_TK": ids, "expert_weights_TK": weights}
+    return separate_experts(arguments | given_experts, backend, configs)
+
+
+def separate_experts(a, backend, configs):
+    """`separate` after the routing."""
+    load, table, slots = a["load"].load_E.clone(), a["table"], a["table"].lane_to_slot_L
+    ids, weights = a["expert_ids_TK"], a["expert_weights_TK"]
+    num_experts = load.numel()
+    table = replace(
+        table,
+        offsets_E1=torch.arange(num_experts + 1, dtype=torch.int32, device=load.device),
+        cumulative_P=torch.full_like(table.lanes_P, 1 << SHARE_BITS),
     )
+    counter = LoadCounter(load, a["load"].increment_1)
+    lanes, counts = select_replicas(ids, table, counter, 0, num_lanes=slots.numel(), backend=backend)
     up, down = configs or gemm_configs(64, 64, torch.float32, 1, 1, 1)
     schedule = build_schedule(lanes.view(-1), counts, block_m=up.block_m, extra_m=up.extra_m, backend=backend)
-    hidden = expert_up(
-        a["x_TH"],
-        a["gate_up_SNH"],
-        a["lane_to_slot_L"],
-        schedule,
-        fanout=a["top_k"],
-        activation=activation,
-        config=up,
-        backend=backend,
-    )
-    rows = expert_down(
-        hidden, a["down_SHI"], a["lane_to_slot_L"], schedule, weights.view(-1), config=down, backend=backend
-    )
+    hidden = expert_up(a["x_TH"], a["matrices"], slots, schedule, fanout=ids.shape[1], config=up, backend=backend)
+    rows = expert_down(hidden, a["matrices"], slots, schedule, weights.view(-1), config=down, backend=backend)
     return combine(rows, lanes, backend=backend), load
 
 
 def in_float32(arguments):
-    names = ("x_TH", "gate_up_SNH", "down_SHI")
-    return arguments | {name: arguments[name].float() for name in names}
+    matrices = arguments["matrices"]
+    exact = replace(matrices, gate_up_SNH=matrices.gate_up_SNH.float(), down_SHI=matrices.down_SHI.float())
+    return arguments | {"x_TH": arguments["x_TH"].float(), "matrices": exact}
 
 
 @pytest.mark.parametrize("backend", ["torch", "triton"])
@@ -111,17 +114,16 @@ def test_equals_the_separate_ops(
     sizes = (num_experts, top_k, hidden_size, intermediate)
     given_arguments = arguments(make_experts, *sizes, dtype, seed, num_tokens, spare_lanes)
     device, random = given_arguments["x_TH"].device, torch.Generator().manual_seed(seed)
-    rule = {
-        "score_function": score_function,
-        "renormalize": renormalize,
-        "scale": 1.5,
+    given_arguments["rule"] = RoutingRule(score_function, renormalize, 1.5)
+    given_arguments["matrices"] = replace(given_arguments["matrices"], activation=activation)
+    options = {
         "bias_E": torch.randn(num_experts, generator=random).to(device),
         "token_mask_T": torch.randint(2, (num_tokens,), generator=random).bool().to(device) if masked else None,
     }
-    expected, load = separate(in_float32(given_arguments), activation=activation, **rule)
-    y = local_forward(**given_arguments, **rule, activation=activation, backend=backend)
+    expected, load = separate(in_float32(given_arguments), **options)
+    y = local_forward(**given_arguments, **options, backend=backend)
     assert_close(y, expected, scale=4)
-    assert torch.equal(given_arguments["load_E"], load)
+    assert torch.equal(given_arguments["load"].load_E, load)
 
 
 @pytest.mark.parametrize("backend", ["torch", "triton"])
@@ -134,7 +136,7 @@ def test_bits_are_those_of_the_separate_ops(make_experts, backend, num_tokens, t
     up, down = gemm_configs(64, 48, dtype, num_tokens, top_k, 6, tma=has_tma(device))
     expected, load = separate(given_arguments, backend, configs=(up, down))
     assert torch.equal(local_forward(**given_arguments, backend=backend), expected)
-    assert torch.equal(given_arguments["load_E"], load)
+    assert torch.equal(given_arguments["load"].load_E, load)
 
 
 @pytest.mark.parametrize("backend", ["torch", "triton"])
@@ -154,15 +156,16 @@ def test_many_experts(make_experts, assert_close, backend, num_experts, top_k):
     given_arguments = arguments(make_experts, num_experts, top_k, 16, 8)
     expected, load = separate(in_float32(given_arguments))
     assert_close(local_forward(**given_arguments, backend=backend), expected, scale=4)
-    assert torch.equal(given_arguments["load_E"], load)
+    assert torch.equal(given_arguments["load"].load_E, load)
 
 
 @pytest.mark.parametrize("backend", ["torch", "triton"])
 def test_nothing_is_recorded_without_an_increment(make_experts, backend):
-    given_arguments = arguments(make_experts, 2, 1, 16, 8) | {"increment_1": None}
-    before = given_arguments["load_E"].clone()
+    given_arguments = arguments(make_experts, 2, 1, 16, 8)
+    given_arguments["load"] = replace(given_arguments["load"], increment_1=None)
+    before = given_arguments["load"].load_E.clone()
     local_forward(**given_arguments, backend=backend)
-    assert torch.equal(given_arguments["load_E"], before)
+    assert torch.equal(given_arguments["load"].load_E, before)
 
 
 @pytest.mark.parametrize("backend", ["torch", "triton"])
@@ -172,43 +175,60 @@ def test_bits_do_not_depend_on_slots_and_lanes(make_experts, backend, num_tokens
     expected = local_forward(**given_arguments, backend=backend)
     device = expected.device
     moved = dict(given_arguments)
-    slots = given_arguments["lane_to_slot_L"].long()
+    table, matrices = given_arguments["table"], given_arguments["matrices"]
+    slots, fields = table.lane_to_slot_L.long(), {}
     for name in ("gate_up_SNH", "down_SHI"):
-        moved[name] = torch.full_like(given_arguments[name], float("nan"))
-        moved[name][[4, 0, 3, 1]] = given_arguments[name][slots[given_arguments["table_lanes_E"].long()]]
-    moved["table_lanes_E"] = torch.tensor([1, 5, 2, 0], dtype=torch.int32, device=device)
-    moved["lane_to_slot_L"] = torch.tensor([1, 4, 3, -1, -1, 0], dtype=torch.int32, device=device)
+        weights = getattr(matrices, name)
+        fields[name] = torch.full_like(weights, float("nan"))
+        fields[name][[4, 0, 3, 1]] = weights[slots[table.lanes_P.long()]]
+    moved["matrices"] = replace(matrices, **fields)
+    moved["table"] = ReplicaTable(
+        torch.tensor([1, 5, 2, 0], dtype=torch.int32, device=device),
+        torch.tensor([1, 4, 3, -1, -1, 0], dtype=torch.int32, device=device),
+    )
     assert torch.equal(local_forward(**moved, backend=backend), expected)
 
 
 @pytest.mark.parametrize(
     ("name", "change"),
     [
-        ("x_TH", lambda a: a["x_TH"][:, ::2]),
-        ("gate_up_SNH", lambda a: a["gate_up_SNH"][:, 1:]),
-        ("down_SHI", lambda a: a["down_SHI"].half()),
-        ("lane_to_slot_L", lambda a: a["lane_to_slot_L"].long()),
-        ("logits_TE", lambda a: a["logits_TE"][:, 1:]),
-        ("load_E", lambda a: a["load_E"].int()),
-        ("table_lanes_E", lambda a: a["table_lanes_E"][1:]),
-        ("increment_1", lambda a: a["increment_1"].expand(2)),
-        ("top_k", lambda a: 4),
-        ("score_function", lambda a: "relu"),
-        ("bias_E", lambda a: a["logits_TE"][0, 1:]),
-        ("token_mask_T", lambda a: a["logits_TE"][0, :1]),
-        ("activation", lambda a: "relu"),
+        ("x_TH", lambda a: {"x_TH": a["x_TH"][:, ::2]}),
+        ("matrices.gate_up_SNH", lambda a: {"gate_up_SNH": a["matrices"].gate_up_SNH[:, 1:]}),
+        ("matrices.down_SHI", lambda a: {"down_SHI": a["matrices"].down_SHI.half()}),
+        ("activation", lambda a: {"activation": "relu"}),
+        ("table.lane_to_slot_L", lambda a: {"lane_to_slot_L": a["table"].lane_to_slot_L.long()}),
+        ("table.lanes_P", lambda a: {"lanes_P": a["table"].lanes_P[1:]}),
+        ("table.offsets_E1", lambda a: {"offsets_E1": a["table"].lanes_P, "cumulative_P": a["table"].lanes_P}),
+        ("load.load_E", lambda a: {"load_E": a["load"].load_E.int()}),
+        ("load.increment_1", lambda a: {"increment_1": a["load"].increment_1.expand(2)}),
+        ("logits_TE", lambda a: {"logits_TE": a["logits_TE"][:, 1:]}),
+        ("top_k", lambda a: {"top_k": 4}),
+        ("rule.score_function", lambda a: {"score_function": "relu"}),
+        ("bias_E", lambda a: {"bias_E": a["logits_TE"][0, 1:]}),
+        ("token_mask_T", lambda a: {"token_mask_T": a["logits_TE"][0, :1]}),
+        ("backend", lambda a: {"backend": "cuda"}),
     ],
 )
 def test_refuses(make_experts, name, change):
     given_arguments = arguments(make_experts, 3, 2, 16, 8)
     with pytest.raises(ValueError, match=name):
-        local_forward(**(given_arguments | {name: change(given_arguments)}))
+        local_forward(**changed(given_arguments, change(given_arguments)))
+
+
+def changed(arguments, change):
+    """`arguments` with others, or with other fields of the structures among them."""
+    found = dict(arguments)
+    for name, value in change.items():
+        owner = next((key for key, kept in arguments.items() if hasattr(kept, name)), None)
+        found |= {name: value} if owner is None else {owner: replace(found[owner], **{name: value})}
+    return found
 
 
 @pytest.mark.gpu
 @pytest.mark.parametrize(("num_tokens", "launches"), [(1, 3), (5, 6)])
 def test_hooks_of_a_profiler_see_every_launch(make_experts, num_tokens, launches):
-    given_arguments = arguments(make_experts, 3, 2, 16, 8, num_tokens=num_tokens) | {"increment_1": None}
+    given_arguments = arguments(make_experts, 3, 2, 16, 8, num_tokens=num_tokens)
+    given_arguments["load"] = replace(given_arguments["load"], increment_1=None)
     expected = local_forward(**given_arguments, backend="triton")  # compiles
     seen, hooks = [], triton.knobs.runtime.launch_enter_hook
     assert torch.equal(local_forward(**given_arguments, backend="triton"), expected)
@@ -224,5 +244,52 @@ def test_hooks_of_a_profiler_see_every_launch(make_experts, num_tokens, launches
 @pytest.mark.parametrize("num_tokens", [1, 3])
 def test_opcheck(make_experts, backend, num_tokens):
     given_arguments = arguments(make_experts, 2, 2, 16, 8, num_tokens=num_tokens)
-    rule = ("softmax", True, 1.0, None, None, "silu")
-    torch.library.opcheck(_local_forward.registered, (*given_arguments.values(), *rule, backend))
+    flat = _local_forward.flatten(*given_arguments.values(), None, None, backend)
+    torch.library.opcheck(_local_forward.registered, flat)
+
+
+def of_experts(arguments, backend, device):
+    """The arguments of `local_experts` after the routing of `arguments`."""
+    weights, ids = topk_routing(arguments["logits_TE"], arguments["top_k"], arguments["rule"], backend=backend)
+    kept = {name: arguments[name] for name in ("matrices", "table", "load")}
+    return {"x_TH": arguments["x_TH"], "expert_ids_TK": ids, "expert_weights_TK": weights} | kept
+
+
+@pytest.mark.parametrize("backend", ["torch", "triton"])
+@pytest.mark.parametrize("num_tokens", [0, 1, 9])
+def test_experts_of_ids_from_elsewhere(make_experts, device, backend, num_tokens):
+    """The bits and counts of the separate ops, also of one token, and with ids that name no expert."""
+    given_arguments = arguments(make_experts, 4, 2, 64, 48, torch.bfloat16, num_tokens=num_tokens, spare_lanes=1)
+    given_experts = of_experts(given_arguments, backend, device)
+    if num_tokens > 2:
+        given_experts["expert_ids_TK"][0] = -1
+        given_experts["expert_ids_TK"][2, 1] = 4
+    configs = gemm_configs(64, 48, torch.bfloat16, num_tokens, 2, 4, tma=has_tma(given_arguments["x_TH"].device))
+    expected, load = separate_experts(given_experts, backend, configs)
+    assert torch.equal(local_experts(**given_experts, backend=backend), expected)
+    assert torch.equal(given_experts["load"].load_E, load)
+
+
+@pytest.mark.parametrize(
+    ("name", "change"),
+    [
+        ("x_TH", lambda a: {"x_TH": a["x_TH"].double()}),
+        ("matrices.down_SHI", lambda a: {"down_SHI": a["matrices"].down_SHI.half()}),
+        ("table.offsets_E1", lambda a: {"offsets_E1": a["table"].lanes_P, "cumulative_P": a["table"].lanes_P}),
+        ("expert_ids_TK", lambda a: {"expert_ids_TK": a["expert_ids_TK"].long()}),
+        ("expert_ids_TK", lambda a: {"expert_ids_TK": a["expert_ids_TK"].repeat(2, 1)}),
+        ("expert_weights_TK", lambda a: {"expert_weights_TK": a["expert_weights_TK"].half()}),
+        ("expert_weights_TK", lambda a: {"expert_weights_TK": a["expert_weights_TK"][:, :1]}),
+    ],
+)
+def test_experts_refuse(make_experts, device, name, change):
+    given_experts = of_experts(arguments(make_experts, 3, 2, 16, 8), "torch", device)
+    with pytest.raises(ValueError, match=name):
+        local_experts(**changed(given_experts, change(given_experts)))
+
+
+@pytest.mark.parametrize("backend", ["torch", "triton"])
+def test_opcheck_of_experts(make_experts, device, backend):
+    given_experts = of_experts(arguments(make_experts, 2, 2, 16, 8, num_tokens=3), backend, device)
+    flat = _local_experts.flatten(*given_experts.values(), backend)
+    torch.library.opcheck(_local_experts.registered, flat)

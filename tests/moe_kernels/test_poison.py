@@ -2,7 +2,7 @@
 
 import torch
 
-from moe_kernels import build_schedule, expert_down, gemm_config
+from moe_kernels import ExpertMatrices, build_schedule, expert_down, gemm_config
 from tests.moe_kernels.conftest import counts_of
 
 
@@ -18,6 +18,7 @@ def test_rows_that_are_not_computed_stay_poisoned(device):
     lanes = torch.tensor([0, -1], dtype=torch.int32, device=device)
     schedule = build_schedule(lanes, counts_of(lanes, 1), block_m=config.block_m, backend="triton")
     slot, ones = torch.zeros(1, dtype=torch.int32, device=device), torch.ones(2, device=device)
-    weights, hidden = torch.ones((1, 16, 16), device=device), torch.ones((2, 16), device=device)
+    hidden = torch.ones((2, 16), device=device)
+    weights = ExpertMatrices(torch.ones((1, 32, 16), device=device), torch.ones((1, 16, 16), device=device))
     rows = expert_down(hidden, weights, slot, schedule, ones, config=config, backend="triton")
     assert (rows[0] == 16).all() and rows[1].isnan().all()

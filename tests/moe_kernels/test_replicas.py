@@ -1,3 +1,4 @@
+from dataclasses import replace
 from fractions import Fraction
 from itertools import product
 
@@ -8,7 +9,7 @@ import triton.language as tl
 from hypothesis import given
 from hypothesis import strategies as st
 
-from moe_kernels import GOLDEN, SHARE_BITS, select_replicas
+from moe_kernels import GOLDEN, SHARE_BITS, LoadCounter, ReplicaTable, select_replicas
 from moe_kernels.replicas import _select_replicas
 from moe_kernels.replicas_triton import _ranks_below
 from moe_kernels.scan import MANY_KEYS
@@ -24,13 +25,14 @@ SPREAD = 10  # the lanes of expert e are SPREAD * e + replica: most lanes hold n
 
 
 def table_of(cumulative_by_expert, device="cpu"):
-    """CSR form."""
+    """CSR form. The lanes' slots are not used."""
     offsets, lanes, cumulative = [0], [], []
     for expert, bounds in enumerate(cumulative_by_expert):
         lanes += [SPREAD * expert + replica for replica in range(len(bounds))]
         cumulative += bounds
         offsets.append(len(lanes))
-    return int32(offsets, device), int32(lanes, device), int32(cumulative, device)
+    lanes_P = int32(lanes, device)
+    return ReplicaTable(lanes_P, lanes_P, int32(offsets, device), int32(cumulative, device))
 
 
 def select(ids, table, load, rank_start=0, device="cpu", backend="torch", increment=None):
@@ -39,11 +41,10 @@ def select(ids, table, load, rank_start=0, device="cpu", backend="torch", increm
     increment_1 = None if increment is None else torch.tensor([increment], dtype=torch.int64, device=device)
     lanes_TK, counts_L = select_replicas(
         int32(ids, device).view(len(ids), len(ids[0]) if ids else 2),
-        *table_of(table, device),
-        load_E,
+        table_of(table, device),
+        LoadCounter(load_E, increment_1),
         rank_start,
         num_lanes=SPREAD * len(table),
-        increment_1=increment_1,
         backend=backend,
     )
     assert lanes_TK.dtype == counts_L.dtype == torch.int32
@@ -63,10 +64,11 @@ def backend(request):
 
 def test_example(device, backend):
     """The kernels' docstrings."""
-    table = int32([0, 2], device), int32([3, 5], device), int32([3 * ONE // 4, ONE], device)
+    lanes = int32([3, 5], device)
+    table = ReplicaTable(lanes, lanes, int32([0, 2], device), int32([3 * ONE // 4, ONE], device))
     load, one = (torch.full((1,), value, dtype=torch.int64, device=device) for value in (0, 1))
     ids = int32([[0, 0], [0, 0]], device)
-    lanes, counts = select_replicas(ids, *table, load, 0, num_lanes=6, increment_1=one, backend=backend)
+    lanes, counts = select_replicas(ids, table, LoadCounter(load, one), 0, num_lanes=6, backend=backend)
     assert lanes.tolist() == [[3, 3], [3, 5]]
     assert counts.tolist() == [0, 0, 0, 3, 0, 1]
     assert load.tolist() == [4]
@@ -80,9 +82,8 @@ def test_of_one_replica_each_the_lanes_say_all(device, backend, picks, increment
     lanes_of = [4, 0, 3, 2, -1, -1]
     load = torch.arange(4, device=device)
     increment_1 = None if increment is None else torch.tensor([increment], device=device)
-    lanes, counts = select_replicas(
-        ids, None, table_lanes, None, load, 5, num_lanes=6, increment_1=increment_1, backend=backend
-    )
+    table, counter = ReplicaTable(table_lanes, table_lanes), LoadCounter(load, increment_1)
+    lanes, counts = select_replicas(ids, table, counter, 5, num_lanes=6, backend=backend)
     assert lanes.flatten().tolist() == [lanes_of[pick] for pick in picks]
     assert counts.tolist() == [lanes.flatten().tolist().count(lane) for lane in range(6)]
     assert load.tolist() == [expert + (increment or 0) * picks.count(expert) for expert in range(4)]
@@ -206,35 +207,32 @@ def test_opcheck(device):
     load, one = (torch.tensor(values, dtype=torch.int64, device=device) for values in ([3, 4], [1]))
     table = table_of([[ONE // 2, ONE], [ONE]], device)
     for increment in (None, one):
-        arguments = (int32([[0, 1], [0, -1]], device), *table, load.clone(), 5, 2 * SPREAD, increment, "torch")
-        torch.library.opcheck(_select_replicas.registered, arguments)
+        arguments = (int32([[0, 1], [0, -1]], device), table, LoadCounter(load.clone(), increment), 5, 2 * SPREAD)
+        torch.library.opcheck(_select_replicas.registered, _select_replicas.flatten(*arguments, "torch"))
+
+
+TABLE = ReplicaTable(int32([0]), int32([0]), int32([0, 1]), int32([ONE]))
+LOAD = torch.zeros(1, dtype=torch.int64)
 
 
 @pytest.mark.parametrize(
     ("name", "change"),
     [
         ("expert_ids_TK", {"expert_ids_TK": torch.zeros((1, 1), dtype=torch.int64)}),
-        ("table_offsets_E1", {"table_offsets_E1": int32([0])}),
-        ("must both be None", {"table_offsets_E1": None}),
-        ("table_lanes_P", {"table_offsets_E1": None, "table_cumulative_P": None, "table_lanes_P": int32([0, 1])}),
-        ("table_lanes_P", {"table_lanes_P": torch.zeros(1)}),
-        ("table_cumulative_P", {"table_cumulative_P": int32([1, ONE])}),
-        ("load_E", {"load_E": int32([0])}),
+        ("table.offsets_E1", {"table": replace(TABLE, offsets_E1=int32([0]))}),
+        ("must both be None", {"table": replace(TABLE, offsets_E1=None)}),
+        ("table.lanes_P", {"table": ReplicaTable(int32([0, 1]), int32([0]))}),
+        ("table.lanes_P", {"table": replace(TABLE, lanes_P=torch.zeros(1))}),
+        ("table.lane_to_slot_L", {"table": replace(TABLE, lane_to_slot_L=torch.zeros(1))}),
+        ("table.cumulative_P", {"table": replace(TABLE, cumulative_P=int32([1, ONE]))}),
+        ("load.load_E", {"load": LoadCounter(int32([0]))}),
+        ("load.increment_1", {"load": LoadCounter(LOAD, torch.ones(2, dtype=torch.int64))}),
         ("rank_start", {"rank_start": ONE}),
         ("rank_start", {"rank_start": -1}),
         ("num_lanes", {"num_lanes": 0}),
-        ("increment_1", {"increment_1": torch.ones(2, dtype=torch.int64)}),
     ],
 )
 def test_refused(name, change):
-    good = {
-        "expert_ids_TK": int32([[0]]),
-        "table_offsets_E1": int32([0, 1]),
-        "table_lanes_P": int32([0]),
-        "table_cumulative_P": int32([ONE]),
-        "load_E": torch.zeros(1, dtype=torch.int64),
-        "rank_start": 0,
-        "num_lanes": 1,
-    }
+    good = {"expert_ids_TK": int32([[0]]), "table": TABLE, "load": LoadCounter(LOAD), "rank_start": 0, "num_lanes": 1}
     with pytest.raises(ValueError, match=name):
         select_replicas(**(good | change))

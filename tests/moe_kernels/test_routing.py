@@ -1,7 +1,7 @@
 import pytest
 import torch
 
-from moe_kernels import topk_routing, topk_routing_torch
+from moe_kernels import RoutingRule, topk_routing, topk_routing_torch
 from moe_kernels.routing import _topk_routing
 
 
@@ -12,7 +12,7 @@ def logits_of(tokens, experts, device, dtype=torch.float32, seed=0):
 @pytest.mark.parametrize("backend", ["torch", "triton"])
 def test_example(device, backend):
     """The kernel's docstring: a tie goes to the lowest id."""
-    weights, ids = topk_routing(torch.tensor([[1.0, 3.0, 3.0, 2.0]], device=device), 2, backend=backend)
+    weights, ids = topk_routing(torch.tensor([[1.0, 3.0, 3.0, 2.0]], device=device), 2, RoutingRule(), backend=backend)
     assert ids.tolist() == [[1, 2]]
     torch.testing.assert_close(weights.cpu(), torch.tensor([[0.5, 0.5]]))
 
@@ -32,9 +32,9 @@ SHAPES = [
 def test_kernel_matches_reference(device, assert_close, tokens, experts, top_k, renormalize, score_function):
     for dtype in (torch.float32, torch.float16, torch.bfloat16):
         logits = logits_of(tokens, experts, device, dtype)
-        options = {"score_function": score_function, "renormalize": renormalize, "scale": 2.5}
-        weights, ids = topk_routing(logits, top_k, backend="triton", **options)
-        expected_weights, expected_ids = topk_routing_torch(logits, top_k, **options)
+        rule = RoutingRule(score_function, renormalize, 2.5)
+        weights, ids = topk_routing(logits, top_k, rule, backend="triton")
+        expected_weights, expected_ids = topk_routing_torch(logits, top_k, rule)
         assert weights.dtype == torch.float32 and ids.dtype == torch.int32
         assert torch.equal(ids, expected_ids)
         assert_close(weights, expected_weights)
@@ -44,10 +44,10 @@ def test_kernel_matches_reference(device, assert_close, tokens, experts, top_k, 
 def test_a_token_has_the_same_bits_among_any(device, experts):
     """Also where a program has several tokens."""
     logits, mask = logits_of(9, experts, device), torch.tensor([True, False] * 4 + [True], device=device)
-    weights, ids = topk_routing(logits, 3, token_mask_T=mask, backend="triton")
+    weights, ids = topk_routing(logits, 3, RoutingRule(), token_mask_T=mask, backend="triton")
     for first, last in ((0, 1), (1, 9), (2, 4), (3, 8), (8, 9)):
         rows = slice(first, last)
-        some = topk_routing(logits[rows].clone(), 3, token_mask_T=mask[rows].clone(), backend="triton")
+        some = topk_routing(logits[rows].clone(), 3, RoutingRule(), token_mask_T=mask[rows].clone(), backend="triton")
         assert torch.equal(some[0], weights[rows]) and torch.equal(some[1], ids[rows])
 
 
@@ -55,7 +55,7 @@ def test_a_token_has_the_same_bits_among_any(device, experts):
 def test_bias_chooses_but_does_not_weigh(device, backend):
     logits = torch.tensor([[0.0, 1.0, 2.0]], device=device)
     bias = torch.tensor([10.0, 0.0, 0.0], device=device)
-    weights, ids = topk_routing(logits, 2, score_function="sigmoid", renormalize=False, bias_E=bias, backend=backend)
+    weights, ids = topk_routing(logits, 2, RoutingRule("sigmoid", renormalize=False), bias_E=bias, backend=backend)
     assert ids.tolist() == [[0, 2]]
     torch.testing.assert_close(weights, torch.sigmoid(logits[:, [0, 2]]))
 
@@ -63,7 +63,7 @@ def test_bias_chooses_but_does_not_weigh(device, backend):
 @pytest.mark.parametrize("backend", ["torch", "triton"])
 def test_ties_go_to_the_lowest_id(device, backend):
     logits = torch.randint(0, 2, (9, 33), generator=torch.Generator().manual_seed(1)).float()
-    _, ids = topk_routing(logits.to(device), 20, backend=backend)
+    _, ids = topk_routing(logits.to(device), 20, RoutingRule(), backend=backend)
     for row, chosen in zip(logits.tolist(), ids.tolist(), strict=True):
         assert chosen == sorted(range(33), key=lambda expert: (-row[expert], expert))[:20]
 
@@ -73,7 +73,7 @@ def test_the_order_of_special_values(device, backend):
     """Zeros of either sign are equal, and so are a NaN and -inf; a subnormal is not zero."""
     inf, nan = float("inf"), float("nan")
     logits = torch.tensor([[-0.0, 0.0, nan, -inf, -1.0, inf, 1e-40, -1e-40, 3e38, -3e38]], device=device)
-    _, ids = topk_routing(logits, 10, backend=backend)
+    _, ids = topk_routing(logits, 10, RoutingRule(), backend=backend)
     assert ids.tolist() == [[5, 8, 6, 0, 1, 7, 4, 9, 2, 3]]
 
 
@@ -83,7 +83,7 @@ def test_masked_tokens_get_no_expert_and_no_gradient(device, backend):
     logits[1] = float("nan")  # padding may hold anything
     logits.requires_grad_()
     mask = torch.tensor([True, False, True, False], device=device)
-    weights, ids = topk_routing(logits, 2, token_mask_T=mask, backend=backend)
+    weights, ids = topk_routing(logits, 2, RoutingRule(), token_mask_T=mask, backend=backend)
     assert (ids[~mask] == -1).all() and (weights[~mask] == 0).all() and (ids[mask] >= 0).all()
     weights.square().sum().backward()
     assert (logits.grad[~mask] == 0).all() and logits.grad[mask].abs().sum() > 0
@@ -92,7 +92,7 @@ def test_masked_tokens_get_no_expert_and_no_gradient(device, backend):
 @pytest.mark.parametrize("backend", ["torch", "triton"])
 def test_a_nan_is_chosen_last_and_stays_visible(device, backend):
     logits = torch.tensor([[0.0, float("nan"), 2.0, 1.0], [float("nan")] * 4], device=device)
-    weights, ids = topk_routing(logits, 3, backend=backend)
+    weights, ids = topk_routing(logits, 3, RoutingRule(), backend=backend)
     assert ids.tolist() == [[2, 3, 0], [0, 1, 2]]
     assert weights.isnan().all()
 
@@ -103,17 +103,17 @@ def test_a_nan_among_sigmoids_is_its_own(device, backend, bias):
     nan = float("nan")
     logits = torch.tensor([[nan, 0.0, 1.0], [nan, 0.0, nan]], device=device)
     bias_E = None if bias is None else torch.full((3,), bias, device=device)
-    options = {"score_function": "sigmoid", "bias_E": bias_E, "backend": backend}
-    weights, ids = topk_routing(logits, 2, renormalize=False, **options)
+    options = {"bias_E": bias_E, "backend": backend}
+    weights, ids = topk_routing(logits, 2, RoutingRule("sigmoid", renormalize=False), **options)
     assert ids.tolist() == [[2, 1], [1, 0]]
     assert weights.isnan().tolist() == [[False, False], [False, True]] and weights[1, 0] == 0.5
-    weights, _ = topk_routing(logits, 2, renormalize=True, **options)
+    weights, _ = topk_routing(logits, 2, RoutingRule("sigmoid"), **options)
     assert weights.isnan().tolist() == [[False, False], [True, True]]
 
 
 @pytest.mark.parametrize("backend", ["torch", "triton"])
 def test_vanishing_scores_are_not_nan(device, backend):
-    weights, _ = topk_routing(torch.full((1, 4), -200.0, device=device), 2, score_function="sigmoid", backend=backend)
+    weights, _ = topk_routing(torch.full((1, 4), -200.0, device=device), 2, RoutingRule("sigmoid"), backend=backend)
     assert (weights == 0).all()
 
 
@@ -122,8 +122,7 @@ def test_vanishing_scores_are_not_nan(device, backend):
 @pytest.mark.parametrize("backend", ["torch", "triton"])
 def test_gradient(device, assert_close, backend, renormalize, score_function):
     logits = logits_of(5, 11, device).requires_grad_()
-    options = {"score_function": score_function, "renormalize": renormalize, "scale": 1.5}
-    weights, ids = topk_routing(logits, 3, backend=backend, **options)
+    weights, ids = topk_routing(logits, 3, RoutingRule(score_function, renormalize, 1.5), backend=backend)
     upstream = torch.randn(weights.shape, generator=torch.Generator().manual_seed(2)).to(device)
     weights.backward(upstream)
 
@@ -140,7 +139,8 @@ def test_opcheck(device):
     logits = logits_of(3, 6, device).requires_grad_()
     mask, bias = torch.tensor([True, False, True], device=device), torch.zeros(6, device=device)
     for extra in ((None, None), (bias, mask)):
-        torch.library.opcheck(_topk_routing.registered, (logits, 2, "softmax", True, 1.0, *extra, "torch"))
+        flat = _topk_routing.flatten(logits, 2, RoutingRule(), *extra, "torch")
+        torch.library.opcheck(_topk_routing.registered, flat)
 
 
 @pytest.mark.parametrize(
@@ -151,12 +151,16 @@ def test_opcheck(device):
         ("logits_TE", {"logits_TE": torch.zeros((4, 3)).T}),
         ("top_k", {"top_k": 0}),
         ("top_k", {"top_k": 5}),
-        ("score_function", {"score_function": "relu"}),
+        ("rule.score_function='relu'", {"rule": RoutingRule("relu")}),
+        ("rule.renormalize='false'", {"rule": RoutingRule(renormalize="false")}),
+        ("rule.scale=None", {"rule": RoutingRule(scale=None)}),
+        ("rule.scale=nan", {"rule": RoutingRule(scale=float("nan"))}),
+        ("rule.scale=-inf", {"rule": RoutingRule(scale=-float("inf"))}),
         ("bias_E", {"bias_E": torch.zeros(3)}),
         ("token_mask_T", {"token_mask_T": torch.ones(3)}),
     ],
 )
 def test_refused(name, change):
-    good = {"logits_TE": torch.zeros((3, 4)), "top_k": 2}
+    good = {"logits_TE": torch.zeros((3, 4)), "top_k": 2, "rule": RoutingRule()}
     with pytest.raises(ValueError, match=name):
         topk_routing(**(good | change))

@@ -1,0 +1,137 @@
+"""`expert_up` by pointers and masks, for any GPU, size and dtype; and the choice between that and TMA.
+
+R source rows, N = R * fanout flat rows, H hidden, I intermediate, S slots, L lanes.
+"""
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+
+from moe_kernels.config import GemmConfig
+from moe_kernels.expert_up_tma import expert_up_tma
+from moe_kernels.integers import cdiv
+from moe_kernels.launch import Launcher, gdc_launch_dependents, gdc_wait
+from moe_kernels.matrices import ExpertMatrices
+from moe_kernels.numerics import dot, gated, narrow
+from moe_kernels.schedule import TileSchedule
+from moe_kernels.tile_order import load_own_tile
+
+
+@Launcher
+@triton.jit
+def _expert_up_kernel(
+    # inputs
+    x_ptr,
+    gate_up_ptr,
+    lane_to_slot_ptr,
+    order_ptr,
+    tile_lane_ptr,
+    tile_start_ptr,
+    tile_end_ptr,
+    # outputs
+    hidden_ptr,
+    # shapes and strides, in elements
+    hidden_size,
+    intermediate,
+    fanout,
+    stride_row,
+    stride_slot,
+    # constants
+    PDL: tl.constexpr,
+    ACTIVATION: tl.constexpr,
+    EVEN_K: tl.constexpr,
+    # tunables
+    BLOCK_M: tl.constexpr,
+    BLOCK_I: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+    GROUP_M: tl.constexpr,
+):
+    """One tile of rows, BLOCK_I columns of gate and of up.
+
+    Rows and columns past the end read some valid row instead (a row of the product depends on no other one) and are
+    not stored, so that the loop needs no mask unless BLOCK_K does not divide H.
+    """
+    if PDL:
+        gdc_wait()
+        gdc_launch_dependents()
+    column_block, lane, start, end = load_own_tile(
+        tl.cdiv(intermediate, BLOCK_I), tile_lane_ptr, tile_start_ptr, tile_end_ptr, GROUP_M
+    )
+    if lane < 0:
+        return
+    slot = tl.load(lane_to_slot_ptr + lane).to(tl.int64)
+    position = start + tl.arange(0, BLOCK_M)
+    inside = position < end
+    source = tl.load(order_ptr + position, mask=inside, other=0) // fanout
+
+    first_column = column_block * BLOCK_I
+    column = first_column + tl.arange(0, BLOCK_I)
+    weight_row = tl.minimum(column, intermediate - 1) - first_column
+    k = tl.arange(0, BLOCK_K)
+    x_at = x_ptr + source.to(tl.int64)[:, None] * stride_row + k[None, :]
+    gate_block = gate_up_ptr + slot * stride_slot + tl.cast(first_column, tl.int64) * hidden_size
+    gate_at = gate_block + weight_row[None, :] * hidden_size + k[:, None]
+    up_at = gate_at + tl.cast(intermediate, tl.int64) * hidden_size
+    gate = tl.zeros((BLOCK_M, BLOCK_I), dtype=tl.float32)
+    up = tl.zeros((BLOCK_M, BLOCK_I), dtype=tl.float32)
+    for first in range(0, hidden_size, BLOCK_K):
+        if EVEN_K:
+            x = tl.load(x_at)
+            gate = dot(x, tl.load(gate_at), gate)
+            up = dot(x, tl.load(up_at), up)
+        else:
+            left = hidden_size - first
+            x = tl.load(x_at, mask=k[None, :] < left, other=0.0)
+            gate = dot(x, tl.load(gate_at, mask=k[:, None] < left, other=0.0), gate)
+            up = dot(x, tl.load(up_at, mask=k[:, None] < left, other=0.0), up)
+        x_at += BLOCK_K
+        gate_at += BLOCK_K
+        up_at += BLOCK_K
+
+    hidden = narrow(gated(gate, up, ACTIVATION), hidden_ptr.dtype.element_ty)
+    hidden_at = hidden_ptr + position.to(tl.int64)[:, None] * intermediate + column[None, :]
+    tl.store(hidden_at, hidden, mask=inside[:, None] & (column[None, :] < intermediate))
+
+
+def expert_up_triton(
+    x_RH: torch.Tensor,
+    matrices: ExpertMatrices,
+    lane_to_slot_L: torch.Tensor,
+    schedule: TileSchedule,
+    fanout: int,
+    config: GemmConfig,
+) -> torch.Tensor:
+    if config.tma:
+        return expert_up_tma(x_RH, matrices, lane_to_slot_L, schedule, fanout, config)
+    gate_up_SNH = matrices.gate_up_SNH
+    block_n, block_k = config.block_n, config.block_k
+    hidden_size, intermediate = x_RH.shape[1], gate_up_SNH.shape[1] // 2
+    hidden_NI = x_RH.new_empty((schedule.order_N.shape[0], intermediate))
+    grid = (schedule.tile_lane.shape[0] * cdiv(intermediate, block_n // 2),)
+    if grid[0]:
+        _expert_up_kernel[grid](
+            x_RH,
+            gate_up_SNH,
+            lane_to_slot_L,
+            schedule.order_N,
+            schedule.tile_lane,
+            schedule.tile_start,
+            schedule.tile_end,
+            hidden_NI,
+            hidden_size,
+            intermediate,
+            fanout,
+            x_RH.stride(0),
+            gate_up_SNH.stride(0),
+            ACTIVATION=matrices.activation,
+            EVEN_K=hidden_size % block_k == 0,
+            BLOCK_M=config.block_m,
+            BLOCK_I=block_n // 2,
+            BLOCK_K=block_k,
+            GROUP_M=config.group_m,
+            num_warps=config.num_warps,
+            num_stages=config.num_stages,
+        )
+    return hidden_NI
