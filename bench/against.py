@@ -1,4 +1,4 @@
-"""The layer of another checkout beside this one's, in one run: what ``python -m bench.moe_forward --against PATH`` does.
+"""The layer of another checkout beside this one's, in one run (``python -m bench.moe_forward --against PATH``).
 
 Custom ops of two checkouts have the same names, so each checkout has a process of its own (`bench.side`). The processes
 prepare a case at the same time; then they take turns. In each round both time a burst of about 20 ms from idle, the

@@ -13,7 +13,7 @@ ZIPF_EXPONENT = 1.5
 """Skewed logits fall by this times the logarithm of an expert's rank."""
 
 GAP = 0.125
-"""What a chosen expert's logit has at least over one not chosen: rounding to bf16 makes no ties that peers break otherwise."""
+"""Least gap between the logits of a chosen and of another expert: peers break ties differently, and rounding makes none."""
 
 TOKENS = (1, 16, 64, 256, 1024, 4096, 16384)
 
@@ -53,7 +53,7 @@ class Case:
         return f"{self.shape.name}{'~zipf' if self.is_skewed else ''}/T{self.num_tokens}"
 
 
-# Of the cases whose seed is not 0.
+# Seeds other than 0.
 _SEEDS = {"qwen3/T16": 2, "qwen3/T64": 3, "qwen3~zipf/T4096": 14, "gptoss/T16": 6, "olmoe/T16": 14}
 _SKEWED = {"qwen3": (256, 4096), "mixtral": (1024,), "dsv3": (1024,)}
 

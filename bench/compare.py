@@ -1,4 +1,4 @@
-"""``python -m bench.compare OLD.csv NEW.csv``: what changed between two runs of one benchmark, beyond noise.
+"""``python -m bench.compare OLD.csv NEW.csv``: the changes between two runs of one benchmark, beyond noise.
 
 Beyond noise: the intervals from the 20th to the 80th percentile do not overlap, and the median moved by more than 2 %.
 The exit status is 1 if something got slower.

@@ -1,4 +1,4 @@
-"""What the benchmarks of single kernels share: each op against its floor, its peers and its PyTorch reference."""
+"""Shared by the benchmarks of single kernels: each op against its floor, its peers and its PyTorch reference."""
 
 import argparse
 import sys
@@ -44,8 +44,8 @@ class Work:
     Attributes:
         runs: by name, the op first, then its peers; each returns what `expected` does, or is in `unchecked`.
         expected: the op's PyTorch reference: a tensor, or several. Called once, before any run.
-        num_bytes, flops: what the op cannot do without, for its floor.
-        unchecked: peers whose output is of another form.
+        num_bytes, flops: the least work of the op, for its floor.
+        unchecked: peers whose output has another form than the op's, so it cannot be compared.
     """
 
     runs: dict[str, Function]
@@ -56,7 +56,7 @@ class Work:
 
 
 class Inputs:
-    """What the ops of a case take; each is made when it is first asked for. One lane per expert, slot = lane = id."""
+    """Inputs of a case's ops; each is made when it is first asked for. One lane per expert, slot = lane = id."""
 
     def __init__(self, case: Case, dtype: torch.dtype, device: torch.device, weights: Callable[[], Weights]) -> None:
         self.case, self.shape = case, case.shape
@@ -107,7 +107,7 @@ class Inputs:
 
     @cached_property
     def tiling(self) -> dict[str, int]:
-        """What a schedule for both GEMMs is built with."""
+        """Arguments of the schedule that both GEMMs share."""
         up = self.config("up")
         return {"block_m": up.block_m, "extra_m": up.extra_m}
 
@@ -160,7 +160,7 @@ def main(op: str, doc: str | None, make_work: Callable[[Inputs], Work], argument
 def _measure(
     op: str, inputs: Inputs, work: Work, options: argparse.Namespace, report: Report, ceilings: Ceilings
 ) -> list[str]:
-    """One line and one row for each run; returns what was skipped or wrong."""
+    """Write one line and one row for each run; returns the complaints: skipped and wrong runs."""
     name = inputs.case.name
     report.step(name)
     floor = ceilings.floor_us(work.flops, work.num_bytes)

@@ -107,7 +107,7 @@ def _measure(
     options: argparse.Namespace,
     ceilings: Ceilings,
 ) -> tuple[list[dict[str, Any]], list[str]]:
-    """The rows of a case, and what was skipped ("skipped …") or wrong ("FAILED …")."""
+    """The rows of a case, and complaints: "skipped …" and "FAILED …"."""
     expected = reference(problem)
     floor = ceilings.floor_us(*forward_work(case.shape, case.num_tokens, hit, DTYPES[options.dtype]))
     is_gpu = options.device.type == "cuda"

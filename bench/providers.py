@@ -21,7 +21,7 @@ Forward = Callable[[], torch.Tensor]
 
 
 class Unavailable(Exception):  # noqa: N818
-    """A provider cannot run here, or not this problem; says why, and what to install."""
+    """A provider cannot run here, or cannot run this problem; the message says why, and which package is missing."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -37,7 +37,7 @@ class Problem:
     """``y_TH = Σ_k w_tk · down(silu(gate(x_t)) · up(x_t))``, w the softmax of the logits at its top k, renormalised.
 
     Attributes:
-        weights: the same object for all problems of a shape, so that what is made of them can be kept.
+        weights: the same object for all problems of a shape, so a provider can keep what it made of them.
         x_TH: hidden states, in the weights' dtype.
         logits_TE: router logits, in the same dtype; no row has a tie at the k-th place.
     """
@@ -98,7 +98,7 @@ def make_weights(shape: Shape, dtype: torch.dtype, device: torch.device, seed: i
 
     def draw(rows: int, columns: int) -> torch.Tensor:
         weight = torch.empty(shape.num_experts, rows, columns, device=device, dtype=dtype)
-        for expert in weight:  # one after the other: what is in between needs little memory
+        for expert in weight:  # one by one: the float32 intermediates need little memory
             expert.copy_(torch.randn(rows, columns, device=device, generator=generator) * columns**-0.5)
         return weight
 

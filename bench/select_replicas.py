@@ -1,6 +1,6 @@
 """``python -m bench.select_replicas``: expert ids to lanes by the table, with and without recording the load.
 
-Recording is part of the op; what it costs is the difference of the two. The peer does as engines do: replica by
+Recording is part of the op; the difference of the two is its cost. The peer does as engines do: replica by
 position modulo the number of replicas, load by `scatter_add_`.
 """
 

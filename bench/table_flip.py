@@ -74,7 +74,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def _host_time(call: Callable[[], Any], repeats: int, device: torch.device) -> Timing:
-    """Of the call alone: what it enqueues is not waited for within the time."""
+    """Time of the call alone, without the device's work."""
     samples = []
     for number in range(-10, repeats):
         begin = time.perf_counter_ns()

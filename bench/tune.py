@@ -1,4 +1,4 @@
-"""``python -m bench.tune``: times candidate tiles of both grouped GEMMs; what `moe_kernels.config` keeps was chosen from this.
+"""``python -m bench.tune``: times candidate tiles of both grouped GEMMs, from which `moe_kernels.config` was chosen.
 
 Both GEMMs of a layer share one schedule: choose a pair of one `block_m` and one `extra_m`. Every candidate's
 result is compared with the first one's, bit for bit: tiles may be chosen freely only as long as they change none.
@@ -33,7 +33,7 @@ NUM_WARPS = {(64, 128): 4, (64, 256): 4, (128, 128): 4, (128, 256): 8}
 
 
 def candidates(op: str, rows_per_expert: float) -> Iterator[GemmConfig]:
-    """Of "up" or "down": what is worth a try at so many rows per expert."""
+    """The tiles worth a try for an op ("up" or "down") at so many rows per expert."""
     if rows_per_expert <= 32:
         for block_m, (block_n, block_k, num_stages) in product(
             (16, 32), ((128, 128, 3), (128, 64, 4), (128, 64, 5), (128, 64, 6))

@@ -87,7 +87,7 @@ _TABLE_32_BIT: tuple[tuple[int, GemmConfig], ...] = (
     (_ANY, GemmConfig(block_m=32, block_n=64, block_k=32, num_warps=4, num_stages=3)),
 )
 
-# With TMA, tuned on an H200 (`python -m bench.tune`, docs/performance.md).
+# With TMA, tuned on an H200 (`python -m bench.tune`, docs/log.md).
 _NARROW = GemmConfig(block_m=16, block_n=128, block_k=128, num_warps=4, num_stages=3, tma=True, swap=True)
 _NARROW_32 = GemmConfig(block_m=32, block_n=128, block_k=64, num_warps=4, num_stages=5, tma=True, swap=True)
 _MIDDLE = GemmConfig(block_m=64, block_n=128, block_k=64, num_warps=4, num_stages=4, tma=True)

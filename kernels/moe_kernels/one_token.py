@@ -338,7 +338,7 @@ def one_token_triton(
 
 
 # Weights up to this size (bytes) take each other's places in L2, and not those of dirty lines, which would have to be written
-# first; more of them take longer so (measured on an H200, docs/performance.md).
+# first; more of them take longer so (measured on an H200, docs/log.md).
 _MOST_TO_STREAM = 256 << 20
 _ELEMENTS = 2048  # weights that a program of the down projection reads at once
 

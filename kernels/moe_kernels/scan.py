@@ -23,7 +23,7 @@ from moe_kernels.integers import cdiv, next_power_of_2
 from moe_kernels.launch import Launcher, gdc_launch_dependents, gdc_wait
 
 SMALLEST_BLOCK, LARGEST_BLOCK = 512, 8192  # of keys that a program looks at in a step
-MANY_KEYS = 65536  # from here on three launches take less time than one (H200, docs/performance.md)
+MANY_KEYS = 65536  # from here on three launches take less time than one (H200, docs/log.md)
 # Keys are compared with all of their chunk, so smaller chunks are placed faster; but there are more of them to count.
 CHUNK = 64
 LARGEST_BLOCK_B = 512  # of bins that a program counts

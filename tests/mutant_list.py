@@ -1,0 +1,609 @@
+"""The bugs that `tests/mutants.py` plants: a line, what to make of it, and the tests that must notice."""
+
+from tests.mutants import Mutant
+
+E = "tests/eplb/test_"
+L = "tests/moe_layer/test_"
+K = "tests/moe_kernels/test_"
+
+SIMULATION = f"{E}simulation.py"
+
+RELOCATION = (
+    # A slot with exactly one reader is freed: the holds' reads do not count.
+    Mutant(
+        "eplb/relocation/pool.py",
+        "taken |= {slot for hold in self._holds for slot in (*hold.reads, *hold.writes)}",
+        "taken |= {slot for hold in self._holds for slot in hold.writes}",
+        (f"{E}pool.py", f"{E}fill.py", SIMULATION),
+    ),
+    # A slot that only an older version names is written again.
+    Mutant(
+        "eplb/relocation/pool.py",
+        "taken = {slot for layer in self._versions() for version in layer.ungraced for slot in version.slots_S}",
+        "taken = {slot for layer in self._versions() for version in layer.ungraced[-1:] for slot in version.slots_S}",
+        (f"{E}pool.py", f"{E}fill.py", SIMULATION),
+    ),
+    # Tensors of a slot overlap.
+    Mutant(
+        "eplb/relocation/pool.py",
+        "offset += _aligned(spec.num_bytes)",
+        "offset += ALIGNMENT",
+        (f"{E}pool.py",),
+    ),
+    # Versions up to the newest are forgotten one too early.
+    Mutant(
+        "eplb/relocation/versions.py",
+        "self.ungraced = tuple(version for version in self.ungraced if version.number >= number)",
+        "self.ungraced = tuple(version for version in self.ungraced if version.number > number)",
+        (f"{E}pool.py", f"{E}fill.py", SIMULATION),
+    ),
+    # The host goes on believing in the version before.
+    Mutant(
+        "eplb/relocation/versions.py",
+        "self.current = version",
+        "pass",
+        (f"{E}fill.py", f"{L}flips.py", SIMULATION),
+        inside="def flip(",
+    ),
+    # A pin of an older version is forgotten where the device still runs.
+    Mutant(
+        "eplb/relocation/pins.py",
+        "self._running = [one for one in self._running if not one[1].query()]",
+        "self._running = []",
+        (f"{E}streams.py", f"{L}flips.py", SIMULATION),
+    ),
+    # Pins that were dropped without a release are gone at once, with work of theirs still enqueued.
+    Mutant(
+        "eplb/relocation/pins.py",
+        "self.used_on(number, *streams)",
+        "pass",
+        (f"{E}streams.py", f"{L}flips.py", SIMULATION),
+        inside="def let_go(",
+    ),
+    # A pin holds nothing.
+    Mutant(
+        "eplb/relocation/pins.py",
+        "pins.held[key] = self.version.number",
+        "pass",
+        (f"{L}flips.py", f"{E}fill.py", SIMULATION),
+    ),
+    # A flip is not ordered behind the other streams' forwards.
+    Mutant(
+        "eplb/gate.py",
+        "captured = self._join(stream)",
+        "captured = []",
+        (f"{E}streams.py", f"{E}fill.py", SIMULATION),
+        inside="def begin_flip(",
+    ),
+    # Other streams are not ordered behind a flip.
+    Mutant(
+        "eplb/gate.py",
+        "other.wait_event(flipped)",
+        "pass",
+        (f"{E}streams.py", f"{E}fill.py", SIMULATION),
+        inside="def end_flip(",
+    ),
+    # A stream that runs its first forward after a flip is ordered behind nothing.
+    Mutant(
+        "eplb/gate.py",
+        "if self._last_flip is not None:",
+        "if False:",
+        (f"{E}streams.py", f"{E}fill.py", f"{L}flips.py", SIMULATION),
+        inside="def note(",
+    ),
+    # A flip may happen while another thread chooses.
+    Mutant(
+        "eplb/gate.py",
+        "if not self._changed.wait_for(self._is_empty, timeout):",
+        "if False:",
+        (f"{E}streams.py", f"{L}flips.py"),
+        inside="def closed(",
+    ),
+    # The table is switched before its upload is over.
+    Mutant(
+        "eplb/relocation/handoff.py",
+        "self.staged.wait(stream, timeout=0, consume=False)",
+        "pass",
+        (f"{E}fill.py", f"{E}table.py", SIMULATION),
+    ),
+    # A rank votes "filled" although the device has not filled.
+    Mutant(
+        "eplb/relocation/fill.py",
+        "if not self._finished.query():",
+        "if False:",
+        (f"{E}fill.py", SIMULATION),
+        inside="def poll(",
+    ),
+    # Slots of a wave given up are freed while transfers may still write them.
+    Mutant(
+        "eplb/relocation/fill.py",
+        "if self._agreed_to_start and not self._batch.is_dead():",
+        "if False:",
+        (f"{E}fill.py", SIMULATION),
+    ),
+    # A wave may write a lane that an older table still names.
+    Mutant(
+        "eplb/relocation/fill.py",
+        "if any(one.placement.lanes_WS[move.dst_rank, move.dst_lane] != -1 for one in layer.versions.ungraced):",
+        "if layer.newest.placement.lanes_WS[move.dst_rank, move.dst_lane] != -1:",
+        (f"{E}fill.py",),
+    ),
+    # The receiver's rows go to the slot that the lane had before.
+    Mutant(
+        "eplb/relocation/table.py",
+        "self._streams.run(stream, lambda: self._lane_to_slot[lane : lane + 1].fill_(slot))",
+        "pass",
+        (f"{E}fill.py", f"{E}table.py", f"{L}flips.py"),
+    ),
+    # An event is overwritten before it was waited for.
+    Mutant(
+        "eplb/relocation/events.py",
+        "if self._recorded:",
+        "if False:",
+        (f"{E}events.py",),
+        inside="def _set(",
+    ),
+    # The event's device part is forgotten, so the stream waits for nothing.
+    Mutant(
+        "eplb/relocation/events.py",
+        "stream.wait_event(self._device_event)  # before it is forgotten: this may raise",
+        "pass",
+        (f"{E}events.py",),
+    ),
+)
+
+LOAD = (
+    # A window holds counts since the start.
+    Mutant(
+        "eplb/load_window.py",
+        "window_NA = np.diff(self._host.numpy(), axis=0)",
+        "window_NA = self._host.numpy()[1:].copy()",
+        (f"{E}load_window.py",),
+    ),
+    # A window that begins where there is no free buffer is taken all the same.
+    Mutant(
+        "eplb/load_window.py",
+        "self._begun = bool(free)",
+        "self._begun = True",
+        (f"{E}load_window.py",),
+    ),
+    # A snapshot misses what other streams have still to count.
+    Mutant(
+        "eplb/load_window.py",
+        "self._streams.gate.join(stream)",
+        "pass",
+        (f"{E}load_window.py",),
+    ),
+    # A window is read while its copy to the host still runs.
+    Mutant(
+        "eplb/load_window.py",
+        "if not self._downloaded.query():",
+        "if False:",
+        (f"{E}load_window.py",),
+    ),
+    # A window is used twice.
+    Mutant(
+        "eplb/worker/planning.py",
+        "self._unsent.pop(work, None)",
+        "pass",
+        (SIMULATION, f"{E}controller.py"),
+        inside="def sent(",
+    ),
+)
+
+ROUNDS = (
+    # The ranks' loads are combined by max, not sum.
+    Mutant(
+        "eplb/rounds/messages.py",
+        "load_NA = table[:, num_pools:].sum(axis=0).reshape(-1, num_columns)",
+        "load_NA = table[:, num_pools:].max(axis=0).reshape(-1, num_columns)",
+        (f"{E}protocol.py", SIMULATION),
+    ),
+    # A plan that was damaged on its way is used.
+    Mutant(
+        "eplb/rounds/messages.py",
+        "if _hash(text) != expected_hash:",
+        "if False:",
+        (f"{E}protocol.py",),
+    ),
+    # An error on one rank is not enough to give a wave up.
+    Mutant(
+        "eplb/rounds/protocol.py",
+        "failed = any(record.error for record in records)",
+        "failed = all(record.error for record in records)",
+        (f"{E}protocol.py",),
+    ),
+    # One rank that has filled is enough to publish.
+    Mutant(
+        "eplb/rounds/protocol.py",
+        "if all(record.filled == next_version for record in records):",
+        "if any(record.filled == next_version for record in records):",
+        (f"{E}protocol.py",),
+    ),
+    # One rank that has prepared is enough to fill.
+    Mutant(
+        "eplb/rounds/protocol.py",
+        "if all(record.prepared == next_version for record in records):",
+        "if any(record.prepared == next_version for record in records):",
+        (f"{E}protocol.py",),
+    ),
+    # Grace is over when one rank says so.
+    Mutant(
+        "eplb/rounds/protocol.py",
+        "if not all(record.graced == agreed.version for record in records):",
+        "if not any(record.graced == agreed.version for record in records):",
+        (f"{E}protocol.py",),
+    ),
+    # Ranks with different plans go on.
+    Mutant(
+        "eplb/rounds/protocol.py",
+        "if any(record.plan_hash != records[0].plan_hash for record in records if record.prepared == next_version):",
+        "if False:",
+        (f"{E}protocol.py",),
+    ),
+    # A rank that has yet to load weights copies an old expert over a new one.
+    Mutant(
+        "eplb/rounds/protocol.py",
+        "return any(record.hold or record.holds_completed != records[0].holds_completed for record in records)",
+        "return any(record.hold for record in records)",
+        (f"{E}protocol.py",),
+    ),
+    # The waves behind a hold are started all the same.
+    Mutant(
+        "eplb/rounds/protocol.py",
+        "if drop_rest or agreed.wave + 1 == agreed.num_waves:",
+        "if agreed.wave + 1 == agreed.num_waves:",
+        (f"{E}protocol.py",),
+    ),
+)
+
+WORKER = (
+    # The worker spins.
+    Mutant(
+        "eplb/worker/thread.py",
+        "self._wake.clear()",
+        "pass",
+        (f"{E}controller.py",),
+    ),
+    # A worker whose thread has ended says nothing of it.
+    Mutant(
+        "eplb/worker/thread.py",
+        "if not self.is_alive() and not self._leaving:",
+        "if False:",
+        (f"{E}controller.py",),
+    ),
+    # A policy that never returns is waited for without an end.
+    Mutant(
+        "eplb/worker/planning.py",
+        "if self._clock() - self._job_began_at > self._config.planning_timeout:",
+        "if False:",
+        (f"{E}controller.py", SIMULATION),
+    ),
+    # After an abandoned proposal the next one begins at once.
+    Mutant(
+        "eplb/worker/planning.py",
+        "if self._clock() >= self._propose_after:",
+        "if True:",
+        (f"{E}controller.py", SIMULATION),
+    ),
+    # A vote for an abandoned wave counts for the next one.
+    Mutant(
+        "eplb/worker/relocation.py",
+        "if fill is None or fill.attempt != (agreed.proposal, agreed.wave):",
+        "if fill is None:",
+        (f"{E}controller.py", SIMULATION),
+    ),
+    # Transfers that hang are waited for without an end.
+    Mutant(
+        "eplb/worker/relocation.py",
+        "elif self._clock() - self._fill_began_at > self._config.transfer_timeout:",
+        "elif False:",
+        (f"{E}controller.py", SIMULATION),
+    ),
+    # Grace is over before the device has come to the flip.
+    Mutant(
+        "eplb/worker/relocation.py",
+        "if not handoff.flipped.query():",
+        "if False:",
+        (f"{E}controller.py", SIMULATION),
+    ),
+    # Grace is over while a backward still needs the old version.
+    Mutant(
+        "eplb/worker/relocation.py",
+        "if any(layer.is_pinned_before(handoff.version) for layer in handoff.layers):",
+        "if False:",
+        (f"{E}controller.py", f"{L}flips.py", SIMULATION),
+    ),
+    # A wave given up in FILL is forgotten, and its transfers with it.
+    Mutant(
+        "eplb/worker/relocation.py",
+        "self.zombies.append(fill)",
+        "pass",
+        (f"{E}controller.py", SIMULATION),
+    ),
+    # A stage that fails keeps this rank from speaking.
+    Mutant(
+        "eplb/worker/worker.py",
+        "self.fail(error)",
+        "raise",
+        (f"{E}controller.py", SIMULATION),
+        inside="def tick(",
+    ),
+    # A rank whose publication failed tries again in every tick.
+    Mutant(
+        "eplb/worker/worker.py",
+        "if self._clock() < self._retry_at:",
+        "if False:",
+        (f"{E}controller.py", SIMULATION),
+    ),
+    # Rounds that failed are begun again.
+    Mutant(
+        "eplb/worker/rounds.py",
+        "self.is_lost = True",
+        "pass",
+        (f"{E}controller.py", SIMULATION),
+        inside="def hear(",
+    ),
+    # An idle rank speaks all the time.
+    Mutant(
+        "eplb/worker/rounds.py",
+        "return self._clock() - self.spoke_at >= interval",
+        "return True",
+        (f"{E}controller.py", SIMULATION),
+    ),
+    # Groups and connections stay behind.
+    Mutant(
+        "eplb/worker/rounds.py",
+        "made.close()",
+        "pass",
+        (f"{E}controller.py", f"{E}communicators.py", f"{L}serving.py"),
+    ),
+)
+
+CONTROLLER = (
+    # A flip that could not be enqueued is lost.
+    Mutant(
+        "eplb/controller.py",
+        "worker.give_back_handoff(handoff)",
+        "pass",
+        (f"{E}controller.py",),
+    ),
+    # Loading weights does not wait for relocations under way.
+    Mutant(
+        "eplb/controller.py",
+        "while not worker.mailbox.is_held:",
+        "while False:",
+        (f"{E}controller.py", SIMULATION),
+    ),
+    # Fills read what the caller has not written yet.
+    Mutant(
+        "eplb/controller.py",
+        "self._streams.side.wait_event(self._streams.current().record_event())",
+        "pass",
+        (f"{E}controller.py", SIMULATION),
+    ),
+    # A hold that failed counts as one that was completed.
+    Mutant(
+        "eplb/controller.py",
+        "worker.mailbox.end_hold(completed)",
+        "worker.mailbox.end_hold(True)",
+        (f"{E}controller.py", SIMULATION),
+    ),
+    # Warm-up is counted as load.
+    Mutant(
+        "eplb/controller.py",
+        "self._count_tokens_as(0)",
+        "pass",
+        (f"{E}controller.py", f"{L}registration.py"),
+    ),
+    # Layers of a controller whose worker still acts are given to another one.
+    Mutant(
+        "eplb/controller.py",
+        "if self.is_over:",
+        "if True:",
+        (f"{E}controller.py",),
+        inside="def close(",
+    ),
+    # Step counts although the stream is captured.
+    Mutant(
+        "eplb/controller.py",
+        "if self._streams.is_capturing():",
+        "if False:",
+        (f"{E}controller.py",),
+    ),
+)
+
+PLANNING = (
+    # A lane that this wave has filled is emptied again.
+    Mutant(
+        "eplb/planning/waves.py",
+        "lane = max(i for i, held in enumerate(lanes) if held == pair.dropped and (pair.rank, i) not in filled)",
+        "lane = max(i for i, held in enumerate(lanes) if held == pair.dropped)",
+        (f"{E}plan.py",),
+    ),
+    # The last copy of an expert is dropped.
+    Mutant(
+        "eplb/planning/waves.py",
+        "dropped = next((e for e in work.drops[rank] if work.counts[e] > 1), None)",
+        "dropped = next((e for e in work.drops[rank]), None)",
+        (f"{E}plan.py",),
+    ),
+    # More moves than free slots.
+    Mutant("eplb/planning/waves.py", "room[rank] -= 1", "pass", (f"{E}plan.py",)),
+    # The bound on bytes in flight holds for the first move only.
+    Mutant("eplb/planning/waves.py", "wave.used += work.num_bytes", "pass", (f"{E}plan.py",)),
+    # Layers of a pool without a free slot on one rank are planned.
+    Mutant(
+        "eplb/planning/plan.py",
+        "elif (free_slots_GW[pool] < 1).any() or (current[index].lanes_WS != EMPTY).all(axis=1).any():",
+        "elif (free_slots_GW[pool] < 1).all() or (current[index].lanes_WS != EMPTY).all(axis=1).any():",
+        (f"{E}plan.py",),
+    ),
+    # The plan that other ranks read lacks the lanes that a later wave empties.
+    Mutant("eplb/planning/plan.py", "held[update.layer] = lanes_WS", "pass", (f"{E}plan.py",)),
+    # The shares of an expert do not end at exactly one.
+    Mutant(
+        "eplb/planning/shares.py",
+        "inside[offsets_E1[1:][counts_E > 0] - 1] = 1 << SHARE_BITS",
+        "pass",
+        (f"{E}shares.py", f"{E}table.py"),
+    ),
+    # Shares that do not sum to one are published.
+    Mutant(
+        "eplb/planning/shares.py",
+        "wrong = np.flatnonzero((counts_E > 0) & (np.abs(sums_E - 1) > 1e-6))",
+        "wrong = np.flatnonzero((counts_E > 0) & (np.abs(sums_E - 1) > 1))",
+        (f"{E}shares.py", f"{E}table.py"),
+    ),
+)
+
+LAYER = (
+    # `state_dict()` between two ranks' flips: an expert that is in no rank's current table.
+    Mutant(
+        "moe_layer/logical.py",
+        "mine[1, list(retiring)] = True",
+        "pass",
+        (f"{L}state_dict.py", f"{L}serving.py"),
+    ),
+    # Loading reaches one replica of each expert.
+    Mutant(
+        "moe_layer/experts.py",
+        "for slot in live.get(expert, []):",
+        "for slot in live.get(expert, [])[:1]:",
+        (f"{L}state_dict.py", f"{L}registration.py", f"{L}serving.py"),
+        inside="def load_experts(",
+    ),
+    # Ranks choose tiles by their own number of tokens.
+    Mutant(
+        "moe_layer/dispatch.py",
+        "num_tokens=sum(tokens),",
+        "num_tokens=num_tokens,",
+        (f"{L}expert_parallel.py",),
+    ),
+    # Rows of one lane change their order on the way.
+    Mutant(
+        "moe_layer/dispatch.py",
+        "lane_WS = torch.arange(num_lanes, dtype=torch.int32, device=lanes.device).repeat(num_ranks)",
+        "lane_WS = torch.arange(num_lanes, dtype=torch.int32, device=lanes.device).flip(0).repeat(num_ranks)",
+        (f"{L}expert_parallel.py",),
+    ),
+    # The backward goes by the lanes of the newest table.
+    Mutant(
+        "moe_layer/recomputed.py",
+        "end_backward(ctx.pin)",
+        "pass",
+        (f"{L}flips.py", f"{L}serving.py"),
+    ),
+    # A version is given up although the graph is retained.
+    Mutant(
+        "moe_layer/versions.py",
+        "if not is_graph_retained():",
+        "if True:",
+        (f"{L}flips.py", f"{L}checkpoint_and_compile.py"),
+    ),
+    # What a masked token holds reaches the router's gradient.
+    Mutant(
+        "moe_layer/layer.py",
+        "if mask_T is not None and torch.is_grad_enabled():",
+        "if False:",
+        (f"{L}forward.py",),
+    ),
+    # Masked tokens are computed for ids given from outside.
+    Mutant(
+        "moe_layer/layer.py",
+        "is_none = is_none | ~mask_T[:, None]",
+        "pass",
+        (f"{L}forward.py",),
+    ),
+    # The router is computed in the autocast dtype, the experts are not.
+    Mutant(
+        "moe_layer/layer.py",
+        "with torch.autocast(device_type, enabled=False):  # for router and experts alike",
+        "if True:",
+        (f"{L}modes.py", f"{L}forward.py"),
+    ),
+    # All ranks begin with the same replica.
+    Mutant(
+        "moe_layer/experts.py",
+        "self.rank_start = (resident.rank * GOLDEN) % 2**SHARE_BITS",
+        "self.rank_start = 0",
+        (f"{L}expert_parallel.py",),
+    ),
+)
+
+KERNELS = (
+    # A compiled kernel is used for addresses that it was not compiled for.
+    Mutant(
+        "kernels/moe_kernels/launch.py",
+        "parts += argument.dtype, argument.data_ptr() & 15",
+        "parts.append(argument.dtype)",
+        (f"{K}launch.py",),
+    ),
+    # A profiler's hooks are not called.
+    Mutant("kernels/moe_kernels/launch.py", "elif _may_have_launch_hooks():", "elif False:", (f"{K}launch.py",)),
+    # A kernel is launched on the current device, not on that of its arguments.
+    Mutant(
+        "kernels/moe_kernels/launch.py",
+        "with on_device(device_index):",
+        "with nullcontext():",
+        (f"{K}launch.py",),
+    ),
+    # Each number of tokens has tiles of its own, so ranks' bits may differ.
+    Mutant(
+        "kernels/moe_kernels/config.py",
+        "bucket = next_power_of_2(num_tokens)",
+        "bucket = num_tokens",
+        (f"{K}config.py",),
+    ),
+    # Too few tiles.
+    Mutant(
+        "kernels/moe_kernels/schedule.py",
+        "return nonempty + (num_rows - nonempty) // block_m",
+        "return 1 + num_rows // block_m",
+        (f"{K}schedule.py",),
+    ),
+    # A forward that a checkpoint repeats counts again.
+    Mutant(
+        "kernels/moe_kernels/load.py",
+        "if self.increment_1 is None or torch._C._current_graph_task_id() == -1:",
+        "if True:",
+        (f"{L}checkpoint_and_compile.py", f"{K}replicas.py"),
+    ),
+    # Warm-up counts.
+    Mutant(
+        "kernels/moe_kernels/replicas.py",
+        "load_E.add_(counts_E1[:num_experts] * load.increment_1)",
+        "load_E.add_(counts_E1[:num_experts])",
+        (f"{K}replicas.py",),
+    ),
+    # Rows that were skipped get a gradient.
+    Mutant(
+        "kernels/moe_kernels/combine.py",
+        "grad_TKH = torch.where((lanes_TK >= 0)[:, :, None], grad_y_TH[:, None, :], 0.0)",
+        "grad_TKH = grad_y_TH[:, None, :].expand(*lanes_TK.shape, -1)",
+        (f"{K}combine.py", f"{K}chain.py"),
+    ),
+    # NaN logits win.
+    Mutant(
+        "kernels/moe_kernels/routing.py",
+        'key = torch.where(torch.isnan(key), float("-inf"), key)',
+        "pass",
+        (f"{K}routing.py",),
+    ),
+    # The local op takes a table with replicas, of which it reads the first only.
+    Mutant(
+        "kernels/moe_kernels/local_forward.py",
+        "table.check_local(load.load_E.shape[0], x_TH.device)",
+        "table.check(load.load_E.shape[0], x_TH.device)",
+        (f"{K}local_forward.py",),
+    ),
+    # A schedule for other tiles is accepted.
+    Mutant(
+        "kernels/moe_kernels/schedule.py",
+        "if value != own:",
+        "if value > own:",
+        (f"{K}schedule.py", f"{K}grouped_gemm.py"),
+    ),
+)
+
+MUTANTS = (*RELOCATION, *LOAD, *ROUNDS, *WORKER, *CONTROLLER, *PLANNING, *LAYER, *KERNELS)
