@@ -14,7 +14,7 @@ from collections.abc import Callable
 import numpy as np
 
 from eplb.planning.policy.candidates import TINY, Changes, Situation, doubles, singles
-from eplb.planning.shares import level_loads
+from eplb.planning.levelling import level_loads
 
 POOR_SINGLE = 0.05
 """Exchanges are looked at where the best single move promises less than this part of the layer's excess."""
@@ -42,7 +42,7 @@ IDLE_ROUNDS = 2
 """Moves of a layer that are taken back at most."""
 
 ITER = 4
-NEAR = 1e-4
+NEAR = 1e-3
 """Iterations and nearness for the shares in between: close is good enough, the step after corrects it."""
 
 
