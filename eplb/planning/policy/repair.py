@@ -13,8 +13,8 @@ from collections.abc import Callable
 
 import numpy as np
 
-from eplb.planning.policy.candidates import TINY, Changes, Situation, doubles, singles
 from eplb.planning.levelling import level_loads
+from eplb.planning.policy.candidates import TINY, Changes, Situation, doubles, singles
 
 POOR_SINGLE = 0.05
 """Exchanges are looked at where the best single move promises less than this part of the layer's excess."""
