@@ -15,7 +15,7 @@ from eplb.planning.placement import EMPTY
 
 GAP = 1e-5
 """The iteration stops when the largest rank load is within this part (0.001 %) of its lower bound, and when no rank could hand
-more than a tenth of this part of the mean rank load to a rank that is less loaded by more than that. Mostly it ends far below."""
+more than a tenth of this part of the mean rank load to a rank that is less loaded by more than that."""
 
 MAX_ITERATIONS = 200
 """Bound of the iteration; 1 to 8 are usual, and no layer seen needs more than some dozens."""
