@@ -313,14 +313,14 @@ def main(arguments: Sequence[str] | None = None) -> int:
     if options.json:
         options.json.write_text(json.dumps(records, indent=1) + "\n")
     if options.details:
-        text = json.dumps({"machine": _machine(), "shares_and_waves": details, "curves": curves}, indent=1)
+        text = json.dumps({"machine": machine(), "shares_and_waves": details, "curves": curves}, indent=1)
         options.details.write_text(text + "\n")
     if options.plot:
         plot(records, curves, options.plot)
     return 0
 
 
-def _machine() -> dict[str, str]:
+def machine() -> dict[str, str]:
     cpuinfo = Path("/proc/cpuinfo")
     lines = cpuinfo.read_text().splitlines() if cpuinfo.exists() else []
     return {

@@ -20,6 +20,11 @@ DEEPSEEK_EXAMPLE = np.array(
 """The loads in DeepSeek's README (2 layers of 12 experts; there with 16 replicas, 4 groups, 2 nodes, 8 ranks)."""
 
 
+R1_SHAPE = (0.12, 1.5)
+"""Range of the gamma shape of a layer, for loads like DeepSeek-R1's: 256 experts on 32 ranks, 8 on each, then have
+(max − mean) / mean of 1.57 on average over layers (published: 1.56), 0.5 in the most even of 58 (0.46)."""
+
+
 @dataclass(frozen=True)
 class Trace:
     """Attributes:
@@ -85,8 +90,10 @@ def _number_in(argument: str, value: str) -> float:
 def base_load(kind: str, num_layers: int, num_experts: int, rng: np.random.Generator) -> np.ndarray:
     """Expected load of each expert, mean 1: [L, E].
 
-    `kind`: "zipf:S" (the k-th hottest gets k**-S; which expert is k-th is drawn per layer), "lognormal:SIGMA", "uniform", or
-    "deepseek" (the example in DeepSeek's README; its shape is 2 × 12).
+    `kind`: "zipf:S" (the k-th hottest gets k**-S; which expert is k-th is drawn per layer), "lognormal:SIGMA", "gamma:SHAPE"
+    (SHAPE 1 is exponential, less is more uneven), "pareto:ALPHA" (ALPHA up to 2 has no variance), "uniform", "r1" (as uneven
+    as published traces of DeepSeek-R1: gamma, its shape drawn per layer), or "deepseek" (the example in DeepSeek's README;
+    its shape is 2 × 12).
 
     Raises:
         ValueError: an unknown kind, a bad parameter, or "deepseek" with another shape.
@@ -98,6 +105,15 @@ def base_load(kind: str, num_layers: int, num_experts: int, rng: np.random.Gener
         load = DEEPSEEK_EXAMPLE.copy()
     elif name == "uniform":
         load = np.ones((num_layers, num_experts))
+    elif name == "r1":
+        shape_L1 = np.exp(rng.uniform(np.log(R1_SHAPE[0]), np.log(R1_SHAPE[1]), num_layers))[:, None]
+        load = rng.gamma(shape_L1, 1.0, (num_layers, num_experts))
+    elif name in ("gamma", "pareto"):
+        value = _number_in("load", kind)
+        if not value:
+            raise ValueError(f"load={kind!r}: {name} needs a number above 0")
+        shape = (num_layers, num_experts)
+        load = rng.gamma(value, 1.0, shape) if name == "gamma" else 1.0 + rng.pareto(value, shape)
     elif name in ("zipf", "lognormal"):
         value = _number_in("load", kind)
         if name == "zipf":
@@ -106,7 +122,9 @@ def base_load(kind: str, num_layers: int, num_experts: int, rng: np.random.Gener
         else:
             load = rng.lognormal(0.0, value, (num_layers, num_experts))
     else:
-        raise ValueError(f"load={kind!r}: must be zipf:S, lognormal:SIGMA, uniform or deepseek")
+        raise ValueError(
+            f"load={kind!r}: must be zipf:S, lognormal:SIGMA, gamma:SHAPE, pareto:ALPHA, r1, uniform or deepseek"
+        )
     return load / load.mean(axis=1, keepdims=True)
 
 

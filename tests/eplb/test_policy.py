@@ -158,6 +158,26 @@ def test_noise_is_not_chased():
     assert (moved > 0).all()
 
 
+def test_drift_is_followed_with_sub_windows_as_without():
+    """A random walk of 5 % a window, in steps: the next window is served as well from four sub-windows as from one."""
+    worst = {}
+    for samples in (1, 4):
+        rng, live, topology = np.random.default_rng(1), initial(12, 256, 32, 32), Topology(32)
+        load = base_load("gamma:0.5", 12, 256, rng)
+        policy, proposal, found = make_policy("adaptive"), None, []
+        for _ in range(8):
+            steps = rng.normal(0, 0.05 / 2, (12, 4, 256)).cumsum(axis=1)
+            window = load[:, None] * np.exp(steps)
+            mean, load = window.mean(axis=1), window[:, -1]
+            if proposal is not None:
+                highest = rank_loads(mean, proposal.physical_LWP, proposal.shares_LWP).max(axis=1)
+                found.append((highest / free_placement_bound(mean, 32, 288)).max())
+            proposal = policy.propose(window if samples == 4 else mean[:, None], live, topology)
+            live = proposal.physical_LWP
+        worst[samples] = np.median(found)
+    assert worst[4] <= worst[1] + 0.01
+
+
 @pytest.mark.parametrize("limit", [0, 1, 5, 40])
 def test_budgets(limit):
     load = base_load("zipf:1.0", 6, 64, np.random.default_rng(0))[:, None]

@@ -30,7 +30,7 @@ def least_maximum(load_E, physical_WP):
     return found.fun
 
 
-def check_exact(load_LE, physical_LWP, tolerance=1e-4):
+def check_exact(load_LE, physical_LWP, tolerance=1.1e-5):
     shares = balanced_shares(load_LE, physical_LWP)
     assert (shares >= 0).all()
     loads = rank_loads(load_LE, physical_LWP, shares)
@@ -99,6 +99,36 @@ def test_no_load_goes_from_a_rank_to_a_less_loaded_one():
     physical = np.array([[[0, 1], [0, 2], [3, 4], [4, 5]]])
     loads = rank_loads(load, physical, balanced_shares(load, physical))
     np.testing.assert_allclose(loads, [[5, 5, 3, 3]])
+
+
+def highest_step_down(load_LE, physical_LWP):
+    """[L], in units of the mean rank load: the most by which a rank that carries part of an expert is above another of it."""
+    shares = balanced_shares(load_LE, physical_LWP)
+    mean_L = np.maximum(load_LE.sum(axis=1) / physical_LWP.shape[1], 1e-300)
+    level = rank_loads(load_LE, physical_LWP, shares) / mean_L[:, None]
+    worst = np.zeros(len(load_LE))
+    for layer, expert in np.ndindex(load_LE.shape):
+        rank, lane = np.nonzero(physical_LWP[layer] == expert)
+        carried = shares[layer, rank, lane] * load_LE[layer, expert] / mean_L[layer] > 1e-6
+        if carried.any():
+            worst[layer] = max(worst[layer], level[layer, rank[carried]].max() - level[layer, rank].min())
+    return worst
+
+
+@settings(max_examples=100, deadline=None)
+@given(problems())
+def test_levels_below_the_maximum_on_anything(problem):
+    assert highest_step_down(*problem).max(initial=0) <= 1e-5
+
+
+@pytest.mark.parametrize(("experts", "physical", "ranks"), [(256, 288, 32), (128, 144, 8), (64, 72, 4)])
+@pytest.mark.parametrize("kind", ["gamma:0.5", "pareto:1.5", "zipf:1.2"])
+def test_levels_below_the_maximum_at_real_sizes(experts, physical, ranks, kind):
+    rng = np.random.default_rng(7)
+    load = base_load(kind, 8, experts, rng)
+    made = without_twins(load, deepseek_placement(load, physical, 1, 1, ranks).reshape(8, ranks, -1))
+    for after in (change_load(load, "noise:0.2", kind, rng), change_load(load, "hotset", kind, rng), rng.poisson(load)):
+        assert highest_step_down(after, made).max() <= 1e-5
 
 
 def test_zero_load_means_equal_shares():

@@ -6,6 +6,7 @@ Shape letters: L layers, N sub-windows, E logical experts, W ranks, P physical e
 from __future__ import annotations
 
 import time
+from statistics import NormalDist
 from typing import Literal
 
 import numpy as np
@@ -41,8 +42,8 @@ class AdaptivePolicy:
     Args:
         min_gain: what a repair must take off a layer's max/mean (relative to the bound) to be worth it. 0.003 is 0.3 %.
         target: how near to the bound a repair goes; at most `min_gain`. None: 5/6 of `min_gain`.
-        confidence: with N ≥ 2 sub-windows, the overload of a layer's overloaded ranks must exceed so many of its standard
-            errors beyond what the worst of W equal ranks shows by chance; 0 trusts the mean.
+        confidence: with N ≥ 2 sub-windows, a layer's overload must exceed so many of its standard errors beyond what the worst
+            of W equal ranks show by chance (`overload_is_significant`); 0 trusts the mean.
         max_moves, max_moves_per_layer: most experts moved in one plan, or in one layer of it; None: no limit.
         objective: "tokens" balances tokens (compute-bound: prefill, training); "activated_experts" the number of experts that
             a rank must read per batch (memory-bound decode), and gives each expert's tokens to one replica.
@@ -180,23 +181,40 @@ def without_twins(load_LE: np.ndarray, physical_LWP: np.ndarray) -> np.ndarray:
 def overload_is_significant(
     load_LNE: np.ndarray, physical_LWP: np.ndarray, rank_load_LW: np.ndarray, bound_L: np.ndarray, confidence: float
 ) -> np.ndarray:
-    """Whether the ranks above the bound are so in the sub-windows as well: bool [L].
+    """Whether the sub-windows agree that some ranks have to carry more than the bound: bool [L].
 
-    What the overloaded ranks must carry whatever the shares (the experts with no replica elsewhere), over what they should,
-    is taken in each sub-window. Its mean must exceed 1 by `confidence` + √(2 ln W) standard errors: the ranks were picked for
-    being the worst, and the worst of W normal variables lies about √(2 ln W) of their deviations above the mean.
+    Looked at are the sets of the k most loaded ranks, for every k: one of them explains the maximum. A set must carry the
+    experts that have no replica outside it, whatever the shares. It is overloaded if that exceeds `bound_L` per rank by
+    `confidence` standard errors beyond what the k largest of W equal normal variables sum up to: the ranks were picked for
+    being the worst.
+
+    The variance of a set is the sum of its experts', each from the steps between successive sub-windows: the load of a set
+    alone has too few sub-windows to tell, and a drift, which is a reason to act, makes small steps.
     """
-    num_experts = load_LNE.shape[2]
+    num_layers, num_windows, num_experts = load_LNE.shape
     num_ranks = physical_LWP.shape[1]
-    holds_LWE = count_experts(physical_LWP, num_experts) > 0
-    mean_L = np.maximum(rank_load_LW.mean(axis=1), np.finfo(np.float64).tiny)
-    hot_LW = rank_load_LW > (bound_L * mean_L * (1 + 1e-6))[:, None]
-    inside_LE = ~(holds_LWE & ~hot_LW[:, :, None]).any(axis=1)
-    must_LN = (load_LNE * inside_LE[:, None]).sum(axis=2)
-    should_LN = load_LNE.sum(axis=2) / num_ranks * (bound_L * np.maximum(hot_LW.sum(axis=1), 1))[:, None]
-    ratio_LN = must_LN / np.maximum(should_LN, np.finfo(np.float64).tiny)
-    error_L = ratio_LN.std(axis=1, ddof=1) / np.sqrt(ratio_LN.shape[1])
-    return ratio_LN.mean(axis=1) - 1 > (confidence + np.sqrt(2 * np.log(num_ranks))) * error_L
+    # The part of each expert in the load of its sub-window, in units of what a rank may carry.
+    total_LN = load_LNE.sum(axis=2)
+    may_LN = np.maximum(total_LN / num_ranks * bound_L[:, None], np.finfo(np.float64).tiny)
+    part_LNE = load_LNE / may_LN[:, :, None]
+    mean_LE = load_LNE.sum(axis=1) / np.maximum(may_LN.sum(axis=1), np.finfo(np.float64).tiny)[:, None]
+    variance_LE = (np.diff(part_LNE, axis=1) ** 2).mean(axis=1) / 2 / num_windows
+    # An expert is in the set of the k most loaded ranks if all its ranks are among them.
+    position_LW = np.argsort(np.argsort(-rank_load_LW, axis=1, kind="stable"), axis=1)
+    last_LE = np.zeros((num_layers, num_experts), dtype=np.int64)
+    np.maximum.at(last_LE, (np.arange(num_layers)[:, None, None], physical_LWP), position_LW[:, :, None])
+    bins = (last_LE + np.arange(num_layers)[:, None] * num_ranks).ravel()
+
+    def inside(value_LE: np.ndarray) -> np.ndarray:
+        sums = np.bincount(bins, weights=value_LE.ravel(), minlength=num_layers * num_ranks)
+        return sums.reshape(num_layers, num_ranks).cumsum(axis=1)
+
+    # What the largest, second largest, … of W normal variables are expected to be (Blom 1958).
+    worst_W = [NormalDist().inv_cdf((num_ranks - i - 0.375) / (num_ranks + 0.25)) for i in range(num_ranks)]
+    chance_W = np.cumsum(worst_W) / np.sqrt(np.arange(1, num_ranks + 1))
+    over_LW = inside(mean_LE) - np.arange(1, num_ranks + 1)
+    error_LW = np.sqrt(inside(variance_LE))
+    return (over_LW > np.maximum((chance_W + confidence) * error_LW, 1e-6)).any(axis=1)
 
 
 def expected_activations(load_LNE: np.ndarray, batch_assignments: float) -> np.ndarray:

@@ -1,7 +1,7 @@
 """Changes that may help an overloaded layer, with an estimate of what each brings.
 
 Shape letters: A layers, W ranks, P physical experts of a rank, Q = W · P lanes counted over ranks, E experts, R replicas of the
-split experts of all layers (`eplb.planning.shares.SplitLoads`), S the most that one layer has of them, K candidates.
+split experts of all layers (`eplb.planning.levelling.SplitLoads`), S the most that one layer has of them, K candidates.
 
 Loads are in units of the mean rank load; `limit_A` is the rank load to get below. What counts is the *excess*: the load above
 the limit, summed over ranks, when the shares are the best ones. To put a replica of expert e on rank r in place of a replica
@@ -21,7 +21,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from eplb.planning.shares import SplitLoads
+from eplb.planning.levelling import SplitLoads
 
 MESSAGE_ROUNDS = 4
 """How many split experts in a row load is passed through, in the estimate."""
@@ -114,7 +114,7 @@ class Situation:
         physical_AQ: int64, the expert of each lane.
         num_ranks: W.
         limit_A: rank load to get below.
-        split, flow_R, rank_load_AW: from `eplb.planning.shares.level_loads`.
+        split, flow_R, rank_load_AW: from `eplb.planning.levelling.level_loads`.
         node_W: int64, the node of each rank.
     """
 

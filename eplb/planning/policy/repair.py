@@ -13,13 +13,15 @@ from collections.abc import Callable
 
 import numpy as np
 
+from eplb.planning.levelling import level_loads
 from eplb.planning.policy.candidates import TINY, Changes, Situation, doubles, singles
-from eplb.planning.shares import level_loads
+from eplb.planning.policy.exhaustive import best_placement, is_small
+from eplb.planning.policy.pour import pour
 
 POOR_SINGLE = 0.05
 """Exchanges are looked at where the best single move promises less than this part of the layer's excess."""
 
-EXACT_TRIES = ((2, 1), (6, 2), (24, 3), (96, 3))
+EXACT_TRIES = ((2, 1), (6, 2))
 """Candidates of each kind that are tried exactly, and sources they come from, in a layer's first, second, … step without
 progress; then it is given up."""
 
@@ -42,7 +44,7 @@ IDLE_ROUNDS = 2
 """Moves of a layer that are taken back at most."""
 
 ITER = 4
-NEAR = 1e-4
+NEAR = 1e-3
 """Iterations and nearness for the shares in between: close is good enough, the step after corrects it."""
 
 
@@ -67,19 +69,64 @@ def repair(
     Returns:
         int64 [L, W, P]. Equal input gives equal output; ties go to the lowest lane and expert.
     """
-    num_layers, num_ranks = physical_LWP.shape[:2]
+    num_ranks = physical_LWP.shape[1]
     mean_L = load_LE.sum(axis=1) / num_ranks
     load_LE = load_LE / np.where(mean_L > 0, mean_L, 1.0)[:, None]
+    found_LWP, left_L = _search(load_LE, physical_LWP, limit_L, node_W, max_moves_L, pause)
+    if physical_LWP.shape[2] > load_LE.shape[1]:
+        return found_LWP  # a rank has slots for all experts
+    for way in ("pour", "pour, merged", "exhaustive"):  # one after another for the layers that are still stuck
+        stuck = np.flatnonzero(left_L > TINY)
+        if not stuck.size or (way == "exhaustive" and not is_small(load_LE.shape[1], *physical_LWP.shape[1:])):
+            break
+        load_AE, live_AWP, limit_A = load_LE[stuck], physical_LWP[stuck], limit_L[stuck]
+        if way == "exhaustive":
+            made_AWP = np.stack([best_placement(*problem) for problem in zip(load_AE, live_AWP, limit_A, strict=True)])
+        else:
+            merge = way == "pour, merged"
+            made_AWP = np.stack([pour(*problem, merge) for problem in zip(load_AE, live_AWP, limit_A, strict=True)])
+            budget_A = None
+            if max_moves_L is not None:
+                budget_A = np.maximum(max_moves_L[stuck] - _num_moved(live_AWP, made_AWP), 0)
+            made_AWP, _ = _search(load_AE, made_AWP, limit_A, node_W, budget_A, pause)
+        _, _, old_AW = level_loads(load_AE, found_LWP[stuck])
+        _, _, new_AW = level_loads(load_AE, made_AWP)
+        better_A = new_AW.max(axis=1) < old_AW.max(axis=1) - TINY
+        if max_moves_L is not None:
+            better_A &= _num_moved(live_AWP, made_AWP) <= max_moves_L[stuck]
+        found_LWP[stuck[better_A]] = made_AWP[better_A]
+        highest_A = np.where(better_A, new_AW.max(axis=1), old_AW.max(axis=1))
+        left_L[stuck] = highest_A - limit_A
+    return _without_idle_moves(load_LE, physical_LWP, found_LWP, limit_L, pause)
+
+
+def _num_moved(old_LWP: np.ndarray, new_LWP: np.ndarray) -> np.ndarray:
+    """int64 [L]: experts that a rank holds in the new placement and did not hold in the old one."""
+    return (new_LWP[:, :, :, None] != old_LWP[:, :, None]).all(axis=3).sum(axis=(1, 2))
+
+
+def _search(
+    load_LE: np.ndarray,
+    physical_LWP: np.ndarray,
+    limit_L: np.ndarray,
+    node_W: np.ndarray,
+    max_moves_L: np.ndarray | None,
+    pause: Callable[[], None],
+) -> tuple[np.ndarray, np.ndarray]:
+    """Steps until the limit is reached or nothing helps. Returns the placement, and what is left of each layer's excess."""
+    num_layers, num_ranks = physical_LWP.shape[:2]
     physical_LQ = physical_LWP.reshape(num_layers, -1).copy()
     budget_L = np.full(num_layers, physical_LQ.shape[1]) if max_moves_L is None else max_moves_L.copy()
     excess_L = np.full(num_layers, np.inf)
     failed_L = np.zeros(num_layers, dtype=np.int64)
     undo: dict[int, tuple[np.ndarray, int]] = {}
-    todo = np.flatnonzero((mean_L > 0) & (budget_L > 0))
+    left_L = np.zeros(num_layers)
+    todo = np.flatnonzero((load_LE.sum(axis=1) > 0) & (budget_L > 0))
     while todo.size:
         pause()
         now = _solve(load_LE, physical_LQ, limit_L, node_W, num_ranks, todo)
         excess_A = now.excess_AW.sum(axis=1)
+        left_L[todo] = np.minimum(excess_A, excess_L[todo])
         above = excess_A > TINY
         worse = above & (excess_A > excess_L[todo] - TINY)
         better = above & ~worse
@@ -107,8 +154,7 @@ def repair(
                 now, layers = now.take(~done_A), layers[~done_A]
                 next_todo.append(_step_exactly(now, physical_LQ, budget_L, layers, failed_L, undo, pause))
         todo = np.sort(np.concatenate(next_todo)) if next_todo else todo[:0]
-    found_LWP = physical_LQ.reshape(physical_LWP.shape)
-    return _without_idle_moves(load_LE, physical_LWP, found_LWP, limit_L, pause)
+    return physical_LQ.reshape(physical_LWP.shape), left_L
 
 
 def _without_idle_moves(
