@@ -10,7 +10,7 @@ import torch
 from torch import nn
 
 from eplb import EplbConfig, EplbController, SlotPool, TensorSpec, step_eplb_after
-from eplb.connect import TorchTransport
+from eplb.connect import Connected, TorchTransport
 from eplb.planning.policy import Proposal
 from eplb.relocation.communicator import LocalCommunicator
 from eplb.relocation.resident import ResidentExperts
@@ -115,7 +115,7 @@ def test_step_without_a_layer():
 
 def test_the_default_policy_is_given_min_gain():
     assert EplbConfig(min_gain=0.07).make_policy().min_gain == 0.07
-    assert EplbConfig(min_gain=0.07, policy_options={"min_gain": 0.5}).make_policy().min_gain == 0.5
+    assert EplbConfig(policy_options={"min_gain": 0.5}).make_policy().min_gain == 0.5
     assert EplbController(EplbConfig(min_gain=0.07))._policy.min_gain == 0.07
 
 
@@ -319,8 +319,8 @@ class OtherModels(TorchTransport):
             said.result().append(Record(models=1).encode())
             return said
 
-    def connect(self, config, streams, dispatch_backends):
-        return self.Two(), LocalCommunicator(streams)
+    def connect(self, config, streams, dispatch_backends, notify):
+        return Connected(self.Two(), LocalCommunicator(streams))
 
 
 def test_a_step_returns_although_the_ranks_registered_different_models():
@@ -357,8 +357,8 @@ class SilentPeers(TorchTransport):
         def done(self) -> bool:
             return False
 
-    def connect(self, config, streams, dispatch_backends):
-        return self.Never(), LocalCommunicator(streams)
+    def connect(self, config, streams, dispatch_backends, notify):
+        return Connected(self.Never(), LocalCommunicator(streams))
 
 
 def test_a_step_returns_although_a_peer_is_silent():
