@@ -134,7 +134,7 @@ class ConnectionThread(threading.Thread):
         self._streams = streams
         self._notify = notify
         self._lock = threading.Lock()
-        self._cancelled = False
+        self._cancelled = threading.Event()
         self._both: tuple[Agreement, Communicator] | None = None
         self._error: BaseException | None = None
         self.missing = tuple(number for rank, number in enumerate(peers.ranks) if rank != peers.rank)
@@ -142,16 +142,15 @@ class ConnectionThread(threading.Thread):
 
     def run(self) -> None:
         try:
-            if self._peers.meet(self._look):
+            if self._peers.meet(self._cancelled, self._look):
                 self.missing = ()
                 self._connect()
         except BaseException as error:  # whatever it is, the worker must hear of it
             self._error = error
         self._notify()
 
-    def _look(self) -> bool:
+    def _look(self) -> None:
         self.missing = self._peers.missing()
-        return self._cancelled
 
     def _connect(self) -> None:
         peers = self._peers
@@ -162,7 +161,7 @@ class ConnectionThread(threading.Thread):
             group.close()
             raise
         with self._lock:
-            if not self._cancelled:
+            if not self._cancelled.is_set():
                 self._both = GlooAgreement(group), communicator
                 return
         communicator.close()
@@ -177,7 +176,7 @@ class ConnectionThread(threading.Thread):
 
     def cancel(self) -> None:
         with self._lock:
-            self._cancelled = True
+            self._cancelled.set()
             both, self._both = self._both, None
         for made in both or ():
             made.close()

@@ -6,6 +6,7 @@ name, unlike those of `new_group()`, does not depend on how many groups a rank h
 
 import ctypes
 import threading
+import time
 from collections.abc import Sequence
 from datetime import timedelta
 from typing import Any
@@ -16,6 +17,8 @@ import torch.distributed as dist
 # Our deadlines are states that `health()` shows and that a late peer can still mend; a timeout of gloo's own would break
 # the group for good. So its timeout is out of reach.
 _NEVER = timedelta(days=7)
+
+_MOMENT = 0.2  # seconds
 
 _lock = threading.Lock()
 _closing: list["GlooGroup"] = []
@@ -61,7 +64,10 @@ class GlooGroup:
         return self._note(self._group.alltoall_base(incoming, outgoing, receive_splits, send_splits))
 
     def close(self) -> None:
-        """Never blocks for another rank."""
+        """Waits a moment for collectives that are about to end, and no longer for any rank."""
+        deadline = time.monotonic() + _MOMENT
+        while not self._is_quiet() and time.monotonic() < deadline:
+            time.sleep(0.001)
         _destroy_closed([self])
 
     def _note(self, work: dist.Work) -> dist.Work:
@@ -69,8 +75,11 @@ class GlooGroup:
         self._under_way.append(work)
         return work
 
+    def _is_quiet(self) -> bool:
+        return all(work.is_completed() for work in self._under_way)
+
     def _try_to_destroy(self) -> bool:
-        if not all(work.is_completed() for work in self._under_way):
+        if not self._is_quiet():
             return False
         group = self._group
         del self._group, self._under_way

@@ -1,6 +1,6 @@
 """Who the ranks of a user's process group are, and a place of our own in their store where they can meet."""
 
-import time
+import threading
 from collections.abc import Callable
 from dataclasses import dataclass
 from weakref import WeakKeyDictionary
@@ -44,21 +44,24 @@ class Peers:
         """A part of the store for one use."""
         return dist.PrefixStore(name, self.store)
 
-    def meet(self, is_cancelled: Callable[[], bool] = lambda: False) -> bool:
-        """Wait until all ranks have called this; False if `is_cancelled()` said so before. Blocks.
+    def meet(self, cancelled: threading.Event, look: Callable[[], None] = lambda: None) -> bool:
+        """Wait until all ranks have called this; False if `cancelled` was set before. Blocks.
 
         It looks again and again rather than waits in the store: a wait would keep other threads from using the store.
+
+        Args:
+            look: called at each look.
         """
         self.store.set(f"came/{self.rank}", "")
         came, pause = self.store.add("came", 1), 0.001
         while came < len(self.ranks):
-            if is_cancelled():
+            look()
+            if cancelled.wait(pause):
                 if self.store.add("came", -1) < len(self.ranks) - 1:
                     self.store.delete_key(f"came/{self.rank}")
                     return False
                 self.store.add("came", 1)  # the others have seen all of us: they count on this rank
                 return True
-            time.sleep(pause)
             pause = min(2 * pause, _LONGEST_PAUSE)
             came = self.store.add("came", 0)
         return True

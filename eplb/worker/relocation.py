@@ -225,3 +225,7 @@ class Relocation:
     def bury(self) -> None:
         """Free the slots of waves given up that nothing can touch any more."""
         self.zombies = [fill for fill in self.zombies if not fill.bury()]
+
+    def close(self) -> None:
+        """Let go of what is under way, and so of the communicator's connections; its slots stay as they are."""
+        self.fill, self.zombies = None, []

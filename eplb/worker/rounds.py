@@ -168,3 +168,4 @@ class Rounds:
         for made in (self._agreement, self.communicator):
             if made is not None:
                 made.close()
+        self._connection = self._agreement = self._exchange = self.communicator = None

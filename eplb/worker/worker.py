@@ -169,6 +169,7 @@ class Worker:
 
     def close(self) -> None:
         """Give everything back that reaches the other ranks; nothing ticks any more."""
+        self.relocation.close()
         self.rounds.close()
 
     def _hear(self) -> None:

@@ -1,6 +1,7 @@
 """Slabs on their way: the right bytes to the right slot, over each communicator; and which one is chosen."""
 
 import random
+import threading
 import time
 import warnings
 
@@ -87,7 +88,7 @@ def test_nccl(rank, num_ranks, group, device):
 def met(group: dist.ProcessGroup) -> Peers:
     """The ranks of a group, when all have come. Collective."""
     peers = peers_of(group)
-    assert peers.meet()
+    assert peers.meet(threading.Event())
     return peers
 
 

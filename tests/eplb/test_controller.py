@@ -9,46 +9,16 @@ import pytest
 import torch
 from torch import nn
 
-from eplb import EplbConfig, EplbController, SlotPool, TensorSpec, step_eplb_after
+from eplb import EplbConfig, EplbController, step_eplb_after
 from eplb.connect import Connected, TorchTransport
 from eplb.planning.policy import Proposal
 from eplb.relocation.communicator import LocalCommunicator
-from eplb.relocation.resident import ResidentExperts
 from eplb.rounds.exchange import LocalAgreement
 from eplb.rounds.protocol import Record, Work
 from eplb.streams import HostStreams
+from tests.eplb.stub import StubLayer
 
 QUICK = {"step_interval": 2, "window_size": 2, "window_samples": 1, "round_interval": 1e-3, "heartbeat_interval": 2e-3}
-
-
-class StubLayer(nn.Module):
-    """Four experts of 16 bytes on one rank, each as often as the redundant ones allow."""
-
-    dispatch_backend = "local"
-
-    def __init__(
-        self,
-        num_shadow_slots: int = 1,
-        pool: SlotPool | None = None,
-        expert_ranks: tuple[int, ...] = (),
-        num_redundant: int = 0,
-    ) -> None:
-        super().__init__()
-        num_ranks = max(1, len(expert_ranks))
-        self.expert_ranks = expert_ranks
-        self.resident = ResidentExperts(
-            num_experts=4,
-            num_redundant_experts=num_redundant,
-            num_shadow_slots=num_shadow_slots,
-            rank=0,
-            num_ranks=num_ranks,
-            pool=pool
-            or SlotPool([TensorSpec("w", (16,), torch.uint8)], (4 + num_redundant) // num_ranks + num_shadow_slots),
-            streams=HostStreams(),
-        )
-
-    def why_not_relocatable(self) -> str | None:
-        return None
 
 
 def controller_of(layer: nn.Module | None = None, **options) -> EplbController:
