@@ -1,13 +1,17 @@
-"""`StubLayer`: in place of an MoE layer, what a controller knows of one."""
+"""In place of an MoE layer, what a controller knows of one; and a controller of it that acts quickly."""
 
 from __future__ import annotations
 
+import numpy as np
 import torch
 from torch import nn
 
-from eplb import SlotPool, TensorSpec
+from eplb import EplbConfig, EplbController, SlotPool, TensorSpec
+from eplb.planning.policy import Proposal
 from eplb.relocation.resident import ResidentExperts
 from eplb.streams import DeviceStreams, HostStreams
+
+QUICK = {"step_interval": 2, "window_size": 2, "window_samples": 1, "round_interval": 1e-3, "heartbeat_interval": 2e-3}
 
 
 class StubLayer(nn.Module):
@@ -43,3 +47,20 @@ class StubLayer(nn.Module):
 
     def why_not_relocatable(self) -> str | None:
         return None
+
+
+def controller_of(layer: nn.Module | None = None, **options) -> EplbController:
+    controller = EplbController(EplbConfig(**{**QUICK, **options}))
+    controller.register(layer or StubLayer())
+    return controller
+
+
+class Recording:
+    """A policy that keeps the placement and what it was asked."""
+
+    def __init__(self) -> None:
+        self.asked: list[np.ndarray] = []
+
+    def propose(self, load_LNE, physical_LWP, topology):
+        self.asked.append(load_LNE.copy())
+        return Proposal(physical_LWP, np.ones(physical_LWP.shape))

@@ -16,16 +16,7 @@ from eplb.relocation.communicator import LocalCommunicator
 from eplb.rounds.exchange import LocalAgreement
 from eplb.rounds.protocol import Record, Work
 from eplb.streams import HostStreams
-from tests.eplb.stub import StubLayer
-
-QUICK = {"step_interval": 2, "window_size": 2, "window_samples": 1, "round_interval": 1e-3, "heartbeat_interval": 2e-3}
-
-
-def controller_of(layer: nn.Module | None = None, **options) -> EplbController:
-    controller = EplbController(EplbConfig(**{**QUICK, **options}))
-    controller.register(layer or StubLayer())
-    return controller
-
+from tests.eplb.stub import QUICK, Recording, StubLayer, controller_of
 
 # ---- what is refused
 
@@ -90,17 +81,6 @@ def test_the_default_policy_is_given_min_gain():
 
 
 # ---- windows, health, metrics
-
-
-class Recording:
-    """A policy that keeps the placement and what it was asked."""
-
-    def __init__(self) -> None:
-        self.asked: list[np.ndarray] = []
-
-    def propose(self, load_LNE, physical_LWP, topology):
-        self.asked.append(load_LNE.copy())
-        return Proposal(physical_LWP, np.ones(physical_LWP.shape))
 
 
 def test_the_policy_sees_the_load_of_each_window():
