@@ -14,8 +14,10 @@ from eplb.config import EplbConfig
 from eplb.connect import Connected
 from eplb.controller import EplbController
 from eplb.relocation.communicator import Communicator, Transfer, TransferBatch
+from eplb.rounds.protocol import Work
 from eplb.streams import DeviceStreams
 from eplb.worker import Worker
+from eplb.worker.planning import Planning
 
 if TYPE_CHECKING:
     from tests.eplb.simulation import World
@@ -333,6 +335,20 @@ class SimController(EplbController):
         del streams
         worker.mailbox.lock = SimLock(worker)  # type: ignore[assignment]
         worker.planning.start = DoneHere
+        self._watch_windows(worker.planning)
+
+    @staticmethod
+    def _watch_windows(planning: Planning) -> None:
+        """No load window is used twice."""
+        sent, seen = planning.sent, []
+
+        def sent_once(work: Work) -> None:
+            window_NA = planning._unsent.get(work)
+            assert window_NA is None or not any(window_NA is earlier for earlier in seen), "a window is sent twice"
+            seen.append(window_NA)
+            sent(work)
+
+        planning.sent = sent_once  # type: ignore[method-assign]
 
     @property
     def worker(self) -> Worker:
