@@ -3,7 +3,7 @@
 from eplb.config import EplbConfig
 from eplb.controller import EplbController, RelocatableLayer
 from eplb.decorator import step_eplb_after
-from eplb.health import Health, Metrics
+from eplb.health import Health, HealthState, Metrics
 from eplb.planning.placement import Placement
 from eplb.relocation.events import CpuGpuEvent
 from eplb.relocation.pool import SlotPool, TensorSpec
@@ -13,6 +13,7 @@ __all__ = [
     "EplbConfig",
     "EplbController",
     "Health",
+    "HealthState",
     "Metrics",
     "Placement",
     "RelocatableLayer",

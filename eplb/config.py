@@ -15,7 +15,7 @@ class EplbConfig(BaseModel):
 
     Attributes:
         step_interval: steps (calls of `EplbController.step()`) between two looks at the load.
-        window_size: steps before each look whose load counts; at most `step_interval`.
+        window_size: steps before each look whose load counts; at most `step_interval`, 1000 by default.
         window_samples: sub-windows that the policy sees of each window, to tell drift from noise; at most `window_size`.
         use_async: relocate in the background; False does the same inside `step()`, which is then collective.
         policy: name of a registered policy, or an object with its `propose()`.
@@ -33,13 +33,21 @@ class EplbConfig(BaseModel):
         log_balancedness_interval: steps between two such lines.
         round_interval: seconds between two rounds of the workers while a relocation is under way.
         heartbeat_interval: seconds between two rounds while none is; at least `round_interval`.
+        connect_timeout: seconds after which a rank that has not come to its first `step()` is shown as unreachable, and
+            which connecting may take once all have come.
+        planning_timeout: seconds after which a policy that does not return is given up, with its proposal.
         peer_timeout: seconds after which a rank that takes part in no round is shown as unreachable; more than
             `heartbeat_interval`.
         transfer_timeout: seconds after which a wave's transfers are given up and their slots quarantined.
         grace_timeout: seconds after which a main thread that does not flip is shown as stalled.
         quiesce_timeout: seconds that loading weights waits for relocations under way.
         close_timeout: seconds that `close()` waits at most to tell the other ranks.
-        backoff, max_backoff: seconds to wait after a failure, doubled with each further one up to the maximum.
+        backoff, max_backoff: seconds to wait after a failure, doubled with each further one up to the maximum. A wave
+            waits about `backoff` for a slot that another controller of the same pool holds.
+
+    A default never makes a value that was given invalid: knobs that were not given adapt to those that were. So
+    ``EplbConfig(step_interval=512)`` has a `window_size` of 512, and ``EplbConfig(window_size=5000)`` steps 5000 times
+    between two looks.
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid", arbitrary_types_allowed=True)
@@ -61,6 +69,8 @@ class EplbConfig(BaseModel):
     log_balancedness_interval: int = Field(default=1000, ge=1)
     round_interval: PositiveSeconds = 0.005
     heartbeat_interval: PositiveSeconds = 0.2
+    connect_timeout: PositiveSeconds = 60.0
+    planning_timeout: PositiveSeconds = 60.0
     peer_timeout: PositiveSeconds = 30.0
     transfer_timeout: PositiveSeconds = 60.0
     grace_timeout: PositiveSeconds = 30.0
@@ -68,6 +78,21 @@ class EplbConfig(BaseModel):
     close_timeout: PositiveSeconds = 5.0
     backoff: PositiveSeconds = 1.0
     max_backoff: PositiveSeconds = 60.0
+
+    @model_validator(mode="after")
+    def _derive(self) -> "EplbConfig":
+        """Move knobs that were not given to where those that were allow them. Runs before the check."""
+        _fit(self, ["window_samples", "window_size", "step_interval"])
+        _fit(self, ["round_interval", "heartbeat_interval", "peer_timeout"], ratio=2)
+        _fit(self, ["backoff", "max_backoff"])
+        own = self.policy_options.get("min_gain")
+        if own is not None and self.policy == "adaptive":
+            if "min_gain" in self.model_fields_set and self.min_gain != own:
+                raise ValueError(
+                    f"min_gain={self.min_gain} and policy_options={self.policy_options}: it is given twice"
+                )
+            self.__dict__["min_gain"] = own
+        return self
 
     @model_validator(mode="after")
     def _check_combinations(self) -> "EplbConfig":
@@ -109,6 +134,22 @@ class EplbConfig(BaseModel):
 
 def _differs_from_default(config: EplbConfig, name: str) -> bool:
     return bool(getattr(config, name) != EplbConfig.model_fields[name].default)
+
+
+def _fit(config: EplbConfig, names: list[str], ratio: int = 1) -> None:
+    """Keep the knobs in ascending order by moving those that were not given; neighbours `ratio` apart where there is room."""
+    given = {name: getattr(config, name) for name in names if name in config.model_fields_set}
+    for index, name in enumerate(names):
+        if name not in given:
+            value = getattr(config, name)
+            kind = type(value)
+            for behind, other in enumerate(names[index + 1 :], start=1):
+                if other in given:
+                    value = min(value, kind(given[other] / ratio**behind))
+            for other in names[:index]:
+                if other in given:
+                    value = max(value, given[other] * (ratio if name == names[-1] else 1))
+            config.__dict__[name] = value
 
 
 def _require(config: EplbConfig, name: str, relation: str, limit: str, reason: str) -> None:

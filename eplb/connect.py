@@ -1,16 +1,39 @@
-"""How the ranks of a controller reach each other."""
+"""How the ranks of a controller reach each other: from its first `step()` to rounds and a communicator."""
 
-from collections.abc import Iterable
+import threading
+from collections.abc import Callable, Iterable
 from typing import Protocol
 
 import torch
 import torch.distributed as dist
 
 from eplb.config import EplbConfig
-from eplb.groups import check_member, new_group_like, ranks_of
+from eplb.gloo import GlooGroup
+from eplb.groups import Peers, check_member, peers_of, ranks_of
 from eplb.relocation.communicator import Communicator, LocalCommunicator, choose_communicator, make_communicator
 from eplb.rounds.exchange import Agreement, GlooAgreement, LocalAgreement
 from eplb.streams import DeviceStreams
+
+
+class Connection(Protocol):
+    """On its way to the other ranks; nothing here blocks."""
+
+    def poll(self) -> tuple[Agreement, Communicator] | None:
+        """What reaches the other ranks, once all have come; None until then. The caller closes both.
+
+        Raises:
+            Exception: they cannot be reached, and never will be.
+        """
+        ...
+
+    @property
+    def missing(self) -> tuple[int, ...]:
+        """The ranks, by their numbers in the default group, that had not come when somebody last looked."""
+        ...
+
+    def cancel(self) -> None:
+        """Nobody will poll any more: give everything back."""
+        ...
 
 
 class Transport(Protocol):
@@ -24,15 +47,35 @@ class Transport(Protocol):
         ...
 
     def connect(
-        self, config: EplbConfig, streams: DeviceStreams, dispatch_backends: Iterable[str]
-    ) -> tuple[Agreement, Communicator]:
-        """Make the connections of this rank. Collective.
+        self,
+        config: EplbConfig,
+        streams: DeviceStreams,
+        dispatch_backends: Iterable[str],
+        notify: Callable[[], None],
+    ) -> Connection:
+        """Begin to connect this rank. Every rank does so, in the same order of its controllers; returns at once.
 
         Args:
             streams: of the device that the slots are on.
             dispatch_backends: what the forwards of the registered layers use: "local", "gloo", "nccl".
+            notify: called, on any thread, when `poll()` has an answer.
         """
         ...
+
+
+class Connected:
+    """A connection that is there from the beginning."""
+
+    missing: tuple[int, ...] = ()
+
+    def __init__(self, agreement: Agreement, communicator: Communicator) -> None:
+        self._both = agreement, communicator
+
+    def poll(self) -> tuple[Agreement, Communicator]:
+        return self._both
+
+    def cancel(self) -> None:
+        """Nothing is under way."""
 
 
 class TorchTransport:
@@ -58,9 +101,82 @@ class TorchTransport:
         return choose_communicator(config.communicator, device, group_backend, set(dispatch_backends))
 
     def connect(
-        self, config: EplbConfig, streams: DeviceStreams, dispatch_backends: Iterable[str]
-    ) -> tuple[Agreement, Communicator]:
+        self,
+        config: EplbConfig,
+        streams: DeviceStreams,
+        dispatch_backends: Iterable[str],
+        notify: Callable[[], None],
+    ) -> Connection:
         if self._group is None or not self.ranks:
-            return LocalAgreement(), LocalCommunicator(streams)
+            return Connected(LocalAgreement(), LocalCommunicator(streams))
         name = self._choose(config, streams.device, dispatch_backends)
-        return GlooAgreement(new_group_like(self._group, "gloo")), make_communicator(name, self._group, streams)
+        return ConnectionThread(peers_of(self._group), name, config.connect_timeout, streams, notify)
+
+
+class ConnectionThread(threading.Thread):
+    """Waits for the other ranks in the store, however long it takes, and connects to them when all have come.
+
+    On a thread of its own because the store, gloo and NCCL block: for a rank that does not come, and for one that hosts
+    the store and is stopped.
+
+    Args:
+        name: of the communicator.
+        timeout: seconds that connecting may take once all ranks have come.
+    """
+
+    def __init__(
+        self, peers: Peers, name: str, timeout: float, streams: DeviceStreams, notify: Callable[[], None]
+    ) -> None:
+        super().__init__(name="eplb-connect", daemon=True)
+        self._peers = peers
+        self._communicator = name
+        self._timeout = timeout
+        self._streams = streams
+        self._notify = notify
+        self._lock = threading.Lock()
+        self._cancelled = threading.Event()
+        self._both: tuple[Agreement, Communicator] | None = None
+        self._error: BaseException | None = None
+        self.missing = tuple(number for rank, number in enumerate(peers.ranks) if rank != peers.rank)
+        self.start()
+
+    def run(self) -> None:
+        try:
+            if self._peers.meet(self._cancelled, self._look):
+                self.missing = ()
+                self._connect()
+        except BaseException as error:  # whatever it is, the worker must hear of it
+            self._error = error
+        self._notify()
+
+    def _look(self) -> None:
+        self.missing = self._peers.missing()
+
+    def _connect(self) -> None:
+        peers = self._peers
+        group = GlooGroup(peers.part("rounds"), peers.rank, len(peers.ranks), self._timeout)
+        try:
+            communicator = make_communicator(self._communicator, peers, self._streams, self._timeout)
+        except BaseException:
+            group.close()
+            raise
+        with self._lock:
+            if not self._cancelled.is_set():
+                self._both = GlooAgreement(group), communicator
+                return
+        communicator.close()
+        group.close()
+
+    def poll(self) -> tuple[Agreement, Communicator] | None:
+        if self._error is not None:
+            raise RuntimeError(f"the ranks could not be connected: {self._error}") from self._error
+        with self._lock:
+            both, self._both = self._both, None
+        return both
+
+    def cancel(self) -> None:
+        with self._lock:
+            self._cancelled.set()
+            both, self._both = self._both, None
+        for made in both or ():
+            made.close()

@@ -2,7 +2,6 @@
 
 import atexit
 import functools
-import logging
 import threading
 import time
 from collections.abc import Iterator, Sequence
@@ -17,7 +16,7 @@ from torch import nn
 
 from eplb.config import EplbConfig
 from eplb.connect import TorchTransport, Transport
-from eplb.health import Health, Metrics
+from eplb.health import Health, HealthState, Metrics
 from eplb.load_window import LoadWindowRecorder
 from eplb.planner import Planner
 from eplb.planning.policy import Topology
@@ -26,10 +25,7 @@ from eplb.relocation.resident import ResidentExperts
 from eplb.relocation.table import flip
 from eplb.rounds.protocol import Work
 from eplb.streams import DeviceStreams, StreamLike
-from eplb.worker import Clock, Worker
-from eplb.worker_thread import WorkerThread
-
-logger = logging.getLogger(__name__)
+from eplb.worker import Clock, InsideStep, Worker, WorkerThread
 
 
 @runtime_checkable
@@ -82,10 +78,10 @@ class EplbController:
         self._steps = 0
         self._worker: Worker | None = None
         self._thread: WorkerThread | None = None
+        self._inside_step: InsideStep | None = None
         self._wake = threading.Event()
         self._windows: dict[Work, LoadWindowRecorder] = {}
         self._streams: DeviceStreams | None = None
-        self._proposals_due = 0
         self._warm_ups = 0
         self._closed = False
 
@@ -121,8 +117,11 @@ class EplbController:
     def _check(self, layer: RelocatableLayer, first: ResidentExperts) -> None:
         resident = layer.resident
         ranks = self._transport.ranks
-        if resident.controller is not None:
-            raise ValueError("a layer of the model is registered with a controller already")
+        if resident.controller is not None and not resident.controller.is_over:
+            why = ""
+            if resident.controller.is_closed:
+                why = ", which is closed, but whose worker has not ended: it may still move the layer's experts"
+            raise ValueError(f"a layer of the model is registered with a controller already{why}")
         if layer.expert_ranks != ranks:
             raise ValueError(
                 f"process_group has the ranks {list(ranks)}, but a layer of the model shares its experts among "
@@ -147,13 +146,11 @@ class EplbController:
             raise ValueError(f"use_async=True cannot relocate a layer of the model: {reason}")
 
     def _start(self) -> Worker:
-        """Connect to the other ranks and begin, at the first step. Collective."""
+        """Begin to connect to the other ranks, at the first step."""
         config = self.config
         residents = [layer.resident for layer in self._layers]
         streams = self._streams = residents[0].streams
-        agreement, communicator = self._transport.connect(
-            config, streams, {layer.dispatch_backend for layer in self._layers}
-        )
+        backends = {layer.dispatch_backend for layer in self._layers}
         self._windows = {
             Work.REBALANCE: LoadWindowRecorder(
                 residents,
@@ -172,8 +169,7 @@ class EplbController:
             layers=residents,
             config=config,
             planner=Planner(residents, self._policy, self._topology, config.max_bytes_in_flight),
-            agreement=agreement,
-            communicator=communicator,
+            connection=self._transport.connect(config, streams, backends, self._wake.set),
             streams=streams,
             windows=self._windows,
             earlier=[stream.record_event() for stream in _streams_in_use(residents, streams.current())],
@@ -182,22 +178,26 @@ class EplbController:
         )
         if config.use_async:
             self._run_in_background(worker, streams)
+        else:
+            adopt = functools.partial(self._adopt, worker)
+            self._inside_step = InsideStep(worker, self._windows, config, adopt, self._clock, self._wake)
+        atexit.register(self.close)
         return worker
 
     def _run_in_background(self, worker: Worker, streams: DeviceStreams) -> None:
-        self._thread = WorkerThread(worker, streams, self._wake)
+        self._thread = WorkerThread(worker, streams, self._wake, self.config)
         self._thread.start()
-        atexit.register(self.close)
 
     # ---- serving
 
     def step(self) -> None:
         """Call it after each forward, on the thread and stream that ran it.
 
-        The first call connects the ranks and is collective. After it, a call costs a counter and a poll: nothing is allocated,
-        nobody is waited for. A new table that is ready is flipped in here. While the stream is being captured into a CUDA
-        graph it does nothing. With ``use_async=False`` a due rebalance runs in here from end to end, and every call is
-        collective.
+        The first call begins to connect the ranks: every rank makes it, and until all have, `health()` is "connecting". A call
+        costs a counter and a poll: nothing is allocated, nobody is waited for. A new table that is ready is flipped in here.
+        While the stream is being captured into a CUDA graph it does nothing. With ``use_async=False`` a due rebalance runs in
+        here from end to end, and every call is collective: it waits for the other ranks, each time at most
+        `connect_timeout`, `peer_timeout` or `grace_timeout`.
 
         Raises:
             RuntimeError: no registered model has an MoE layer.
@@ -217,8 +217,8 @@ class EplbController:
         self._adopt(worker)
         self._steps += 1
         self._record_load(worker)
-        if not self.config.use_async:
-            self._rebalance_here(worker)
+        if self._inside_step is not None:
+            self._inside_step.run(self._steps)
 
     def _record_load(self, worker: Worker) -> None:
         for recorder in self._windows.values():
@@ -226,41 +226,6 @@ class EplbController:
                 recorder.step(self._steps)
             except Exception as error:
                 worker.note_failure("the load could not be recorded; its window is lost", error)
-
-    def _rebalance_here(self, worker: Worker) -> None:
-        """Run what is due from end to end on the calling thread; all ranks do so in the same step.
-
-        What is due follows from the number of steps, which is the same on all ranks. A window that was lost on this one
-        counts as no load; nobody waits for it.
-        """
-        due = [work for work, recorder in self._windows.items() if recorder.is_end(self._steps)]
-        if due:
-            self._wait_for_windows(worker)
-        for work in due:
-            worker.propose(work)
-            self._proposals_due += 1
-
-        def is_unfinished() -> bool:
-            return worker.num_proposals_heard < self._proposals_due or not worker.is_idle
-
-        while is_unfinished():
-            self._wake.clear()
-            worker.tick(is_unfinished)
-            self._adopt(worker)
-            health = worker.health
-            if health.state in ("lost", "peer_left", "peer_unreachable", "grace_stalled", "models_differ"):
-                return  # a later step goes on where this one stopped, if it can
-            if health.state == "held" and health.seconds_waiting > self.config.peer_timeout:
-                return
-            if is_unfinished():
-                self._wake.wait(self.config.round_interval / 10)
-
-    def _wait_for_windows(self, worker: Worker) -> None:
-        deadline = time.monotonic() + self.config.transfer_timeout
-        while worker.health.state != "lost" and any(recorder.is_on_its_way() for recorder in self._windows.values()):
-            worker.tick(lambda: False)
-            if time.monotonic() > deadline:
-                return
 
     def _adopt(self, worker: Worker) -> None:
         """Flip a published version in, if there is one."""
@@ -303,28 +268,28 @@ class EplbController:
         """
         worker = self._worker
         if worker is None or self._closed:
+            self._wait_for_end()
             yield
             return
-        worker.hold()
+        worker.mailbox.hold()
         completed = False
         try:
             deadline = time.monotonic() + self.config.quiesce_timeout
-            while not worker.is_held:
-                state = worker.health.state
-                if state == "lost":
-                    raise RuntimeError(f"the ranks cannot agree that relocations have come to rest: {worker.health}")
-                if state == "peer_left" and worker.is_published:
-                    self._adopt(worker)  # all ranks heard the same, so all have the same tables then
+            while not worker.mailbox.is_held:
+                if worker.is_lost:
+                    raise RuntimeError(f"the ranks cannot agree that relocations have come to rest: {self.health()}")
+                if worker.is_over and worker.is_published:
+                    self._adopt(worker)  # a rank left: all ranks heard the same, so all have the same tables then
                     break
                 self._wake.set()
                 if self._thread is None:
-                    worker.tick(lambda: not worker.is_held)
+                    worker.tick(lambda: not worker.mailbox.is_held)
                 time.sleep(self.config.round_interval / 10)
                 self._adopt(worker)
                 if time.monotonic() > deadline:
                     raise TimeoutError(
                         f"relocations did not come to rest within quiesce_timeout={self.config.quiesce_timeout} s: "
-                        f"{worker.health}"
+                        f"{self.health()}"
                     )
             yield
             completed = True
@@ -332,7 +297,16 @@ class EplbController:
             # Fills read on the side stream what the caller has written on its own.
             assert self._streams is not None
             self._streams.side.wait_event(self._streams.current().record_event())
-            worker.end_hold(completed)
+            worker.mailbox.end_hold(completed)
+
+    def _wait_for_end(self) -> None:
+        """A worker that its closed controller could not wait for may still move experts."""
+        if self._thread is not None:
+            self._thread.join(self.config.quiesce_timeout)
+            if not self.is_over:
+                raise TimeoutError(
+                    f"the worker of a closed controller did not end within quiesce_timeout={self.config.quiesce_timeout} s"
+                )
 
     @contextmanager
     def warm_up(self) -> Iterator[None]:
@@ -355,20 +329,34 @@ class EplbController:
 
     def health(self) -> Health:
         """How the rebalancer is; cheap, never blocks, never raises."""
-        if self._worker is None:
-            return Health("closed" if self._closed else "idle", 0, "IDLE")
-        health = self._worker.health
-        return replace(
-            health,
-            state="closed" if self._closed else health.state,
-            last_error=self._worker.last_error,
-        )
+        worker = self._worker
+        if worker is None:
+            return Health(HealthState.CLOSED if self._closed else HealthState.IDLE, 0, "IDLE")
+        seconds = self._clock() - worker.ticked_at
+        trouble = self._thread.trouble(seconds) if self._thread is not None else None
+        health = replace(worker.health, last_tick_seconds=seconds, last_error=worker.report.last_error)
+        if self._closed:
+            reason = None if self.is_over else "the worker has not ended: it may still move experts"
+            return replace(health, state=HealthState.CLOSED, reason=reason)
+        if trouble is not None:
+            return replace(health, state=HealthState.LOST, seconds_waiting=seconds, reason=trouble)
+        return health
+
+    @property
+    def is_closed(self) -> bool:
+        """Whether `close()` was called."""
+        return self._closed
+
+    @property
+    def is_over(self) -> bool:
+        """Whether it is closed and nothing of it acts any more: `close()` may have had no time to wait for that."""
+        return self._closed and not (self._thread is not None and self._thread.is_alive())
 
     def metrics(self) -> Metrics:
         """What it has done so far; cheap, never blocks, never raises."""
         if self._worker is None:
             return Metrics()
-        return replace(self._worker.metrics, failures=self._worker.num_failures)
+        return replace(self._worker.metrics, failures=self._worker.report.num_failures)
 
     def save_load_trace(self, path: str | Path) -> int:
         """Write the last load windows, summed over ranks, for ``python -m eplb.simulate --trace``; local.
@@ -385,7 +373,7 @@ class EplbController:
         sizes = {layer.resident.num_experts for layer in self._layers}
         if len(sizes) > 1:
             raise ValueError(f"a load trace needs layers with equally many experts, got {sorted(sizes)}")
-        windows = self._worker.load_trace() if self._worker is not None else []
+        windows = self._worker.planning.load_trace() if self._worker is not None else []
         if not windows:
             return 0
         load_BLE = np.concatenate(windows).reshape(-1, len(self._layers), sizes.pop())
@@ -393,31 +381,25 @@ class EplbController:
         return len(load_BLE)
 
     def close(self) -> None:
-        """Stop, and tell the other ranks, at most `close_timeout` seconds long. Local; the layers go on serving.
+        """Stop, tell the other ranks, and give back threads and connections; the layers go on serving. Local.
 
-        May be called more than once; with ``use_async=True`` it is called at exit.
+        It takes `close_timeout` seconds at most. Should the worker not have ended by then, its layers stay registered until
+        it has. May be called more than once; it is called at exit.
         """
         if self._closed:
             return
         self._closed = True
         if self._worker is not None:
+            atexit.unregister(self.close)
             if self._thread is not None:
                 self._thread.close(self.config.close_timeout)
-                atexit.unregister(self.close)
-            elif not self.config.use_async:
-                self._leave_here(self._worker)
+            elif self._inside_step is not None:
+                self._inside_step.close(self.config.close_timeout)
             self._adopt(self._worker)
-        for layer in self._layers:
-            layer.resident.controller = None
-            layer.resident.quiesced = nullcontext
-
-    def _leave_here(self, worker: Worker) -> None:
-        deadline = time.monotonic() + self.config.close_timeout
-        worker.leave()
-        while not worker.is_done and time.monotonic() < deadline:
-            self._wake.clear()
-            worker.tick()
-            self._wake.wait(self.config.round_interval / 10)
+        if self.is_over:
+            for layer in self._layers:
+                layer.resident.controller = None
+                layer.resident.quiesced = nullcontext
 
     def __enter__(self) -> "EplbController":
         return self

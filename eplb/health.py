@@ -1,6 +1,31 @@
-"""What the rebalancer shows of itself."""
+"""What the rebalancer shows of itself: `Health` (how it is) and `Metrics` (what it has done)."""
 
 from dataclasses import dataclass
+from enum import StrEnum
+
+
+class HealthState(StrEnum):
+    """How the rebalancer of a rank is. Equal to, and printed as, its string."""
+
+    CONNECTING = "connecting"
+    """The ranks have not all come to their first `step()` yet."""
+    IDLE = "idle"
+    REBALANCING = "rebalancing"
+    DEGRADED = "degraded"
+    """A pool has no free slot on this rank, so its layers cannot move."""
+    HELD = "held"
+    """A rank loads weights, or has loaded them more often than another, so nothing moves."""
+    MODELS_DIFFER = "models_differ"
+    """The ranks registered different things, so nothing moves."""
+    GRACE_STALLED = "grace_stalled"
+    """A published version is not in force everywhere after `grace_timeout`; `Health.reason` says what holds it up."""
+    PEER_UNREACHABLE = "peer_unreachable"
+    """A rank has taken part in no round for `peer_timeout`, or has not come within `connect_timeout`. It still may."""
+    LOST = "lost"
+    """The rounds failed for good, or the worker's thread has ended or hangs."""
+    PEER_LEFT = "peer_left"
+    """Another rank closed its controller."""
+    CLOSED = "closed"
 
 
 @dataclass(frozen=True)
@@ -13,7 +38,7 @@ class Metrics:
         proposals: rebalances that the ranks began; plans: those that had something to do.
         waves, flips: versions published; tables that the main thread flipped, as the device has completed it.
         moved_experts, moved_bytes: over all ranks, of published waves.
-        abandoned: proposals that the ranks gave up after an error on any of them.
+        abandoned: proposals that the ranks gave up after an error on any of them, or for want of a free slot.
         failures: errors on this rank.
         planning_seconds, fill_seconds, grace_seconds: of the last plan (rank 0), fill, and grace.
         balancedness: mean/max of the ranks' loads in the last window, averaged over layers; None before the first.
@@ -40,23 +65,26 @@ class Health:
     """How the rebalancer of this rank is. The layers serve in every state.
 
     Attributes:
-        state: "idle", "rebalancing", "degraded" (a pool has no free slot on this rank, so its layers cannot move), "held"
-            (a rank loads weights, or has loaded them more often than another, so nothing moves), "models_differ" (the
-            ranks registered different things, so nothing moves), "grace_stalled" (a main thread calls no `step()`),
-            "peer_unreachable" (a round is overdue), "lost" (rounds failed for good), "peer_left", "closed".
+        state: a `HealthState`.
         version: the highest published version.
         phase: what the ranks have agreed to be doing.
-        seconds_waiting: since the hold began (held), this rank spoke (peer_unreachable) or the version was published
-            (grace_stalled).
+        seconds_waiting: for what `state` names, else 0: since the first `step()` (connecting), the hold began (held), this
+            rank spoke (peer_unreachable), the version was published (grace_stalled) or the last round was heard (lost).
+        reason: what the rebalancer waits for or why it cannot go on, in words; None if there is nothing to say.
+        missing: ranks, by their numbers in the default group, that have not come to their first `step()`.
         departed: ranks that closed their controllers.
         quarantined_slots: slots that a transfer given up may still touch.
+        last_tick_seconds: since the worker last looked after its work; None before the first `step()`.
         last_error: the newest error on this rank, None if there was none.
     """
 
-    state: str
+    state: HealthState
     version: int
     phase: str
     seconds_waiting: float = 0.0
+    reason: str | None = None
+    missing: tuple[int, ...] = ()
     departed: tuple[int, ...] = ()
     quarantined_slots: int = 0
+    last_tick_seconds: float | None = None
     last_error: str | None = None

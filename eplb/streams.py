@@ -11,7 +11,7 @@ from typing import Any, Protocol
 
 import torch
 
-# cuThreadExchangeStreamCaptureMode's CU_STREAM_CAPTURE_MODE_THREAD_LOCAL (CUDA driver API, "Stream Management").
+# CU_STREAM_CAPTURE_MODE_THREAD_LOCAL and hipStreamCaptureModeThreadLocal ("Stream Management" of both APIs).
 _CAPTURE_MODE_THREAD_LOCAL = 1
 
 
@@ -134,11 +134,13 @@ class CudaStreams:
         by this thread, of which there is none, would restrict it.
         """
         torch.cuda.set_device(self.device)
-        driver = ctypes.CDLL("libcuda.so.1")
+        library, name = "libcuda.so.1", "cuThreadExchangeStreamCaptureMode"
+        if torch.version.hip is not None:  # ROCm has the same call under another name
+            library, name = "libamdhip64.so", "hipThreadExchangeStreamCaptureMode"
         mode = ctypes.c_int(_CAPTURE_MODE_THREAD_LOCAL)
-        status = driver.cuThreadExchangeStreamCaptureMode(ctypes.byref(mode))
+        status = getattr(ctypes.CDLL(library), name)(ctypes.byref(mode))
         if status != 0:
-            raise RuntimeError(f"cuThreadExchangeStreamCaptureMode failed with CUDA error {status}")
+            raise RuntimeError(f"{name} failed with error {status}")
 
 
 @functools.cache

@@ -7,6 +7,8 @@ import numpy as np
 import torch
 import torch.distributed as dist
 
+from eplb.gloo import GlooGroup
+
 
 class Exchange(Protocol):
     """A round under way."""
@@ -35,6 +37,10 @@ class Agreement(Protocol):
         """Hear rank 0's message of `length` integers (the result's only entry); rank 0 gives it, others None."""
         ...
 
+    def close(self) -> None:
+        """Give back what the rounds needed, whether or not one is under way. Local; called once, after the last round."""
+        ...
+
 
 class LocalAgreement:
     """The rounds of a single rank."""
@@ -45,6 +51,9 @@ class LocalAgreement:
     def broadcast(self, message: np.ndarray | None, length: int, notify: Callable[[], None]) -> "_Said":
         assert message is not None
         return _Said([message])
+
+    def close(self) -> None:
+        """There is nothing to give back."""
 
 
 class _Said:
@@ -61,25 +70,26 @@ class _Said:
 class GlooAgreement:
     """Rounds over a gloo group of the controller's own, which nothing else uses."""
 
-    def __init__(self, group: dist.ProcessGroup) -> None:
+    def __init__(self, group: GlooGroup) -> None:
         self._group = group
-        self._is_root = dist.get_rank(group) == 0
 
     def all_gather(self, message: np.ndarray, notify: Callable[[], None]) -> "_GlooExchange":
         mine = torch.from_numpy(message)
-        said = [torch.empty_like(mine) for _ in range(dist.get_world_size(self._group))]
-        return _GlooExchange(dist.all_gather(said, mine, group=self._group, async_op=True), said, notify)
+        said = [torch.empty_like(mine) for _ in range(self._group.size)]
+        return _GlooExchange(self._group.all_gather(said, mine), said, notify)
 
     def broadcast(self, message: np.ndarray | None, length: int, notify: Callable[[], None]) -> "_GlooExchange":
-        if self._is_root:
+        if self._group.rank == 0:
             assert message is not None and len(message) == length
-        said = torch.empty(length, dtype=torch.int64) if message is None else torch.from_numpy(message)
-        return _GlooExchange(dist.broadcast(said, group=self._group, group_src=0, async_op=True), [said], notify)
+        said = torch.empty(length, dtype=torch.int64, device="cpu") if message is None else torch.from_numpy(message)
+        return _GlooExchange(self._group.broadcast(said, root=0), [said], notify)
+
+    def close(self) -> None:
+        self._group.close()
 
 
 class _GlooExchange:
-    def __init__(self, work: dist.Work | None, said: list[torch.Tensor], notify: Callable[[], None]) -> None:
-        assert work is not None
+    def __init__(self, work: dist.Work, said: list[torch.Tensor], notify: Callable[[], None]) -> None:
         self._work = work
         self._said = said
         self._work.get_future().add_done_callback(lambda _: notify())

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import argparse
+import importlib.util
 import json
+import os
 import sys
 from collections.abc import Callable, Sequence
 from dataclasses import asdict
@@ -60,23 +62,45 @@ def _parser() -> argparse.ArgumentParser:
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """The command. Returns 0, or 2 for an input that cannot be simulated."""
+    """The command. Returns 0, or 2 for an input that cannot be simulated or a file that cannot be written."""
     options = _parser().parse_args(arguments)
     try:
+        _check_outputs(options)
         trace = _trace(options)
         topology = Topology(options.ranks, options.ranks_per_node, options.groups)
         names = [name.strip() for name in options.policies.split(",") if name.strip()]
         runs = _run(trace, names, topology, options)
+        print(_table(trace, runs, options))
+        if options.json:
+            records = {name: [asdict(result) for result in results] for name, results in runs.items()}
+            options.json.write_text(json.dumps({"trace": trace.name, "policies": records}, indent=1) + "\n")
+        if options.plot:
+            _plot(trace, runs, options.plot)
     except (ValueError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
-    print(_table(trace, runs, options))
-    if options.json:
-        records = {name: [asdict(result) for result in results] for name, results in runs.items()}
-        options.json.write_text(json.dumps({"trace": trace.name, "policies": records}, indent=1) + "\n")
-    if options.plot:
-        _plot(trace, runs, options.plot)
     return 0
+
+
+def _check_outputs(options: argparse.Namespace) -> None:
+    """What would fail after the whole run fails before it."""
+    for name, path in (("--json", options.json), ("--plot", options.plot)):
+        if path is None:
+            continue
+        if not path.parent.is_dir():
+            raise ValueError(f"{name} {path}: there is no folder {path.parent}")
+        if path.is_dir():
+            raise ValueError(f"{name} {path}: is a folder")
+        if not os.access(path if path.exists() else path.parent, os.W_OK):
+            raise ValueError(f"{name} {path}: may not be written")
+    if options.plot:
+        if importlib.util.find_spec("matplotlib") is None:
+            raise ValueError(f"--plot {options.plot}: needs matplotlib, which is not installed")
+        from matplotlib.figure import Figure
+
+        formats = Figure().canvas.get_supported_filetypes()
+        if options.plot.suffix.removeprefix(".") not in formats:
+            raise ValueError(f"--plot {options.plot}: the suffix must be one of {', '.join(sorted(formats))}")
 
 
 def _trace(options: argparse.Namespace) -> Trace:

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from pathlib import Path
+from typing import BinaryIO
 
 import numpy as np
 
@@ -52,27 +53,52 @@ def load_trace(path: str | Path) -> Trace:
     [layers, experts] for one step; loaded with `weights_only=True`, so that it cannot run code.
 
     Raises:
-        ValueError: another suffix, or a file that holds no such array.
+        ValueError: another suffix, or a file that holds no such array of real numbers.
+        OSError: the file cannot be read.
     """
     path = Path(path)
-    if path.suffix == ".pt":
-        import torch  # only here: planning needs no torch
+    if path.suffix not in _READERS:
+        raise ValueError(f"path={str(path)!r}: the suffix must be {', '.join(_READERS)}")
+    with open(path, "rb") as file:
+        try:
+            load = np.asarray(_READERS[path.suffix](file))
+            if load.dtype.kind not in "iuf":
+                raise ValueError(f"must hold real numbers, has {load.dtype}")
+            return Trace(path.name, load[None] if load.ndim == 2 else load)
+        except (
+            Exception
+        ) as error:  # zip, pickle and NumPy raise what they like for a file that is cut off or of another kind
+            what = str(error).partition("\n")[0] or type(error).__name__
+            raise ValueError(f"path={str(path)!r}: {what}") from error
 
-        data = torch.load(path, map_location="cpu", weights_only=True)
-        if not isinstance(data, dict) or "logical_count" not in data:
-            raise ValueError(f"path={str(path)!r}: must hold a dict with 'logical_count'")
-        load = torch.as_tensor(data["logical_count"]).to(torch.float64).numpy()
-    elif path.suffix == ".npz":
-        with np.load(path, allow_pickle=False) as arrays:
-            name = "load_BLE" if "load_BLE" in arrays.files or len(arrays.files) != 1 else arrays.files[0]
-            if name not in arrays.files:
-                raise ValueError(f"path={str(path)!r}: must hold an array 'load_BLE', has {arrays.files}")
-            load = arrays[name]
-    elif path.suffix == ".npy":
-        load = np.load(path, allow_pickle=False)
-    else:
-        raise ValueError(f"path={str(path)!r}: the suffix must be .pt, .npz or .npy")
-    return Trace(path.name, load[None] if load.ndim == 2 else load)
+
+def _read_npz(file: BinaryIO) -> np.ndarray:
+    with np.load(file, allow_pickle=False) as arrays:
+        if not isinstance(arrays, np.lib.npyio.NpzFile):
+            raise ValueError("is no .npz archive")
+        name = "load_BLE" if "load_BLE" in arrays.files or len(arrays.files) != 1 else arrays.files[0]
+        if name not in arrays.files:
+            raise ValueError(f"must hold an array 'load_BLE', has {arrays.files}")
+        return np.asarray(arrays[name])
+
+
+def _read_npy(file: BinaryIO) -> np.ndarray:
+    return np.lib.format.read_array(file, allow_pickle=False)
+
+
+def _read_pt(file: BinaryIO) -> np.ndarray:
+    import torch  # only here: planning needs no torch
+
+    data = torch.load(file, map_location="cpu", weights_only=True)
+    if not isinstance(data, dict) or not isinstance(data.get("logical_count"), torch.Tensor):
+        raise ValueError("must hold a dict with a tensor 'logical_count'")
+    count = data["logical_count"]
+    if count.dtype.is_complex or count.dtype is torch.bool:
+        raise ValueError(f"must hold real numbers, has {count.dtype}")
+    return np.asarray(count.to(torch.float64).numpy())
+
+
+_READERS = {".pt": _read_pt, ".npz": _read_npz, ".npy": _read_npy}
 
 
 def _number_in(argument: str, value: str) -> float:

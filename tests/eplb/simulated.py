@@ -5,16 +5,19 @@ from __future__ import annotations
 import random
 from collections import deque
 from collections.abc import Callable, Iterable, Sequence
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
 
 from eplb.config import EplbConfig
+from eplb.connect import Connected
 from eplb.controller import EplbController
 from eplb.relocation.communicator import Communicator, Transfer, TransferBatch
+from eplb.rounds.protocol import Work
 from eplb.streams import DeviceStreams
 from eplb.worker import Worker
+from eplb.worker.planning import Planning
 
 if TYPE_CHECKING:
     from tests.eplb.simulation import World
@@ -267,6 +270,9 @@ class SimAgreement:
         number = self._world.bus.enter_round(self._rank, message, length, "broadcast")
         return SimExchange(self._rank, number, self._world, root_only=True)
 
+    def close(self) -> None:
+        pass
+
 
 class SimTransport:
     def __init__(self, rank: int, world: World) -> None:
@@ -280,9 +286,32 @@ class SimTransport:
         pass
 
     def connect(
-        self, config: EplbConfig, streams: DeviceStreams, dispatch_backends: Iterable[str]
-    ) -> tuple[SimAgreement, SimCommunicator]:
-        return SimAgreement(self._rank, self._world), SimCommunicator(self._rank, self._world)
+        self,
+        config: EplbConfig,
+        streams: DeviceStreams,
+        dispatch_backends: Iterable[str],
+        notify: Callable[[], None],
+    ) -> Connected:
+        return Connected(SimAgreement(self._rank, self._world), SimCommunicator(self._rank, self._world))
+
+
+class DoneHere:
+    """A `Job` that has run on the calling thread."""
+
+    def __init__(self, work: Callable[[], Any], notify: Callable[[], None]) -> None:
+        self._error: Exception | None = None
+        try:
+            self._value = work()
+        except Exception as error:
+            self._error = error
+
+    def done(self) -> bool:
+        return True
+
+    def result(self) -> Any:
+        if self._error is not None:
+            raise self._error
+        return self._value
 
 
 class SimLock:
@@ -295,7 +324,7 @@ class SimLock:
         pass
 
     def __exit__(self, *exception: object) -> None:
-        waiting = self._worker._inbox
+        waiting = self._worker.mailbox.inbox
         assert waiting is None or self._worker.health.version >= waiting.version, "tables could be ahead of health()"
 
 
@@ -304,7 +333,22 @@ class SimController(EplbController):
 
     def _run_in_background(self, worker: Worker, streams: DeviceStreams) -> None:
         del streams
-        worker._lock = SimLock(worker)  # type: ignore[assignment]
+        worker.mailbox.lock = SimLock(worker)  # type: ignore[assignment]
+        worker.planning.start = DoneHere
+        self._watch_windows(worker.planning)
+
+    @staticmethod
+    def _watch_windows(planning: Planning) -> None:
+        """No load window is used twice."""
+        sent, seen = planning.sent, []
+
+        def sent_once(work: Work) -> None:
+            window_NA = planning._unsent.get(work)
+            assert window_NA is None or not any(window_NA is earlier for earlier in seen), "a window is sent twice"
+            seen.append(window_NA)
+            sent(work)
+
+        planning.sent = sent_once  # type: ignore[method-assign]
 
     @property
     def worker(self) -> Worker:

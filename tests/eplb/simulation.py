@@ -101,7 +101,7 @@ class Rank:
 
     def is_at_rest(self) -> bool:
         worker = self.controller.worker
-        return worker.is_idle and worker._fill is None and worker._handoff is None and not worker._zombies
+        return worker.is_idle and worker.relocation.is_at_rest
 
 
 class Shape:
@@ -191,7 +191,7 @@ class World:
         """Every rank closes its controller, wherever they are, and makes another."""
         while not all(rank.controller.worker.is_done for rank in self.ranks):
             for rank in self.ranks:
-                rank.controller.worker.leave()
+                rank.controller.worker.mailbox.leave()
             self.act()
         for rank in self.ranks:
             rank.replace_controller()

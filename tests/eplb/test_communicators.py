@@ -1,6 +1,7 @@
 """Slabs on their way: the right bytes to the right slot, over each communicator; and which one is chosen."""
 
 import random
+import threading
 import time
 import warnings
 
@@ -8,6 +9,7 @@ import pytest
 import torch
 import torch.distributed as dist
 
+from eplb.groups import Peers, peers_of
 from eplb.relocation.communicator import (
     COMMUNICATORS,
     Communicator,
@@ -41,7 +43,7 @@ def test_local_copies(device):
     slab_SB = torch.randint(0, 256, (5, SLOT_BYTES), dtype=torch.uint8, device=device)
     expected = slab_SB.clone()
     expected[3], expected[4] = slab_SB[0], slab_SB[2]
-    communicator = make_communicator("torch_gloo", None, streams)
+    communicator = make_communicator("torch_gloo", None, streams, 30.0)
     assert isinstance(communicator, LocalCommunicator) and communicator.name == "local"
     batch = communicator.prepare([Transfer(slab_SB[0], slab_SB[3], 0), Transfer(slab_SB[2], slab_SB[4], 0)])
     assert not batch.poll() and batch.is_dead(), "nothing has begun"
@@ -61,21 +63,33 @@ def test_an_empty_batch(device):
 @distributed(num_ranks=3)
 def test_gloo(rank, num_ranks, group, device):
     streams = streams_of(device)
-    communicator = make_communicator("torch_gloo", group, streams)
+    communicator = make_communicator("torch_gloo", met(group), streams, 30.0)
     assert communicator.name == "torch_gloo"
     check_all(communicator, rank, num_ranks, device, group)
     for begun in (True, False):
         check_given_up(communicator, rank, num_ranks, device, begun)
+    communicator.close()
 
 
 @distributed(num_ranks=2, backend="nccl")
 def test_nccl(rank, num_ranks, group, device):
     streams = streams_of(device)
     by_host = dist.new_group(backend="gloo")
-    communicator = make_communicator("torch_nccl", group, streams)
+    communicator = make_communicator("torch_nccl", met(group), streams, 30.0)
     assert communicator.name == "torch_nccl"
     check_all(communicator, rank, num_ranks, device, by_host)
-    check_all(make_communicator("torch_gloo", group, streams), rank, num_ranks, device, by_host)
+    communicator.close()
+    communicator = make_communicator("torch_nccl", met(group), streams, 30.0)  # another, once the first is closed
+    check_all(communicator, rank, num_ranks, device, by_host)
+    communicator.close()
+    check_all(make_communicator("torch_gloo", met(group), streams, 30.0), rank, num_ranks, device, by_host)
+
+
+def met(group: dist.ProcessGroup) -> Peers:
+    """The ranks of a group, when all have come. Collective."""
+    peers = peers_of(group)
+    assert peers.meet(threading.Event())
+    return peers
 
 
 def check_all(

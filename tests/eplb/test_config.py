@@ -43,7 +43,14 @@ REFUSED = {
         {"step_interval": 10, "window_size": 11},
         "window_size=11 must be <= step_interval=10: a window ends where the next interval begins",
     ),
-    "window_size's default": ({"step_interval": 10}, "window_size=.* must be <= step_interval=10"),
+    "min_gain twice": (
+        {"min_gain": 0.2, "policy_options": {"min_gain": 0.01}},
+        r"min_gain=0.2 and policy_options=\{'min_gain': 0.01\}: it is given twice",
+    ),
+    "min_gain twice, once as it is by default": (
+        {"min_gain": 0.003, "policy_options": {"min_gain": 0.01}},
+        "it is given twice",
+    ),
     "window_samples > window_size": (
         {"window_size": 3, "window_samples": 4},
         "window_samples=4 must be <= window_size=3: a sub-window has at least one step",
@@ -97,7 +104,7 @@ REFUSED = {
         f"{name}={value}": ({name: value}, f"(?s){name}.*(greater than 0|finite)")
         for name in (
             *("round_interval", "heartbeat_interval", "peer_timeout", "transfer_timeout", "grace_timeout"),
-            *("quiesce_timeout", "close_timeout", "backoff", "max_backoff"),
+            *("connect_timeout", "planning_timeout", "quiesce_timeout", "close_timeout", "backoff", "max_backoff"),
         )
         for value in (0.0, -1.0, math.inf, math.nan)
     },
@@ -113,6 +120,31 @@ def test_refused_with_the_rule(case):
     options, message = REFUSED[case]
     with pytest.raises(ValueError, match=message):
         EplbConfig(**options)
+
+
+@pytest.mark.parametrize(
+    ("given", "derived"),
+    [
+        ({"step_interval": 512}, {"window_size": 512, "window_samples": 4}),
+        ({"step_interval": 2}, {"window_size": 2, "window_samples": 2}),
+        ({"window_size": 3}, {"step_interval": 3000, "window_samples": 3}),
+        ({"window_size": 5000}, {"step_interval": 5000, "window_samples": 4}),
+        ({"window_samples": 2000}, {"step_interval": 3000, "window_size": 2000}),
+        ({"window_samples": 4000}, {"step_interval": 4000, "window_size": 4000}),
+        ({"peer_timeout": 0.1}, {"heartbeat_interval": 0.05, "round_interval": 0.005}),
+        ({"heartbeat_interval": 40.0}, {"peer_timeout": 80.0, "round_interval": 0.005}),
+        ({"round_interval": 0.4, "peer_timeout": 0.5}, {"heartbeat_interval": 0.4}),
+        ({"backoff": 100.0}, {"max_backoff": 100.0}),
+        ({"max_backoff": 0.5}, {"backoff": 0.5}),
+        ({"policy_options": {"min_gain": 0.01}}, {"min_gain": 0.01}),
+    ],
+    ids=str,
+)
+def test_a_default_makes_nothing_invalid_that_was_given(given, derived):
+    config = EplbConfig(**given)
+    for name, value in {**given, **derived}.items():
+        assert getattr(config, name) == value, name
+    assert EplbConfig(**config.model_dump()) == config == EplbConfig.model_validate_json(config.model_dump_json())
 
 
 def test_frozen():

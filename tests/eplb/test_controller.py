@@ -9,53 +9,14 @@ import pytest
 import torch
 from torch import nn
 
-from eplb import EplbConfig, EplbController, SlotPool, TensorSpec, step_eplb_after
-from eplb.connect import TorchTransport
+from eplb import EplbConfig, EplbController, step_eplb_after
+from eplb.connect import Connected, TorchTransport
 from eplb.planning.policy import Proposal
 from eplb.relocation.communicator import LocalCommunicator
-from eplb.relocation.resident import ResidentExperts
 from eplb.rounds.exchange import LocalAgreement
 from eplb.rounds.protocol import Record, Work
 from eplb.streams import HostStreams
-
-QUICK = {"step_interval": 2, "window_size": 2, "window_samples": 1, "round_interval": 1e-3, "heartbeat_interval": 2e-3}
-
-
-class StubLayer(nn.Module):
-    """Four experts of 16 bytes on one rank, each as often as the redundant ones allow."""
-
-    dispatch_backend = "local"
-
-    def __init__(
-        self,
-        num_shadow_slots: int = 1,
-        pool: SlotPool | None = None,
-        expert_ranks: tuple[int, ...] = (),
-        num_redundant: int = 0,
-    ) -> None:
-        super().__init__()
-        num_ranks = max(1, len(expert_ranks))
-        self.expert_ranks = expert_ranks
-        self.resident = ResidentExperts(
-            num_experts=4,
-            num_redundant_experts=num_redundant,
-            num_shadow_slots=num_shadow_slots,
-            rank=0,
-            num_ranks=num_ranks,
-            pool=pool
-            or SlotPool([TensorSpec("w", (16,), torch.uint8)], (4 + num_redundant) // num_ranks + num_shadow_slots),
-            streams=HostStreams(),
-        )
-
-    def why_not_relocatable(self) -> str | None:
-        return None
-
-
-def controller_of(layer: nn.Module | None = None, **options) -> EplbController:
-    controller = EplbController(EplbConfig(**{**QUICK, **options}))
-    controller.register(layer or StubLayer())
-    return controller
-
+from tests.eplb.stub import QUICK, Recording, StubLayer, controller_of
 
 # ---- what is refused
 
@@ -115,22 +76,11 @@ def test_step_without_a_layer():
 
 def test_the_default_policy_is_given_min_gain():
     assert EplbConfig(min_gain=0.07).make_policy().min_gain == 0.07
-    assert EplbConfig(min_gain=0.07, policy_options={"min_gain": 0.5}).make_policy().min_gain == 0.5
+    assert EplbConfig(policy_options={"min_gain": 0.5}).make_policy().min_gain == 0.5
     assert EplbController(EplbConfig(min_gain=0.07))._policy.min_gain == 0.07
 
 
 # ---- windows, health, metrics
-
-
-class Recording:
-    """A policy that keeps the placement and what it was asked."""
-
-    def __init__(self) -> None:
-        self.asked: list[np.ndarray] = []
-
-    def propose(self, load_LNE, physical_LWP, topology):
-        self.asked.append(load_LNE.copy())
-        return Proposal(physical_LWP, np.ones(physical_LWP.shape))
 
 
 def test_the_policy_sees_the_load_of_each_window():
@@ -319,8 +269,8 @@ class OtherModels(TorchTransport):
             said.result().append(Record(models=1).encode())
             return said
 
-    def connect(self, config, streams, dispatch_backends):
-        return self.Two(), LocalCommunicator(streams)
+    def connect(self, config, streams, dispatch_backends, notify):
+        return Connected(self.Two(), LocalCommunicator(streams))
 
 
 def test_a_step_returns_although_the_ranks_registered_different_models():
@@ -357,8 +307,8 @@ class SilentPeers(TorchTransport):
         def done(self) -> bool:
             return False
 
-    def connect(self, config, streams, dispatch_backends):
-        return self.Never(), LocalCommunicator(streams)
+    def connect(self, config, streams, dispatch_backends, notify):
+        return Connected(self.Never(), LocalCommunicator(streams))
 
 
 def test_a_step_returns_although_a_peer_is_silent():

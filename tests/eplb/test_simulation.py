@@ -115,7 +115,7 @@ def test_i6_ranks_that_lose_each_other_write_no_slot_any_more_and_serve_on(seed)
 def test_i6_a_rank_that_leaves_is_told_of_and_the_others_serve_on(seed):
     world = run(seed, actions=ACTIONS // 2)
     leaver = world.rng.choice(world.ranks)
-    leaver.controller.worker.leave()
+    leaver.controller.worker.mailbox.leave()
     for _ in range(ACTIONS):
         world.act()
     world.settle(50)
@@ -172,13 +172,13 @@ def test_nothing_begins_before_all_ranks_have_ended_as_many_holds(seed):
     """As where weights are loaded: what one has loaded, no other may copy over with what it has yet to load."""
     world = run(seed, actions=ACTIONS // 2)
     first = world.rng.choice(world.ranks)
-    first.controller.worker.hold()
+    first.controller.worker.mailbox.hold()
     for _ in range(1000):
         world.settle(1)
-        if first.controller.worker.is_held:
+        if first.controller.worker.mailbox.is_held:
             break
-    assert first.controller.worker.is_held
-    first.controller.worker.end_hold()
+    assert first.controller.worker.mailbox.is_held
+    first.controller.worker.mailbox.end_hold(True)
     waves = world.ranks[0].controller.metrics().waves
     for _ in range(ACTIONS):
         world.act()
@@ -186,8 +186,8 @@ def test_nothing_begins_before_all_ranks_have_ended_as_many_holds(seed):
     assert world.ranks[0].controller.metrics().waves == waves
     for rank in world.ranks:
         if rank is not first:
-            rank.controller.worker.hold()
-            rank.controller.worker.end_hold()
+            rank.controller.worker.mailbox.hold()
+            rank.controller.worker.mailbox.end_hold(True)
     for _ in range(10 * ACTIONS):
         world.act()
         if world.ranks[0].controller.metrics().waves > waves:

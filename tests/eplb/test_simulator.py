@@ -120,6 +120,82 @@ def test_traces_from_files(tmp_path):
         Trace("x", -np.ones((1, 1, 1)))
 
 
+def bad_files(folder):
+    """Files that hold no trace, by what is wrong with each."""
+    load = np.random.default_rng(0).integers(0, 9, (5, 2, 8))
+    np.savez(folder / "good.npz", load_BLE=load)
+    np.save(folder / "good.npy", load)
+    torch.save({"logical_count": torch.as_tensor(load)}, folder / "good.pt")
+    for suffix in ("npz", "npy", "pt"):
+        good = (folder / f"good.{suffix}").read_bytes()
+        for name, content in (
+            ("empty", b""),
+            ("cut", good[:200]),
+            ("half", good[: len(good) // 2]),
+            ("text", b"hello\n" * 99),
+        ):
+            (folder / f"{name}.{suffix}").write_bytes(content)
+            yield folder / f"{name}.{suffix}"
+    for name, value in (
+        ("text in it", "text"),
+        ("none", {"logical_count": None}),
+        ("text value", {"logical_count": "x"}),
+        ("array", np.ones((2, 2))),
+        ("a list", [1, 2]),
+        ("complex", {"logical_count": torch.ones(1, 2, 8, dtype=torch.complex64)}),
+        ("bool", {"logical_count": torch.ones(1, 2, 8, dtype=torch.bool)}),
+        ("nan", {"logical_count": torch.full((1, 2, 8), float("nan"))}),
+    ):
+        torch.save(value, folder / f"{name}.pt")
+        yield folder / f"{name}.pt"
+    for name, array in (
+        ("complex", load + 1j),
+        ("bool", load > 3),
+        ("strings", load.astype(str)),
+        ("objects", load.astype(object)),
+        ("four axes", load[None]),
+    ):
+        np.save(folder / f"{name}.npy", array)
+        np.savez(folder / f"{name}.npz", load_BLE=array)
+        yield folder / f"{name}.npy"
+        yield folder / f"{name}.npz"
+    (folder / "an array.npz").write_bytes((folder / "good.npy").read_bytes())
+    yield folder / "an array.npz"
+    (folder / "an archive.npy").write_bytes((folder / "good.npz").read_bytes())
+    yield folder / "an archive.npy"
+
+
+def test_files_that_hold_no_trace_are_refused_by_their_path(tmp_path, capsys):
+    paths = list(bad_files(tmp_path))
+    assert len(paths) > 25
+    for path in paths:
+        with pytest.raises(ValueError, match=f"path='{path}': .+"):
+            load_trace(path)
+        assert command.main(["--trace", str(path)]) == 2
+        captured = capsys.readouterr()
+        assert captured.err.startswith("error: ") and captured.err.count("\n") == 1 and not captured.out
+    with pytest.raises(FileNotFoundError):
+        load_trace(tmp_path / "nowhere.npz")
+    assert command.main(["--trace", str(tmp_path / "nowhere.npz")]) == 2
+
+
+def test_the_command_looks_where_to_write_before_it_computes(tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(command, "_run", lambda *_: pytest.fail("it computes"))
+    (tmp_path / "file").write_text("")
+    for option, path, message in (
+        ("--json", tmp_path / "none" / "o.json", "there is no folder"),
+        ("--plot", tmp_path / "none" / "o.png", "there is no folder"),
+        ("--json", tmp_path / "file" / "o.json", "there is no folder"),
+        ("--json", tmp_path, "is a folder"),
+        ("--plot", tmp_path / "o.nonsense", "the suffix must be one of"),
+    ):
+        assert command.main(["--windows", "1", option, str(path)]) == 2
+        assert f"error: {option} {path}: {message}" in capsys.readouterr().err
+    monkeypatch.setattr(command.importlib.util, "find_spec", lambda name: None)
+    assert command.main(["--windows", "1", "--plot", str(tmp_path / "o.png")]) == 2
+    assert "needs matplotlib" in capsys.readouterr().err
+
+
 def test_command(tmp_path, capsys):
     np.savez(tmp_path / "a.npz", load_BLE=np.random.default_rng(0).integers(0, 9, (12, 2, 8)))
     arguments = ["--trace", str(tmp_path / "a.npz"), "--ranks", "2", "--redundant", "2", "--batches-per-window", "3"]

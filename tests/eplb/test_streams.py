@@ -108,3 +108,29 @@ def test_an_adopted_thread_polls_and_gets_memory_while_another_captures():
     graph.replay()
     assert not errors and len(polled) == 20
     assert value.item() == 1
+
+
+@pytest.mark.parametrize(
+    ("hip", "call"),
+    [
+        (None, "libcuda.so.1:cuThreadExchangeStreamCaptureMode"),
+        ("6.4", "libamdhip64.so:hipThreadExchangeStreamCaptureMode"),
+    ],
+)
+def test_a_thread_leaves_captures_alone_with_either_driver(hip, call, monkeypatch):
+    calls: list[str] = []
+
+    class Library:
+        def __init__(self, name: str) -> None:
+            self._name = name
+
+        def __getattr__(self, function: str):
+            return lambda mode: calls.append(f"{self._name}:{function}") or 0
+
+    monkeypatch.setattr(torch.version, "hip", hip)
+    monkeypatch.setattr("ctypes.CDLL", Library)
+    monkeypatch.setattr(torch.cuda, "set_device", lambda device: None)
+    streams = CudaStreams.__new__(CudaStreams)
+    streams.device = torch.device("cuda", 0)
+    streams.adopt_thread()
+    assert calls == [call]

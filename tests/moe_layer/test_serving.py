@@ -129,7 +129,9 @@ def test_i6_ranks_that_leave_or_die(rank, num_ranks, group, device):
 def test_i5_nccl_dispatch_with_gloo_relocation(rank, num_ranks, group, device):
     service = make_service(rank, group, device, dtype=torch.bfloat16)
     service.serve_until(moved_by(service, 12), "relocations")
-    assert service.controller._worker._communicator.name == "torch_gloo", "the automatic choice beside NCCL dispatch"
+    assert service.controller._worker.rounds.communicator.name == "torch_gloo", (
+        "the automatic choice beside NCCL dispatch"
+    )
     drained(service)
     check_different_step_rates(service)
     check_state_dicts_while_moving(service)
@@ -145,7 +147,7 @@ def test_i5_gloo_dispatch_with_nccl_relocation(rank, num_ranks, group, device):
             rank, by_gloo, device, dtype=torch.bfloat16, controller_group=group, communicator=communicator
         )
         service.serve_until(moved_by(service, 8), "relocations")
-        assert service.controller._worker._communicator.name == "torch_nccl"
+        assert service.controller._worker.rounds.communicator.name == "torch_nccl"
         drained(service)
         check_different_step_rates(service)
         service.controller.close()

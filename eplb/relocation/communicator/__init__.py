@@ -5,7 +5,8 @@ import warnings
 import torch
 import torch.distributed as dist
 
-from eplb.groups import new_group_like
+from eplb.gloo import GlooGroup
+from eplb.groups import Peers
 from eplb.relocation.communicator.base import Communicator, Transfer, TransferBatch
 from eplb.relocation.communicator.local import LocalCommunicator
 from eplb.relocation.communicator.torch_gloo import TorchGlooCommunicator
@@ -47,23 +48,26 @@ def choose_communicator(name: str, device: torch.device, group_backend: str, dis
     return name
 
 
-def make_communicator(name: str, process_group: dist.ProcessGroup | None, streams: DeviceStreams) -> Communicator:
-    """The communicator that `choose_communicator()` named, on a process group of its own. Collective.
+def make_communicator(name: str, peers: Peers | None, streams: DeviceStreams, timeout: float) -> Communicator:
+    """The communicator that `choose_communicator()` named, on a group of its own. Collective; blocks until it is connected.
 
     Args:
         name: "torch_gloo" or "torch_nccl".
-        process_group: whose ranks exchange experts; None for one rank, whatever the name.
+        peers: the ranks that exchange experts, after they met; None for one rank, whatever the name.
         streams: of the device that the slots are on.
+        timeout: seconds to connect.
+
+    Raises:
+        ValueError: another name.
+        RuntimeError: the ranks did not connect in time.
     """
-    if process_group is None or dist.get_world_size(process_group) == 1:
+    if peers is None:
         return LocalCommunicator(streams)
+    store, rank, size = peers.part(name), peers.rank, len(peers.ranks)
     if name == "torch_gloo":
-        return TorchGlooCommunicator(new_group_like(process_group, "gloo"), streams)
+        return TorchGlooCommunicator(GlooGroup(store, rank, size, timeout), streams)
     if name == "torch_nccl":
-        group = new_group_like(process_group, "nccl")
-        communicator = TorchNcclCommunicator(group, streams)
-        communicator.connect()
-        return communicator
+        return TorchNcclCommunicator(store, rank, size, streams, timeout)
     raise ValueError(f"communicator must be 'torch_gloo' or 'torch_nccl' here, got {name!r}")
 
 

@@ -57,3 +57,9 @@ class Communicator(ABC):
         Args:
             transfers: those with an end on this rank. Those between any two ranks are in the same order on both.
         """
+
+    def close(self) -> None:  # noqa: B027 (most have nothing to give back)
+        """Give back what the transfers needed. Local; called once, by the thread that used it; never waits for a rank.
+
+        The slabs of batches that are not dead may be touched until the process ends.
+        """

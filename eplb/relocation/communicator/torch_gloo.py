@@ -5,6 +5,7 @@ from collections.abc import Sequence
 import torch
 import torch.distributed as dist
 
+from eplb.gloo import GlooGroup
 from eplb.relocation.communicator.base import Communicator, Transfer, TransferBatch
 from eplb.relocation.communicator.local import LocalCommunicator
 from eplb.streams import DeviceStreams, EventLike
@@ -23,13 +24,16 @@ class TorchGlooCommunicator(Communicator):
 
     name = "torch_gloo"
 
-    def __init__(self, group: dist.ProcessGroup, streams: DeviceStreams) -> None:
+    def __init__(self, group: GlooGroup, streams: DeviceStreams) -> None:
         self.group = group
         self.streams = streams
         self.local = LocalCommunicator(streams)
 
     def prepare(self, transfers: Sequence[Transfer]) -> "GlooBatch":
         return GlooBatch(transfers, self)
+
+    def close(self) -> None:
+        self.group.close()
 
 
 class GlooBatch(TransferBatch):
@@ -38,7 +42,7 @@ class GlooBatch(TransferBatch):
     def __init__(self, transfers: Sequence[Transfer], communicator: TorchGlooCommunicator) -> None:
         self._group = communicator.group
         self._streams = communicator.streams
-        num_ranks = dist.get_world_size(self._group)
+        num_ranks = self._group.size
         here = [transfer for transfer in transfers if transfer.source is not None and transfer.target is not None]
         self._local = communicator.local.prepare(here)
         self._sources, self._outgoing, self._send_splits = _side_by_peer(
@@ -86,10 +90,9 @@ class GlooBatch(TransferBatch):
 
     def _posted(self) -> dist.Work:
         if self._exchange is None:
-            self._exchange = dist.all_to_all_single(
-                self._incoming, self._outgoing, self._receive_splits, self._send_splits, self._group, async_op=True
+            self._exchange = self._group.all_to_all(
+                self._incoming, self._outgoing, self._receive_splits, self._send_splits
             )
-        assert self._exchange is not None
         return self._exchange
 
     def _download(self) -> None:
@@ -111,7 +114,11 @@ def _side_by_peer(
     for peer, slab in ordered:
         assert slab is not None
         splits[peer] += slab.numel()
-    return slabs, torch.empty(sum(splits), dtype=torch.uint8, pin_memory=pinned and sum(splits) > 0), splits
+    return (
+        slabs,
+        torch.empty(sum(splits), dtype=torch.uint8, device="cpu", pin_memory=pinned and sum(splits) > 0),
+        splits,
+    )
 
 
 def _split(buffer: torch.Tensor, slabs: list[torch.Tensor]) -> tuple[torch.Tensor, ...]:
