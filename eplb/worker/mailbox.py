@@ -1,9 +1,7 @@
-"""`Mailbox`: what the main thread and the worker leave for each other."""
+"""`Mailbox`: what the main thread asks of the worker."""
 
 import threading
 from dataclasses import dataclass, replace
-
-from eplb.relocation.fill import Handoff
 
 
 @dataclass(frozen=True)
@@ -22,28 +20,14 @@ class Requests:
 
 
 class Mailbox:
-    """One published version at a time in one direction, requests in the other."""
+    """Requests of the main thread, and whether the ranks have heard them."""
 
     def __init__(self) -> None:
         self.lock = threading.Lock()
-        self.inbox: Handoff | None = None
         self._requests = Requests()
         self._held = True  # nothing is under way before this rank has ever said that it does not hold
 
     # ---- the main thread's side
-
-    def take_handoff(self) -> Handoff | None:
-        """The published version that waits to be flipped, if any. The caller then sets its `flipped`."""
-        if self.inbox is None:  # unlocked on purpose: a stale answer costs one step, and every step asks
-            return None
-        with self.lock:
-            handoff, self.inbox = self.inbox, None
-            return handoff
-
-    def give_back_handoff(self, handoff: Handoff) -> None:
-        """The flip could not be enqueued: try again at the next step."""
-        with self.lock:
-            self.inbox = handoff
 
     def hold(self) -> None:
         """Want no new waves, until `end_hold()`."""
@@ -67,10 +51,6 @@ class Mailbox:
             self._requests = replace(self._requests, leaving=True)
 
     # ---- the worker's side
-
-    def post(self, handoff: Handoff) -> None:
-        with self.lock:
-            self.inbox = handoff
 
     def read_requests(self) -> Requests:
         """What to say in the next round: a hold that is asked for after this is not known to the others."""

@@ -10,8 +10,9 @@ from eplb.config import EplbConfig
 from eplb.planner import Planner
 from eplb.planning.plan import Wave
 from eplb.relocation.communicator.base import Communicator
-from eplb.relocation.fill import Handoff, WaveFill
-from eplb.relocation.pool import SlotState
+from eplb.relocation.fill import WaveFill
+from eplb.relocation.handoff import Handoff
+from eplb.relocation.pool import NoFreeSlot, SlotState
 from eplb.relocation.resident import ResidentExperts
 from eplb.rounds.protocol import Agreed, Phase
 from eplb.streams import DeviceStreams, EventLike
@@ -100,13 +101,10 @@ class Relocation:
                 agreed.version + 1,
                 (agreed.proposal, agreed.wave),
                 self._layers,
-                self._planner.placements,
                 communicator,
                 self._streams,
             )
-        except RuntimeError as error:
-            if not str(error).startswith("no free slot"):
-                raise
+        except NoFreeSlot:
             now = self._clock()
             if self.wants_slot_since is None:
                 self.wants_slot_since = now
@@ -156,7 +154,6 @@ class Relocation:
         assert fill is not None and fill.version == agreed.version, "a rank votes only for what it has"
         handoff = fill.stage()
         fill.publish()
-        self._planner.publish(fill.updates)
         self.handoff = handoff
         self.published = fill.version
         self.published_at = self._clock()
@@ -185,7 +182,7 @@ class Relocation:
             for layer in self._layers:
                 layer.release_retired()
         elif all(event.query() for event in earlier) and not any(
-            layer.is_pinned_before(layer.table.version) for layer in self._layers
+            layer.is_pinned_before(layer.current.number) for layer in self._layers
         ):
             self.graced = self.published
 
@@ -202,8 +199,11 @@ class Relocation:
             return "the main thread has not flipped the tables: it calls no step()"
         if not handoff.flipped.query():
             return "the device has not come to the flip yet"
-        if any(layer.is_pinned_before(handoff.version) for layer in handoff.layers):
-            return "a backward under an older version is pending or running"
+        held = [layer.held_by(handoff.version) for layer in handoff.layers]
+        if any(held):
+            num_holders = sum(sum(by_version.values()) for by_version in held)
+            oldest = min(version for by_version in held for version in by_version)
+            return f"{num_holders} forwards or backwards hold version {oldest} or newer: a loss or an output is kept?"
         return None
 
     def drop_finished(self, agreed: Agreed) -> None:

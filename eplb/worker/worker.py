@@ -9,7 +9,7 @@ from eplb.connect import Connection
 from eplb.health import Health, Metrics
 from eplb.load_window import LoadWindowRecorder
 from eplb.planner import Planner
-from eplb.relocation.fill import Handoff
+from eplb.relocation.handoff import Handoff, Inbox
 from eplb.relocation.resident import ResidentExperts
 from eplb.rounds.protocol import Agreed, Phase, Record, Work
 from eplb.streams import DeviceStreams, EventLike
@@ -37,6 +37,7 @@ class Worker:
 
     Attributes:
         rounds, planning, relocation, report, mailbox: its pieces.
+        inbox: where a published version waits for the thread that steps.
         health, metrics: as of the last tick.
         ticked_at: when that was.
     """
@@ -59,11 +60,12 @@ class Worker:
         self._clock = clock
         self._num_layers = len(layers)
         rank = layers[0].rank
-        version = max(layer.table.version for layer in layers)
+        version = max(layer.newest.number for layer in layers)
         recorded = [word for work, recorder in windows.items() for word in (int(work), recorder.message_words)]
         # Python's hash of integers is the same in every process.
         self._models = hash((version, *recorded, *planner.fingerprint()))
         self.mailbox = Mailbox()
+        self.inbox = Inbox()
         self.report = Report(rank)
         self.rounds = Rounds(connection, config, version, clock, notify)
         self.planning = Planning(rank, planner, windows, config, clock, notify)
@@ -78,14 +80,6 @@ class Worker:
         self.health = self._health()
 
     # ---- the main thread's side
-
-    def take_handoff(self) -> Handoff | None:
-        """The published version that waits to be flipped, if any. The caller then sets its `flipped`."""
-        return self.mailbox.take_handoff()
-
-    def give_back_handoff(self, handoff: Handoff) -> None:
-        """The flip could not be enqueued: try again at the next step."""
-        self.mailbox.give_back_handoff(handoff)
 
     def note_failure(self, what: str, error: BaseException) -> None:
         """Count and keep an error that was caught on this rank, on any thread."""
@@ -237,7 +231,7 @@ class Worker:
     def _post(self, handoff: Handoff | None) -> None:
         self._publish_health()  # before the main thread can flip: no table is ahead of what health says
         if handoff is not None:
-            self.mailbox.post(handoff)
+            self.inbox.post(handoff)
         self._posted = handoff
 
     def _prepare(self, agreed: Agreed) -> None:

@@ -13,6 +13,7 @@ import torch
 from eplb.config import EplbConfig
 from eplb.connect import Connected
 from eplb.controller import EplbController
+from eplb.gate import Gate
 from eplb.relocation.communicator import Communicator, Transfer, TransferBatch
 from eplb.rounds.protocol import Work
 from eplb.streams import DeviceStreams
@@ -60,29 +61,41 @@ class SimStream:
 
 
 class SimStreams:
-    """`DeviceStreams` of one simulated rank."""
+    """`DeviceStreams` of one simulated rank: a side stream, and as many compute streams as forwards use.
 
-    def __init__(self, faults: Faults) -> None:
+    Attributes:
+        computes: by number; 0 is the one that runs first.
+        now: the number of the current one.
+    """
+
+    def __init__(self, faults: Faults, num_computes: int = 3) -> None:
         self.device = torch.device("cpu")
         self.side = SimStream()
-        self.compute = SimStream()
+        self.computes = [SimStream() for _ in range(num_computes)]
+        self.now = 0
         self._faults = faults
+        self.gate = Gate(self)
 
     def current(self) -> SimStream:
-        return self.compute
+        return self.computes[self.now]
 
     def current_handle(self) -> int:
-        return 0
+        return self.now
 
     def run(self, stream: SimStream, work: Callable[[], object]) -> None:
         self._faults.maybe("streams.run")
         stream.enqueue(work)
 
-    def is_capturing(self) -> bool:
+    def is_capturing(self, stream: SimStream | None = None) -> bool:
         return False
 
     def adopt_thread(self) -> None:
         raise AssertionError("the simulation has no threads")
+
+    def drain(self) -> None:
+        """Until no stream can go on."""
+        while any([stream.advance() for stream in (self.side, *self.computes)]):
+            pass
 
 
 class Faults:
@@ -324,7 +337,7 @@ class SimLock:
         pass
 
     def __exit__(self, *exception: object) -> None:
-        waiting = self._worker.mailbox.inbox
+        waiting = self._worker.inbox.waiting
         assert waiting is None or self._worker.health.version >= waiting.version, "tables could be ahead of health()"
 
 

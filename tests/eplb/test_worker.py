@@ -319,7 +319,8 @@ def test_a_wave_that_waits_too_long_for_a_slot_is_given_up_quietly(caplog):
     controller = controller_of(StubLayer(pool=pool, num_redundant=1), policy=Restless(), backoff=0.2)
     with caplog.at_level(logging.WARNING, logger="eplb"), controller:
         controller.step()
-        taken = pool.allocate()
+        taken = pool.hold()
+        taken.take()
         free_slots = controller._worker.relocation._planner.free_slots
         controller._worker.relocation._planner.free_slots = lambda: [1]  # as it was when the loads were told
         steps_until(controller, lambda: controller.health().phase == "PREPARE", "a wave wants the slot")
@@ -329,7 +330,7 @@ def test_a_wave_that_waits_too_long_for_a_slot_is_given_up_quietly(caplog):
         assert (controller.health().state, controller.metrics().waves) == ("rebalancing", 0)
         eventually(lambda: controller.metrics().abandoned > 0, "it is given up")
         assert 0.05 < time.monotonic() - began < 2.0
-        pool.release([taken])
+        taken.end()
         controller._worker.relocation._planner.free_slots = free_slots
         steps_until(controller, lambda: controller.metrics().waves > 3, "it is tried again")
         assert controller.metrics().failures == 0 and controller.health().last_error is None
