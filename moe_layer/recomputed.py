@@ -58,5 +58,6 @@ class Recomputed(torch.autograd.Function):
         inputs = (x_TH, weights_TK, *parameters)
         kept = [tensor for tensor, is_asked in zip(inputs, asked, strict=True) if is_asked]
         grads = iter(torch.autograd.grad(y_TH, kept, grad_TH))
-        ctx.pin.used_on(ctx.experts.resident.streams.current())
+        if not torch._C._autograd._get_current_graph_task_keep_graph():
+            ctx.pin.release()
         return None, None, None, None, *(next(grads) if is_asked else None for is_asked in asked)

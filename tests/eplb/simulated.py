@@ -12,6 +12,7 @@ import torch
 
 from eplb.config import EplbConfig
 from eplb.controller import EplbController
+from eplb.gate import Gate
 from eplb.relocation.communicator import Communicator, Transfer, TransferBatch
 from eplb.streams import DeviceStreams
 from eplb.worker import Worker
@@ -57,29 +58,41 @@ class SimStream:
 
 
 class SimStreams:
-    """`DeviceStreams` of one simulated rank."""
+    """`DeviceStreams` of one simulated rank: a side stream, and as many compute streams as forwards use.
 
-    def __init__(self, faults: Faults) -> None:
+    Attributes:
+        computes: by number; 0 is the one that runs first.
+        now: the number of the current one.
+    """
+
+    def __init__(self, faults: Faults, num_computes: int = 3) -> None:
         self.device = torch.device("cpu")
         self.side = SimStream()
-        self.compute = SimStream()
+        self.computes = [SimStream() for _ in range(num_computes)]
+        self.now = 0
         self._faults = faults
+        self.gate = Gate(self)
 
     def current(self) -> SimStream:
-        return self.compute
+        return self.computes[self.now]
 
     def current_handle(self) -> int:
-        return 0
+        return self.now
 
     def run(self, stream: SimStream, work: Callable[[], object]) -> None:
         self._faults.maybe("streams.run")
         stream.enqueue(work)
 
-    def is_capturing(self) -> bool:
+    def is_capturing(self, stream: SimStream | None = None) -> bool:
         return False
 
     def adopt_thread(self) -> None:
         raise AssertionError("the simulation has no threads")
+
+    def drain(self) -> None:
+        """Until no stream can go on."""
+        while any([stream.advance() for stream in (self.side, *self.computes)]):
+            pass
 
 
 class Faults:
@@ -295,7 +308,7 @@ class SimLock:
         pass
 
     def __exit__(self, *exception: object) -> None:
-        waiting = self._worker._inbox
+        waiting = self._worker.inbox.waiting
         assert waiting is None or self._worker.health.version >= waiting.version, "tables could be ahead of health()"
 
 

@@ -21,7 +21,7 @@ def make_moved(device: str) -> MoELayer:
     relocator = Relocator([layer])
     for expert in (2, 0, 3, 2):
         relocator.move(expert)
-    assert layer.resident.table.placement.lanes_WS[0].tolist() != [0, 1, 2, 3, -1]
+    assert layer.resident.current.placement.lanes_WS[0].tolist() != [0, 1, 2, 3, -1]
     return layer
 
 
