@@ -5,15 +5,17 @@ from __future__ import annotations
 import random
 from collections import deque
 from collections.abc import Callable, Iterable, Sequence
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
+from torch import nn
 
 from eplb.config import EplbConfig
 from eplb.controller import EplbController
 from eplb.gate import Gate
 from eplb.relocation.communicator import Communicator, Transfer, TransferBatch
+from eplb.relocation.resident import ResidentExperts
 from eplb.streams import DeviceStreams
 from eplb.worker import Worker
 
@@ -108,6 +110,26 @@ class Faults:
         if self.armed and self._rng.random() < self.probability:
             self.thrown[point] = self.thrown.get(point, 0) + 1
             raise SimulatedFaultError(point)
+
+
+class SimLayer(nn.Module):
+    def __init__(self, resident: ResidentExperts) -> None:
+        super().__init__()
+        self.resident = resident
+        self.dispatch_backend = "gloo"
+        self.expert_ranks = tuple(range(resident.num_ranks))
+
+    def why_not_relocatable(self) -> str | None:
+        return None
+
+
+class FaultyPolicy:
+    def __init__(self, policy: Any, faults: Faults) -> None:
+        self._policy, self._faults = policy, faults
+
+    def propose(self, *arguments: Any) -> Any:
+        self._faults.maybe("policy.propose")
+        return self._policy.propose(*arguments)
 
 
 class SimBus:

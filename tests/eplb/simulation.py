@@ -21,27 +21,7 @@ from eplb.config import EplbConfig
 from eplb.relocation.pins import Pin
 from eplb.relocation.pool import SlotPool, SlotState, TensorSpec
 from eplb.relocation.resident import ResidentExperts
-from tests.eplb.simulated import Faults, SimBus, SimController, SimStreams, SimTransport
-
-
-class SimLayer(nn.Module):
-    def __init__(self, resident: ResidentExperts) -> None:
-        super().__init__()
-        self.resident = resident
-        self.dispatch_backend = "gloo"
-        self.expert_ranks = tuple(range(resident.num_ranks))
-
-    def why_not_relocatable(self) -> str | None:
-        return None
-
-
-class FaultyPolicy:
-    def __init__(self, policy: Any, faults: Faults) -> None:
-        self._policy, self._faults = policy, faults
-
-    def propose(self, *arguments: Any) -> Any:
-        self._faults.maybe("policy.propose")
-        return self._policy.propose(*arguments)
+from tests.eplb.simulated import Faults, FaultyPolicy, SimBus, SimController, SimLayer, SimStreams, SimTransport
 
 
 class Rank:
