@@ -12,7 +12,7 @@ from contextlib import contextmanager
 from typing import Any, Protocol
 
 # Seconds. A choice takes microseconds, but the first one may compile a kernel; a flip that gives up is tried again.
-CLOSE_TIMEOUT = 1.0
+CLOSE_TIMEOUT = 10.0
 # Seconds for which a choice waits for flips; each of them ends within its own time.
 OPEN_TIMEOUT = 60.0
 
