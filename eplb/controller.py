@@ -165,14 +165,18 @@ class EplbController:
             self._windows[Work.REPORT] = LoadWindowRecorder(
                 residents, streams, interval=interval, window_size=interval, num_samples=1
             )
+        earlier = [stream.record_event() for stream in _streams_in_use(residents, streams.current())]
+        planner = Planner(residents, self._policy, self._topology, config.max_bytes_in_flight)
+        # Last, as the other ranks count on what has begun to connect.
+        connection = self._transport.connect(config, streams, backends, self._wake.set)
         worker = self._worker = Worker(
             layers=residents,
             config=config,
-            planner=Planner(residents, self._policy, self._topology, config.max_bytes_in_flight),
-            connection=self._transport.connect(config, streams, backends, self._wake.set),
+            planner=planner,
+            connection=connection,
             streams=streams,
             windows=self._windows,
-            earlier=[stream.record_event() for stream in _streams_in_use(residents, streams.current())],
+            earlier=earlier,
             clock=self._clock,
             notify=self._wake.set,
         )
@@ -218,7 +222,10 @@ class EplbController:
         self._steps += 1
         self._record_load(worker)
         if self._inside_step is not None:
-            self._inside_step.run(self._steps)
+            try:
+                self._inside_step.run(self._steps)
+            except Exception as error:  # not even what was met on the way could be reported
+                worker.note_failure("the step's relocation was given up", error)
 
     def _record_load(self, worker: Worker) -> None:
         for recorder in self._windows.values():
