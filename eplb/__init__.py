@@ -1,10 +1,11 @@
 """Expert-parallel load balancing: experts move between ranks while the layers that own them serve."""
 
 from eplb.config import EplbConfig
-from eplb.controller import EplbController, RelocatableLayer
+from eplb.controller import EplbController
 from eplb.decorator import step_eplb_after
 from eplb.health import Health, HealthState, Metrics
 from eplb.planning.placement import Placement
+from eplb.registration import RelocatableLayer
 from eplb.relocation.events import CpuGpuEvent
 from eplb.relocation.pool import SlotPool, TensorSpec
 

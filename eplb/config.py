@@ -18,7 +18,7 @@ class EplbConfig(BaseModel):
         window_size: steps before each look whose load counts; at most `step_interval`, 1000 by default.
         window_samples: sub-windows that the policy sees of each window, to tell drift from noise; at most `window_size`.
         use_async: relocate in the background; False does the same inside `step()`, which is then collective.
-        policy: name of a registered policy, or an object with its `propose()`.
+        policy: name of a registered policy, or an object with its `propose()`, which is called on a thread of its own.
         policy_options: keyword arguments of the named policy.
         communicator: how experts travel: "torch_gloo", "torch_nccl", or "auto".
         min_gain: of the policy "adaptive": how far a layer's largest rank load may be above the best that there is, as

@@ -8,7 +8,6 @@ from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
 from dataclasses import replace
 from pathlib import Path
-from typing import Protocol, runtime_checkable
 
 import numpy as np
 import torch.distributed as dist
@@ -20,25 +19,10 @@ from eplb.health import Health, HealthState, Metrics
 from eplb.load_window import LoadWindowRecorder
 from eplb.planner import Planner
 from eplb.planning.policy import Topology
-from eplb.relocation.resident import ResidentExperts
+from eplb.registration import RelocatableLayer, check_layer, find_layers
 from eplb.rounds.protocol import Work
 from eplb.streams import DeviceStreams
 from eplb.worker import Clock, InsideStep, Worker, WorkerThread
-
-
-@runtime_checkable
-class RelocatableLayer(Protocol):
-    """What `register()` looks for among a model's modules: a layer whose experts it may move."""
-
-    resident: ResidentExperts
-    expert_ranks: tuple[int, ...]
-    """The global ranks that share its experts, in their order; empty for one rank alone."""
-    dispatch_backend: str
-    """What its forward dispatches with: "nccl", "gloo" or "local"."""
-
-    def why_not_relocatable(self) -> str | None:
-        """Why its experts must not move in the background, None if they may."""
-        ...
 
 
 class EplbController:
@@ -97,11 +81,9 @@ class EplbController:
         """
         if self._worker is not None or self._closed:
             raise RuntimeError("register() must come before the first step() and before close()")
-        # By what they hold, as a wrapper (`torch.compile`'s, say) answers for the layer in it.
-        layers = [module for module in model.modules() if isinstance(module, RelocatableLayer)]
-        found = list({id(layer.resident): layer for layer in layers}.values())
+        found = find_layers(model)
         for layer in found:
-            self._check(layer, (self._layers or found)[0].resident)
+            check_layer(layer, (self._layers or found)[0].resident, self._transport.ranks, self.config)
         together = self._layers + found
         if together:
             backends = {layer.dispatch_backend for layer in together}
@@ -111,37 +93,6 @@ class EplbController:
             layer.resident.quiesced = self.quiesced
         self._layers += found
         return len(found)
-
-    def _check(self, layer: RelocatableLayer, first: ResidentExperts) -> None:
-        resident = layer.resident
-        ranks = self._transport.ranks
-        if resident.controller is not None and not resident.controller.is_over:
-            why = ""
-            if resident.controller.is_closed:
-                why = ", which is closed, but whose worker has not ended: it may still move the layer's experts"
-            raise ValueError(f"a layer of the model is registered with a controller already{why}")
-        if layer.expert_ranks != ranks:
-            raise ValueError(
-                f"process_group has the ranks {list(ranks)}, but a layer of the model shares its experts among "
-                f"{list(layer.expert_ranks)} (empty: one rank alone); they must be the same"
-            )
-        if resident.streams.device != first.streams.device:
-            raise ValueError(
-                f"layers are on {first.streams.device} and on {resident.streams.device}; one device is needed"
-            )
-        asserted = self.config.num_redundant_experts
-        if asserted is not None and asserted != resident.num_redundant_experts:
-            raise ValueError(
-                f"num_redundant_experts={asserted} is asserted, but a layer of the model was built with "
-                f"{resident.num_redundant_experts}"
-            )
-        if resident.num_experts % self.config.num_groups:
-            raise ValueError(
-                f"num_groups={self.config.num_groups} must divide the num_experts={resident.num_experts} of every layer"
-            )
-        reason = layer.why_not_relocatable()
-        if reason is not None and self.config.use_async:
-            raise ValueError(f"use_async=True cannot relocate a layer of the model: {reason}")
 
     def _start(self) -> Worker:
         """Begin to connect to the other ranks, at the first step."""
@@ -163,14 +114,18 @@ class EplbController:
             self._windows[Work.REPORT] = LoadWindowRecorder(
                 residents, streams, interval=interval, window_size=interval, num_samples=1
             )
+        earlier = streams.gate.events()
+        planner = Planner(residents, self._policy, self._topology, config.max_bytes_in_flight)
+        # Last, as the other ranks count on what has begun to connect.
+        connection = self._transport.connect(config, streams, backends, self._wake.set)
         worker = self._worker = Worker(
             layers=residents,
             config=config,
-            planner=Planner(residents, self._policy, self._topology, config.max_bytes_in_flight),
-            connection=self._transport.connect(config, streams, backends, self._wake.set),
+            planner=planner,
+            connection=connection,
             streams=streams,
             windows=self._windows,
-            earlier=streams.gate.events(),
+            earlier=earlier,
             clock=self._clock,
             notify=self._wake.set,
         )
@@ -216,7 +171,10 @@ class EplbController:
         self._steps += 1
         self._record_load(worker)
         if self._inside_step is not None:
-            self._inside_step.run(self._steps)
+            try:
+                self._inside_step.run(self._steps)
+            except Exception as error:  # not even what was met on the way could be reported
+                worker.note_failure("the step's relocation was given up", error)
 
     def _record_load(self, worker: Worker) -> None:
         for recorder in self._windows.values():

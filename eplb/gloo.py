@@ -13,6 +13,7 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
+from torch.distributed.distributed_c10d import AllgatherOptions, AllToAllOptions, BroadcastOptions
 
 # Our deadlines are states that `health()` shows and that a late peer can still mend; a timeout of gloo's own would break
 # the group for good. So its timeout is out of reach.
@@ -46,22 +47,25 @@ class GlooGroup:
         self.rank, self.size = rank, size
         # (Any: PyTorch's stubs do not know its collectives.)
         self._group: Any = dist.ProcessGroupGloo(store, rank, size, timedelta(seconds=timeout))
-        self._group._set_default_timeout(_NEVER)
         ctypes.pythonapi.Py_IncRef(ctypes.py_object(self._group))
         self._under_way: list[dist.Work] = []
 
     def all_gather(self, said: Sequence[torch.Tensor], mine: torch.Tensor) -> dist.Work:
-        return self._note(self._group.allgather([list(said)], [mine]))
+        options = AllgatherOptions()
+        options.timeout = _NEVER
+        return self._note(self._group.allgather([list(said)], [mine], options))
 
     def broadcast(self, said: torch.Tensor, root: int) -> dist.Work:
-        options = dist.BroadcastOptions()
-        options.rootRank, options.rootTensor = root, 0
+        options = BroadcastOptions()
+        options.rootRank, options.rootTensor, options.timeout = root, 0, _NEVER
         return self._note(self._group.broadcast([said], options))
 
     def all_to_all(
         self, incoming: torch.Tensor, outgoing: torch.Tensor, receive_splits: list[int], send_splits: list[int]
     ) -> dist.Work:
-        return self._note(self._group.alltoall_base(incoming, outgoing, receive_splits, send_splits))
+        options = AllToAllOptions()
+        options.timeout = _NEVER
+        return self._note(self._group.alltoall_base(incoming, outgoing, receive_splits, send_splits, options))
 
     def close(self) -> None:
         """Waits a moment for collectives that are about to end, and no longer for any rank."""

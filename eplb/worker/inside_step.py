@@ -83,8 +83,10 @@ class InsideStep:
         """Tell the other ranks, and give back what reaches them; returns after `timeout` seconds at most."""
         deadline = time.monotonic() + timeout
         self._worker.mailbox.leave()
-        while not self._worker.is_done and time.monotonic() < deadline:
-            self._wake.clear()
-            self._worker.tick()
-            self._wake.wait(self._config.round_interval / 10)
-        self._worker.close()
+        try:
+            while not self._worker.is_done and time.monotonic() < deadline:
+                self._wake.clear()
+                self._worker.tick()
+                self._wake.wait(self._config.round_interval / 10)
+        finally:
+            self._worker.close()

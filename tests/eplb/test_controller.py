@@ -312,11 +312,12 @@ class SilentPeers(TorchTransport):
 
 
 def test_a_step_returns_although_a_peer_is_silent():
-    config = EplbConfig(**QUICK, use_async=False, peer_timeout=0.1)
+    config = EplbConfig(**QUICK, use_async=False, peer_timeout=0.1, close_timeout=0.1)
     controller = EplbController(config, transport=SilentPeers(None))
     controller.register(StubLayer())
-    assert finishes(lambda: [controller.step() for _ in range(2)], 3.0), "step() waits for ever"
-    assert controller.health().state == "peer_unreachable"
+    assert finishes(lambda: [controller.step() for _ in range(40)], 3.0), "each step waits as long as the first"
+    assert controller.health().state == "peer_unreachable" and "takes part in no round" in controller.health().reason
+    controller.close()
 
 
 def test_loading_waits_no_longer_than_its_timeout_for_a_silent_peer():

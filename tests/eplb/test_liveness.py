@@ -137,7 +137,7 @@ def check_nothing_stays_behind(rank: int) -> None:
 
 def check_a_pause_inside_step(rank: int) -> None:
     """Rank 1 pauses for longer than rank 0 waits, as for a breakpoint; forwards keep the ranks in step otherwise."""
-    controller = controller_of(rank, use_async=False, peer_timeout=0.5)
+    controller = controller_of(rank, use_async=False, peer_timeout=0.5, connect_timeout=0.6)
     long_steps = 0
     for step in range(16):
         dist.barrier()  # a forward

@@ -102,6 +102,21 @@ def test_a_logging_handler_that_raises_does_not_end_the_worker(error):
         logger.removeHandler(handler)
 
 
+def test_an_error_that_cannot_be_logged_is_kept():
+    class Handler(logging.Handler):
+        def emit(self, record):
+            raise OSError("disk full")
+
+    controller, handler = controller_of(use_async=False), Handler()
+    logging.getLogger("eplb").addHandler(handler)
+    try:
+        controller.step()
+        controller._worker.fail(ValueError("what matters"))
+    finally:
+        logging.getLogger("eplb").removeHandler(handler)
+    assert controller.health().last_error == "ValueError: what matters" and controller.metrics().failures == 2
+
+
 def test_an_error_that_cannot_be_printed_is_kept_by_its_name():
     class SilentError(Exception):
         def __str__(self):
@@ -114,16 +129,17 @@ def test_an_error_that_cannot_be_printed_is_kept_by_its_name():
 
 
 def test_a_worker_that_raises_in_every_tick_is_lost_and_recovers():
-    with controller_of(peer_timeout=0.1, backoff=0.01, max_backoff=0.01) as controller:
+    with controller_of(peer_timeout=0.1, backoff=0.05, max_backoff=0.05) as controller:
         controller.step()
         eventually(lambda: controller.health().state == "idle", "it runs")
-        tick = controller._worker.tick
+        tick, failures = controller._worker.tick, controller.metrics().failures
 
         def raising():
             raise SystemExit("no tick")
 
         controller._worker.tick = raising
         eventually(lambda: controller.health().state == "lost", "health looks itself")
+        assert 1 <= controller.metrics().failures - failures < 20, "it backs off"
         health = controller.health()
         assert "fails in every tick" in health.reason and health.last_error == "SystemExit: no tick"
         controller._worker.tick = tick
