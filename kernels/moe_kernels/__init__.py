@@ -1,22 +1,34 @@
 """Triton kernels of a mixture-of-experts layer, each with its PyTorch reference: tensors in, tensors out.
 
-They know slots, lanes and rows; neither which expert a slot holds nor what a rank is.
+They know slots, lanes and rows; neither which expert a slot holds nor what a rank is. The way of a forward, and its files
+(`X.py`: the op and its reference, `X_triton.py`: its kernels and their launches):
+
+1. `routing`: logits and a `rule` → weights and expert ids of each token;
+2. `replicas`: ids and a `table` → lanes, by shares of a `circle`; adds to the `load` counter;
+3. `schedule`: lanes → rows sorted by lane (`scan`), in `tiles`;
+4. `expert_up`: rows and `matrices` → hidden; 5. `expert_down`: hidden → rows; `_tma`: on Hopper; tile sizes: `config`;
+6. `combine`: rows → the output of each token.
+
+`local_experts` is 2 to 6 as one op, `local_forward` 1 to 6; `one_token` is the latter for one token. Below them are `launch`
+(how a kernel is launched) and `registered` (how an op is registered; `structures`: dataclasses as its arguments).
 """
 
 from moe_kernels.backend import resolve_backend
+from moe_kernels.circle import GOLDEN, SHARE_BITS
 from moe_kernels.combine import combine, combine_torch
 from moe_kernels.config import GemmConfig, gemm_config, gemm_configs, has_tma
 from moe_kernels.expert_down import expert_down, expert_down_torch
 from moe_kernels.expert_up import expert_up, expert_up_torch
 from moe_kernels.load import LoadCounter
-from moe_kernels.local_forward import local_experts, local_experts_torch, local_forward, local_forward_torch
+from moe_kernels.local_experts import local_experts, local_experts_torch
+from moe_kernels.local_forward import local_forward, local_forward_torch
 from moe_kernels.matrices import ExpertMatrices
 from moe_kernels.replicas import select_replicas, select_replicas_torch
-from moe_kernels.replicas_triton import GOLDEN, SHARE_BITS
 from moe_kernels.routing import topk_routing, topk_routing_torch
 from moe_kernels.rule import RoutingRule
-from moe_kernels.schedule import TileSchedule, build_schedule, build_schedule_torch
+from moe_kernels.schedule import build_schedule, build_schedule_torch
 from moe_kernels.table import ReplicaTable
+from moe_kernels.tiles import TileSchedule
 
 __all__ = [
     "GOLDEN",

@@ -1,4 +1,4 @@
-"""The cheap checks at the public functions: a `ValueError` names the argument, its value and the rule."""
+"""Cheap checks of tensors for the public functions: a `ValueError` names the argument, its value and the rule."""
 
 from __future__ import annotations
 
@@ -49,7 +49,7 @@ def check_slots(name: str, weights: torch.Tensor) -> None:
 
 
 def check_tma(name: str, weights: torch.Tensor, columns: int | None = None) -> None:
-    """What the tensor memory accelerator asks of shapes: 16-bit elements, and rows in units of 16 bytes."""
+    """The tensor memory accelerator needs 16-bit elements, and rows in units of 16 bytes."""
     _, rows, inner = weights.shape
     if weights.element_size() != 2:
         raise ValueError(f"{name} has dtype {weights.dtype}: config.tma needs torch.float16 or torch.bfloat16")
@@ -58,7 +58,7 @@ def check_tma(name: str, weights: torch.Tensor, columns: int | None = None) -> N
 
 
 def check_tma_address(name: str, tensor: torch.Tensor) -> None:
-    """What it asks of a GPU and of addresses, which a tracer does not have: called inside the registered ops."""
+    """It needs a GPU that has it, and aligned addresses. A tracer has no addresses, so the ops themselves call this."""
     if tensor.is_cuda and not has_tma(tensor.device):
         raise ValueError(f"{name} is on {tensor.device}: config.tma needs a GPU for which has_tma() is true")
     if (tensor.stride(0) % 8 and tensor.shape[0] > 1) or tensor.data_ptr() % 16:
@@ -69,5 +69,5 @@ def check_tma_address(name: str, tensor: torch.Tensor) -> None:
 
 
 def slot_stride(weights: torch.Tensor) -> int:
-    """Elements from slot to slot; of a single slot the tensor's own stride says nothing."""
+    """Elements from slot to slot. (The stride of a tensor with a single slot may be anything.)"""
     return weights.stride(0) if weights.shape[0] > 1 else weights.shape[1] * weights.shape[2]

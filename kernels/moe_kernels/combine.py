@@ -1,4 +1,4 @@
-"""Combine: the sum of a token's K expert outputs, in a fixed order.
+"""Step 6 of a forward, combine: the sum of a token's K expert outputs, in a fixed order.
 
 T tokens, K experts per token, H hidden, N = T * K flat rows.
 """

@@ -1,4 +1,4 @@
-"""Second grouped GEMM: rows = (hidden Wd^T) * routing weight, every row with its lane's weights, in flat order.
+"""Step 5 of a forward, the second grouped GEMM: rows = (hidden Wd^T) * routing weight, in flat order.
 
 N flat rows, H hidden, I intermediate, S slots, L lanes.
 """
@@ -15,7 +15,7 @@ from moe_kernels.expert_down_triton import expert_down_triton
 from moe_kernels.matrices import ExpertMatrices
 from moe_kernels.registered import registered_op
 from moe_kernels.row_blocks import elementwise, padded_rows, row_blocks, unversioned, without_autocast
-from moe_kernels.schedule import TileSchedule
+from moe_kernels.tiles import TileSchedule
 
 
 @without_autocast

@@ -1,4 +1,4 @@
-"""`expert_down` where there is a tensor memory accelerator (Hopper): weights and rows come by TMA.
+"""Step 5 of a forward, on Hopper: `expert_down` loads weights and rows by TMA (tensor memory accelerator).
 
 N flat rows, H hidden, I intermediate, S slots, L lanes.
 """
@@ -18,8 +18,8 @@ from moe_kernels.integers import cdiv
 from moe_kernels.launch import Launcher, gdc_launch_dependents, gdc_wait
 from moe_kernels.matrices import ExpertMatrices
 from moe_kernels.numerics import dot, narrow
-from moe_kernels.schedule import TileSchedule
 from moe_kernels.tile_order import load_own_tile, load_tile
+from moe_kernels.tiles import TileSchedule
 
 
 @triton.jit
@@ -42,7 +42,7 @@ def _store_rows(
     EVICTION: tl.constexpr,
     HALVES: tl.constexpr,
 ):
-    """The tile's rows that exist, times their routing weights, to their flat places."""
+    """Store the rows of the tile that exist, times their routing weights, at their flat places."""
     BLOCK_M: tl.constexpr = product.shape[0]
     BLOCK_N: tl.constexpr = product.shape[1]
     position = start + tl.arange(0, BLOCK_M)

@@ -1,4 +1,4 @@
-"""First grouped GEMM with the gated activation: hidden = act(x Wg^T) * (x Wu^T), every row with its lane's weights.
+"""Step 4 of a forward, the first grouped GEMM: hidden = act(x Wg^T) * (x Wu^T), each row with its lane's weights.
 
 R source rows, N = R * fanout flat rows, H hidden, I intermediate, S slots, L lanes.
 """
@@ -16,7 +16,7 @@ from moe_kernels.expert_up_triton import expert_up_triton
 from moe_kernels.matrices import ExpertMatrices
 from moe_kernels.registered import registered_op
 from moe_kernels.row_blocks import elementwise, padded_rows, row_blocks, unversioned, without_autocast
-from moe_kernels.schedule import TileSchedule
+from moe_kernels.tiles import TileSchedule
 
 
 @without_autocast

@@ -1,4 +1,4 @@
-"""`expert_up` where there is a tensor memory accelerator (Hopper): weights come by TMA, with the slot as coordinate.
+"""Step 4 of a forward, on Hopper: `expert_up` loads weights by TMA (tensor memory accelerator), the slot as coordinate.
 
 R source rows, N = R * fanout flat rows, H hidden, I intermediate, S slots, L lanes.
 """
@@ -16,8 +16,8 @@ from moe_kernels.integers import cdiv
 from moe_kernels.launch import Launcher, gdc_launch_dependents, gdc_wait
 from moe_kernels.matrices import ExpertMatrices
 from moe_kernels.numerics import dot, gated, narrow
-from moe_kernels.schedule import TileSchedule
 from moe_kernels.tile_order import load_own_tile
+from moe_kernels.tiles import TileSchedule
 
 
 @triton.jit

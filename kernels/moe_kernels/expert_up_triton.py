@@ -1,4 +1,4 @@
-"""`expert_up` by pointers and masks, for any GPU, size and dtype; and the choice between that and TMA.
+"""Step 4 of a forward, for any GPU, size and dtype: `expert_up` by pointers and masks. With `config.tma` it hands over.
 
 R source rows, N = R * fanout flat rows, H hidden, I intermediate, S slots, L lanes.
 """
@@ -15,8 +15,8 @@ from moe_kernels.integers import cdiv
 from moe_kernels.launch import Launcher, gdc_launch_dependents, gdc_wait
 from moe_kernels.matrices import ExpertMatrices
 from moe_kernels.numerics import dot, gated, narrow
-from moe_kernels.schedule import TileSchedule
 from moe_kernels.tile_order import load_own_tile
+from moe_kernels.tiles import TileSchedule
 
 
 @Launcher

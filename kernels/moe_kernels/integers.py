@@ -1,4 +1,4 @@
-"""Integers of launches, on the host. Triton's functions of these names are made for kernels, and slow outside them."""
+"""Integer functions for launches, on the host. Triton's functions of these names are slow outside kernels."""
 
 
 def cdiv(dividend: int, divisor: int) -> int:

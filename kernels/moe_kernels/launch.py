@@ -144,7 +144,7 @@ _TRITON_IS_TESTED = _is_tested(triton.__version__)
 
 @functools.cache
 def _launches_publicly() -> Literal[False]:
-    """Says so, once."""
+    """Logs that, once."""
     _log.warning(
         "Triton %s is not one of %s: kernels are launched through Triton's public interface, which takes more host time",
         triton.__version__,

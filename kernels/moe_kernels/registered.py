@@ -1,8 +1,7 @@
-"""How an op is registered with `torch.library`: its arguments may be dataclasses of tensors and plain values.
+"""How an op is registered with `torch.library`, and when a call goes around the registration.
 
-A schema of `torch.library` knows tensors and plain values alone. So an argument that is a dataclass becomes one
-argument for each of its fields, named `argument_field`, on the way in; and it is put together again for the op's
-function, its fake and its autograd functions. Each op thus states its arguments as its public function does.
+An op's function, its fake and its autograd functions take the same arguments as the op's public function: tensors, plain
+values, and dataclasses of them, each one argument (see `structures.py`).
 """
 
 from __future__ import annotations
@@ -10,50 +9,46 @@ from __future__ import annotations
 import inspect
 import typing
 from collections.abc import Callable
-from dataclasses import fields, is_dataclass
+from dataclasses import is_dataclass
 from typing import Any
 
 import torch
 
+from moe_kernels.structures import TENSORS, Structure
+
 _PLAIN = {torch.Tensor, torch.nn.Parameter, type(None)}
-_TENSORS = (torch.Tensor, torch.Tensor | None)
 
 
 class RegisteredOp:
     """A function registered with `torch.library`; called directly where registration would add nothing but host time.
 
-    That is: in eager mode, for plain tensors that hold something (not on "meta"; the first argument tells), without
-    gradients, modes, transforms or tracers. A registered op's way through the dispatcher and back to Python takes longer
-    than many of these kernels run. A direct call neither takes dataclasses apart nor puts them together.
+    That is: in eager mode, for plain tensors that hold something (not on "meta"; the first argument tells), without modes,
+    transforms or tracers. A registered op's way through the dispatcher and back to Python takes longer than many of these
+    kernels run. A direct call takes no dataclass apart. Where a gradient is needed, it is one node of autograd.
 
     Attributes:
         registered: the op itself, of flat arguments (see `flatten`).
-        names: of the flat arguments.
     """
 
     def __init__(self, name: str, function: Callable[..., Any], mutates_args: tuple[str, ...] = ()) -> None:
         self.function = function
         hints = typing.get_type_hints(function)
         returns = hints.pop("return")
-        self._types = tuple(hints.values())
-        structures: list[tuple[str, ...] | None] = []  # by argument: the fields of a dataclass
+        self._structures = tuple(Structure(hint) if is_dataclass(hint) else None for hint in hints.values())
         flat: dict[str, Any] = {}
-        tensors: list[str] = []
-        for argument, hint in hints.items():
-            if is_dataclass(hint):
-                types = typing.get_type_hints(hint)
-                names = tuple(field.name for field in fields(hint))
-                structures.append(names)
-                flat |= {f"{argument}_{name}": types[name] for name in names}
-                tensors += [f"{argument}.{name}" for name in names if types[name] in _TENSORS]
-            else:
-                structures.append(None)
+        tensors: dict[str, str] = {}  # name of the flat argument → how it is reached
+        for (argument, hint), structure in zip(hints.items(), self._structures, strict=True):
+            if structure is None:
                 flat[argument] = hint
-                tensors += [argument] if hint in _TENSORS else []
-        self._structures = tuple(structures)
-        self.names = tuple(flat)
+                tensors |= {argument: argument} if hint in TENSORS else {}
+            else:
+                flat |= {f"{argument}_{name}": kind for name, kind in structure.types.items()}
+                tensors |= {f"{argument}_{name}": f"{argument}.{name}" for name in structure.tensors}
+        self._names = tuple(flat)
+        self._tensor_names = tuple(tensors)
         # Compiled, because to walk the fields in a loop takes as long as the rest of a call.
-        self._tensors = eval(f"lambda {', '.join(hints)}: ({', '.join(tensors)},)")
+        self._tensors = eval(f"lambda {', '.join(hints)}: ({', '.join(tensors.values())},)")
+        self._node: type[torch.autograd.Function] | None = None
 
         def of_flat(*arguments: Any) -> Any:
             return function(*self._rebuild(arguments))
@@ -66,30 +61,19 @@ class RegisteredOp:
         self.registered = torch.library.custom_op(name, of_flat, mutates_args=mutates_args)
 
     def flatten(self, *arguments: Any) -> tuple[Any, ...]:
-        """The arguments with each dataclass replaced by its fields, in order."""
+        """What `registered` takes for these arguments."""
         flat: list[Any] = []
-        for argument, names in zip(arguments, self._structures, strict=True):
-            if names is None:
+        for argument, structure in zip(arguments, self._structures, strict=True):
+            if structure is None:
                 flat.append(argument)
             else:
-                for name in names:
-                    flat.append(getattr(argument, name))
+                flat.extend(structure.flatten(argument))
         return tuple(flat)
 
     def _rebuild(self, flat: tuple[Any, ...]) -> list[Any]:
-        """The reverse of `flatten`. What a dataclass checks when it is made was checked when the first one was."""
-        arguments: list[Any] = []
-        start = 0
-        for kind, names in zip(self._types, self._structures, strict=True):
-            if names is None:
-                arguments.append(flat[start])
-                start += 1
-            else:
-                argument = object.__new__(kind)
-                argument.__dict__.update(zip(names, flat[start : start + len(names)], strict=True))
-                arguments.append(argument)
-                start += len(names)
-        return arguments
+        """The reverse of `flatten`."""
+        values = iter(flat)
+        return [next(values) if structure is None else structure.rebuild(values) for structure in self._structures]
 
     def register_fake(self, fake: Callable[..., Any]) -> Callable[..., Any]:
         """Decorator of the function that makes empty outputs; it takes the op's arguments."""
@@ -100,20 +84,36 @@ class RegisteredOp:
         """Make the op differentiable.
 
         Args:
-            backward: of (ctx, needs, gradients of the outputs). `needs` holds the names of the flat arguments whose
-                gradients are asked for; it returns them by name.
+            backward: of (ctx, needs, gradients of the outputs). `needs` holds the names of the tensors whose gradients are
+                asked for; it returns them by name. A field of a dataclass is named `argument_field`.
             setup_context: of (ctx, the op's arguments, its output).
         """
 
-        def flat_setup_context(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
-            setup_context(ctx, self._rebuild(inputs), output)
+        def gradients(ctx: Any, names: tuple[str, ...], needed: tuple[bool, ...], grads: Any) -> list[Any]:
+            needs = {name for name, is_needed in zip(names, needed, strict=False) if is_needed}
+            found = backward(ctx, needs, *grads)
+            return [found.get(name) if name in needs else None for name in names]
 
-        def flat_backward(ctx: Any, *gradients: Any) -> tuple[torch.Tensor | None, ...]:
-            needs = {name for name, needed in zip(self.names, ctx.needs_input_grad, strict=True) if needed}
-            found = backward(ctx, needs, *gradients)
-            return tuple(found.get(name) if name in needs else None for name in self.names)
+        self.registered.register_autograd(
+            lambda ctx, *grads: tuple(gradients(ctx, self._names, ctx.needs_input_grad, grads)),
+            setup_context=lambda ctx, inputs, output: setup_context(ctx, self._rebuild(inputs), output),
+        )
+        function, tensor_names = self.function, self._tensor_names
 
-        self.registered.register_autograd(flat_backward, setup_context=flat_setup_context)
+        class Node(torch.autograd.Function):
+            """A direct call; `tensors` are those among the arguments."""
+
+            @staticmethod
+            def forward(ctx: Any, arguments: tuple[Any, ...], *tensors: torch.Tensor | None) -> Any:
+                output = function(*arguments)
+                setup_context(ctx, arguments, output)
+                return output
+
+            @staticmethod
+            def backward(ctx: Any, *grads: Any) -> Any:
+                return None, *gradients(ctx, tensor_names, ctx.needs_input_grad[1:], grads)
+
+        self._node = Node
 
     def __call__(self, *arguments: Any) -> Any:
         if torch.compiler.is_compiling():
@@ -125,9 +125,15 @@ class RegisteredOp:
             or torch._C._functorch.peek_interpreter_stack() is not None
             or not _PLAIN.issuperset(map(type, tensors))
             or tensors[0].is_meta
-            or (torch.is_grad_enabled() and any(tensor is not None and tensor.requires_grad for tensor in tensors))
         ):
             return self.registered(*self.flatten(*arguments))
+        if torch.is_grad_enabled():
+            for tensor in tensors:
+                if tensor is not None and tensor.requires_grad:
+                    node = self._node
+                    return (
+                        self.registered(*self.flatten(*arguments)) if node is None else node.apply(arguments, *tensors)
+                    )
         return self.function(*arguments)
 
 

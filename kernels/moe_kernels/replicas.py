@@ -1,4 +1,4 @@
-"""Replica choice: each replica of an expert gets its share of the expert's tokens, exactly and without randomness.
+"""Step 2 of a forward, replica choice: each replica of an expert gets its exact share of tokens, without randomness.
 
 T tokens, E logical experts, K experts per token, L lanes, P replicas of all experts together (entries of the table).
 """
@@ -11,9 +11,10 @@ import torch
 
 from moe_kernels.backend import resolve_backend
 from moe_kernels.checks import check_tensor
+from moe_kernels.circle import GOLDEN, SHARE_BITS, SHARE_ONE
 from moe_kernels.load import LoadCounter
 from moe_kernels.registered import registered_op
-from moe_kernels.replicas_triton import GOLDEN, SHARE_BITS, SHARE_ONE, select_replicas_triton
+from moe_kernels.replicas_triton import select_replicas_triton
 from moe_kernels.table import ReplicaTable
 
 _RECORDING = threading.Lock()  # on a CPU, threads may run one layer at once

@@ -1,4 +1,4 @@
-"""The kernels of `select_replicas` and their launches.
+"""Step 2 of a forward: the kernels of `select_replicas` and their launches.
 
 T tokens, E logical experts, K experts per token, L lanes, P replicas of all experts together (entries of the table).
 """
@@ -9,6 +9,7 @@ import torch
 import triton
 import triton.language as tl
 
+from moe_kernels.circle import _SHARE_MASK, circle_start, ranks_below, ranks_between
 from moe_kernels.integers import next_power_of_2
 from moe_kernels.launch import Launcher, gdc_launch_dependents, gdc_wait
 from moe_kernels.load import LoadCounter
@@ -28,40 +29,6 @@ from moe_kernels.scan import (
 )
 from moe_kernels.table import ReplicaTable
 
-SHARE_BITS = 30
-SHARE_ONE = 1 << SHARE_BITS
-# round(2**30 / golden ratio): the most even sequence of starts (three-gap theorem), so that a run of small batches
-# honours the shares too.
-GOLDEN = 663608942
-
-_SHARE_BITS = tl.constexpr(SHARE_BITS)
-_SHARE_MASK = tl.constexpr(SHARE_ONE - 1)
-_GOLDEN = tl.constexpr(GOLDEN)
-
-
-@triton.jit
-def circle_start(rank_start, load):
-    """int64: where an expert with this load begins on its circle."""
-    return (rank_start + load * _GOLDEN) & _SHARE_MASK  # wraps modulo 2**64, which the mask makes exact
-
-
-@triton.jit
-def _ranks_below(position, count):
-    """How many of the ranks 0 … count - 1 have a step below `position`: ceil(position * count / 2**30).
-
-    floor(rank * 2**30 / count) < position is the same as rank < position * count / 2**30, so no element is divided.
-    """
-    position = tl.minimum(tl.maximum(position, 0), _SHARE_MASK + 1)
-    return ((position.to(tl.int64) * count + _SHARE_MASK) >> _SHARE_BITS).to(tl.int32)
-
-
-@triton.jit
-def _ranks_between(begin, end, start, count):
-    """The ranks of the replica that has [begin, end) of the circle: [low, high), and below `around` if it has the start."""
-    low = (begin - start) & _SHARE_MASK
-    high = low + (end - begin)
-    return _ranks_below(low, count), _ranks_below(high, count), _ranks_below(high - _SHARE_MASK - 1, count)
-
 
 @triton.jit
 def _load_expert(offsets_ptr, load_ptr, increment_ptr, num_experts):
@@ -80,7 +47,7 @@ def _load_expert(offsets_ptr, load_ptr, increment_ptr, num_experts):
 
 @triton.jit
 def _record(load_ptr, expert, is_expert, added):
-    """Add to the counter, after every thread has read it; by an atomic, because another stream may do so at the same time."""
+    """Add to the counter after every thread has read it. An atomic, because another stream may add at the same time."""
     tl.debug_barrier()
     tl.atomic_add(load_ptr + expert, added, mask=is_expert, sem="relaxed")  # nobody reads its result
 
@@ -95,7 +62,7 @@ def _count_lanes(counts_ptr, table_lanes_ptr, cumulative_ptr, first_entry, last_
         end = _SHARE_MASK + 1
         if cumulative_ptr is not None:
             end = tl.load(cumulative_ptr + entry)
-        low, high, around = _ranks_between(begin, end, start, count)
+        low, high, around = ranks_between(begin, end, start, count)
         tl.store(counts_ptr + lane, high - low + around)
         home = tl.where((begin <= start) & (start < end), lane, home)
         begin = end
@@ -104,7 +71,7 @@ def _count_lanes(counts_ptr, table_lanes_ptr, cumulative_ptr, first_entry, last_
 
 @triton.jit
 def _clear_lanes(counts_ptr, table_lanes, expert, num_experts, num_lanes):
-    """Write 0 for the lanes that no entry of the table names; they are shared out among the programs."""
+    """Write 0 for the lanes that no entry of the table names. Each program writes some of them."""
     for lane in range(expert, num_lanes, num_experts + 1):
         is_named = tl.sum((table_lanes == lane).to(tl.int32), axis=0) > 0
         tl.store(counts_ptr + lane, 0, mask=is_named == 0)
@@ -137,7 +104,7 @@ def _select_replicas_kernel(
     ROWS: tl.constexpr,
     BLOCK_P: tl.constexpr,
 ):
-    """All elements of one expert; the last program those of no expert, which has no replicas.
+    """A program chooses the replicas of all elements of one expert. The last program serves the elements of no expert.
 
     Example: expert 0 has the lanes 3 and 5 with shares 3/4 and 1/4, load 0, rank_start 0; ids [0, 0, 0, 0] → steps
     [0, 1/4, 1/2, 3/4] of the circle; lane 3 has the ranks below 3, lane 5 the others → lanes [3, 3, 3, 5],
@@ -186,7 +153,7 @@ def _select_replicas_kernel(
             for entry in range(first_entry, last_entry):
                 lane = tl.load(table_lanes_ptr + entry)
                 end = tl.load(cumulative_ptr + entry)
-                low, high, _ = _ranks_between(begin, end, start, count)
+                low, high, _ = ranks_between(begin, end, start, count)
                 lanes = tl.where((rank >= low) & (rank < high), lane, lanes)
                 begin = end
             tl.store(lanes_ptr + step * (BLOCK // ROWS) + index, lanes, mask=mine)
@@ -224,7 +191,7 @@ def _count_replicas_kernel(
     BLOCK: tl.constexpr,
     BLOCK_P: tl.constexpr,
 ):
-    """Of many elements, what `_select_replicas_kernel` does but for their lanes, which `_find_lanes_kernel` finds.
+    """`_select_replicas_kernel` for many elements, without their lanes. `_find_lanes_kernel` finds the lanes.
 
     Example: expert 0 as above, four elements in one chunk, chunks [[4], [0]] → chunks [[0], [0]], counts and load as above, and
     the circle [0, 4]: start and count.
@@ -288,14 +255,14 @@ def _find_lanes_kernel(
         count = tl.load(circles_ptr + 2 * expert + 1, mask=is_expert, other=1)
         rank = rank_in_bins(expert, starts_ptr, CHUNK)
         turned = start - _SHARE_MASK - 1  # the start as those see it that have passed the end of the circle
-        start = tl.where(rank < _ranks_below(-turned, count), start, turned)
+        start = tl.where(rank < ranks_below(-turned, count), start, turned)
         searching = is_expert
         for replica in range(0, tl.max(last_entry - first_entry, axis=0)):
             entry = first_entry + replica
             searching &= entry < last_entry
             candidate = tl.load(table_lanes_ptr + entry, mask=searching, other=-1)
             end = tl.load(cumulative_ptr + entry, mask=searching, other=0)
-            found = searching & (rank < _ranks_below(end - start, count))
+            found = searching & (rank < ranks_below(end - start, count))
             lane = tl.where(found, candidate, lane)
             searching &= ~found
     tl.store(lanes_ptr + index, lane, mask=index < num_elements)

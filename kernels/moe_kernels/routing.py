@@ -1,4 +1,4 @@
-"""Top-k routing: which experts a token goes to, and with which weight.
+"""Step 1 of a forward, top-k routing: which experts a token goes to, and with which weight.
 
 T tokens, E logical experts, K experts per token.
 """
@@ -53,7 +53,7 @@ def check_routing(
     token_mask_T: torch.Tensor | None,
     device: torch.device,
 ) -> None:
-    """What every op that chooses experts asks of its arguments beside the logits."""
+    """Raises ValueError if an argument of a routing, beside the logits, is wrong."""
     if not 1 <= top_k <= num_experts:
         raise ValueError(f"top_k={top_k}: must be in [1, {num_experts}], the number of experts")
     rule.check()

@@ -1,4 +1,4 @@
-"""The kernel of `topk_routing` and its launch.
+"""Step 1 of a forward: the kernel of `topk_routing` and its launch.
 
 T tokens, E logical experts, K experts per token.
 """

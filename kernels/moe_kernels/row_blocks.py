@@ -1,4 +1,4 @@
-"""How the references multiply: in zero-padded blocks of a fixed number of rows, so that a row's bits are its own.
+"""The references multiply in zero-padded blocks of a fixed number of rows, so that a row's bits depend on no other row.
 
 A BLAS picks its algorithm by the number of rows, and PyTorch's vector loops compute the last elements of a tensor with
 other instructions than the rest: a plain `x @ w.T` or `silu(x)` gives a row other bits in other company.
@@ -23,7 +23,7 @@ Function = TypeVar("Function", bound=Callable[..., Any])
 
 
 def without_autocast(function: Function) -> Function:
-    """Decorator for what multiplies: with PyTorch in the dtypes at hand, as the kernels do, also under `torch.autocast`."""
+    """Decorator that disables `torch.autocast`: the references multiply in the dtypes of their tensors, as the kernels do."""
 
     @functools.wraps(function)
     def plain(first: torch.Tensor, *arguments: Any, **options: Any) -> Any:
@@ -77,7 +77,7 @@ def elementwise(function: Callable[..., torch.Tensor], *blocks: torch.Tensor) ->
 
 
 def unversioned(tensor: torch.Tensor) -> torch.Tensor:
-    """What to keep for a backward of a tensor of slots or lanes: an alias without autograd's count of writes.
+    """An alias without autograd's count of writes, to be saved for a backward: of a tensor of slots or lanes.
 
     That count is one for the whole tensor, but only the slots and lanes of this forward must keep their contents until
     its backward: others may be filled meanwhile. Where a gradient is needed the count stays: such slots don't move.

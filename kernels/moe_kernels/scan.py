@@ -1,7 +1,7 @@
-"""What the ops share that rank keys by bin: each among those of its bin, in their order; without global atomics.
+"""Ranks keys within their bins, in their order, without global atomics: for steps 2 and 3 of a forward.
 
-Few keys: one launch, in which each program scans all keys and ranks those of its own bin. That reads N keys per bin, all
-but once from the cache; in return there is nothing that programs would have to tell each other.
+Few keys: one launch. Each program scans all keys and ranks those of its own bin. So each bin reads N keys, from the cache
+except the first time; in return, programs need not communicate.
 
 The keys are cut into ROWS consecutive rows, one for each warp, which are walked in `num_steps` steps. A first walk counts
 the hits of each row; one scan over the rows then says where each begins; a second walk ranks the hits. So warps wait for
@@ -31,7 +31,7 @@ BLOCK_C = 2048  # of chunks that a program adds up in a step
 
 
 def scan_options(num_keys: int) -> dict[str, int]:
-    """Launch options; few different ones, as each is compiled. Few keys are one step up to the largest block."""
+    """Launch options. There are few different ones, because each is compiled. Few keys are one step."""
     if num_keys >= MANY_KEYS:
         warps = max(1, BLOCK_C // 256)  # at least 8 counts for each thread
         return {"BLOCK": BLOCK_C, "ROWS": warps, "num_warps": warps}
@@ -126,7 +126,7 @@ def chunk_options() -> dict[str, int]:
 
 
 def count_chunks(keys: torch.Tensor, num_bins: int) -> torch.Tensor | None:
-    """Of many keys, how many of each chunk are in each bin, as in `load_bins`: int32 [num_bins + 1, chunks]. Else None."""
+    """How many keys of each chunk are in each bin (see `load_bins`), int32 [num_bins + 1, chunks]; None for few keys."""
     if keys.numel() < MANY_KEYS:
         return None
     counts_BC = keys.new_empty((num_bins + 1, cdiv(keys.numel(), CHUNK)))

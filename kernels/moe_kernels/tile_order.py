@@ -1,4 +1,4 @@
-"""In which order the programs of a grouped GEMM take the tiles."""
+"""The order in which the programs of a grouped GEMM take the tiles."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ def tile_and_column_block(program, num_tiles, num_column_blocks, GROUP_M: tl.con
 
 @triton.jit
 def load_own_tile(num_column_blocks, tile_lane_ptr, tile_start_ptr, tile_end_ptr, GROUP_M: tl.constexpr):
-    """`load_tile` of a program in a grid of one for each tile that there may be and column block."""
+    """`load_tile` in a grid that has a program for each possible tile and each column block."""
     most_tiles = tl.num_programs(0) // num_column_blocks
     return load_tile(
         tl.program_id(0), most_tiles, num_column_blocks, tile_lane_ptr, tile_start_ptr, tile_end_ptr, GROUP_M

@@ -27,11 +27,11 @@ MODULES = {
         "expert_down_triton",
         "expert_up_tma",
         "expert_up_triton",
-        "one_token",
+        "one_token_triton",
         "replicas_triton",
         "routing_triton",
         "scan",
-        "schedule",
+        "schedule_triton",
     )
 }
 ALIGNED = ("stride_row", "stride_slot", "hidden_size", "intermediate", "num_experts")
@@ -152,7 +152,7 @@ def compile_small(arch: int) -> None:
         for extra in (0, 64):
             tiles = {"BLOCK_M": 128, "EXTRA_M": extra, "BLOCK_L": 256} | ({"chunks_ptr": None} if few else {})
             compile_small_one(
-                "schedule", "_build_schedule_kernel", {}, block | rows | tiles, arch, options["num_warps"]
+                "schedule_triton", "_build_schedule_kernel", {}, block | rows | tiles, arch, options["num_warps"]
             )
     options = chunk_options()
     chunk = {"CHUNK": options["CHUNK"]}
@@ -161,7 +161,7 @@ def compile_small(arch: int) -> None:
         compile_small_one("scan", "_count_chunks_kernel", {}, count, arch, options["num_warps"])
     for absent in ({}, one_replica_each):
         compile_small_one("replicas_triton", "_find_lanes_kernel", {}, chunk | absent, arch, options["num_warps"])
-    compile_small_one("schedule", "_place_rows_kernel", {}, chunk, arch, options["num_warps"])
+    compile_small_one("schedule_triton", "_place_rows_kernel", {}, chunk, arch, options["num_warps"])
 
 
 def compile_one_token(arch: int, dtype: torch.dtype) -> None:
@@ -178,7 +178,9 @@ def compile_one_token(arch: int, dtype: torch.dtype) -> None:
         "BLOCK_K": 8,
         "SCRATCH": 6144,
     }
-    compiled = compile_kernel("one_token", "_choice_kernel", choice, constants, arch, num_warps=1, launch_pdl=pdl)
+    compiled = compile_kernel(
+        "one_token_triton", "_choice_kernel", choice, constants, arch, num_warps=1, launch_pdl=pdl
+    )
     check_recording(compiled.asm["ptx"])
     sizes = {"HIDDEN_SIZE": 2880, "INTERMEDIATE": 768, "PDL": pdl, "SCRATCH": 6144, "EVICTION": "evict_first"}
     up = ("x_ptr", "gate_up_ptr", "scratch_ptr"), 2, {"ACTIVATION": "silu", "BLOCK_H": 1024}
@@ -190,7 +192,7 @@ def compile_one_token(arch: int, dtype: torch.dtype) -> None:
         cases.append(("_down_kernel", *long))
     for name, types, num_warps, constants in cases:
         compiled = compile_kernel(
-            "one_token",
+            "one_token_triton",
             name,
             dict.fromkeys(types, element),
             sizes | constants,

@@ -24,7 +24,8 @@ from moe_kernels import (
     select_replicas,
     topk_routing,
 )
-from moe_kernels.local_forward import _local_experts, _local_forward
+from moe_kernels.local_experts import _local_experts
+from moe_kernels.local_forward import _local_forward
 
 
 def arguments(

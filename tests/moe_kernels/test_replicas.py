@@ -10,8 +10,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from moe_kernels import GOLDEN, SHARE_BITS, LoadCounter, ReplicaTable, select_replicas
+from moe_kernels.circle import ranks_below
 from moe_kernels.replicas import _select_replicas
-from moe_kernels.replicas_triton import _ranks_below
 from moe_kernels.scan import MANY_KEYS
 
 ONE = 1 << SHARE_BITS
@@ -162,7 +162,7 @@ def test_kernel_equals_reference_for_many_tokens(device, tokens, low):
 @triton.jit
 def _ranks_below_kernel(positions_ptr, count_ptr, ranks_ptr):
     at = tl.arange(0, 8)
-    tl.store(ranks_ptr + at, _ranks_below(tl.load(positions_ptr + at), tl.load(count_ptr)))
+    tl.store(ranks_ptr + at, ranks_below(tl.load(positions_ptr + at), tl.load(count_ptr)))
 
 
 @pytest.mark.parametrize("count", [0, 1, 12345, 2**31 - 1])

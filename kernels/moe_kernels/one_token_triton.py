@@ -1,0 +1,209 @@
+"""The three kernels of a single token: choice, up, and down with combine.
+
+They have neither schedule nor tiles nor tensor cores. What counts is how soon the memory is busy, and that it stays so.
+K experts per token, E logical experts, H hidden, I intermediate, S slots, L lanes.
+"""
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+
+from moe_kernels.launch import Launcher, gdc_launch_dependents, gdc_wait
+from moe_kernels.numerics import gated, narrow, widen
+from moe_kernels.routing_triton import choose_experts
+
+_MOST_STEPS = tl.constexpr(16)  # that a program of the down projection has unrolled
+
+
+@triton.jit
+def _prefetch(pointer, num_elements):
+    """Start to load up to 32 lines of int32 into L2, if there are elements."""
+    if num_elements > 0:
+        address = pointer + tl.minimum(tl.arange(0, 32) * 32, num_elements - 1)
+        tl.inline_asm_elementwise(
+            "prefetch.global.L2 [$1]; mov.u32 $0, 0;", "=r,l", [address], dtype=tl.int32, is_pure=False, pack=1
+        )
+
+
+@triton.jit
+def _choice_in(scratch_ptr, SCRATCH: tl.constexpr):
+    """Slots and weights' bits, int32 [2, K], behind the SCRATCH elements of hidden."""
+    return (scratch_ptr + SCRATCH).to(tl.pointer_type(tl.int32), bitcast=True)
+
+
+@Launcher
+@triton.jit(
+    do_not_specialize_on_alignment=[
+        "logits_ptr", "bias_ptr", "mask_ptr", "table_lanes_ptr", "lane_to_slot_ptr", "increment_ptr", "load_ptr",
+    ],
+)  # fmt: skip
+def _choice_kernel(
+    # inputs
+    logits_ptr,
+    bias_ptr,  # None: no bias
+    mask_ptr,  # None: the token counts
+    scale,
+    table_lanes_ptr,
+    lane_to_slot_ptr,
+    increment_ptr,  # None: nothing is recorded
+    # outputs
+    load_ptr,  # added to
+    scratch_ptr,
+    # shapes
+    num_experts,
+    num_lanes,
+    SCRATCH: tl.constexpr,
+    # constants
+    TOP_K: tl.constexpr,
+    SOFTMAX: tl.constexpr,
+    RENORMALIZE: tl.constexpr,
+    PDL: tl.constexpr,
+    # tunables
+    BLOCK_E: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+):
+    """`topk_routing` of one token, and on to the slots; one warp.
+
+    Where each expert is gets read beside the choice, not after it: two reads that depend on each other take as long.
+
+    Example: logits [1, 3, 3, 2], K = 2 (renormalized softmax); experts 1 and 2 in the lanes 1 and 2, these in the slots
+    7 and 5 → slots [7, 5] and the bits of [0.5, 0.5] behind hidden, load [0, 1, 1, 0].
+    """
+    if PDL:  # see `Launcher`
+        gdc_wait()
+        gdc_launch_dependents()
+        _prefetch(lane_to_slot_ptr, num_lanes)
+    experts = tl.arange(0, BLOCK_E)
+    lanes = tl.load(table_lanes_ptr + experts, mask=experts < num_experts, other=-1)
+    slots = tl.load(lane_to_slot_ptr + lanes, mask=lanes >= 0, other=-1)
+    weights, ids = choose_experts(
+        logits_ptr, bias_ptr, 1, num_experts, scale, TOP_K, SOFTMAX, RENORMALIZE, 1, BLOCK_E, BLOCK_K
+    )
+    weights, ids = tl.reshape(weights, (BLOCK_K,)), tl.reshape(ids, (BLOCK_K,))
+    k = tl.arange(0, BLOCK_K)
+    counts = k < TOP_K
+    if mask_ptr is not None:
+        counts &= tl.load(mask_ptr) != 0
+    slot = tl.where(counts, tl.gather(slots, ids, 0), -1)
+    choice_ptr = _choice_in(scratch_ptr, SCRATCH)
+    tl.store(choice_ptr + k, slot, mask=k < TOP_K)
+    weights = tl.where(slot >= 0, weights, 0.0)
+    tl.store(choice_ptr + TOP_K + k, weights.to(tl.int32, bitcast=True), mask=k < TOP_K)
+    if increment_ptr is not None:
+        # An atomic, because another stream may run this layer at the same time. Nobody reads its result.
+        tl.atomic_add(
+            load_ptr + ids, tl.load(increment_ptr) + tl.zeros_like(ids).to(tl.int64), mask=counts, sem="relaxed"
+        )
+
+
+@Launcher
+@triton.jit
+def _up_kernel(
+    # inputs
+    x_ptr,
+    gate_up_ptr,
+    # input and output
+    scratch_ptr,
+    # shapes and strides, in elements
+    stride_slot,
+    SCRATCH: tl.constexpr,
+    HIDDEN_SIZE: tl.constexpr,
+    INTERMEDIATE: tl.constexpr,
+    # constants
+    ACTIVATION: tl.constexpr,
+    EVICTION: tl.constexpr,
+    PDL: tl.constexpr,
+    # tunables
+    BLOCK_H: tl.constexpr,
+):
+    """One element of hidden of one expert."""
+    if PDL:  # see `Launcher`
+        gdc_wait()
+        gdc_launch_dependents()
+    column, k = tl.program_id(0).to(tl.int64), tl.program_id(1)
+    slot = tl.load(_choice_in(scratch_ptr, SCRATCH) + k).to(tl.int64)
+    if slot < 0:
+        return
+    at = gate_up_ptr + slot * stride_slot + column * HIDDEN_SIZE
+    gate = tl.zeros((BLOCK_H,), dtype=tl.float32)
+    up = tl.zeros((BLOCK_H,), dtype=tl.float32)
+    for first in tl.static_range(0, HIDDEN_SIZE, BLOCK_H):
+        h = first + tl.arange(0, BLOCK_H)
+        if first + BLOCK_H <= HIDDEN_SIZE:
+            gate_weight = tl.load(at + h, eviction_policy=EVICTION)
+            up_weight = tl.load(at + INTERMEDIATE * HIDDEN_SIZE + h, eviction_policy=EVICTION)
+            x = widen(tl.load(x_ptr + h))
+        else:
+            inside = h < HIDDEN_SIZE
+            gate_weight = tl.load(at + h, mask=inside, other=0.0, eviction_policy=EVICTION)
+            up_weight = tl.load(at + INTERMEDIATE * HIDDEN_SIZE + h, mask=inside, other=0.0, eviction_policy=EVICTION)
+            x = widen(tl.load(x_ptr + h, mask=inside, other=0.0))
+        gate += widen(gate_weight) * x
+        up += widen(up_weight) * x
+    hidden = gated(tl.sum(gate, axis=0), tl.sum(up, axis=0), ACTIVATION)
+    tl.store(scratch_ptr + k * INTERMEDIATE + column, narrow(hidden, scratch_ptr.dtype.element_ty))
+
+
+@triton.jit
+def _products(
+    down_at, hidden_at, chosen, first, INTERMEDIATE: tl.constexpr, EVICTION: tl.constexpr, BLOCK_I: tl.constexpr
+):
+    i = first + tl.arange(0, BLOCK_I)[None, :]
+    inside = chosen[:, None] & (i < INTERMEDIATE)
+    down = tl.load(down_at + i, mask=inside, other=0.0, eviction_policy=EVICTION)
+    return widen(down) * widen(tl.load(hidden_at + i, mask=inside, other=0.0))
+
+
+@Launcher
+@triton.jit
+def _down_kernel(
+    # inputs
+    scratch_ptr,
+    down_ptr,
+    # outputs
+    y_ptr,
+    # shapes and strides, in elements
+    stride_slot,
+    SCRATCH: tl.constexpr,
+    HIDDEN_SIZE: tl.constexpr,
+    INTERMEDIATE: tl.constexpr,
+    TOP_K: tl.constexpr,
+    # constants
+    EVICTION: tl.constexpr,
+    PDL: tl.constexpr,
+    # tunables
+    BLOCK_K: tl.constexpr,
+    BLOCK_I: tl.constexpr,
+):
+    """One element of y, the sum over all experts in a fixed order, in float32.
+
+    With PDL the choice and the first weights are read before the wait. The choice is there, as every program of the
+    kernel before has waited for it before it let this one start; weights in a slot that a table names don't change.
+    """
+    row = tl.program_id(0).to(tl.int64)
+    k = tl.arange(0, BLOCK_K)
+    choice_ptr = _choice_in(scratch_ptr, SCRATCH)
+    # From L2: before its own wait a program may have an older line of this memory in L1.
+    slot = tl.load(choice_ptr + k, mask=k < TOP_K, other=-1, cache_modifier=".cg").to(tl.int64)
+    chosen = slot >= 0
+    at = down_ptr + (slot * stride_slot + row * INTERMEDIATE)[:, None]
+    i = tl.arange(0, BLOCK_I)[None, :]
+    inside = chosen[:, None] & (i < INTERMEDIATE)
+    down = tl.load(at + i, mask=inside, other=0.0, eviction_policy=EVICTION)
+    if PDL:  # see `Launcher`
+        gdc_wait()
+        gdc_launch_dependents()
+    hidden_at = scratch_ptr + k[:, None] * INTERMEDIATE
+    product = widen(down) * widen(tl.load(hidden_at + i, mask=inside, other=0.0))
+    # Unrolled, all loads are under way at once; but the compiler would choke on very long rows.
+    UNROLLED: tl.constexpr = min(INTERMEDIATE, _MOST_STEPS * BLOCK_I)
+    for first in tl.static_range(BLOCK_I, UNROLLED, BLOCK_I):
+        product += _products(at, hidden_at, chosen, first, INTERMEDIATE, EVICTION, BLOCK_I)
+    for first in tl.range(UNROLLED, INTERMEDIATE, BLOCK_I):
+        product += _products(at, hidden_at, chosen, first, INTERMEDIATE, EVICTION, BLOCK_I)
+    weights = tl.load(choice_ptr + TOP_K + k, mask=k < TOP_K, other=0, cache_modifier=".cg").to(
+        tl.float32, bitcast=True
+    )
+    y = tl.sum(tl.sum(product, axis=1) * weights, axis=0)
+    tl.store(y_ptr + row, narrow(y, y_ptr.dtype.element_ty))
