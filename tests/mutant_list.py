@@ -106,11 +106,11 @@ RELOCATION = (
         "pass",
         (f"{E}fill.py", f"{E}table.py", SIMULATION),
     ),
-    # A rank votes "filled" although the device has not filled.
+    # A rank votes "filled" although its transfers are not over.
     Mutant(
         "eplb/relocation/fill.py",
-        "if not self._finished.query():",
-        "if False:",
+        "if not self._batch.poll():",
+        "if self._batch.poll() is None:",
         (f"{E}fill.py", SIMULATION),
         inside="def poll(",
     ),
@@ -197,14 +197,14 @@ ROUNDS = (
         "eplb/rounds/messages.py",
         "load_NA = table[:, num_pools:].sum(axis=0).reshape(-1, num_columns)",
         "load_NA = table[:, num_pools:].max(axis=0).reshape(-1, num_columns)",
-        (f"{E}protocol.py", SIMULATION),
+        (f"{E}messages.py",),
     ),
     # A plan that was damaged on its way is used.
     Mutant(
         "eplb/rounds/messages.py",
         "if _hash(text) != expected_hash:",
         "if False:",
-        (f"{E}protocol.py",),
+        (f"{E}messages.py",),
     ),
     # An error on one rank is not enough to give a wave up.
     Mutant(
@@ -414,13 +414,8 @@ CONTROLLER = (
 )
 
 PLANNING = (
-    # A lane that this wave has filled is emptied again.
-    Mutant(
-        "eplb/planning/waves.py",
-        "lane = max(i for i, held in enumerate(lanes) if held == pair.dropped and (pair.rank, i) not in filled)",
-        "lane = max(i for i, held in enumerate(lanes) if held == pair.dropped)",
-        (f"{E}plan.py",),
-    ),
+    # A later wave reads from a lane that an earlier one has emptied.
+    Mutant("eplb/planning/waves.py", "work.live[pair.dropped].remove((pair.rank, lane))", "pass", (f"{E}plan.py",)),
     # The last copy of an expert is dropped.
     Mutant(
         "eplb/planning/waves.py",
@@ -602,7 +597,7 @@ KERNELS = (
         "kernels/moe_kernels/schedule.py",
         "if value != own:",
         "if value > own:",
-        (f"{K}schedule.py", f"{K}grouped_gemm.py"),
+        (f"{K}schedule.py",),
     ),
 )
 

@@ -200,6 +200,13 @@ def test_bits_do_not_depend_on_slots_and_lanes(make_experts, backend, num_tokens
         ("table.lane_to_slot_L", lambda a: {"lane_to_slot_L": a["table"].lane_to_slot_L.long()}),
         ("table.lanes_P", lambda a: {"lanes_P": a["table"].lanes_P[1:]}),
         ("table.offsets_E1", lambda a: {"offsets_E1": a["table"].lanes_P, "cumulative_P": a["table"].lanes_P}),
+        (
+            "table.offsets_E1",  # a right one, but of replicas
+            lambda a: {
+                "offsets_E1": torch.arange(4, dtype=torch.int32, device=a["x_TH"].device),
+                "cumulative_P": torch.full_like(a["table"].lanes_P, 2**SHARE_BITS),
+            },
+        ),
         ("load.load_E", lambda a: {"load_E": a["load"].load_E.int()}),
         ("load.increment_1", lambda a: {"increment_1": a["load"].increment_1.expand(2)}),
         ("logits_TE", lambda a: {"logits_TE": a["logits_TE"][:, 1:]}),

@@ -1,9 +1,11 @@
+from dataclasses import replace
+
 import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from moe_kernels import TileSchedule, build_schedule
+from moe_kernels import GemmConfig, TileSchedule, build_schedule
 from moe_kernels.scan import MANY_KEYS, chunk_options, count_chunks
 from moe_kernels.schedule import _build_schedule
 from moe_kernels.schedule_triton import _build_schedule_kernel, _place_rows_kernel
@@ -203,3 +205,12 @@ def test_refused(name, change):
     good = {"lanes_N": torch.zeros(3, dtype=torch.int32), "counts_L": torch.zeros(2, dtype=torch.int32), "block_m": 16}
     with pytest.raises(ValueError, match=name):
         build_schedule(**(good | change))
+
+
+@pytest.mark.parametrize("change", [{"block_m": 128}, {"block_m": 512}, {"extra_m": 0}, {"extra_m": 128}])
+def test_a_config_must_be_the_schedules(change):
+    schedule = build([0, 1], 2, block_m=256, extra_m=64)
+    config = GemmConfig(256, 128, 64, num_warps=4, num_stages=3, tma=True, extra_m=64)
+    schedule.check_config(config)
+    with pytest.raises(ValueError, match=f"config.{next(iter(change))}"):
+        schedule.check_config(replace(config, **change))
