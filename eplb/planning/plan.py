@@ -25,6 +25,9 @@ from eplb.planning.waves import LayerWork, Move, schedule_waves
 
 __all__ = ["LayerUpdate", "Move", "Plan", "PlanSummary", "Wave", "make_plan"]
 
+GAP_BETWEEN = 1e-3
+"""How near to the optimum the shares of placements between two waves are: they serve for one wave."""
+
 SHARE_TOLERANCE = 1e-6
 """Shares that differ by less than this are the same: a millionth of an expert's tokens is worth no flip."""
 
@@ -256,7 +259,7 @@ def _with_shares(
     shares = iter(())
     if between:
         layers, lanes = zip(*between, strict=True)
-        shares = iter(balanced_shares(load_LE[list(layers)], np.stack(lanes)))
+        shares = iter(balanced_shares(load_LE[list(layers)], np.stack(lanes), GAP_BETWEEN))
     waves = []
     for wave in scheduled:
         updates = []

@@ -208,12 +208,14 @@ def _choose(work: LayerWork, wave: _Wave, most_sent: int | None, busy: list[int]
         if progress or most_sent is not None:
             continue
         # 2. Exchanges.
+        adders = _adders(work, usable)
         for rank in ranks:
-            cycle = _cycle(work, rank, usable) if usable(rank) else None
+            cycle = _cycle(work, rank, adders) if usable(rank) else None
             if cycle and wave.has_bytes(work.num_bytes * len(cycle)):
                 for step in cycle:
                     take(*step)
                 progress = True
+                adders = _adders(work, usable)
     return pairs
 
 
@@ -230,7 +232,17 @@ def _best_add(work: LayerWork, rank: int, wave: _Wave, most_sent: int | None) ->
     return able[0] if able else None
 
 
-def _cycle(work: LayerWork, start: int, usable: Callable[[int], bool]) -> list[tuple[int, int, int]] | None:
+def _adders(work: LayerWork, usable: Callable[[int], bool]) -> dict[int, list[int]]:
+    """expert → the ranks that lack it and can take it in now, ascending."""
+    adders: dict[int, list[int]] = {}
+    for rank, adds in enumerate(work.adds):
+        if adds and usable(rank):
+            for expert in dict.fromkeys(adds):
+                adders.setdefault(expert, []).append(rank)
+    return adders
+
+
+def _cycle(work: LayerWork, start: int, adders: dict[int, list[int]]) -> list[tuple[int, int, int]] | None:
     """The shortest cycle through `start` of ranks each of which adds what the one before it drops; None if there is none.
 
     Returns (rank, added, dropped) of each rank on it.
@@ -240,8 +252,8 @@ def _cycle(work: LayerWork, start: int, usable: Callable[[int], bool]) -> list[t
     while queue and start not in came:
         rank = queue.popleft()
         for expert in dict.fromkeys(work.drops[rank]):
-            for other in range(len(work.adds)):
-                if other not in came and usable(other) and expert in work.adds[other]:
+            for other in adders.get(expert, ()):
+                if other not in came:
                     came[other] = (rank, expert)
                     queue.append(other)
     if start not in came:

@@ -11,7 +11,8 @@ from hypothesis import strategies as st
 from eplb.planning.balance import free_placement_bound, max_over_mean, rank_loads
 from eplb.planning.placement import Placement, count_experts
 from eplb.planning.policy import Proposal, Topology, known_policies, make_policy, register_policy
-from eplb.planning.policy.adaptive import num_moves, one_replica_shares
+from eplb.planning.policy.adaptive import num_moves
+from eplb.planning.policy.decode import expert_costs, one_replica_shares, per_batch, rank_costs
 from eplb.planning.policy.groups import split_by_node
 from eplb.planning.shares import balanced_shares
 from eplb.simulate.traces import base_load, change_load
@@ -64,7 +65,8 @@ def situations(draw):
     [
         ("adaptive", {}),
         ("adaptive", {"min_gain": 0.0, "confidence": 0.0}),
-        ("adaptive", {"objective": "activated_experts", "batch_assignments": 64}),
+        ("adaptive", {"objective": "decode", "batch_assignments": 64}),
+        ("adaptive", {"objective": "decode", "batch_assignments": 64, "token_cost": 0.2}),
         ("adaptive", {"max_moves": 3, "max_moves_per_layer": 2}),
         ("deepseek", {}),
         ("static", {}),
@@ -221,16 +223,31 @@ def test_moves_inside_a_node_are_preferred():
     assert crossing[4] < crossing[None]
 
 
-def test_activated_experts_use_one_replica_each_and_level_their_number():
+def test_decode_uses_one_replica_each_and_levels_what_is_read():
     load = base_load("zipf:0.8", 4, 64, np.random.default_rng(0))[:, None]
     live, topology = initial(4, 64, 16, 8), Topology(8)
-    policy = make_policy("adaptive", objective="activated_experts", batch_assignments=128)
-    proposal = policy.propose(load, live, topology)
+    proposal = make_policy("adaptive", objective="decode", batch_assignments=128).propose(load, live, topology)
     assert set(np.unique(proposal.shares_LWP)) == {0.0, 1.0}
     chance = -np.expm1(-load[:, 0] / load[:, 0].sum(axis=1, keepdims=True) * 128)
     activated = rank_loads(chance, proposal.physical_LWP, proposal.shares_LWP)
     before = rank_loads(chance, live, one_replica_shares(chance, live))
     assert max_over_mean(activated).mean() < 1.12 < max_over_mean(before).mean() - 0.2
+
+
+@pytest.mark.parametrize("token_cost", [0.0, 0.02, 0.1, 0.5])
+def test_decode_costs_no_more_than_if_tokens_were_levelled(token_cost):
+    load = base_load("gamma:0.5", 6, 128, np.random.default_rng(0))[:, None]
+    live, topology = initial(6, 128, 16, 8), Topology(8)
+    tokens = per_batch(load[:, 0], 512)
+    highest = {}
+    for objective in ("tokens", "decode"):
+        policy = make_policy("adaptive", objective=objective, batch_assignments=512, token_cost=token_cost)
+        proposal = policy.propose(load, live, topology)
+        costs = rank_costs(tokens, proposal.physical_LWP, proposal.shares_LWP, token_cost)
+        highest[objective] = costs.max(axis=1).mean()
+    least = expert_costs(tokens, token_cost).sum(axis=1).mean() / 8
+    assert least <= highest["decode"] <= highest["tokens"] * 1.005
+    assert highest["decode"] <= 1.12 * least
 
 
 @pytest.mark.parametrize("name", ["adaptive", "deepseek", "static"])
@@ -315,11 +332,12 @@ def test_registry():
         {"max_moves": -1},
         {"max_moves_per_layer": -2},
         {"objective": "speed"},
-        {"objective": "activated_experts"},
+        {"objective": "decode"},
+        {"token_cost": -1},
     ],
 )
 def test_bad_options_are_refused(options):
-    name = "batch_assignments" if options == {"objective": "activated_experts"} else next(iter(options))
+    name = "batch_assignments" if options == {"objective": "decode"} else next(iter(options))
     with pytest.raises(ValueError, match=name):
         make_policy("adaptive", **options)
 

@@ -14,6 +14,7 @@ import numpy as np
 from eplb.planning.balance import free_placement_bound, max_over_mean, rank_loads
 from eplb.planning.placement import count_experts
 from eplb.planning.policy.base import Proposal, Topology, check_input, register_policy
+from eplb.planning.policy.decode import decode_shares, expert_costs, per_batch
 from eplb.planning.policy.groups import regroup, split_by_node
 from eplb.planning.policy.repair import repair
 from eplb.planning.shares import balanced_shares
@@ -45,9 +46,11 @@ class AdaptivePolicy:
         confidence: with N ≥ 2 sub-windows, a layer's overload must exceed so many of its standard errors beyond what the worst
             of W equal ranks show by chance (`overload_is_significant`); 0 trusts the mean.
         max_moves, max_moves_per_layer: most experts moved in one plan, or in one layer of it; None: no limit.
-        objective: "tokens" balances tokens (compute-bound: prefill, training); "activated_experts" the number of experts that
-            a rank must read per batch (memory-bound decode), and gives each expert's tokens to one replica.
-        batch_assignments: tokens · top-k of one batch over all ranks, for "activated_experts".
+        objective: "tokens" balances tokens (compute-bound: prefill, training); "decode" what a batch costs a rank where reading
+            experts counts (`eplb.planning.policy.decode`): activated experts + `token_cost` · tokens, and splits an expert
+            only where that pays for reading it twice. Prefill and decode may run controllers of their own.
+        batch_assignments: tokens · top-k of one batch over all ranks, for "decode".
+        token_cost: what computing one token costs, in units of reading one expert, for "decode".
 
     Raises:
         ValueError: an argument out of range.
@@ -60,8 +63,9 @@ class AdaptivePolicy:
         confidence: float = 1.0,
         max_moves: int | None = None,
         max_moves_per_layer: int | None = None,
-        objective: Literal["tokens", "activated_experts"] = "tokens",
+        objective: Literal["tokens", "decode"] = "tokens",
         batch_assignments: float | None = None,
+        token_cost: float = 0.0,
     ) -> None:
         if not 0 <= min_gain < np.inf:
             raise ValueError(f"min_gain={min_gain}: must be finite and not negative")
@@ -72,12 +76,14 @@ class AdaptivePolicy:
         for name, value in (("max_moves", max_moves), ("max_moves_per_layer", max_moves_per_layer)):
             if value is not None and value < 0:
                 raise ValueError(f"{name}={value}: must not be negative")
-        if objective not in ("tokens", "activated_experts"):
-            raise ValueError(f"objective={objective!r}: must be 'tokens' or 'activated_experts'")
-        if objective == "activated_experts" and not (batch_assignments or 0) > 0:
+        if objective not in ("tokens", "decode"):
+            raise ValueError(f"objective={objective!r}: must be 'tokens' or 'decode'")
+        if objective == "decode" and not 0 < (batch_assignments or 0) < np.inf:
             raise ValueError(
-                f"batch_assignments={batch_assignments}: objective 'activated_experts' needs the tokens · top-k of a batch"
+                f"batch_assignments={batch_assignments}: objective 'decode' needs the tokens · top-k of a batch"
             )
+        if not 0 <= token_cost < np.inf:
+            raise ValueError(f"token_cost={token_cost}: must be finite and not negative")
         self.min_gain = min_gain
         self.target = min_gain * 5 / 6 if target is None else target
         self.confidence = confidence
@@ -85,13 +91,15 @@ class AdaptivePolicy:
         self.max_moves_per_layer = max_moves_per_layer
         self.objective = objective
         self.batch_assignments = batch_assignments
+        self.token_cost = token_cost
 
     def propose(self, load_LNE: np.ndarray, physical_LWP: np.ndarray, topology: Topology) -> Proposal:
         """See `eplb.planning.policy.Policy.propose`."""
         load_LNE, live_LWP = check_input(load_LNE, physical_LWP, topology)
         num_experts = load_LNE.shape[2]
-        if self.objective == "activated_experts":
-            load_LNE = expected_activations(load_LNE, self.batch_assignments or 1.0)
+        tokens_LE = per_batch(load_LNE.sum(axis=1), self.batch_assignments or 1.0)
+        if self.objective == "decode":
+            load_LNE = expert_costs(per_batch(load_LNE, self.batch_assignments or 1.0), self.token_cost)
         load_LE = load_LNE.mean(axis=1)
         if topology.num_nodes > 1 and topology.num_groups > 1 and topology.num_groups % topology.num_nodes == 0:
             base_LWP = regroup(load_LE, live_LWP, topology, self.min_gain)
@@ -102,8 +110,8 @@ class AdaptivePolicy:
             base_LWP = live_LWP
             new_LWP = self._improve(load_LNE, live_LWP, topology.node_of_rank())
         new_LWP = self._within_budget(load_LE, live_LWP, new_LWP, num_experts)
-        if self.objective == "activated_experts":
-            return Proposal(new_LWP, one_replica_shares(load_LE, new_LWP))
+        if self.objective == "decode":
+            return Proposal(new_LWP, decode_shares(tokens_LE, new_LWP, self.token_cost))
         return Proposal(new_LWP, balanced_shares(load_LE, new_LWP))
 
     def _improve(self, load_LNE: np.ndarray, live_LWP: np.ndarray, node_W: np.ndarray) -> np.ndarray:
@@ -215,37 +223,3 @@ def overload_is_significant(
     over_LW = inside(mean_LE) - np.arange(1, num_ranks + 1)
     error_LW = np.sqrt(inside(variance_LE))
     return (over_LW > np.maximum((chance_W + confidence) * error_LW, 1e-6)).any(axis=1)
-
-
-def expected_activations(load_LNE: np.ndarray, batch_assignments: float) -> np.ndarray:
-    """Chance that an expert gets any token of a batch, if tokens choose independently: 1 − exp(−its tokens per batch)."""
-    total_LN1 = load_LNE.sum(axis=2, keepdims=True)
-    return -np.expm1(-load_LNE / np.where(total_LN1 > 0, total_LN1, 1.0) * batch_assignments)
-
-
-def one_replica_shares(load_LE: np.ndarray, physical_LWP: np.ndarray) -> np.ndarray:
-    """Shares of 0 and 1 that level the rank loads: heaviest expert first, each to the least loaded of its ranks, then better
-    places as long as there are any. A split expert would be read by several ranks."""
-    shares_LWP = np.zeros(physical_LWP.shape)
-    for load_E, physical_WP, shares_WP in zip(load_LE, physical_LWP, shares_LWP, strict=True):
-        lanes: dict[int, list[tuple[int, int]]] = {}
-        for rank, experts in enumerate(physical_WP.tolist()):
-            for lane, expert in enumerate(experts):
-                lanes.setdefault(expert, []).append((rank, lane))
-        rank_load = [0.0] * len(physical_WP)
-        chosen: dict[int, tuple[int, int]] = {}
-        by_choice = sorted(lanes, key=lambda e: (len(lanes[e]) > 1, -float(load_E[e]), e))
-        for _ in range(4):
-            before = dict(chosen)
-            for expert in by_choice:
-                load = float(load_E[expert])
-                if expert in chosen:
-                    rank_load[chosen[expert][0]] -= load
-                best = min(lanes[expert], key=lambda at: (round(rank_load[at[0]], 12), at))
-                chosen[expert] = best
-                rank_load[best[0]] += load
-            if chosen == before:
-                break
-        for rank, lane in chosen.values():
-            shares_WP[rank, lane] = 1.0
-    return shares_LWP

@@ -2,7 +2,8 @@
 
 Each step solves the best shares of the layers that are still above their limit, estimates what single moves (and, where those
 promise little, exchanges of two) would take off the excess, and applies the best. A step that did not help is taken back, and
-the layer's candidates are then tried out exactly, by solving their shares, more and more of them until one helps.
+the layer's candidates are then tried out exactly, by solving their shares. A layer that is still stuck starts again from a
+placement made in one go (`pour`); a tiny one gets the best of all its placements (`exhaustive`).
 
 Shape letters as in `eplb.planning.policy.candidates`.
 """
