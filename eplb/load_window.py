@@ -45,7 +45,7 @@ class LoadWindowRecorder:
         shape = (num_samples + 1, sum(sizes))
         self._snapshots = [torch.zeros(shape, dtype=torch.int64, device=streams.device) for _ in range(2)]
         self._views = [[list(row.split(sizes)) for row in buffer] for buffer in self._snapshots]
-        self._host = torch.zeros(shape, dtype=torch.int64, pin_memory=streams.device.type == "cuda")
+        self._host = torch.zeros(shape, dtype=torch.int64, device="cpu", pin_memory=streams.device.type == "cuda")
         self._lock = threading.Lock()
         self._writing = 0
         self._begun = False  # whether the buffer being written has its first snapshot

@@ -93,7 +93,7 @@ class ResidentExperts:
         self.load_increment_1 = torch.ones(1, dtype=torch.int64, device=streams.device)
         slots = iter(pool.reserve(num_physical))
         self.lane_slots = [next(slots) if expert >= 0 else -1 for expert in placement.lanes_WS[rank].tolist()]
-        self.table.lane_to_slot_S.copy_(torch.tensor(self.lane_slots, dtype=torch.int32))
+        self.table.lane_to_slot_S.copy_(torch.tensor(self.lane_slots, dtype=torch.int32, device="cpu"))
         self.controller: Any = None
         self.quiesced: Callable[[], AbstractContextManager[None]] = nullcontext
         self._streams_seen: dict[int, StreamLike] = {}

@@ -35,7 +35,7 @@ class ExpertTable:
         self._current = torch.empty(size, dtype=torch.int32, device=device)
         self._staged = torch.empty_like(self._current)
         # Pinned where that matters, so that the upload is asynchronous; reused, as at most one version is staged.
-        self._host = torch.empty(size, dtype=torch.int32, pin_memory=device.type == "cuda")
+        self._host = torch.empty(size, dtype=torch.int32, device="cpu", pin_memory=device.type == "cuda")
         ends = (self.num_experts + 1, self.num_experts + 1 + self.num_physical)
         self.offsets_E1 = self._current[: ends[0]]
         self.lanes_P = self._current[ends[0] : ends[1]]
