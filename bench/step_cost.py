@@ -19,8 +19,9 @@ from bench.report import Report, add_device
 from bench.timing import Timing, synchronize
 from eplb import EplbConfig, EplbController, SlotPool, TensorSpec
 from eplb.planning.shares import equal_shares
-from eplb.relocation.fill import Handoff
+from eplb.relocation.handoff import Handoff
 from eplb.relocation.resident import ResidentExperts
+from eplb.relocation.versions import Version
 from eplb.streams import streams_of
 
 
@@ -92,18 +93,24 @@ def measure(options: argparse.Namespace) -> dict[str, Timing]:
                 samples[kind].append(elapsed)
         for number in range(-10, options.repeats // 10):
             handoff = _staged(layers, number + 11)
-            elapsed = _timed(lambda handoff=handoff: eplb._flip(handoff))
+            elapsed = _timed(lambda handoff=handoff: handoff.flip(streams))
             if number >= 0:
                 samples["flip"].append(elapsed)
             synchronize(device)
     return {kind: Timing.of(of_kind) for kind, of_kind in samples.items()}
 
 
-def _staged(layers: list[ResidentExperts], version: int) -> Handoff:
+def _staged(layers: list[ResidentExperts], number: int) -> Handoff:
     side = layers[0].streams.side
-    handoff = Handoff(version, layers)
+    published = []
     for layer in layers:
-        layer.table.stage(layer.table.placement, equal_shares(layer.table.placement), side)
+        old = layer.newest
+        layer.versions.grace_before(old.number)
+        version = Version(number, old.placement, equal_shares(old.placement), old.slots_S)
+        layer.table.stage(version.placement, version.shares_WS, side)
+        layer.versions.publish(version)
+        published.append((layer, version))
+    handoff = Handoff(number, published)
     handoff.staged.record(side)
     return handoff
 

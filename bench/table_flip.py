@@ -42,7 +42,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
             tables = [ExpertTable(placement, shares_WS, streams) for _ in range(num_layers)]
 
             def call(tables: list[ExpertTable] = tables) -> None:
-                flip(tables, 1, streams.current())
+                flip(tables, streams.current())
 
             synchronize(device)
             num_bytes = num_layers * 4 * (options.experts + 1 + 2 * tables[0].num_physical)

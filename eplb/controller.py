@@ -5,7 +5,7 @@ import functools
 import logging
 import threading
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
 from dataclasses import replace
 from pathlib import Path
@@ -21,11 +21,9 @@ from eplb.health import Health, Metrics
 from eplb.load_window import LoadWindowRecorder
 from eplb.planner import Planner
 from eplb.planning.policy import Topology
-from eplb.relocation.fill import Handoff
 from eplb.relocation.resident import ResidentExperts
-from eplb.relocation.table import flip
 from eplb.rounds.protocol import Work
-from eplb.streams import DeviceStreams, StreamLike
+from eplb.streams import DeviceStreams
 from eplb.worker import Clock, Worker
 from eplb.worker_thread import WorkerThread
 
@@ -176,7 +174,7 @@ class EplbController:
             communicator=communicator,
             streams=streams,
             windows=self._windows,
-            earlier=[stream.record_event() for stream in _streams_in_use(residents, streams.current())],
+            earlier=streams.gate.events(),
             clock=self._clock,
             notify=self._wake.set,
         )
@@ -264,31 +262,12 @@ class EplbController:
 
     def _adopt(self, worker: Worker) -> None:
         """Flip a published version in, if there is one."""
-        handoff = worker.take_handoff()
-        if handoff is None:
-            return
+        assert self._streams is not None
         try:
-            self._flip(handoff)
+            worker.inbox.flip(self._streams)
         except Exception as error:
             # The old tables stay in force, the slots that they name too, and the next step tries again (I6).
-            worker.give_back_handoff(handoff)
             worker.note_failure("a flip could not be enqueued", error)
-
-    def _flip(self, handoff: Handoff) -> None:
-        assert self._streams is not None
-        stream = self._streams.current()
-        _, *others = _streams_in_use(handoff.layers, stream)
-        for other in others:
-            stream.wait_event(other.record_event())
-        if handoff.staged.is_recorded():
-            handoff.staged.wait(stream, timeout=0)
-        else:  # an earlier attempt consumed it, perhaps for another stream
-            stream.wait_event(handoff.uploaded)
-        flip([layer.table for layer in handoff.layers], handoff.version, stream)
-        flipped = stream.record_event()
-        for other in others:
-            other.wait_event(flipped)
-        handoff.flipped = flipped
 
     @contextmanager
     def quiesced(self) -> Iterator[None]:
@@ -424,11 +403,3 @@ class EplbController:
 
     def __exit__(self, *exception: object) -> None:
         self.close()
-
-
-def _streams_in_use(layers: Sequence[ResidentExperts], current: StreamLike) -> list[StreamLike]:
-    """The current stream, and then all others that ran a forward of the layers."""
-    streams = [current]
-    for layer in layers:
-        streams += [seen for seen in layer.streams_seen() if seen not in streams]
-    return streams

@@ -16,9 +16,10 @@ from eplb.streams import DeviceStreams, EventLike
 class LoadWindowRecorder:
     """Takes snapshots on the main thread and brings finished windows to the host on the worker's.
 
-    A snapshot is a copy that the compute stream makes, so what it counts is what the forwards before it routed: neither
-    a late kernel nor a relocation can be attributed to the wrong window. Two sets of buffers take turns; if both are
-    taken (the worker is late), a window is skipped: to replace the unread one could go on for ever.
+    A snapshot is a copy that the compute stream makes, behind all streams that ran forwards. So it counts all that the
+    forwards before it routed: neither a late kernel nor a relocation can be attributed to a later window. (A forward
+    that another stream runs beside the snapshot counts in this window or in the next.) Two sets of buffers take turns;
+    if both are taken (the worker is late), a window is skipped: to replace the unread one could go on for ever.
 
     Args:
         layers: whose counters to record.
@@ -114,7 +115,9 @@ class LoadWindowRecorder:
 
     def _snapshot(self, sample: int) -> None:
         views = self._views[self._writing][sample]
-        self._streams.run(self._streams.current(), lambda: torch._foreach_copy_(views, self._counters))
+        stream = self._streams.current()
+        self._streams.gate.join(stream)
+        self._streams.run(stream, lambda: torch._foreach_copy_(views, self._counters))
 
     def poll(self) -> np.ndarray | None:
         """Worker thread: the next finished window, int64 ``[N, A]``, once it is on the host; None otherwise."""

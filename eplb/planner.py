@@ -1,14 +1,14 @@
-"""`Planner`: what one rank knows of all layers' placements, and the plans and the balancedness that follow from a load."""
+"""`Planner`: the plans and the balancedness that follow from a load and the layers' newest placements."""
 
 import logging
 import time
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 
 import numpy as np
 
 from eplb.planning.balance import layer_balancedness
 from eplb.planning.placement import Placement
-from eplb.planning.plan import LayerUpdate, Plan
+from eplb.planning.plan import Plan
 from eplb.planning.policy import Policy, Topology
 from eplb.planning.rebalance import LayerFacts, plan_rebalance
 from eplb.relocation.pool import SlotPool, SlotState
@@ -19,7 +19,7 @@ logger = logging.getLogger(__name__)
 
 
 class Planner:
-    """Placements and shares as they were published last, the same on all ranks; used by the worker's thread.
+    """What the layers' newest versions lead to, the same on all ranks; used by the worker's thread.
 
     Args:
         layers: all registered layers, in the same order on every rank.
@@ -27,7 +27,6 @@ class Planner:
 
     Attributes:
         pools: of the layers, each once.
-        placements: by layer.
     """
 
     def __init__(
@@ -37,6 +36,7 @@ class Planner:
         topology: Topology,
         max_bytes_in_flight: int | None,
     ) -> None:
+        self._layers = list(layers)
         self._policy = policy
         self._topology = topology
         self._max_bytes_in_flight = max_bytes_in_flight
@@ -47,8 +47,15 @@ class Planner:
             )
             for layer in layers
         ]
-        self.placements: list[Placement] = [layer.table.placement for layer in layers]
-        self._shares = [layer.table.shares_WS for layer in layers]
+
+    @property
+    def placements(self) -> list[Placement]:
+        """By layer, as published last."""
+        return [layer.newest.placement for layer in self._layers]
+
+    @property
+    def _shares(self) -> list[np.ndarray]:
+        return [layer.newest.shares_WS for layer in self._layers]
 
     def fingerprint(self) -> tuple[int, ...]:
         """Equal on ranks that registered the same layers with the same placements."""
@@ -105,9 +112,3 @@ class Planner:
         loads_E = np.split(loads.load_NA.sum(axis=0), ends[:-1])
         layers = zip(loads_E, self.placements, self._shares, strict=True)
         return float(np.mean([layer_balancedness(*layer) for layer in layers]))
-
-    def publish(self, updates: Iterable[LayerUpdate]) -> None:
-        """Take over what a wave has made of its layers."""
-        for update in updates:
-            self.placements[update.layer] = update.placement
-            self._shares[update.layer] = update.shares_WS

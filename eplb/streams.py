@@ -7,24 +7,14 @@ few things that differ between devices, so that everything that acts is written 
 import ctypes
 import functools
 from collections.abc import Callable
-from typing import Any, Protocol
+from typing import Protocol
 
 import torch
 
+from eplb.gate import EventLike, Gate, StreamLike
+
 # cuThreadExchangeStreamCaptureMode's CU_STREAM_CAPTURE_MODE_THREAD_LOCAL (CUDA driver API, "Stream Management").
 _CAPTURE_MODE_THREAD_LOCAL = 1
-
-
-class EventLike(Protocol):
-    def query(self) -> bool:
-        """True when all work recorded before the event has completed. Never blocks."""
-        ...
-
-
-class StreamLike(Protocol):
-    def record_event(self) -> Any: ...
-
-    def wait_event(self, event: Any) -> None: ...
 
 
 class DeviceStreams(Protocol):
@@ -36,6 +26,11 @@ class DeviceStreams(Protocol):
     @property
     def side(self) -> StreamLike:
         """What fills slots and stages tables."""
+        ...
+
+    @property
+    def gate(self) -> Gate:
+        """Between the forwards and the flips of all layers on the device."""
         ...
 
     def current(self) -> StreamLike:
@@ -53,8 +48,8 @@ class DeviceStreams(Protocol):
         """
         ...
 
-    def is_capturing(self) -> bool:
-        """Whether the calling thread's current stream is being captured into a CUDA graph."""
+    def is_capturing(self, stream: StreamLike | None = None) -> bool:
+        """Whether `stream`, or the calling thread's current one, is being captured into a CUDA graph."""
         ...
 
     def adopt_thread(self) -> None:
@@ -78,11 +73,12 @@ class HostStream:
 
 
 class HostStreams:
-    """`DeviceStreams` of a CPU."""
+    """`DeviceStreams` of a CPU; of "meta" too, where nothing runs."""
 
-    def __init__(self) -> None:
-        self.device = torch.device("cpu")
+    def __init__(self, device: torch.device | str = "cpu") -> None:
+        self.device = torch.device(device)
         self.side: StreamLike = HostStream()
+        self.gate = Gate(self)
 
     def current(self) -> StreamLike:
         return self.side
@@ -95,7 +91,7 @@ class HostStreams:
         with torch.inference_mode():
             work()
 
-    def is_capturing(self) -> bool:
+    def is_capturing(self, stream: StreamLike | None = None) -> bool:
         return False
 
     def adopt_thread(self) -> None:
@@ -109,6 +105,7 @@ class CudaStreams:
         self.device = device
         # High priority: a copy of a few microseconds should not queue behind a long GEMM's blocks.
         self.side: StreamLike = torch.cuda.Stream(device, priority=-1)
+        self.gate = Gate(self)
 
     def current(self) -> StreamLike:
         return torch.cuda.current_stream(self.device)
@@ -120,7 +117,10 @@ class CudaStreams:
         with torch.inference_mode(), torch.cuda.stream(stream):  # type: ignore[arg-type]
             work()
 
-    def is_capturing(self) -> bool:
+    def is_capturing(self, stream: StreamLike | None = None) -> bool:
+        if stream is not None:
+            with torch.cuda.stream(stream):  # type: ignore[arg-type]
+                return torch.cuda.is_current_stream_capturing()
         if torch.cuda.current_device() == self.device.index:  # as nearly always; the context costs 2 µs
             return torch.cuda.is_current_stream_capturing()
         with torch.cuda.device(self.device):
@@ -142,19 +142,28 @@ class CudaStreams:
 
 
 @functools.cache
-def _cuda_streams(device: torch.device) -> CudaStreams:
-    """One for all layers of a device: torch hands out few streams, and begins anew when they are used up."""
-    return CudaStreams(device)
+def _streams_of(device: torch.device) -> DeviceStreams:
+    """One for all layers of a device: they share a gate, and torch hands out few streams before it begins anew."""
+    return CudaStreams(device) if device.type == "cuda" else HostStreams(device)
 
 
 def streams_of(device: torch.device) -> DeviceStreams:
-    """The streams of `device`.
+    """The streams of `device`. Those of "meta" do nothing; a layer gets others with its memory.
 
     Raises:
-        ValueError: the device is neither a CPU nor a CUDA device.
+        ValueError: the device is neither a CPU nor a CUDA device, nor "meta".
     """
-    if device.type == "cpu":
-        return HostStreams()
-    if device.type == "cuda":
-        return _cuda_streams(device)
-    raise ValueError(f"device must be a CPU or a CUDA device, got {device}")
+    if device.type not in ("cpu", "cuda", "meta"):
+        raise ValueError(f"device must be a CPU or a CUDA device, got {device}")
+    return _streams_of(device if device.type == "cuda" else torch.device(device.type))
+
+
+__all__ = [
+    "CudaStreams",
+    "DeviceStreams",
+    "EventLike",
+    "HostStream",
+    "HostStreams",
+    "StreamLike",
+    "streams_of",
+]

@@ -16,7 +16,8 @@ from eplb.load_window import LoadWindowRecorder
 from eplb.planner import Planner
 from eplb.planning.plan import Plan
 from eplb.relocation.communicator.base import Communicator
-from eplb.relocation.fill import Handoff, WaveFill
+from eplb.relocation.fill import WaveFill
+from eplb.relocation.handoff import Handoff, Inbox
 from eplb.relocation.pool import SlotState
 from eplb.relocation.resident import ResidentExperts
 from eplb.rounds.exchange import Agreement, Exchange
@@ -92,7 +93,7 @@ class Worker:
         self._clock = clock
         self._notify = notify
         self._rank = layers[0].rank
-        version = max(layer.table.version for layer in layers)
+        version = max(layer.newest.number for layer in layers)
         recorded = [word for work, recorder in windows.items() for word in (int(work), recorder.message_words)]
         # Python's hash of integers is the same in every process.
         self._models = hash((version, *recorded, *planner.fingerprint()))
@@ -130,7 +131,7 @@ class Worker:
 
         self._lock = threading.Lock()
         self._requests = _Requests()
-        self._inbox: Handoff | None = None
+        self.inbox = Inbox()
         self._held = False
         self._said_left = False
         self.last_error: str | None = None
@@ -139,19 +140,6 @@ class Worker:
         self.health = Health("rebalancing", version, Phase.GRACE.name)
 
     # ---- the main thread's side
-
-    def take_handoff(self) -> Handoff | None:
-        """The published version that waits to be flipped, if any. The caller then sets its `flipped`."""
-        if self._inbox is None:  # unlocked on purpose: a stale answer costs one step, and every step asks
-            return None
-        with self._lock:
-            handoff, self._inbox = self._inbox, None
-            return handoff
-
-    def give_back_handoff(self, handoff: Handoff) -> None:
-        """The flip could not be enqueued: try again at the next step."""
-        with self._lock:
-            self._inbox = handoff
 
     def propose(self, work: Work) -> None:
         """Rank 0 begins `work` with all ranks as soon as nothing else is under way; other ranks leave it to it.
@@ -368,7 +356,6 @@ class Worker:
             agreed.version + 1,
             (agreed.proposal, agreed.wave),
             self._layers,
-            self._planner.placements,
             self._communicator,
             self._streams,
         )
@@ -390,7 +377,6 @@ class Worker:
         assert fill is not None and fill.version == self._agreed.version, "a rank votes only for what it has"
         handoff = fill.stage()
         fill.publish()
-        self._planner.publish(fill.updates)
         self._handoff = handoff
         self._published = fill.version
         self._published_at = self._clock()
@@ -401,8 +387,7 @@ class Worker:
             moved_bytes=self.metrics.moved_bytes + fill.num_bytes,
         )
         self._report()  # before the main thread can flip: no table is ahead of what health says
-        with self._lock:
-            self._inbox = handoff
+        self.inbox.post(handoff)
 
     def _collect_first_grace(self, earlier: Sequence[EventLike]) -> None:
         """As `_collect_grace()`, for the versions that this worker found."""
@@ -413,7 +398,7 @@ class Worker:
             for layer in self._layers:
                 layer.release_retired()
         elif all(event.query() for event in earlier) and not any(
-            layer.is_pinned_before(layer.table.version) for layer in self._layers
+            layer.is_pinned_before(layer.current.number) for layer in self._layers
         ):
             self._graced = self._published
 

@@ -90,7 +90,7 @@ def main() -> int:
     eplb = EplbController(config, process_group=group)
     eplb.register(block)
     runner, traffic = Runner(block, eplb), Traffic(rank, device)
-    before = block.mlp.resident.table.placement.compact()
+    before = block.mlp.resident.current.placement.compact()
     largest_difference = 0.0
     for step in range(STEPS):
         x_BTH = traffic.batch(step)
@@ -98,7 +98,7 @@ def main() -> int:
         with torch.inference_mode():
             largest_difference = max(largest_difference, (y_BTH - twin(x_BTH)).abs().max().item())
     health, metrics = eplb.health(), eplb.metrics()
-    after = block.mlp.resident.table.placement.compact()
+    after = block.mlp.resident.current.placement.compact()
     eplb.close()
 
     if rank == 0:

@@ -76,13 +76,22 @@ def home_of(device: torch.device) -> torch.device:
     return torch.device("cpu") if device.type == "meta" else device
 
 
+def is_autocast_enabled(x: torch.Tensor) -> bool:
+    """Whether `torch.autocast` applies to operations on `x`."""
+    if not torch.compiler.is_compiling() and not torch._C._is_any_autocast_enabled():  # quicker to ask
+        return False
+    return not x.is_meta and torch.is_autocast_enabled(x.device.type)
+
+
 def check_x(x: torch.Tensor, hidden_size: int, dtype: torch.dtype, device: torch.device) -> None:
     """Raises ValueError unless `x` is ``[..., H]`` of the layer's dtype and on its device."""
     if x.dim() == 0 or x.shape[-1] != hidden_size:
         raise ValueError(f"x must have hidden_size={hidden_size} as its last dimension, got shape {tuple(x.shape)}")
-    if device.type == "meta":
-        raise ValueError("the layer is on the meta device: give it memory with to_empty() and weights by loading first")
-    if x.device != device:
+    if x.device != device or x.is_meta:
+        if device.type == "meta":
+            raise ValueError(
+                "the layer is on the meta device: give it memory with to_empty() and weights by loading first"
+            )
         raise ValueError(f"x must be on the layer's device {device}, got {x.device}")
     if x.dtype != dtype:
         raise ValueError(f"x must have the layer's dtype {dtype}, got {x.dtype}")
@@ -102,8 +111,9 @@ def check_per_token(
     name: str, value: torch.Tensor, x: torch.Tensor, width: int, of: str, dtypes: tuple[torch.dtype, ...]
 ) -> None:
     """Raises ValueError unless `value` has `width` numbers for each token of `x`."""
-    if not isinstance(value, torch.Tensor) or value.shape != (*x.shape[:-1], width):
-        got = tuple(value.shape) if isinstance(value, torch.Tensor) else value
+    is_tensor = isinstance(value, torch.Tensor)
+    if not is_tensor or value.dim() != x.dim() or value.shape[-1] != width or value.shape[:-1] != x.shape[:-1]:
+        got = tuple(value.shape) if is_tensor else value
         raise ValueError(f"{name} must have shape {(*x.shape[:-1], width)}, one for each token and {of}, got {got!r}")
     if value.dtype not in dtypes or value.device != x.device:
         raise ValueError(

@@ -41,7 +41,8 @@ class LocalExecutor:
         if needs_grad(experts, x_TH, logits_TE):
             weights_TK, ids_TK = gate.choose(logits_TE, token_mask_T)
             return self._differentiable(experts, x_TH, ids_TK, weights_TK)
-        bias_E = gate.e_score_correction_bias if gate.rule.correction_bias else None
+        rule = gate.rule
+        bias_E = gate.e_score_correction_bias if rule.correction_bias else None
 
         def fused() -> torch.Tensor:
             return local_forward(
@@ -51,7 +52,7 @@ class LocalExecutor:
                 experts.table,
                 experts.load,
                 gate.top_k,
-                gate.rule.for_kernels,
+                rule.for_kernels,
                 bias_E=bias_E,
                 token_mask_T=token_mask_T,
                 backend=experts.backend,

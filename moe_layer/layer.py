@@ -7,7 +7,7 @@ Legend: T tokens, H hidden, E logical experts, K top-k.
 """
 
 import copy
-from typing import Any, NoReturn
+from typing import Any, NoReturn, cast
 
 import torch
 import torch.distributed as dist
@@ -25,6 +25,7 @@ from moe_layer.arguments import (
     check_per_token,
     check_x,
     home_of,
+    is_autocast_enabled,
     physical_per_rank,
     resolve_device,
     resolve_dtype,
@@ -131,19 +132,11 @@ class MoELayer(nn.Module):
         self.executor: Executor = LocalExecutor()
         if sender is not None:
             self.executor = ExpertParallelExecutor(sender)
-        self.gate: Router | None = None
-        if router is not None:
-            self.gate = Router(
-                hidden_size,
-                num_experts,
-                top_k,
-                router,
-                backend,
-                trainable=trainable,
-                device=device,
-                layer_dtype=dtype,
-                dtype=router_dtype,
-            )
+        sizes = (hidden_size, num_experts, top_k)
+        options: dict[str, Any] = {"device": device, "layer_dtype": dtype, "dtype": router_dtype}
+        gate = None if router is None else Router(*sizes, router, backend, trainable=trainable, **options)
+        self.gate: Router | None
+        self.register_module("gate", gate)
         self.experts: Experts
         if trainable:
             fixed = FixedExperts(num_experts, rank, num_ranks, home_of(device))
@@ -169,9 +162,9 @@ class MoELayer(nn.Module):
     # ---- what a controller reads
 
     @property
-    def resident(self) -> ResidentExperts | FixedExperts:
-        """Slots, table and load counters on this rank: what a controller registers."""
-        return self.experts.resident
+    def resident(self) -> ResidentExperts:
+        """Slots, table and load counters on this rank: what a controller registers. (`FixedExperts` if trainable.)"""
+        return cast(ResidentExperts, self.experts.resident)
 
     @property
     def expert_ranks(self) -> tuple[int, ...]:
@@ -262,33 +255,19 @@ class MoELayer(nn.Module):
         Raises:
             ValueError: shape, dtype or device of an argument do not fit.
         """
-        given = (token_mask, router_logits, expert_ids, expert_weights)
-        if not torch.is_autocast_enabled(x.device.type if x.device.type != "meta" else "cpu"):
-            return self._forward(x, *given)
-        device_type = x.device.type
-        dtype = self.experts.dtype
-        with torch.autocast(device_type, enabled=False):  # for router and experts alike
-            y = self._forward(x.to(dtype) if x.dtype in FLOATS else x, *given)
-        return y.to(torch.get_autocast_dtype(device_type))
-
-    def _forward(
-        self,
-        x: torch.Tensor,
-        token_mask: torch.Tensor | None,
-        router_logits: torch.Tensor | None,
-        expert_ids: torch.Tensor | None,
-        expert_weights: torch.Tensor | None,
-    ) -> torch.Tensor:
-        experts, gate = self.experts, self.gate
+        modules = self._modules  # nn.Module's attribute access takes the host longer than the checks
+        experts, gate = cast(Experts, modules["experts"]), cast(Router | None, modules["gate"])
+        if is_autocast_enabled(x):
+            return self._under_autocast(x, token_mask, router_logits, expert_ids, expert_weights)
         check_x(x, self.hidden_size, experts.dtype, experts.device)
+        x_TH, mask_T = _rows(x), None
         if token_mask is not None:
             check_mask(token_mask, x)
+            mask_T = token_mask.reshape(-1).contiguous()
+            if torch.is_grad_enabled():
+                x_TH = x_TH.masked_fill(~mask_T[:, None], 0)  # or the router's gradient would be 0 · NaN
         if experts.trainable and self.process_group is not None:
             check_ddp(experts, self.process_group)
-        x_TH = _rows(x)
-        mask_T = None if token_mask is None else token_mask.reshape(-1).contiguous()
-        if mask_T is not None and torch.is_grad_enabled():
-            x_TH = x_TH.masked_fill(~mask_T[:, None], 0)  # or the router's gradient would be 0 · NaN
         if expert_ids is not None or expert_weights is not None:
             ids_TK, weights_TK = self._given(x, mask_T, expert_ids, expert_weights)
             y_TH = self.executor.from_ids(experts, x_TH, ids_TK, weights_TK)
@@ -296,12 +275,22 @@ class MoELayer(nn.Module):
             if gate is None:
                 raise ValueError("expert_ids and expert_weights must be given, as the layer was built with router=None")
             if router_logits is None:
-                router_logits = gate(x_TH)
-                check_per_token("the gate's output", router_logits, x_TH, experts.num_experts, "expert", FLOATS)
+                logits_TE = _rows(gate(x_TH))
+                check_per_token("the gate's output", logits_TE, x_TH, experts.num_experts, "expert", FLOATS)
             else:
                 check_per_token("router_logits", router_logits, x, experts.num_experts, "expert", FLOATS)
-            y_TH = self.executor.from_logits(experts, gate, x_TH, _rows(router_logits), mask_T)
+                logits_TE = _rows(router_logits)
+            y_TH = self.executor.from_logits(experts, gate, x_TH, logits_TE, mask_T)
         return y_TH if x.dim() == 2 else y_TH.reshape(x.shape)
+
+    def _under_autocast(self, x: torch.Tensor, *given: torch.Tensor | None) -> torch.Tensor:
+        """Computed in the layer's dtype, router and experts alike; returned as `nn.Linear` would return it."""
+        mask, logits, ids, weights = given
+        dtype, device_type = self.experts.dtype, x.device.type
+        with torch.autocast(device_type, enabled=False):
+            x = x.to(dtype) if x.dtype in FLOATS else x
+            y = self.forward(x, mask, logits, expert_ids=ids, expert_weights=weights)
+        return y.to(torch.get_autocast_dtype(device_type))
 
     def _given(
         self,

@@ -49,7 +49,8 @@ class LogicalWeights:
             spec.name: torch.empty(len(wanted), *spec.shape, dtype=spec.dtype, device=device) for spec in pool.specs
         }
         views = SlotPool(pool.specs, 1, pool.device)
-        for expert, slab in self._local_slabs(wanted) if self._is_at_home(everything) else self._slabs():
+        slabs = self._local_slabs(wanted) if self._is_at_home(everything) else self._slabs()
+        for expert, slab in slabs:
             if expert in wanted:
                 views.slab(0).copy_(slab)
                 for name, tensor in result.items():
@@ -61,29 +62,28 @@ class LogicalWeights:
         resident = self._resident
         if resident.num_ranks == 1:
             return True
-        if everything or resident.controller is not None or resident.table.version != 0:
+        if everything or resident.controller is not None or resident.current.number != 0:
             return False
-        held = resident.table.placement.holds_WE() > 0
+        held = resident.current.placement.holds_WE() > 0
         return all(held[rank, list(experts)].all() for rank, experts in enumerate(self._ranges))
 
     def _local_slabs(self, wanted: Collection[int]) -> Iterator[tuple[int, torch.Tensor]]:
-        live = self._resident.live_slots()
-        for expert in wanted:
-            yield expert, self._resident.pool.slab(live[expert][0])
+        with self._resident.reading() as (live, _):
+            for expert in wanted:
+                yield expert, self._resident.pool.slab(live[expert][0])
 
     def _slabs(self) -> Iterator[tuple[int, torch.Tensor]]:
         """Every logical expert's record, in order, on every rank. Collective."""
         resident, group = self._resident, self._group
         assert group is not None
         meet(group, "state_dict()", self._timeout)
-        live, retiring = resident.live_slots(), resident.retiring_slots()
-        slots = retiring | {expert: slots[0] for expert, slots in live.items()}
-        for expert, owner in enumerate(self._owners(live, retiring)):
-            is_here = owner == resident.rank
-            # A copy: once all have heard it, a slot that was given up may be written anew.
-            slab = resident.pool.slab(slots[expert]).clone() if is_here else torch.empty_like(resident.pool.slab(0))
-            broadcast_(slab, owner, group)
-            yield expert, slab
+        with resident.reading() as (live, retiring):
+            slots = retiring | {expert: slots[0] for expert, slots in live.items()}
+            for expert, owner in enumerate(self._owners(live, retiring)):
+                is_here = owner == resident.rank
+                slab = resident.pool.slab(slots[expert]) if is_here else torch.empty_like(resident.pool.slab(0))
+                broadcast_(slab, owner, group)
+                yield expert, slab
 
     def _owners(self, live: Collection[int], retiring: Collection[int]) -> list[int]:
         """The rank that each logical expert is saved from, the lowest of those that have it; given what this one has."""

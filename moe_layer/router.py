@@ -121,8 +121,10 @@ class Router(nn.Module):
 
     def forward(self, x_TH: torch.Tensor) -> torch.Tensor:
         """The logits [T, E], in `dtype`."""
-        dtype = self.dtype or self.weight.dtype
-        return F.linear(x_TH.to(dtype), self.weight.to(dtype))
+        weight_EH = self.weight
+        dtype = self.dtype or weight_EH.dtype
+        x_TH = x_TH if x_TH.dtype == dtype else x_TH.to(dtype)
+        return F.linear(x_TH, weight_EH if weight_EH.dtype == dtype else weight_EH.to(dtype))
 
     def choose(
         self, logits_TE: torch.Tensor, token_mask_T: torch.Tensor | None = None

@@ -144,20 +144,9 @@ class SlotExperts(Experts):
         return self._resident_on(self.device)
 
     def _resident_on(self, device: torch.device) -> ResidentExperts:
-        old, streams = self.resident, streams_of(home_of(device))
-        assert isinstance(old, ResidentExperts)
+        assert isinstance(self.resident, ResidentExperts)
         pool = SlotPool(self.format.specs, self.pool.num_slots, device)
-        if self.device.type != "meta":
-            return old.copied_to(pool, streams)
-        return ResidentExperts(  # nothing has moved, and there is nothing to copy
-            num_experts=old.num_experts,
-            num_redundant_experts=old.num_redundant_experts,
-            num_shadow_slots=old.num_shadow_slots,
-            rank=old.rank,
-            num_ranks=old.num_ranks,
-            pool=pool,
-            streams=streams,
-        )
+        return self.resident.copied_to(pool, streams_of(home_of(device)))
 
     def __setattr__(self, name: str, value: Any) -> None:
         if "format" in self.__dict__ and name in {tensor.name for tensor in self.format.tensors}:

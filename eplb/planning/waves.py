@@ -118,7 +118,11 @@ def schedule_waves(
             for work, pairs in zip(remaining, picked, strict=True):
                 if not work.done:
                     pairs += _choose(work, wave, most_sent, [pair.rank for pair in pairs])
-        assert any(picked), "a wave without a move: the proof of progress does not hold"
+        if not any(picked):
+            raise RuntimeError(
+                f"a wave without a move, although layers {[work.layer for work in remaining]} have something to move: "
+                "the placements do not lead to their goals"
+            )
         waves.append(
             [
                 (work.layer, _place(work, pairs), np.array(work.lanes, dtype=np.int64), work.done)

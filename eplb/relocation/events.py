@@ -3,7 +3,7 @@
 import threading
 from typing import Any
 
-from eplb.streams import StreamLike
+from eplb.gate import StreamLike
 
 
 class CpuGpuEvent:
@@ -12,7 +12,8 @@ class CpuGpuEvent:
     A CUDA event that was not recorded yet counts as complete, so a second thread that waits for it too early waits
     for nothing. This event couples a host flag to it: `wait()` blocks the host until another thread called
     `record()`, and only then makes the stream wait for the device's part. One `record()` is consumed by one `wait()`;
-    then the event may be used again. Without a stream it works with no GPU at all.
+    then the event may be used again. A wait that raises, or with ``consume=False``, leaves the record for the next one.
+    Without a stream it works with no GPU at all.
     """
 
     def __init__(self) -> None:
@@ -42,12 +43,13 @@ class CpuGpuEvent:
         """
         self._set(None, error)
 
-    def wait(self, stream: StreamLike | None = None, timeout: float | None = None) -> None:
+    def wait(self, stream: StreamLike | None = None, timeout: float | None = None, *, consume: bool = True) -> None:
         """Block the host until the event is recorded, then make `stream` (not the host) wait for its device part.
 
         Args:
             stream: what shall wait for the device part; needed if the event was recorded on a stream.
             timeout: seconds to wait for the record; None waits for ever, 0 polls.
+            consume: False leaves the record, or the error, for another wait, of the same stream or of another one.
 
         Raises:
             TimeoutError: nothing was recorded in time. The event is as it was.
@@ -63,7 +65,8 @@ class CpuGpuEvent:
                 assert stream is not None
                 stream.wait_event(self._device_event)  # before it is forgotten: this may raise
             error = self._error
-            self._recorded, self._device_event, self._error = False, None, None
+            if consume:
+                self._recorded, self._device_event, self._error = False, None, None
         if error is not None:
             raise error
 

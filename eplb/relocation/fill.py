@@ -1,46 +1,19 @@
-"""`WaveFill`: one wave on one rank, from taking its slots to freeing those it replaced."""
+"""`WaveFill`: one wave on one rank, from taking its slots to grace over the versions before it."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field
-from typing import Any
 
-from eplb.planning.placement import Placement
+from eplb.gate import EventLike
 from eplb.planning.plan import LayerUpdate, Wave
 from eplb.relocation.communicator.base import Communicator, Transfer, TransferBatch
-from eplb.relocation.events import CpuGpuEvent
-from eplb.relocation.pool import SlotPool
+from eplb.relocation.handoff import Handoff
+from eplb.relocation.pool import SlotHold, SlotPool
 from eplb.relocation.resident import ResidentExperts
-from eplb.streams import DeviceStreams, EventLike
-
-
-@dataclass(eq=False)
-class Handoff:
-    """A published version on its way to the main thread.
-
-    Attributes:
-        version: what the tables' version becomes.
-        layers: whose tables to flip.
-        staged: recorded on the side stream behind the upload of the tables; one wait consumes it.
-        uploaded: the side stream's event for it, for a flip that has to be tried again.
-        flipped: the compute stream's event behind the flip, once the main thread has enqueued it.
-    """
-
-    version: int
-    layers: list[ResidentExperts]
-    staged: CpuGpuEvent = field(default_factory=CpuGpuEvent)
-    uploaded: Any = None
-    flipped: Any = None
-
-
-@dataclass(frozen=True)
-class _Target:
-    layer: ResidentExperts
-    lane: int
-    slot: int
+from eplb.relocation.versions import Version
+from eplb.streams import DeviceStreams
 
 
 class WaveFill:
-    """Takes the slots and buffers of a wave, fills, publishes and releases them.
+    """Takes the slots and buffers of a wave, fills the slots, and makes the layers' next versions of them.
 
     Making one either succeeds or leaves everything as it was.
 
@@ -49,10 +22,9 @@ class WaveFill:
         version: that it will be published as.
         attempt: proposal and wave index; unlike the version, no other wave has them.
         layers: all registered layers; the wave's updates name them by index.
-        placements: the newest published placement of each.
 
     Raises:
-        RuntimeError: no slot is free for a move.
+        NoFreeSlot: no slot is free for a move now.
         ValueError: the wave does not fit what is published.
     """
 
@@ -62,7 +34,6 @@ class WaveFill:
         version: int,
         attempt: tuple[int, int],
         layers: Sequence[ResidentExperts],
-        placements: Sequence[Placement],
         communicator: Communicator,
         streams: DeviceStreams,
     ) -> None:
@@ -70,58 +41,59 @@ class WaveFill:
         self.attempt = attempt
         self.is_filled = False
         self.updates: tuple[LayerUpdate, ...] = wave.updates
-        self._layers = layers
         self._streams = streams
-        self._old = [placements[update.layer] for update in wave.updates]
-        self._targets: list[_Target] = []
-        self._sources: list[tuple[SlotPool, int]] = []
+        self._holds: dict[SlotPool, SlotHold] = {}
         self._finished: EventLike | None = None
         self._agreed_to_start = False
         self._started = False
-        self._reading = False
         self._abandoned = False
         self.num_moves = 0
         self.num_bytes = 0
         try:
-            transfers = [
-                transfer
-                for update, old in zip(self.updates, self._old, strict=True)
-                for transfer in self._transfers(update, old)
+            transfers: list[Transfer] = []
+            self._versions = [
+                (layers[update.layer], self._next_version(update, layers[update.layer], transfers))
+                for update in self.updates
             ]
             self._batch: TransferBatch = communicator.prepare(transfers)
-            for layer, lane, slot in ((target.layer, target.lane, target.slot) for target in self._targets):
-                layer.table.map_lane(lane, slot, streams.side)
-                layer.lane_slots[lane] = slot
+            for layer, new in self._versions:
+                for lane, (before, slot) in enumerate(zip(layer.newest.slots_S, new.slots_S, strict=True)):
+                    if slot not in (before, -1):
+                        layer.table.map_lane(lane, slot, streams.side)
         except BaseException:
-            self._give_back_targets()
+            self._end_holds()
             raise
-        for pool, slot in self._sources:
-            pool.begin_read([slot])
-        self._reading = True
 
-    def _transfers(self, update: LayerUpdate, old: Placement) -> list[Transfer]:
-        layer = self._layers[update.layer]
-        transfers = []
+    def _next_version(self, update: LayerUpdate, layer: ResidentExperts, transfers: list[Transfer]) -> Version:
+        old, slots = layer.newest, list(layer.newest.slots_S)
+        hold = self._holds.get(layer.pool)
+        if hold is None:
+            hold = self._holds[layer.pool] = layer.pool.hold()
         for move in update.moves:
-            if old.lanes_WS[move.src_rank, move.src_lane] != move.expert:
+            if old.placement.lanes_WS[move.src_rank, move.src_lane] != move.expert:
                 raise ValueError(f"{move} of layer {update.layer} reads a lane that does not hold the expert")
-            if old.lanes_WS[move.dst_rank, move.dst_lane] != -1:
+            if any(one.placement.lanes_WS[move.dst_rank, move.dst_lane] != -1 for one in layer.versions.ungraced):
                 raise ValueError(f"{move} of layer {update.layer} writes a lane that a table names")
             self.num_moves += 1
             self.num_bytes += layer.pool.slot_bytes
             source = target = None
             if move.src_rank == layer.rank:
-                slot = layer.lane_slots[move.src_lane]
-                self._sources.append((layer.pool, slot))
-                source = layer.pool.slab(slot)
+                hold.read(old.slots_S[move.src_lane])
+                source = layer.pool.slab(old.slots_S[move.src_lane])
             if move.dst_rank == layer.rank:
-                slot = layer.pool.allocate()
-                self._targets.append(_Target(layer, move.dst_lane, slot))
-                target = layer.pool.slab(slot)
+                slots[move.dst_lane] = hold.take()
+                target = layer.pool.slab(slots[move.dst_lane])
             if source is not None or target is not None:
                 peer = move.src_rank if source is None else move.dst_rank
                 transfers.append(Transfer(source, target, peer))
-        return transfers
+        if layer.pool.has_dropped_layers:
+            layer.pool.has_dropped_layers = False
+            self._streams.gate.join(self._streams.side)
+        held = update.placement.lanes_WS[layer.rank].tolist()
+        slots_S = tuple(slot if expert >= 0 else -1 for expert, slot in zip(held, slots, strict=True))
+        if any(expert >= 0 > slot for expert, slot in zip(held, slots_S, strict=True)):
+            raise ValueError(f"the placement of layer {update.layer} names a lane that no move fills")
+        return Version(self.version, update.placement, update.shares_WS, slots_S)
 
     def agree_to_start(self) -> None:
         """Every rank has prepared the wave: from here on this rank owes the others its part in the transfers."""
@@ -145,38 +117,33 @@ class WaveFill:
             self._finished = self._streams.side.record_event()
         if not self._finished.query():
             return False
-        self._end_reads()
         self.is_filled = True
         return True
 
     def stage(self) -> Handoff:
         """Upload the new tables beside the current ones. May be called again if it raised."""
-        handoff = Handoff(self.version, [self._layers[update.layer] for update in self.updates])
-        for update, layer in zip(self.updates, handoff.layers, strict=True):
-            layer.table.stage(update.placement, update.shares_WS, self._streams.side)
-        handoff.uploaded = self._streams.side.record_event()
+        handoff = Handoff(self.version, self._versions)
+        for layer, new in self._versions:
+            layer.table.stage(new.placement, new.shares_WS, self._streams.side)
         handoff.staged.record(self._streams.side)
         return handoff
 
     def publish(self) -> None:
-        """The wave's slots are live from now on, and those that the new tables drop are retiring."""
-        for target in self._targets:
-            target.layer.pool.publish([target.slot])
-        for layer, lane in self._dropped():
-            layer.pool.retire([layer.lane_slots[lane]])
+        """From now on the layers' newest versions name the wave's slots; the transfers are over."""
+        for layer, new in self._versions:
+            layer.versions.publish(new)
+        self._end_holds()
 
     def release(self) -> None:
-        """Grace is over on all ranks: the dropped slots are free."""
-        for layer, lane in self._dropped():
-            layer.pool.release([layer.lane_slots[lane]])
-            layer.lane_slots[lane] = -1
+        """Grace is over on all ranks: nothing older is in use."""
+        for layer, new in self._versions:
+            layer.versions.grace_before(new.number)
 
     def abandon(self) -> None:
         """The wave is given up before it was published: nobody may use its slots until `bury()` says so."""
         self._abandoned = True
-        self._forget_lanes()
-        for target in self._targets:
-            target.layer.pool.quarantine([target.slot])
+        for hold in self._holds.values():
+            hold.is_abandoned = True
 
     def bury(self) -> bool:
         """Free the slots of an abandoned wave if nothing can touch them any more; whether that is so."""
@@ -187,32 +154,9 @@ class WaveFill:
             self._finished = self._streams.side.record_event()
         if not self._finished.query():
             return False
-        self._end_reads()
-        self._give_back_targets()
+        self._end_holds()
         return True
 
-    def _dropped(self) -> list[tuple[ResidentExperts, int]]:
-        dropped = []
-        for update, old in zip(self.updates, self._old, strict=True):
-            layer = self._layers[update.layer]
-            before, after = old.lanes_WS[layer.rank], update.placement.lanes_WS[layer.rank]
-            dropped += [(layer, lane) for lane in range(layer.num_lanes) if before[lane] >= 0 and after[lane] < 0]
-        return dropped
-
-    def _end_reads(self) -> None:
-        if self._reading:
-            self._reading = False
-            for pool, slot in self._sources:
-                pool.end_read([slot])
-
-    def _give_back_targets(self) -> None:
-        self._forget_lanes()
-        for target in self._targets:
-            target.layer.pool.release([target.slot])
-        self._targets = []
-
-    def _forget_lanes(self) -> None:
-        """The lanes are empty again; those that a newer wave has taken by now are its own."""
-        for target in self._targets:
-            if target.layer.lane_slots[target.lane] == target.slot:
-                target.layer.lane_slots[target.lane] = -1
+    def _end_holds(self) -> None:
+        for hold in self._holds.values():
+            hold.end()

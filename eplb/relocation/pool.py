@@ -1,12 +1,17 @@
-"""The slots of one rank: where physical experts live."""
+"""The slots of one rank: where physical experts live, and which of them are free (I1, I4)."""
 
 import enum
 import math
 import threading
-from collections.abc import Iterable, Sequence
+import weakref
+from collections.abc import Sequence
 from dataclasses import dataclass
 
+import numpy as np
 import torch
+
+from eplb.planning.placement import Placement
+from eplb.relocation.versions import Version, Versions
 
 # Every tensor of a slot, and every slot, starts at a multiple of this many bytes. 256 covers TMA's 16 and 128, and keeps
 # the alignment of an expert's weights the same in all slots, on which the bits of a CPU's matrix product may depend.
@@ -27,7 +32,11 @@ class TensorSpec:
 
 
 class SlotState(enum.Enum):
-    """What a slot is at the moment; the *shadow* slots of the glossary are the first two."""
+    """What a slot is at the moment; follows from versions and transfers.
+
+    Live: the newest version of a layer names it. Retiring: only older ones do. Filling: a transfer writes it.
+    Quarantined: nothing names it, but a transfer that was given up may write it, or one may read it.
+    """
 
     FREE = "free"
     FILLING = "filling"
@@ -36,15 +45,62 @@ class SlotState(enum.Enum):
     QUARANTINED = "quarantined"
 
 
+class NoFreeSlot(RuntimeError):  # noqa: N818 - a wait for slots, not an error of the program
+    """A wave needs a slot, and none is free now. Those of retiring versions and pending transfers will be."""
+
+
+class SlotHold:
+    """The slots that one transfer reads and writes: none of them is free until `end()`.
+
+    Attributes:
+        is_abandoned: the transfer was given up, but may still write.
+    """
+
+    def __init__(self, pool: "SlotPool") -> None:
+        self._pool = pool
+        self.reads: list[int] = []
+        self.writes: list[int] = []
+        self.is_abandoned = False
+
+    def read(self, slot: int) -> None:
+        """The transfer will read `slot`, which a version names now."""
+        with self._pool._lock:
+            self.reads.append(slot)
+
+    def take(self) -> int:
+        """Take a free slot to write it. The lowest one, so that runs repeat.
+
+        Raises:
+            NoFreeSlot: there is none.
+        """
+        pool = self._pool
+        with pool._lock:
+            free = pool._free()
+            if not free:
+                raise NoFreeSlot(f"no free slot among {pool.num_slots}: {pool._census()}")
+            self.writes.append(free[0])
+            return free[0]
+
+    def end(self) -> None:
+        """The transfer touches nothing any more. A second call does nothing."""
+        with self._pool._lock:
+            if self in self._pool._holds:
+                self._pool._holds.remove(self)
+
+
 class SlotPool:
     """`num_slots` slabs of bytes on one device, each holding everything that belongs to one expert.
 
     One expert is one contiguous slab: its tensors cannot be separated by a move (I4), and a move is one copy.
-    Layers whose experts have the same tensors may share a pool, and with it the free slots.
+    Layers whose experts have the same tensors may share a pool, and with it the free slots. The pool knows its layers
+    weakly: those that are dropped give their slots back.
+
+    On the device "meta" it has no memory; `ResidentExperts.copied_to()` gives a layer that of another pool.
 
     Attributes:
         slab_SB: the memory, uint8 ``[num_slots, slot_bytes]``. Its address never changes.
         tensors: by name, a view ``[num_slots, *shape]`` of the slab; dense inside a slot, padded between slots.
+        has_dropped_layers: forwards of layers that are gone may still read slots that are free, on their own streams.
     """
 
     def __init__(self, specs: Sequence[TensorSpec], num_slots: int, device: torch.device | str = "cpu") -> None:
@@ -59,7 +115,7 @@ class SlotPool:
         self.specs = tuple(specs)
         self.num_slots = num_slots
         self.slot_bytes = sum(_aligned(spec.num_bytes) for spec in specs)
-        self.slab_SB = torch.empty(num_slots, self.slot_bytes, dtype=torch.uint8, device=device)
+        self.slab_SB = torch.zeros(num_slots, self.slot_bytes, dtype=torch.uint8, device=device)
         self.tensors: dict[str, torch.Tensor] = {}
         offset = 0
         for spec in specs:
@@ -71,10 +127,10 @@ class SlotPool:
                 offset // spec.dtype.itemsize,
             )
             offset += _aligned(spec.num_bytes)
+        self.has_dropped_layers = False
         self._lock = threading.Lock()
-        self._states = [SlotState.FREE] * num_slots
-        self._readers = [0] * num_slots
-        self._release_after_read = [False] * num_slots
+        self._layers: list[weakref.ref[Versions]] = []
+        self._holds: list[SlotHold] = []
 
     @property
     def device(self) -> torch.device:
@@ -84,93 +140,80 @@ class SlotPool:
         """All bytes of one slot, uint8 ``[slot_bytes]``: what a move copies."""
         return self.slab_SB[slot]
 
-    def state(self, slot: int) -> SlotState:
+    # ---- who has which slot
+
+    def place(self, placement: Placement, shares_WS: np.ndarray, rank: int) -> Versions:
+        """Give a layer slots for its first version; they are free again when what is returned is freed.
+
+        Raises:
+            ValueError: too few slots are free. Nothing was taken.
+        """
+        lanes = placement.lanes_WS[rank].tolist()
+        needed = sum(expert >= 0 for expert in lanes)
         with self._lock:
-            return self._states[slot]
+            free = self._free()
+            if len(free) < needed:
+                raise ValueError(f"pool has {len(free)} free slots of {self.num_slots}, but {needed} are needed")
+            slots = iter(free)
+            first = Version(0, placement, shares_WS, tuple(next(slots) if expert >= 0 else -1 for expert in lanes))
+            versions = Versions(first)
+            self._layers.append(weakref.ref(versions))
+            return versions
+
+    def hold(self, versions: Versions | None = None) -> SlotHold:
+        """For one transfer, which then says what it reads and writes; with `versions`, it reads all that they name."""
+        hold = SlotHold(self)
+        with self._lock:
+            if versions is not None:
+                hold.reads = [slot for version in versions.ungraced for slot in version.slots_S if slot >= 0]
+            self._holds.append(hold)
+        return hold
 
     def count(self, state: SlotState) -> int:
         """How many slots are in `state`."""
+        return self.states().count(state)
+
+    def state(self, slot: int) -> SlotState:
+        return self.states()[slot]
+
+    def states(self) -> list[SlotState]:
+        """Of all slots."""
         with self._lock:
-            return self._states.count(state)
+            return self._states()
 
-    def allocate(self) -> int:
-        """Take a free slot to fill it. The lowest one, so that runs repeat.
+    def _versions(self) -> list[Versions]:
+        layers = [(one, one()) for one in self._layers]
+        alive = [versions for _, versions in layers if versions is not None]
+        if len(alive) < len(layers):
+            self._layers = [one for one, versions in layers if versions is not None]
+            self.has_dropped_layers = True
+        return alive
 
-        Raises:
-            RuntimeError: no slot is free.
-        """
-        with self._lock:
-            if SlotState.FREE not in self._states:
-                raise RuntimeError(f"no free slot among {self.num_slots}: {self._census()}")
-            slot = self._states.index(SlotState.FREE)
-            self._states[slot] = SlotState.FILLING
-            return slot
+    def _free(self) -> list[int]:
+        """I1: a slot is free if and only if no version of any layer names it and no transfer touches it."""
+        taken = {slot for layer in self._versions() for version in layer.ungraced for slot in version.slots_S}
+        taken |= {slot for hold in self._holds for slot in (*hold.reads, *hold.writes)}
+        return [slot for slot in range(self.num_slots) if slot not in taken]
 
-    def reserve(self, num_slots: int) -> list[int]:
-        """Take `num_slots` slots for a layer's first placement; they are live at once.
-
-        Raises:
-            ValueError: fewer slots are free. Nothing was taken.
-        """
-        with self._lock:
-            free = [slot for slot, state in enumerate(self._states) if state is SlotState.FREE]
-            if len(free) < num_slots:
-                raise ValueError(f"pool has {len(free)} free slots of {self.num_slots}, but {num_slots} are needed")
-            for slot in free[:num_slots]:
-                self._states[slot] = SlotState.LIVE
-            return free[:num_slots]
-
-    def publish(self, slots: Iterable[int]) -> None:
-        """Filled slots become live: a table that names them was published."""
-        self._move(slots, (SlotState.FILLING,), SlotState.LIVE)
-
-    def retire(self, slots: Iterable[int]) -> None:
-        """Live slots that the newest table names no more; older tables still may."""
-        self._move(slots, (SlotState.LIVE,), SlotState.RETIRING)
-
-    def quarantine(self, slots: Iterable[int]) -> None:
-        """Slots that a transfer given up may still write."""
-        self._move(slots, (SlotState.FILLING,), SlotState.QUARANTINED)
-
-    def release(self, slots: Iterable[int]) -> None:
-        """Slots that nobody can name or write any more become free; one that is still read does so after its last reader."""
-        taken = (SlotState.FILLING, SlotState.RETIRING, SlotState.QUARANTINED)
-        with self._lock:
-            for slot in slots:
-                self._check(slot, taken, SlotState.FREE)
-                if self._readers[slot]:
-                    self._states[slot] = SlotState.QUARANTINED
-                    self._release_after_read[slot] = True
-                else:
-                    self._states[slot] = SlotState.FREE
-
-    def begin_read(self, slots: Iterable[int]) -> None:
-        """A transfer starts to read these slots: until `end_read` they are not written, whoever releases them."""
-        with self._lock:
-            for slot in slots:
-                self._readers[slot] += 1
-
-    def end_read(self, slots: Iterable[int]) -> None:
-        with self._lock:
-            for slot in slots:
-                assert self._readers[slot] > 0, f"slot {slot} has no reader"
-                self._readers[slot] -= 1
-                if self._readers[slot] == 0 and self._release_after_read[slot]:
-                    self._release_after_read[slot] = False
-                    self._states[slot] = SlotState.FREE
-
-    def _move(self, slots: Iterable[int], sources: tuple[SlotState, ...], target: SlotState) -> None:
-        with self._lock:
-            for slot in slots:
-                self._check(slot, sources, target)
-                self._states[slot] = target
-
-    def _check(self, slot: int, sources: tuple[SlotState, ...], target: SlotState) -> None:
-        state = self._states[slot]
-        assert state in sources, f"slot {slot} cannot go from {state.value} to {target.value}"
+    def _states(self) -> list[SlotState]:
+        """What `_free()` says, and why; for those who look on."""
+        states = [SlotState.QUARANTINED] * self.num_slots
+        for slot in self._free():
+            states[slot] = SlotState.FREE
+        for hold in self._holds:
+            for slot in hold.writes:
+                states[slot] = SlotState.QUARANTINED if hold.is_abandoned else SlotState.FILLING
+        lists = [layer.ungraced for layer in self._versions()]
+        for state, versions in ((SlotState.RETIRING, sum(lists, ())), (SlotState.LIVE, [one[-1] for one in lists])):
+            for version in versions:
+                for slot in version.slots_S:
+                    if slot >= 0:
+                        states[slot] = state
+        return states
 
     def _census(self) -> dict[str, int]:
-        return {state.value: self._states.count(state) for state in SlotState if state in self._states}
+        states = self._states()
+        return {state.value: states.count(state) for state in SlotState if state in states}
 
 
 def _aligned(num_bytes: int) -> int:

@@ -21,9 +21,6 @@ class ExpertTable:
     Attributes:
         lane_to_slot_S: int32 ``[S]``, for rows that this rank *receives*: the pool's slot of each of its own lanes. An
             entry is written at the fill, before any table names the lane, and so never while a kernel can read it.
-        version: the version that `flip()` made current last.
-        placement, shares_WS: of that version, on the host.
-        previous: the placement of the version before.
     """
 
     def __init__(self, placement: Placement, shares_WS: np.ndarray, streams: DeviceStreams) -> None:
@@ -44,19 +41,10 @@ class ExpertTable:
         # `.data`: the same memory with a version counter of its own. Autograd keeps it for a backward, and an entry that
         # is written meanwhile is one that no pending backward reads (I1, I3).
         self.lane_to_slot_S = self._lane_to_slot.data
-        self.version = 0
-        self.placement, self.shares_WS = placement, shares_WS
-        self.previous = placement
-        self._next = placement, shares_WS
         self._write_host(placement, shares_WS)
         self._staged.copy_(self._host)
         # As `flip()` does it: the first use of a CUDA kernel loads it, which waits for the device.
         torch._foreach_copy_([self._current], [self._staged])
-
-    def copy_from(self, other: "ExpertTable") -> None:
-        """Make the current version what `other`'s is: replicas and shares."""
-        self._current.copy_(other._current)
-        self.placement, self.shares_WS = other.placement, other.shares_WS
 
     def map_lane(self, lane: int, slot: int, stream: StreamLike) -> None:
         """Enqueue on `stream`: rows sent to `lane` of this rank will find their weights in `slot`."""
@@ -68,7 +56,6 @@ class ExpertTable:
         The caller must know that the last flip has completed (grace says so): the staging buffers are its source.
         """
         self._write_host(placement, shares_WS)
-        self._next = placement, shares_WS
         self._streams.run(stream, lambda: self._staged.copy_(self._host, non_blocking=True))
 
     def _write_host(self, placement: Placement, shares_WS: np.ndarray) -> None:
@@ -81,8 +68,8 @@ class ExpertTable:
         self._host.numpy()[:] = np.concatenate([offsets, lanes, cumulative_shares(placement, shares_WS)])
 
 
-def flip(tables: list[ExpertTable], version: int, stream: StreamLike) -> None:
-    """Enqueue on `stream` the one small write that makes what was staged in each of `tables` current, as `version`.
+def flip(tables: list[ExpertTable], stream: StreamLike) -> None:
+    """Enqueue on `stream` the one small write that makes what was staged in each of `tables` current.
 
     Kernels enqueued before it see the old tables from end to end, kernels after it the new ones (I3).
     """
@@ -90,6 +77,3 @@ def flip(tables: list[ExpertTable], version: int, stream: StreamLike) -> None:
         return
     current, staged = [table._current for table in tables], [table._staged for table in tables]
     tables[0]._streams.run(stream, lambda: torch._foreach_copy_(current, staged))
-    for table in tables:
-        table.version, table.previous = version, table.placement
-        table.placement, table.shares_WS = table._next

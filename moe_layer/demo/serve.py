@@ -182,10 +182,10 @@ def serve(rank: int, setup: Setup, init_method: str, notify: Callable[[int], Non
 def _one_step(runner: Runner, twin: Stack, ids: torch.Tensor, device: torch.device, recording: Recording) -> None:
     eplb = runner.eplb
     before, phase_before = eplb.metrics(), eplb.health().phase
-    versions = [layer.resident.table.version for layer in runner.model.moe_layers]
+    versions = [layer.resident.current.number for layer in runner.model.moe_layers]
     moving, moving_ms = _timed(lambda: runner.run(ids), device)
     flips = sum(
-        layer.resident.table.version != version
+        layer.resident.current.number != version
         for layer, version in zip(runner.model.moe_layers, versions, strict=True)
     )
     filling = "FILL" in (phase_before, eplb.health().phase) or eplb.metrics().waves != before.waves

@@ -5,14 +5,17 @@ from __future__ import annotations
 import random
 from collections import deque
 from collections.abc import Callable, Iterable, Sequence
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
+from torch import nn
 
 from eplb.config import EplbConfig
 from eplb.controller import EplbController
+from eplb.gate import Gate
 from eplb.relocation.communicator import Communicator, Transfer, TransferBatch
+from eplb.relocation.resident import ResidentExperts
 from eplb.streams import DeviceStreams
 from eplb.worker import Worker
 
@@ -57,29 +60,41 @@ class SimStream:
 
 
 class SimStreams:
-    """`DeviceStreams` of one simulated rank."""
+    """`DeviceStreams` of one simulated rank: a side stream, and as many compute streams as forwards use.
 
-    def __init__(self, faults: Faults) -> None:
+    Attributes:
+        computes: by number; 0 is the one that runs first.
+        now: the number of the current one.
+    """
+
+    def __init__(self, faults: Faults, num_computes: int = 3) -> None:
         self.device = torch.device("cpu")
         self.side = SimStream()
-        self.compute = SimStream()
+        self.computes = [SimStream() for _ in range(num_computes)]
+        self.now = 0
         self._faults = faults
+        self.gate = Gate(self)
 
     def current(self) -> SimStream:
-        return self.compute
+        return self.computes[self.now]
 
     def current_handle(self) -> int:
-        return 0
+        return self.now
 
     def run(self, stream: SimStream, work: Callable[[], object]) -> None:
         self._faults.maybe("streams.run")
         stream.enqueue(work)
 
-    def is_capturing(self) -> bool:
+    def is_capturing(self, stream: SimStream | None = None) -> bool:
         return False
 
     def adopt_thread(self) -> None:
         raise AssertionError("the simulation has no threads")
+
+    def drain(self) -> None:
+        """Until no stream can go on."""
+        while any([stream.advance() for stream in (self.side, *self.computes)]):
+            pass
 
 
 class Faults:
@@ -95,6 +110,26 @@ class Faults:
         if self.armed and self._rng.random() < self.probability:
             self.thrown[point] = self.thrown.get(point, 0) + 1
             raise SimulatedFaultError(point)
+
+
+class SimLayer(nn.Module):
+    def __init__(self, resident: ResidentExperts) -> None:
+        super().__init__()
+        self.resident = resident
+        self.dispatch_backend = "gloo"
+        self.expert_ranks = tuple(range(resident.num_ranks))
+
+    def why_not_relocatable(self) -> str | None:
+        return None
+
+
+class FaultyPolicy:
+    def __init__(self, policy: Any, faults: Faults) -> None:
+        self._policy, self._faults = policy, faults
+
+    def propose(self, *arguments: Any) -> Any:
+        self._faults.maybe("policy.propose")
+        return self._policy.propose(*arguments)
 
 
 class SimBus:
@@ -295,7 +330,7 @@ class SimLock:
         pass
 
     def __exit__(self, *exception: object) -> None:
-        waiting = self._worker._inbox
+        waiting = self._worker.inbox.waiting
         assert waiting is None or self._worker.health.version >= waiting.version, "tables could be ahead of health()"
 
 

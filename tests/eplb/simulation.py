@@ -1,8 +1,10 @@
 """Several ranks in one process: the real controller, worker, pool and table code over simulated streams, rounds and transfers.
 
 A seed decides every interleaving: which rank's worker ticks, whose main thread steps, which stream runs its next item,
-which bytes of which transfer arrive, who hears a round first, and where an exception strikes. Each forward is checked
-while it "runs": a row that reaches a lane must find its own expert's bytes in the slot.
+which bytes of which transfer arrive, who hears a round first, and where an exception strikes. Forwards run on several
+streams of a rank, one of which appears late. Some are a second thread's: they choose their replicas, and enqueue the rest
+after other forwards and steps of the main thread. Each forward is checked while it "runs": a row that reaches a lane must
+find its own expert's bytes in the slot.
 
 Shape letters as in docs/design.md: E logical experts, S lanes of a rank, W ranks.
 """
@@ -16,29 +18,10 @@ import torch
 from torch import nn
 
 from eplb.config import EplbConfig
+from eplb.relocation.pins import Pin
 from eplb.relocation.pool import SlotPool, SlotState, TensorSpec
 from eplb.relocation.resident import ResidentExperts
-from tests.eplb.simulated import Faults, SimBus, SimController, SimStreams, SimTransport
-
-
-class SimLayer(nn.Module):
-    def __init__(self, resident: ResidentExperts) -> None:
-        super().__init__()
-        self.resident = resident
-        self.dispatch_backend = "gloo"
-        self.expert_ranks = tuple(range(resident.num_ranks))
-
-    def why_not_relocatable(self) -> str | None:
-        return None
-
-
-class FaultyPolicy:
-    def __init__(self, policy: Any, faults: Faults) -> None:
-        self._policy, self._faults = policy, faults
-
-    def propose(self, *arguments: Any) -> Any:
-        self._faults.maybe("policy.propose")
-        return self._policy.propose(*arguments)
+from tests.eplb.simulated import Faults, FaultyPolicy, SimBus, SimController, SimLayer, SimStreams, SimTransport
 
 
 class Rank:
@@ -87,6 +70,8 @@ class Rank:
         self._world = world
         self.controller = self._new_controller()
         self.forwards = 0
+        # Of the second thread's forwards: before which forward it goes on, and what it has still to enqueue.
+        self.begun: list[tuple[int, list[Callable[[], None]]]] = []
 
     def _new_controller(self) -> SimController:
         world = self._world
@@ -128,6 +113,7 @@ class World:
     """N ranks under one seed."""
 
     def __init__(self, seed: int, make_policy: Callable[[], Any]) -> None:
+        self.seed = seed
         self.rng = random.Random(seed)
         self.shape = Shape(self.rng)
         self.num_ranks = self.shape.num_ranks
@@ -137,6 +123,7 @@ class World:
         self._cut_off: set[int] = set()
         self.ranks = [Rank(rank, self, make_policy()) for rank in range(self.num_ranks)]
         self.max_ahead = self.rng.choice([1, 3, 8])
+        self.late = self.rng.choice([0, 5, 20, 60])
         self.messages: dict[tuple[int, int, int], list[tuple[int, int]]] = {}
         self.dispatched: set[tuple[int, int, int]] = set()
         self.computed: set[tuple[int, int, int]] = set()
@@ -156,7 +143,8 @@ class World:
             case 2:
                 self.forward_and_step(rank)
             case 3:
-                some_of(rank.streams.compute.advance, self.rng.randint(1, 40))
+                for stream in self.rng.sample(rank.streams.computes, self.rng.randint(1, 3)):
+                    some_of(stream.advance, self.rng.randint(1, 40))
             case 4:
                 some_of(rank.streams.side.advance, self.rng.randint(1, 8))
             case 5:
@@ -172,16 +160,14 @@ class World:
         for rank in self.ranks:
             while rank.forwards < last:  # or the others' forwards would wait for it for ever
                 self.enqueue_forward(rank)
+            self._end_begun(rank, last + 100)
         for _ in range(rounds):
             self.now += 0.004
             for rank in self.rng.sample(self.ranks, self.num_ranks):
                 rank.controller.worker.tick()
                 if rank is not stalled:
                     rank.controller._adopt(rank.controller.worker)
-                while rank.streams.compute.advance():
-                    pass
-                while rank.streams.side.advance():
-                    pass
+                rank.streams.drain()
                 self.bus.deliver()
                 self.bus.carry()
             if all(rank.is_at_rest() for rank in self.ranks):
@@ -198,7 +184,7 @@ class World:
 
     def forward_and_step(self, rank: Rank) -> None:
         done = min(sum((n, 0, other.rank) in self.computed for n in range(other.forwards)) for other in self.ranks)
-        if rank.forwards - done >= self.max_ahead:
+        if rank.forwards - len(rank.begun) - done >= self.max_ahead:
             return
         if rank.forwards % 6 == 5:
             self.hot = self._new_load()
@@ -223,37 +209,87 @@ class World:
     # ---- a forward, and what must hold in it
 
     def enqueue_forward(self, rank: Rank) -> None:
-        number, stream = rank.forwards, rank.streams.compute
+        """The same forwards in the same order on all ranks, as their collectives meet; the steps between them differ."""
+        number = rank.forwards
+        self._end_begun(rank, number)
         rank.forwards += 1
-        for index, layer in enumerate(rank.layers):
-            key = (number, index, rank.rank)
+        rng = self.random_of(number)
+        if number >= self.late and rng.random() < 0.2:
+            # A second thread's, on a stream of its own; the main thread goes on for some forwards and steps.
+            rank.begun.append((number + rng.randint(1, 4), self._choose(rank, number, 2)))
+        else:
+            for enqueue in self._choose(rank, number, int(number >= self.late and rng.random() < 0.4)):
+                enqueue()
 
-            def dispatch(layer: ResidentExperts = layer, index: int = index, key: tuple[int, int, int] = key) -> None:
-                layer.load_E += self.hot[index]
-                for expert, lane in self.routes(layer):
-                    to = (number, index, lane // layer.num_lanes)
-                    self.messages.setdefault(to, []).append((expert, lane % layer.num_lanes))
-                self.dispatched.add(key)
+    def random_of(self, number: int) -> random.Random:
+        """What is random about a forward, equal on all ranks."""
+        return random.Random(f"{self.seed} {number}")
 
-            def compute(layer: ResidentExperts = layer, index: int = index, key: tuple[int, int, int] = key) -> bool:
-                if not all((number, index, other) in self.dispatched for other in range(self.num_ranks)):
-                    return False
-                for expert, lane in self.messages.pop(key, []):
-                    slot = int(layer.table.lane_to_slot_S[lane])
-                    for name, tensor in layer.pool.tensors.items():
-                        found = tensor[slot].tolist()
-                        expected = [content(index, expert)] * len(found)
-                        assert found == expected, f"forward {key}: lane {lane}, slot {slot}, {name}: {found}"
-                    self.checked_rows += 1
-                self.computed.add(key)
-                return True
+    def _end_begun(self, rank: Rank, number: int) -> None:
+        for _, rests in [one for one in rank.begun if one[0] <= number]:
+            for enqueue in rests:
+                enqueue()
+        rank.begun = [one for one in rank.begun if one[0] > number]
 
-            def combine(index: int = index) -> bool:
-                return all((number, index, other) in self.computed for other in range(self.num_ranks))
+    def _choose(self, rank: Rank, number: int, stream: int) -> list[Callable[[], None]]:
+        """The choice of all layers; returns what enqueues the rest of each, and lets go of its version."""
+        main, rank.streams.now = rank.streams.now, stream
+        try:
+            rests = []
+            for index, layer in enumerate(rank.layers):
+                with layer.choice() as pin:
+                    rank.streams.current().enqueue(self._dispatch(layer, (number, index, rank.rank)))
+                rests.append(self._rest(rank, stream, (number, index, rank.rank), pin))
+            return rests
+        finally:
+            rank.streams.now = main if stream == 2 else stream  # the main thread steps where it ran its forward
 
-            stream.enqueue(dispatch)
-            stream.items.append(compute)
-            stream.items.append(combine)
+    def _dispatch(self, layer: ResidentExperts, key: tuple[int, int, int]) -> Callable[[], None]:
+        number, index, _ = key
+
+        def dispatch() -> None:
+            layer.load_E += self.hot[index]
+            for expert, lane in self.routes(layer):
+                to = (number, index, lane // layer.num_lanes)
+                self.messages.setdefault(to, []).append((expert, lane % layer.num_lanes))
+            self.dispatched.add(key)
+
+        return dispatch
+
+    def _rest(self, rank: Rank, stream: int, key: tuple[int, int, int], pin: Pin) -> Callable[[], None]:
+        number, index, _ = key
+        layer = rank.layers[index]
+        slots: list[tuple[int, int, int]] = []
+
+        def look_up() -> bool:
+            if not all((number, index, other) in self.dispatched for other in range(self.num_ranks)):
+                return False
+            for expert, lane in self.messages.pop(key, []):
+                slots.append((expert, lane, int(layer.table.lane_to_slot_S[lane])))
+            return True
+
+        def compute() -> None:
+            for expert, lane, slot in slots:
+                for name, tensor in layer.pool.tensors.items():
+                    found = tensor[slot].tolist()
+                    expected = [content(index, expert)] * len(found)
+                    assert found == expected, f"forward {key}: lane {lane}, slot {slot}, {name}: {found}"
+                self.checked_rows += 1
+            self.computed.add(key)
+
+        def combine() -> bool:
+            return all((number, index, other) in self.computed for other in range(self.num_ranks))
+
+        def enqueue() -> None:
+            main, rank.streams.now = rank.streams.now, stream
+            items = rank.streams.current().items
+            items.append(look_up)
+            rank.streams.current().enqueue(compute)
+            items.append(combine)
+            pin.release()
+            rank.streams.now = main
+
+        return enqueue
 
     def routes(self, layer: ResidentExperts) -> list[tuple[int, int]]:
         """Every (expert, lane) that the current table names; each expert at least once (I2)."""
@@ -292,8 +328,9 @@ class World:
         versions = {rank.controller.health().version for rank in self.ranks}
         assert len(versions) == 1, versions
         for index in range(self.shape.num_layers):
-            placements = [rank.layers[index].table.placement for rank in self.ranks]
+            placements = [rank.layers[index].current.placement for rank in self.ranks]
             assert all(placement == placements[0] for placement in placements)
+            assert all(len(rank.layers[index].versions.ungraced) == 1 for rank in self.ranks)
             for rank in self.ranks:
                 self.check_layer(rank, index)
         for rank in self.ranks:

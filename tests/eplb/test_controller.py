@@ -218,11 +218,11 @@ def test_balancedness_is_logged_at_its_interval(caplog):
 def test_nothing_happens_while_the_stream_is_captured():
     layer = StubLayer()
     controller = controller_of(layer, use_async=False)
-    layer.resident.streams.is_capturing = lambda: True
+    layer.resident.streams.is_capturing = lambda stream=None: True
     for _ in range(6):
         controller.step()
     assert controller.metrics().rounds == 0
-    layer.resident.streams.is_capturing = lambda: False
+    layer.resident.streams.is_capturing = lambda stream=None: False
     for _ in range(2):
         controller.step()
     assert controller.metrics().windows == 1

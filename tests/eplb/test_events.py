@@ -182,6 +182,37 @@ def test_a_stream_that_cannot_record_leaves_the_event_unrecorded():
     event.record()
 
 
+def test_a_wait_that_does_not_consume_leaves_the_record_for_another_stream():
+    event, recording, first, second = CpuGpuEvent(), Stream(), Stream(), Stream()
+    event.record(recording)
+    event.wait(first, timeout=0, consume=False)
+    assert event.is_recorded()
+    event.wait(second, timeout=0)
+    assert first.waited == second.waited == recording.recorded and not event.is_recorded()
+
+
+def test_an_error_that_is_not_consumed_is_raised_again():
+    event = CpuGpuEvent()
+    event.fail(OSError("lost"))
+    for consume in (False, True):
+        with pytest.raises(OSError, match="lost"):
+            event.wait(timeout=0, consume=consume)
+    assert not event.is_recorded()
+
+
+def test_a_wait_that_cannot_be_enqueued_leaves_the_record():
+    class Broken(Stream):
+        def wait_event(self, event: object) -> None:
+            raise OSError("device lost")
+
+    event, recording, waiting = CpuGpuEvent(), Stream(), Stream()
+    event.record(recording)
+    with pytest.raises(OSError, match="device lost"):
+        event.wait(Broken(), timeout=0)
+    event.wait(waiting, timeout=0)
+    assert waiting.waited == recording.recorded
+
+
 def test_hand_over_hand_between_two_threads():
     """A thousand rounds of ping-pong: nothing is lost, nothing comes twice, no deadlock."""
     ping, pong, numbers = CpuGpuEvent(), CpuGpuEvent(), []

@@ -1,8 +1,7 @@
 """Load windows: exactly the load of their steps, however late the device or the worker is."""
 
-from collections import deque
-from collections.abc import Callable
 from itertools import pairwise
+from random import Random
 
 import numpy as np
 import pytest
@@ -12,6 +11,7 @@ from hypothesis import strategies as st
 
 from eplb.load_window import LoadWindowRecorder
 from eplb.streams import HostStreams
+from tests.eplb.simulated import Faults, SimStream, SimStreams
 
 
 class Layer:
@@ -22,42 +22,15 @@ class Layer:
         self.load_E = torch.zeros(num_experts, dtype=torch.int64)
 
 
-class LateEvent:
-    happened = False
-
-    def query(self) -> bool:
-        return self.happened
-
-
-class LateStream:
-    """Does what is enqueued when `run_some()` is called, in order."""
+class LateStreams(SimStreams):
+    """What is enqueued runs when the test says so, in order."""
 
     def __init__(self) -> None:
-        self.items: deque[Callable[[], object]] = deque()
+        super().__init__(Faults(Random(0)))
 
-    def record_event(self) -> LateEvent:
-        event = LateEvent()
-        self.items.append(lambda: setattr(event, "happened", True))
-        return event
-
-    def wait_event(self, event: LateEvent) -> None:
-        raise AssertionError("a stream that waits for another holds up what comes behind")
-
-    def run_some(self, count: int | None = None) -> None:
-        for _ in range(len(self.items) if count is None else min(count, len(self.items))):
-            self.items.popleft()()
-
-
-class LateStreams:
-    def __init__(self) -> None:
-        self.device = torch.device("cpu")
-        self.side, self.compute = LateStream(), LateStream()
-
-    def current(self) -> LateStream:
-        return self.compute
-
-    def run(self, stream: LateStream, work: Callable[[], object]) -> None:
-        stream.items.append(work)
+    def run_some(self, stream: SimStream, count: int = 10**9) -> None:
+        while count and stream.advance():
+            count -= 1
 
 
 def loads_of(num_steps: int, num_columns: int) -> np.ndarray:
@@ -151,22 +124,50 @@ def test_windows_are_exact_with_a_late_device_and_a_late_worker(sizes, actions):
     for action in actions:
         if action == "step":
             load_A = torch.from_numpy(loads_SA[step])
-            streams.compute.items.append(lambda load_A=load_A: layer.load_E.add_(load_A))
+            streams.current().enqueue(lambda load_A=load_A: layer.load_E.add_(load_A))
             step += 1
             if recorder.step(step):
                 announced.append(step // interval - 1)
         elif action == "poll":
             take(recorder.poll())
         else:
-            getattr(streams, action).run_some(2)
+            streams.run_some(streams.side if action == "side" else streams.current(), 2)
     for _ in range(4):
-        streams.compute.run_some()
+        streams.run_some(streams.current())
         take(recorder.poll())
-        streams.side.run_some()
+        streams.run_some(streams.side)
         take(recorder.poll())
     assert len(arrived) == len(announced)
     for index, window_NA in zip(announced, arrived, strict=True):
         assert np.array_equal(window_NA, window_of(loads_SA, index, interval, window_size, 1))
+
+
+def test_i3_a_window_counts_the_forwards_of_every_stream():
+    """A snapshot is behind all streams that ran forwards, not only behind that of `step()`."""
+    streams, layer = LateStreams(), Layer(1)
+    recorder = LoadWindowRecorder([layer], streams, interval=1, window_size=1, num_samples=1)
+    for stream, load in ((1, 7), (2, 5), (0, 3)):
+        streams.now = stream
+        with streams.gate.lock:
+            streams.gate.note(stream)
+        streams.current().enqueue(lambda load=load: layer.load_E.add_(load))
+    assert recorder.step(1)
+    streams.run_some(streams.computes[0])
+    assert recorder.poll() is None and layer.load_E.item() == 3, "the snapshot did not wait for the other streams"
+    streams.drain()
+    assert recorder.poll() is None
+    streams.drain()
+    assert recorder.poll().tolist() == [[15]]
+
+
+@pytest.mark.parametrize("default", ["meta", "cpu"])
+def test_host_buffers_are_on_the_host_whatever_the_default_device(default):
+    layer = Layer(1)
+    with torch.device(default):
+        recorder = LoadWindowRecorder([layer], HostStreams(), interval=1, window_size=1, num_samples=1)
+        layer.load_E += 3
+        recorder.step(1)
+        assert recorder.poll().tolist() == [[3]]
 
 
 def test_a_worker_that_comes_late_gets_windows_again():

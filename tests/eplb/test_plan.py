@@ -11,6 +11,7 @@ from eplb.planning.placement import EMPTY, Placement
 from eplb.planning.plan import Plan, make_plan
 from eplb.planning.policy import Proposal, Topology, make_policy
 from eplb.planning.shares import balanced_shares, equal_shares, equal_shares_of
+from eplb.planning.waves import LayerWork, schedule_waves
 from eplb.simulate.traces import base_load
 
 
@@ -260,3 +261,11 @@ def test_bad_input_is_refused():
     with pytest.raises(ValueError, match="no plan"):
         Plan.from_json(text.replace('"shares":"', '"shares":"!'))
     assert equal_shares(current[0]).shape == (2, 3)
+
+
+def test_waves_without_room_end_in_an_error_and_not_in_an_endless_loop():
+    """Also under ``python -O``, which drops assertions."""
+    before, after = Placement(np.array([[0, 1, -1]]), 3), np.array([[1, 0, 1]])
+    work = LayerWork.of(0, 0, 8, before, after, np.ones(3))
+    with pytest.raises(RuntimeError, match=r"a wave without a move, although layers \[0\] have something to move"):
+        schedule_waves([work], np.zeros((1, 1), dtype=np.int64), None, np.zeros(1, dtype=np.int64))

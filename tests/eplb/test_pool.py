@@ -1,12 +1,25 @@
-"""The slot pool: layout, states, readers, sharing."""
+"""The slot pool: layout, which slots are free, sharing."""
 
+import contextlib
+import gc
 import threading
+from dataclasses import replace
+from random import Random
 
+import numpy as np
 import pytest
 import torch
 
 from eplb import SlotPool, TensorSpec
-from eplb.relocation.pool import ALIGNMENT, SlotState
+from eplb.planning.placement import Placement
+from eplb.planning.plan import LayerUpdate, Move, Wave
+from eplb.planning.shares import equal_shares
+from eplb.relocation.communicator import LocalCommunicator
+from eplb.relocation.fill import WaveFill
+from eplb.relocation.pool import ALIGNMENT, NoFreeSlot, SlotHold, SlotState
+from eplb.relocation.resident import ResidentExperts
+from eplb.relocation.versions import Version, Versions
+from eplb.streams import HostStreams, streams_of
 
 SPECS = (
     TensorSpec("weight", (3, 5), torch.float32),  # 60 bytes → 256
@@ -71,159 +84,233 @@ def test_refused(specs, num_slots, message):
         SlotPool(specs, num_slots)
 
 
-# ---- states
+# ---- I1: which slots are free
 
 
-def test_the_life_of_a_slot():
+def place(pool: SlotPool, num_experts: int, num_lanes: int | None = None) -> Versions:
+    """A layer's first version: experts 0, 1, … in its first lanes."""
+    lanes = [*range(num_experts), *[-1] * ((num_lanes or num_experts) - num_experts)]
+    placement = Placement(np.array([lanes]), num_experts)
+    return pool.place(placement, equal_shares(placement), 0)
+
+
+def moved(layer: Versions, lane: int, slot: int) -> Version:
+    """The next version, in which `lane` is in another slot."""
+    slots = list(layer.newest.slots_S)
+    slots[lane] = slot
+    return replace(layer.newest, number=layer.newest.number + 1, slots_S=tuple(slots))
+
+
+def test_i1_the_life_of_a_slot():
     pool = make_pool(2)
-    assert [pool.state(slot) for slot in range(2)] == [SlotState.FREE] * 2
-    slot = pool.allocate()
-    assert slot == 0 and pool.state(0) is SlotState.FILLING
-    pool.publish([0])
-    assert pool.state(0) is SlotState.LIVE
-    pool.retire([0])
-    assert pool.state(0) is SlotState.RETIRING
-    pool.release([0])
-    assert pool.state(0) is SlotState.FREE
-    assert pool.allocate() == 0  # the lowest, so that runs repeat
+    layer = place(pool, 1)
+    assert pool.states() == [SlotState.LIVE, SlotState.FREE]
+    hold = pool.hold()
+    hold.read(0)
+    assert hold.take() == 1
+    assert pool.states() == [SlotState.LIVE, SlotState.FILLING]
+    layer.publish(moved(layer, 0, 1))
+    assert pool.states() == [SlotState.RETIRING, SlotState.LIVE]
+    hold.end()
+    assert pool.states() == [SlotState.RETIRING, SlotState.LIVE]
+    with pytest.raises(AssertionError, match="version 0 is current"):
+        layer.grace_before(1)
+    layer.flip(layer.newest)
+    assert pool.states() == [SlotState.RETIRING, SlotState.LIVE]
+    layer.grace_before(1)
+    assert pool.states() == [SlotState.FREE, SlotState.LIVE]
+    assert pool.hold().take() == 0
 
 
-def test_a_fill_given_up():
+def test_a_transfer_given_up_keeps_its_slots_until_it_is_over():
     pool = make_pool(2)
-    pool.allocate()
-    pool.quarantine([0])
-    assert pool.state(0) is SlotState.QUARANTINED
-    assert pool.allocate() == 1, "a quarantined slot is not written"
-    pool.release([0, 1])
-    assert pool.count(SlotState.FREE) == 2
-
-
-def test_reserve_takes_the_lowest_free_slots_or_none():
-    pool = make_pool(5)
-    assert pool.allocate() == 0
-    assert pool.reserve(2) == [1, 2]
-    assert pool.count(SlotState.LIVE) == 2
-    with pytest.raises(ValueError, match="pool has 2 free slots of 5, but 3 are needed"):
-        pool.reserve(3)
-    assert pool.count(SlotState.FREE) == 2, "a refused reservation took slots"
-    assert pool.reserve(2) == [3, 4]
-    assert pool.reserve(0) == []
-
-
-def test_allocate_from_a_full_pool_names_the_states():
-    pool = make_pool(3)
-    pool.reserve(2)
-    pool.retire([1])
-    pool.allocate()
-    with pytest.raises(RuntimeError, match=r"no free slot among 3: .*'filling': 1.*'live': 1.*'retiring': 1"):
-        pool.allocate()
-
-
-def put(state: SlotState) -> SlotPool:
-    """A pool whose slot 0 is in `state`."""
-    pool = make_pool(1)
-    if state is not SlotState.FREE:
-        pool.allocate()
-    if state in (SlotState.LIVE, SlotState.RETIRING):
-        pool.publish([0])
-    if state is SlotState.RETIRING:
-        pool.retire([0])
-    if state is SlotState.QUARANTINED:
-        pool.quarantine([0])
-    assert pool.state(0) is state
-    return pool
-
-
-ALLOWED = {
-    ("publish", SlotState.FILLING): SlotState.LIVE,
-    ("retire", SlotState.LIVE): SlotState.RETIRING,
-    ("quarantine", SlotState.FILLING): SlotState.QUARANTINED,
-    ("release", SlotState.FILLING): SlotState.FREE,
-    ("release", SlotState.RETIRING): SlotState.FREE,
-    ("release", SlotState.QUARANTINED): SlotState.FREE,
-}
-
-
-@pytest.mark.parametrize("state", SlotState)
-@pytest.mark.parametrize("action", ["publish", "retire", "quarantine", "release"])
-def test_i1_only_these_transitions(action, state):
-    """Above all a live slot never becomes free or filling."""
-    pool = put(state)
-    if (action, state) in ALLOWED:
-        getattr(pool, action)([0])
-        assert pool.state(0) is ALLOWED[action, state]
-    else:
-        with pytest.raises(AssertionError, match=f"slot 0 cannot go from {state.value}"):
-            getattr(pool, action)([0])
-        assert pool.state(0) is state
-
-
-# ---- readers
+    hold, other = pool.hold(), pool.hold()
+    assert hold.take() == 0  # the lowest, so that runs repeat
+    hold.is_abandoned = True
+    assert pool.states() == [SlotState.QUARANTINED, SlotState.FREE]
+    assert other.take() == 1, "a quarantined slot is not written"
+    hold.end()
+    hold.end()
+    assert pool.states() == [SlotState.FREE, SlotState.FILLING]
 
 
 def test_i1_a_slot_that_is_read_is_not_free_until_its_last_reader_is_done():
     pool = make_pool(1)
-    pool.reserve(1)
-    pool.begin_read([0])
-    pool.begin_read([0])
-    pool.retire([0])
-    pool.release([0])
+    layer = place(pool, 1)
+    readers = [pool.hold(), pool.hold()]
+    for reader in readers:
+        reader.read(0)
+    assert pool.state(0) is SlotState.LIVE
+    del layer
     assert pool.state(0) is SlotState.QUARANTINED
-    pool.end_read([0])
+    readers[0].end()
     assert pool.state(0) is SlotState.QUARANTINED
-    with pytest.raises(RuntimeError, match="no free slot"):
-        pool.allocate()
-    pool.end_read([0])
+    with pytest.raises(NoFreeSlot, match=r"no free slot among 1: .*'quarantined': 1"):
+        pool.hold().take()
+    readers[1].end()
     assert pool.state(0) is SlotState.FREE
 
 
-def test_readers_change_nothing_of_a_slot_that_nobody_releases():
-    pool = make_pool(1)
-    pool.reserve(1)
-    pool.begin_read([0])
-    pool.end_read([0])
-    assert pool.state(0) is SlotState.LIVE
-    with pytest.raises(AssertionError, match="slot 0 has no reader"):
-        pool.end_read([0])
+@pytest.mark.parametrize("seed", range(20))
+def test_i1_free_is_named_by_nobody_and_touched_by_nobody(seed):
+    """Against a model that keeps every version and transfer by hand."""
+    random = Random(seed)
+    pool = make_pool(12)
+    layers = [place(pool, 3, 4), place(pool, 2, 3)]
+    holds: list[tuple[SlotHold, Versions, int]] = []
+    for _ in range(200):
+        layer = random.choice(layers)
+        match random.randrange(4):
+            case 0 if pool.count(SlotState.FREE):
+                hold = pool.hold()
+                hold.read(random.choice(layer.newest.slots_S[:2]))
+                before = pool.states()
+                slot = hold.take()
+                assert before[slot] is SlotState.FREE
+                holds.append((hold, layer, slot))
+            case 1 if holds:
+                hold, owner, slot = holds.pop(random.randrange(len(holds)))
+                if random.random() < 0.7:
+                    owner.publish(moved(owner, random.randrange(2), slot))
+                hold.end()
+            case 2:
+                layer.flip(layer.newest)
+            case 3:
+                layer.grace_before(layer.current.number)
+        named = {slot for one in layers for version in one.ungraced for slot in version.slots_S}
+        touched = {slot for hold, _, _ in holds for slot in (*hold.reads, *hold.writes)}
+        free = [slot for slot, state in enumerate(pool.states()) if state is SlotState.FREE]
+        assert free == sorted(set(range(12)) - named - touched)
 
 
-def test_a_slot_freed_after_its_reader_can_be_read_and_freed_again():
-    pool = make_pool(1)
-    for _ in range(2):
-        pool.allocate()
-        pool.publish([0])
-        pool.begin_read([0])
-        pool.retire([0])
-        pool.release([0])
-        pool.end_read([0])
-        assert pool.state(0) is SlotState.FREE
+def test_placing_takes_the_lowest_free_slots_or_none():
+    pool = make_pool(5)
+    assert pool.hold().take() == 0
+    first = place(pool, 2, 3)
+    assert first.newest.slots_S == (1, 2, -1)
+    with pytest.raises(ValueError, match="pool has 2 free slots of 5, but 3 are needed"):
+        place(pool, 3)
+    assert pool.count(SlotState.FREE) == 2, "a refused layer took slots"
+    assert place(pool, 2).newest.slots_S == (3, 4)
 
 
-# ---- sharing, threads
+def test_no_free_slot_names_the_states():
+    pool = make_pool(3)
+    layer = place(pool, 1)
+    hold = pool.hold()
+    layer.publish(moved(layer, 0, hold.take()))
+    hold.take()
+    with pytest.raises(NoFreeSlot, match=r"no free slot among 3: .*'filling': 1.*'live': 1.*'retiring': 1"):
+        pool.hold().take()
+
+
+# ---- sharing, dropping, threads
 
 
 def test_layers_share_the_free_slots():
     pool = make_pool(7)
-    first, second = pool.reserve(3), pool.reserve(3)
-    assert first == [0, 1, 2] and second == [3, 4, 5]
-    slot = pool.allocate()  # one for whichever layer moves
-    pool.publish([slot])
-    pool.retire([first[0]])
-    pool.release([first[0]])
-    assert pool.allocate() == first[0]
+    first, second = place(pool, 3), place(pool, 3)
+    assert first.newest.slots_S == (0, 1, 2) and second.newest.slots_S == (3, 4, 5)
+    hold = pool.hold()  # one slot for whichever layer moves
+    first.publish(moved(first, 0, hold.take()))
+    hold.end()
+    first.flip(first.newest)
+    first.grace_before(1)
+    assert pool.hold().take() == 0
 
 
-def test_two_threads_never_get_the_same_slot():
+def make_resident(pool: SlotPool) -> ResidentExperts:
+    return ResidentExperts(
+        num_experts=3,
+        num_redundant_experts=0,
+        num_shadow_slots=1,
+        rank=0,
+        num_ranks=1,
+        pool=pool,
+        streams=HostStreams(),
+    )
+
+
+def test_a_layer_that_is_dropped_gives_its_slots_back_at_once():
+    """Without the garbage collector: nothing leads in a circle."""
+    pool = make_pool(4)
+    gc.disable()
+    try:
+        for _ in range(3):
+            layer = make_resident(pool)
+            with layer.choice() as pin:
+                pass
+            token = layer.hold_version()
+            assert pool.count(SlotState.FREE) == 1
+            layer.release_version(token)
+            del layer
+            assert pool.count(SlotState.FREE) == 1, "a pin still needs the slots"
+            del pin
+            assert pool.count(SlotState.FREE) == 4
+    finally:
+        gc.enable()
+
+
+def test_a_layer_whose_constructor_fails_gives_its_slots_back(monkeypatch):
+    pool = make_pool(4)
+    monkeypatch.setattr("eplb.relocation.resident.Pins", lambda *_: 1 / 0)
+    with contextlib.suppress(ZeroDivisionError):
+        make_resident(pool)
+    assert pool.count(SlotState.FREE) == 4
+
+
+def test_a_fill_waits_for_the_forwards_of_a_layer_that_was_dropped():
+    pool = make_pool(8)
+    kept, dropped = make_resident(pool), make_resident(pool)
+    del dropped
+    assert pool.count(SlotState.FREE) == 5 and pool.has_dropped_layers
+    joined = []
+    kept.streams.gate.join = joined.append
+    lanes = kept.newest.placement.lanes_WS.copy()
+    lanes[0, 0], lanes[0, 3] = -1, 0
+    placement = Placement(lanes, 3)
+    wave = Wave((LayerUpdate(0, (Move(0, 0, 0, 0, 3),), placement, equal_shares(placement)),))
+    WaveFill(wave, 1, (1, 0), [kept], LocalCommunicator(kept.streams), kept.streams)
+    assert joined == [kept.streams.side] and not pool.has_dropped_layers
+
+
+@pytest.mark.parametrize("default", ["meta", "cpu"])
+def test_a_pool_and_a_layer_on_meta_get_memory_later(default):
+    with torch.device(default):
+        pool = SlotPool(SPECS, 4, "meta")
+        layer = ResidentExperts(
+            num_experts=3,
+            num_redundant_experts=0,
+            num_shadow_slots=1,
+            rank=0,
+            num_ranks=1,
+            pool=pool,
+            streams=streams_of(torch.device("meta")),
+        )
+        assert {tensor.device.type for tensor in pool.tensors.values()} == {"meta"}
+        assert layer.table.lanes_P.is_meta and layer.load_E.is_meta
+        real = layer.copied_to(SlotPool(SPECS, 4, "cpu"), streams_of(torch.device("cpu")))
+    assert real.current.slots_S == layer.current.slots_S == (0, 1, 2, -1)
+    assert real.table.lane_to_slot_S.tolist() == [0, 1, 2, -1] and real.table.lanes_P.tolist() == [0, 1, 2]
+    assert real.load_E.tolist() == [0, 0, 0] and real.load_increment_1.tolist() == [1]
+    assert not real.pool.slab_SB.any(), "free and new slots hold zeros"
+
+
+def test_i8_two_threads_never_get_the_same_slot(switch_often):
     pool, taken, errors = make_pool(8), [], []
+    lock = threading.Lock()
 
     def worker() -> None:
         try:
-            for _ in range(300):
-                slot = pool.allocate()
-                taken.append(slot)
-                assert taken.count(slot) == 1, "two threads hold one slot"
-                taken.remove(slot)
-                pool.release([slot])
+            for _ in range(100):
+                hold = pool.hold()
+                slot = hold.take()
+                with lock:
+                    assert slot not in taken, "two threads hold one slot"
+                    taken.append(slot)
+                with lock:
+                    taken.remove(slot)
+                hold.end()
         except BaseException as error:
             errors.append(error)
 

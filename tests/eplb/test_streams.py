@@ -22,13 +22,25 @@ def test_a_cpu_has_one_stream_on_which_work_is_done_at_once():
     streams.adopt_thread()
 
 
+def test_all_layers_of_a_device_share_its_streams_and_gate():
+    assert streams_of(torch.device("cpu")) is streams_of(torch.device("cpu", 0))
+    assert streams_of(torch.device("cpu")).gate is not streams_of(torch.device("meta")).gate
+
+
+def test_on_meta_nothing_runs_and_nothing_waits():
+    streams = streams_of(torch.device("meta"))
+    value = torch.zeros(3, device="meta")
+    streams.run(streams.side, lambda: value.fill_(1))
+    assert streams.device == value.device and streams.current().record_event().query() and not streams.is_capturing()
+
+
 def test_errors_of_work_on_a_cpu_are_the_callers():
     streams = streams_of(torch.device("cpu"))
     with pytest.raises(ZeroDivisionError):
         streams.run(streams.side, lambda: 1 / 0)
 
 
-@pytest.mark.parametrize("device", ["meta", "mps"])
+@pytest.mark.parametrize("device", ["xpu", "mps"])
 def test_other_devices_are_refused(device):
     with pytest.raises(ValueError, match=f"device must be a CPU or a CUDA device, got {device}"):
         streams_of(torch.device(device))

@@ -110,7 +110,7 @@ class Service:
             moved, still = layer(x), twin(x)
             assert torch.equal(moved, still), (
                 f"rank {self.rank}, step {self.num_steps}, layer {index}: outputs differ by "
-                f"{(moved - still).abs().max().item()} at table version {layer.resident.table.version}"
+                f"{(moved - still).abs().max().item()} at table version {layer.resident.current.number}"
             )
 
     def serve_until(

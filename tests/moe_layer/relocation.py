@@ -13,8 +13,8 @@ from eplb.planning.placement import Placement
 from eplb.planning.plan import LayerUpdate, Move, Wave
 from eplb.planning.shares import equal_shares
 from eplb.relocation.communicator import LocalCommunicator
-from eplb.relocation.fill import Handoff, WaveFill
-from eplb.relocation.table import flip
+from eplb.relocation.fill import WaveFill
+from eplb.relocation.handoff import Handoff
 from moe_layer import MoELayer
 from tests.moe_layer.reference import give_unit_scale
 
@@ -38,14 +38,11 @@ class Relocator:
 
     def fill(self, layer: int, expert: int) -> WaveFill:
         """Take a slot and copy the expert into it, up to the end."""
-        placements = [resident.table.placement for resident in self.residents]
-        update = moved(placements[layer], expert)
+        update = moved(self.residents[layer].newest.placement, expert)
         update = LayerUpdate(layer, update.moves, update.placement, update.shares_WS)
         self.version += 1
         communicator = LocalCommunicator(self.streams)
-        fill = WaveFill(
-            Wave((update,)), self.version, (self.version, 0), self.residents, placements, communicator, self.streams
-        )
+        fill = WaveFill(Wave((update,)), self.version, (self.version, 0), self.residents, communicator, self.streams)
         fill.start()
         while not fill.poll():
             pass
@@ -58,16 +55,13 @@ class Relocator:
 
     def flip(self, handoff: Handoff) -> None:
         """On the calling thread's stream, as the main thread would."""
-        stream = self.streams.current()
-        handoff.staged.wait(stream, timeout=0)
-        flip([layer.table for layer in handoff.layers], handoff.version, stream)
-        handoff.flipped = stream.record_event()
+        handoff.flip(self.streams)
 
     def release(self, fill: WaveFill, handoff: Handoff) -> None:
         """Grace: nobody can name the old slot."""
         while not handoff.flipped.query():
             pass
-        assert not any(layer.is_pinned_before(handoff.version) for layer in handoff.layers)
+        assert not any(layer.held_by(handoff.version) for layer in handoff.layers)
         fill.release()
 
     def move(self, expert: int, layer: int = 0) -> None:

@@ -4,6 +4,7 @@ I3: a forward, its backward and its recomputation see one table version from end
 placement. The worker's own relocations are in `test_serving.py`.
 """
 
+import contextlib
 import sys
 import threading
 
@@ -15,6 +16,7 @@ from eplb.planning.plan import LayerUpdate, Wave
 from eplb.relocation.communicator import LocalCommunicator
 from eplb.relocation.fill import WaveFill
 from eplb.relocation.pool import SlotState
+from moe_layer import MoELayer, make_pool
 from tests.moe_layer.relocation import (
     Relocator,
     as_is,
@@ -55,7 +57,7 @@ def test_i5_outputs_are_bitwise_equal_through_every_stage_of_a_wave(dtype, devic
             relocator.release(fill, handoff)
             assert pool.state(slot) is SlotState.FREE
             serve(17)
-    assert layer.resident.table.version == 10
+    assert layer.resident.current.number == 10
     assert torch.equal(layer.resident.load_E, twin.resident.load_E)
 
 
@@ -96,21 +98,19 @@ def test_a_wave_that_is_given_up_changes_nothing_and_gives_its_slots_back(device
     layer, twin = make_pair(device)
     relocator = Relocator([layer])
     resident, x = layer.resident, torch.randn(9, 32, device=device)
-    lanes = list(resident.lane_slots)
     with torch.no_grad():
         for expert in (0, 4):
+            versions = resident.versions.ungraced
             fill = relocator.fill(0, expert)
-            assert resident.lane_slots != lanes
+            assert resident.pool.count(SlotState.FILLING) == 1
             fill.abandon()
             assert resident.pool.count(SlotState.QUARANTINED) == 1
             while not fill.bury():
                 pass
-            assert resident.pool.count(SlotState.FREE) == 2 and resident.lane_slots == lanes
-            assert torch.equal(layer(x), twin(x)) and resident.table.version == 0
+            assert resident.pool.count(SlotState.FREE) == 2 and resident.versions.ungraced == versions
+            assert torch.equal(layer(x), twin(x)) and resident.current is versions[0]
             relocator.move(expert)
-            relocator.version = resident.table.version = 0
-            lanes = list(resident.lane_slots)
-            assert torch.equal(layer(x), twin(x))
+            assert torch.equal(layer(x), twin(x)) and resident.current.number == relocator.version
 
 
 def test_several_updates_in_one_wave_flip_together(device):
@@ -118,13 +118,12 @@ def test_several_updates_in_one_wave_flip_together(device):
     layers = [layer for layer, _ in pairs]
     relocator = Relocator(layers)
     residents = relocator.residents
-    placements = [resident.table.placement for resident in residents]
     updates = []
     for index, expert in ((0, 2), (2, 5)):
-        one = moved(placements[index], expert)
+        one = moved(residents[index].newest.placement, expert)
         updates.append(LayerUpdate(index, one.moves, one.placement, one.shares_WS))
     streams = relocator.streams
-    fill = WaveFill(Wave(tuple(updates)), 1, (1, 0), residents, placements, LocalCommunicator(streams), streams)
+    fill = WaveFill(Wave(tuple(updates)), 1, (1, 0), residents, LocalCommunicator(streams), streams)
     fill.start()
     while not fill.poll():
         pass
@@ -132,7 +131,7 @@ def test_several_updates_in_one_wave_flip_together(device):
     handoff = relocator.publish(fill)
     relocator.flip(handoff)
     relocator.release(fill, handoff)
-    assert [resident.table.version for resident in residents] == [1, 0, 1]
+    assert [resident.current.number for resident in residents] == [1, 0, 1]
     x = torch.randn(9, 32, device=device)
     with torch.no_grad():
         for layer, twin in pairs:
@@ -194,32 +193,45 @@ def test_i3_a_version_is_not_graced_until_the_backward_is_done_and_freed(device)
     x = torch.randn(5, 32, device=device, requires_grad=True)
     y = layer(x)
     z = layer(x)
-    assert not resident.is_pinned_before(0)
-    assert resident.is_pinned_before(1)
+    assert not resident.held_by(0)
+    assert resident.held_by(1)
     Relocator([layer]).move_without_grace(3)
     late = layer(x)
     y.sum().backward()
     del y
-    assert resident.is_pinned_before(1), "z's backward is still to come"
+    assert resident.held_by(1), "z's backward is still to come"
     z.sum().backward(retain_graph=True)
-    assert resident.is_pinned_before(1), "z's graph was retained: its backward may run again"
+    assert resident.held_by(1), "z's graph was retained: its backward may run again"
     z.sum().backward()
     del z
     if device == "cuda":
         torch.cuda.synchronize()
-    assert not resident.is_pinned_before(1)
-    assert resident.is_pinned_before(2), "the forward after the flip pins the new version"
+    assert not resident.held_by(1)
+    assert resident.held_by(2), "the forward after the flip pins the new version"
     del late
-    assert not resident.is_pinned_before(2)
+    assert not resident.held_by(2)
 
 
 def test_a_graph_that_is_dropped_without_a_backward_pins_nothing(device):
     layer, _ = make_pair(device)
     x = torch.randn(5, 32, device=device, requires_grad=True)
     y = layer(x)
-    assert layer.resident.is_pinned_before(1)
+    assert layer.resident.held_by(1)
     del y
-    assert not layer.resident.is_pinned_before(1)
+    assert not layer.resident.held_by(1)
+
+
+def test_a_loss_that_is_kept_after_its_backward_pins_nothing(device):
+    layer, _ = make_pair(device)
+    x = torch.randn(5, 32, device=device, requires_grad=True)
+    loss = layer(x).sum()
+    assert layer.resident.held_by(1) == {0: 1}
+    loss.backward(retain_graph=True)
+    assert layer.resident.held_by(1) == {0: 1}, "another backward may come"
+    loss.backward()
+    if device == "cuda":
+        torch.cuda.synchronize()
+    assert layer.resident.held_by(1) == {} and loss.grad_fn is not None
 
 
 @pytest.mark.parametrize("context", [torch.no_grad, torch.inference_mode])
@@ -227,7 +239,7 @@ def test_serving_pins_nothing(context, device):
     layer, _ = make_pair(device)
     with context():
         y = layer(torch.randn(5, 32, device=device))
-    assert not layer.resident.is_pinned_before(1)
+    assert not layer.resident.held_by(1)
     del y
 
 
@@ -251,10 +263,23 @@ def test_pins_from_several_threads(device, request):
     for thread in threads:
         thread.start()
     while any(thread.is_alive() for thread in threads):
-        layer.resident.is_pinned_before(1)
+        layer.resident.held_by(1)
     for thread in threads:
         thread.join()
     assert not errors
     if device == "cuda":
         torch.cuda.synchronize()
-    assert not layer.resident.is_pinned_before(1)
+    assert not layer.resident.held_by(1)
+
+
+def test_a_layer_that_is_dropped_or_fails_to_be_made_gives_its_slots_back(device, monkeypatch):
+    pool = make_pool(1, 32, 16, 8, device=device)
+    for _ in range(2):
+        layer = MoELayer(32, 16, 8, 2, pool=pool, device=device)
+        layer(torch.randn(3, 32, device=device, requires_grad=True)).sum().backward()
+        del layer
+        assert pool.count(SlotState.FREE) == 9
+    monkeypatch.setattr(MoELayer, "reset_parameters", lambda self: 1 / 0)
+    with contextlib.suppress(ZeroDivisionError):
+        MoELayer(32, 16, 8, 2, pool=pool, device=device)
+    assert pool.count(SlotState.FREE) == 9

@@ -190,7 +190,7 @@ def test_a_flip_is_ordered_against_forwards_on_other_streams():
                 torch.cuda._sleep(50_000_000)  # tens of milliseconds: the forward comes long after the flip was called
                 late = layer(x)
                 computed = other.record_event()
-            controller._flip(handoff)
+            handoff.flip(layer.resident.streams)
             torch.cuda.current_stream().synchronize()
             assert handoff.flipped.query()
             assert computed.query(), "the flip did not wait for the other stream's forward"

@@ -204,5 +204,5 @@ def test_pins_do_not_pile_up_where_nothing_is_relocated(device):
         layer(torch.randn(3, 16, device=device, requires_grad=True)).sum().backward()
         if device == "cuda":
             torch.cuda.synchronize()
-    resident = layer.resident
-    assert len(resident._dropped_pins) + len(resident._pin_events) + len(resident._running) < 6
+    pins = layer.resident.pins
+    assert len(pins.held) + len(pins.dropped) + len(pins._running) < 6

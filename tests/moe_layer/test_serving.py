@@ -71,7 +71,7 @@ def assert_rested(service: Service) -> None:
         live = sum(layer.resident.num_physical_per_rank for layer in service.layers if layer.resident.pool is pool)
         assert states == {SlotState.LIVE: live, SlotState.FREE: pool.num_slots - live}
     for layer, twin in zip(service.layers, service.twins, strict=True):
-        layer.resident.table.placement.validate()
+        layer.resident.current.placement.validate()
         wanted = twin.state_dict()  # collective
         for expert, slots in layer.resident.live_slots().items():
             for slot in slots:
@@ -163,7 +163,7 @@ def check_different_step_rates(service: Service) -> None:
         service.forward()
         if service.num_steps % every == 0:
             service.controller.step()
-        versions = torch.tensor([max(layer.resident.table.version for layer in service.layers)] * 2, device="cpu")
+        versions = torch.tensor([max(layer.resident.current.number for layer in service.layers)] * 2, device="cpu")
         if dist.get_backend(service.group) == "nccl":
             versions = versions.to(service.device)
         versions[1] *= -1
@@ -244,7 +244,7 @@ def check_inside_step(rank, group, device) -> None:
     for step in range(1, 13):
         service.forward()
         service.controller.step()
-        versions = torch.tensor([layer.resident.table.version for layer in service.layers])
+        versions = torch.tensor([layer.resident.current.number for layer in service.layers])
         others = versions.clone()
         dist.all_reduce(others, op=dist.ReduceOp.MAX, group=group)
         assert torch.equal(versions, others), f"step {step}: ranks have different tables"
@@ -278,7 +278,7 @@ def check_failures_inside_step(rank, group, device) -> None:
     assert service.controller.metrics().waves > before, "it does not recover"
     failed = service.controller.health().last_error
     assert (failed is not None and "lost on purpose" in failed) == (rank in (0, 2)), failed
-    versions = torch.tensor([layer.resident.table.version for layer in service.layers])
+    versions = torch.tensor([layer.resident.current.number for layer in service.layers])
     others = versions.clone()
     dist.all_reduce(others, op=dist.ReduceOp.MAX, group=group)
     assert torch.equal(versions, others), "ranks have different tables"
@@ -337,8 +337,8 @@ def check_gradients_across_flips(rank, group, device) -> None:
                 x = torch.randn(7 - 4 * rank, HIDDEN, generator=torch.Generator().manual_seed(number)).to(device)
                 x.requires_grad_()
                 y = run(layer, x)
-                version = layer.resident.table.version
-            flipped = lambda: layer.resident.table.version > version  # noqa: B023, E731
+                version = layer.resident.current.number
+            flipped = lambda: layer.resident.current.number > version  # noqa: B023, E731
             service.serve_until(flipped, f"a flip ({run.__name__})")
             pinned = run is not checkpointed_reentrant  # its first forward runs without gradients and pins nothing
             if pinned:
@@ -348,7 +348,7 @@ def check_gradients_across_flips(rank, group, device) -> None:
                     controller.step()
                     time.sleep(0.002)
                 assert controller.health().phase == "GRACE", "graced although a backward is to come"
-                assert layer.resident.table.version == version + 1
+                assert layer.resident.current.number == version + 1
             y.square().sum().backward()
             grad, gate_grad = x.grad.clone(), layer.gate.weight.grad.clone()
             if pinned:
@@ -361,7 +361,7 @@ def check_gradients_across_flips(rank, group, device) -> None:
             assert torch.equal(grad, x.grad), f"{run.__name__}: {(grad - x.grad).abs().max()}"
             assert torch.equal(gate_grad, twin.gate.weight.grad)
             layer.zero_grad()
-            service.serve_until(lambda: layer.resident.table.version > version + 1, "grace, and a next version")  # noqa: B023
+            service.serve_until(lambda: layer.resident.current.number > version + 1, "grace, and a next version")  # noqa: B023
         drained(service)
         controller.close()
 
@@ -375,8 +375,8 @@ def check_another_controller_beside_a_backward_to_come(rank, group, device) -> N
         with service.controller.quiesced():
             x = torch.randn(7, HIDDEN, generator=torch.Generator().manual_seed(seed)).to(device).requires_grad_()
             y = layer(x)
-            version = layer.resident.table.version
-        service.serve_until(lambda: layer.resident.table.version > version, "a flip")  # noqa: B023
+            version = layer.resident.current.number
+        service.serve_until(lambda: layer.resident.current.number > version, "a flip")  # noqa: B023
         service.controller.close()
         service.controller = make_controller(group, [layer], policy=Restless(seed + 100), grace_timeout=0.1)
         stalled = lambda: service.controller.health().state == "grace_stalled"  # noqa: B023, E731
@@ -404,7 +404,7 @@ def check_a_main_thread_that_does_not_step(rank, group, device) -> None:
         lambda: controller.health().state == "grace_stalled", "the stall is shown", step=lambda number: rank == 0
     )
     assert controller.health().phase == "GRACE" and controller.health().seconds_waiting > 0.1
-    versions = {layer.resident.table.version for layer in service.layers}
+    versions = {layer.resident.current.number for layer in service.layers}
     assert versions <= ({0, 1} if rank == 0 else {0}) and (rank == 1 or 1 in versions)
     for layer, twin in zip(service.layers, service.twins, strict=True):  # also experts that no rank's own table names
         saved, wanted = layer.state_dict(), twin.state_dict()
@@ -460,7 +460,7 @@ def check_one_rank_dies(rank, group, device) -> None:
     wait_until(lambda: controller.health().state == "lost", "the loss is shown")
     health = controller.health()
     assert health.last_error is not None and controller.metrics().failures >= 1
-    versions = [layer.resident.table.version for layer in service.layers]
+    versions = [layer.resident.current.number for layer in service.layers]
     states = [
         [layer.resident.pool.state(slot) for slot in range(layer.resident.pool.num_slots)] for layer in service.layers
     ]
@@ -468,7 +468,7 @@ def check_one_rank_dies(rank, group, device) -> None:
         controller.step()
         time.sleep(0.002)
     assert controller.health().state == "lost"
-    after = [layer.resident.table.version for layer in service.layers]
+    after = [layer.resident.current.number for layer in service.layers]
     assert all(new - old in (0, 1) for new, old in zip(after, versions, strict=True)), (
         "more than the one published version"
     )

@@ -111,7 +111,8 @@ def _side_by_peer(
     for peer, slab in ordered:
         assert slab is not None
         splits[peer] += slab.numel()
-    return slabs, torch.empty(sum(splits), dtype=torch.uint8, pin_memory=pinned and sum(splits) > 0), splits
+    pin_memory = pinned and sum(splits) > 0
+    return slabs, torch.empty(sum(splits), dtype=torch.uint8, device="cpu", pin_memory=pin_memory), splits
 
 
 def _split(buffer: torch.Tensor, slabs: list[torch.Tensor]) -> tuple[torch.Tensor, ...]:

@@ -1,0 +1,159 @@
+"""The handoff to the main thread: a version is flipped once, whatever fails or interrupts on the way (I6)."""
+
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+import eplb
+from eplb.relocation.handoff import Handoff, Inbox
+from tests.eplb.by_hand import is_graced_in_the_end, make_layer, published, sim_streams
+
+ROOT = str(Path(eplb.__file__).parent)
+
+
+class Interrupter:
+    """Raises KeyboardInterrupt at the n-th point of eplb's code that `call` passes; `was_late` if it has fewer.
+
+    The points are those where Python handles signals: where a function begins, and after a call of one written in C. Not
+    in a finalizer: Python itself swallows what is raised there.
+    """
+
+    def __init__(self, point: int) -> None:
+        self._left = point
+        self.was_late = False
+
+    def run(self, call: Callable[[], object]) -> None:
+        sys.setprofile(self._profile)
+        try:
+            call()
+            self.was_late = True
+        except KeyboardInterrupt:
+            pass
+        finally:
+            sys.setprofile(None)
+
+    def _profile(self, frame, event, argument):
+        code = frame.f_code
+        if event in ("call", "c_return") and code.co_filename.startswith(ROOT) and code.co_name != "__del__":
+            self._left -= 1
+            if self._left == 0:
+                raise KeyboardInterrupt
+
+
+def at_every_point(check: Callable[[Interrupter], None]) -> int:
+    for point in range(1, 1000):
+        interrupter = Interrupter(point)
+        check(interrupter)
+        if interrupter.was_late:
+            return point
+    raise AssertionError("it never ends")
+
+
+def test_an_interrupt_at_any_point_of_a_flip_loses_no_version():
+    def check(interrupter: Interrupter) -> None:
+        streams = sim_streams()
+        layer = make_layer(streams)
+        layer.pin()  # both streams have run forwards
+        streams.now = 1
+        layer.pin()
+        fill, handoff = published(layer, 0)
+        inbox = Inbox()
+        inbox.post(handoff)
+        interrupter.run(lambda: inbox.flip(streams))
+        streams.now = 0
+        inbox.flip(streams)  # the next step, on another stream
+        assert inbox.waiting is None and not inbox.flip(streams)
+        assert is_graced_in_the_end(fill, handoff, streams)
+        assert layer.current is layer.newest and layer.current.number == 1
+        assert layer.table.lanes_P.tolist() == [2, 1]
+        _, handoff = published(layer, 1)  # and on it goes
+        inbox.post(handoff)
+        assert inbox.flip(streams)
+
+    assert at_every_point(check) > 25
+
+
+def test_an_interrupt_at_any_point_of_a_choice_leaves_nothing_behind():
+    def check(interrupter: Interrupter) -> None:
+        streams = sim_streams()
+        layer = make_layer(streams)
+        layer.pin()
+
+        def forward() -> None:
+            with layer.choice() as pin:
+                pass
+            pin.release()
+
+        interrupter.run(forward)
+        fill, handoff = published(layer, 0)
+        handoff.flip(streams)
+        assert is_graced_in_the_end(fill, handoff, streams)
+
+    assert at_every_point(check) > 15
+
+
+def test_a_flip_that_fails_at_any_point_is_tried_again():
+    """The wait for the upload too is made again, on another stream."""
+    for failing in range(1, 100):
+        streams = sim_streams()
+        layer = make_layer(streams)
+        layer.pin()
+        streams.now = 1
+        layer.pin()
+        fill, handoff = published(layer, 0)
+        inbox = Inbox()
+        inbox.post(handoff)
+        calls = 0
+
+        def fail(work, at: int = failing):
+            def call(*arguments):
+                nonlocal calls
+                calls += 1
+                if calls == at:
+                    raise OSError("device lost")
+                return work(*arguments)
+
+            return call
+
+        undo = [(stream, name, getattr(stream, name)) for stream in streams.computes for name in NAMES]
+        undo.append((streams, "run", streams.run))
+        for owner, name, work in undo:
+            setattr(owner, name, fail(work))
+        try:
+            inbox.flip(streams)
+        except OSError:
+            assert inbox.waiting is handoff and handoff.flipped is None and layer.current.number == 0
+        has_failed = calls == failing
+        for owner, name, work in undo:
+            setattr(owner, name, work)
+        streams.now = 0
+        waits = len(streams.computes[0].items)
+        if has_failed:
+            assert inbox.flip(streams) and len(streams.computes[0].items) > waits
+        assert is_graced_in_the_end(fill, handoff, streams) and layer.table.lanes_P.tolist() == [2, 1]
+        if not has_failed:
+            assert failing > 5, "the points of failure were not reached"
+            return
+    raise AssertionError("it never ends")
+
+
+NAMES = ("record_event", "wait_event")
+
+
+def test_a_version_is_flipped_once():
+    streams = sim_streams()
+    layer = make_layer(streams)
+    _, handoff = published(layer, 0)
+    handoff.flip(streams)
+    flipped, items = handoff.flipped, len(streams.current().items)
+    handoff.flip(streams)
+    assert handoff.flipped is flipped and len(streams.current().items) == items
+
+
+def test_a_version_must_be_flipped_before_the_next_is_posted():
+    inbox = Inbox()
+    inbox.post(Handoff(1, []))
+    with pytest.raises(AssertionError, match="a version was skipped"):
+        inbox.post(Handoff(2, []))
