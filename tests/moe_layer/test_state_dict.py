@@ -7,6 +7,7 @@ import torch
 
 from eplb import EplbConfig, EplbController
 from moe_layer import MoELayer
+from moe_layer.logical import LogicalWeights
 from tests.moe_layer.reference import give_unit_scale
 from tests.moe_layer.relocation import Relocator
 
@@ -246,3 +247,20 @@ def test_drawing_weights_anew_and_load_experts_wait_for_relocations_as_loading_d
         with pytest.raises(TimeoutError, match="under way"):
             write()
     assert_equal_states(layer.state_dict(), before)
+
+
+def test_the_owner_of_an_expert_between_two_ranks_flips(monkeypatch, device):
+    """Rank 0 has given expert 2 up by flipping, rank 1 does not have it before it flips: it is still where it was."""
+    said = {"live": [[0, 1], [1, 3]], "retiring": [[2, 1], [0]]}
+
+    def gather(mine, *_):
+        assert mine.view(2, 4).tolist() == [[True, True, False, False], [False, True, True, False]]
+        flags = torch.zeros(2, 2, 4, dtype=torch.bool)
+        for rank in range(2):
+            flags[rank, 0, said["live"][rank]] = True
+            flags[rank, 1, said["retiring"][rank]] = True
+        return flags.flatten(1)
+
+    monkeypatch.setattr("moe_layer.logical.all_gather_flags", gather)
+    logical = LogicalWeights(make_layer(device).resident, [range(2), range(2, 4)], object(), 1.0)
+    assert logical._owners(said["live"][0], said["retiring"][0]) == [0, 0, 0, 1]
