@@ -26,7 +26,6 @@ from eplb.planning.shares import equal_shares
 from eplb.relocation.table import ExpertTable
 from eplb.streams import streams_of
 from moe_kernels import (
-    ExpertMatrices,
     LoadCounter,
     ReplicaTable,
     RoutingRule,
@@ -108,7 +107,7 @@ def _computed(
 
     batch = (dtype, num_tokens, shape.top_k, shape.num_experts)
     up, down = gemm_configs(shape.hidden_size, shape.intermediate_size, *batch, tma=has_tma(problem.x_TH.device))
-    matrices = ExpertMatrices(layer.experts.gate_up_proj, layer.experts.down_proj)
+    matrices = layer.experts.matrices()
     schedule = build_schedule(lanes_TK.view(-1), counts_L, block_m=up.block_m, extra_m=up.extra_m)
     hidden_NI = expert_up(problem.x_TH, matrices, lane_to_slot_L, schedule, fanout=shape.top_k, config=up)
     rows_NH = expert_down(hidden_NI, matrices, lane_to_slot_L, schedule, weights_TK.view(-1), config=down)

@@ -19,7 +19,7 @@ class RelocatableLayer(Protocol):
     """What its forward dispatches with: "nccl", "gloo" or "local"."""
 
     def why_not_relocatable(self) -> str | None:
-        """Why its experts must not move in the background, None if they may."""
+        """Why its experts must not move, None if they may."""
         ...
 
 
@@ -55,5 +55,5 @@ def check_layer(layer: RelocatableLayer, first: ResidentExperts, ranks: tuple[in
             f"num_groups={config.num_groups} must divide the num_experts={resident.num_experts} of every layer"
         )
     reason = layer.why_not_relocatable()
-    if reason is not None and config.use_async:
-        raise ValueError(f"use_async=True cannot relocate a layer of the model: {reason}")
+    if reason is not None:
+        raise ValueError(f"a layer of the model cannot be relocated: {reason}")

@@ -1,16 +1,22 @@
 """A mixture-of-experts layer whose experts move between ranks while it serves."""
 
-from moe_layer.dispatch import AllToAllDispatcher, Dispatched, Dispatcher, LocalDispatcher
-from moe_layer.layer import MoELayer, make_pool
+from moe_layer.ddp import ignore_in_ddp
+from moe_layer.dispatch import AllToAllDispatcher, Dispatched, Dispatcher
+from moe_layer.expert_format import Activation, ExpertFormat, ExpertTensor
+from moe_layer.layer import MoELayer
 from moe_layer.router import ROUTER_RULES, RouterRule
+from moe_layer.shared_pool import make_pool
 
 __all__ = [
     "ROUTER_RULES",
+    "Activation",
     "AllToAllDispatcher",
     "Dispatched",
     "Dispatcher",
-    "LocalDispatcher",
+    "ExpertFormat",
+    "ExpertTensor",
     "MoELayer",
     "RouterRule",
+    "ignore_in_ddp",
     "make_pool",
 ]

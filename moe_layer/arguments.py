@@ -46,11 +46,11 @@ def physical_per_rank(
     return num_physical // num_ranks
 
 
-def resolve_dtype(dtype: Any) -> torch.dtype:
+def resolve_dtype(dtype: Any, name: str = "dtype") -> torch.dtype:
     """`dtype`, or the default; ValueError if the kernels have none for it."""
     dtype = torch.get_default_dtype() if dtype is None else dtype
     if dtype not in FLOATS:
-        raise ValueError(f"dtype must be float32, float16 or bfloat16, got {dtype!r}")
+        raise ValueError(f"{name} must be float32, float16 or bfloat16, got {dtype!r}")
     return dtype
 
 
@@ -59,11 +59,11 @@ def resolve_device(device: Any) -> torch.device:
     try:
         resolved = torch.get_default_device() if device is None else torch.device(device)
     except (RuntimeError, TypeError) as error:
-        raise ValueError(f"device must name a CPU or a CUDA device, got {device!r}: {error}") from error
-    if resolved.type == "cpu":
-        return torch.device("cpu")
+        raise ValueError(f"device must name a CPU or a CUDA device or meta, got {device!r}: {error}") from error
+    if resolved.type in ("cpu", "meta"):
+        return torch.device(resolved.type)
     if resolved.type != "cuda":
-        raise ValueError(f"device must be a CPU or a CUDA device, got {device!r}")
+        raise ValueError(f"device must be a CPU or a CUDA device or meta, got {device!r}")
     count = torch.cuda.device_count()
     index = resolved.index if resolved.index is not None else (torch.cuda.current_device() if count else 0)
     if index >= count:
@@ -71,41 +71,52 @@ def resolve_device(device: Any) -> torch.device:
     return torch.device("cuda", index)
 
 
-def check_forward_input(
-    x: torch.Tensor,
-    token_mask: torch.Tensor | None,
-    router_logits: torch.Tensor | None,
-    weight: torch.Tensor,
-    hidden_size: int,
-    num_experts: int,
-) -> None:
-    """What `MoELayer.forward` is given; `weight`: any of the layer's, whose dtype and device count.
+def home_of(device: torch.device) -> torch.device:
+    """Where tables and counters of a layer with weights on `device` are: those of a layer without memory on the CPU."""
+    return torch.device("cpu") if device.type == "meta" else device
 
-    Raises:
-        ValueError: shape, dtype or device of an argument do not fit.
-    """
+
+def is_autocast_enabled(x: torch.Tensor) -> bool:
+    """Whether `torch.autocast` applies to operations on `x`."""
+    if not torch.compiler.is_compiling() and not torch._C._is_any_autocast_enabled():  # quicker to ask
+        return False
+    return not x.is_meta and torch.is_autocast_enabled(x.device.type)
+
+
+def check_x(x: torch.Tensor, hidden_size: int, dtype: torch.dtype, device: torch.device) -> None:
+    """Raises ValueError unless `x` is ``[..., H]`` of the layer's dtype and on its device."""
     if x.dim() == 0 or x.shape[-1] != hidden_size:
         raise ValueError(f"x must have hidden_size={hidden_size} as its last dimension, got shape {tuple(x.shape)}")
-    if x.dtype != weight.dtype:
-        raise ValueError(f"x must have the layer's dtype {weight.dtype}, got {x.dtype}")
-    if x.device != weight.device:
-        raise ValueError(f"x must be on the layer's device {weight.device}, got {x.device}")
-    if token_mask is not None:
-        if token_mask.shape != x.shape[:-1] or token_mask.dtype != torch.bool:
+    if x.device != device or x.is_meta:
+        if device.type == "meta":
             raise ValueError(
-                f"token_mask must be bool of shape {tuple(x.shape[:-1])}, got {token_mask.dtype} {tuple(token_mask.shape)}"
+                "the layer is on the meta device: give it memory with to_empty() and weights by loading first"
             )
-        if token_mask.device != x.device:
-            raise ValueError(f"token_mask must be on {x.device}, as x is, got {token_mask.device}")
-    if router_logits is None:
-        return
-    if router_logits.shape != (*x.shape[:-1], num_experts):
+        raise ValueError(f"x must be on the layer's device {device}, got {x.device}")
+    if x.dtype != dtype:
+        raise ValueError(f"x must have the layer's dtype {dtype}, got {x.dtype}")
+
+
+def check_mask(token_mask: torch.Tensor, x: torch.Tensor) -> None:
+    """Raises ValueError unless `token_mask` marks the tokens of `x`."""
+    if token_mask.shape != x.shape[:-1] or token_mask.dtype != torch.bool:
         raise ValueError(
-            f"router_logits must have shape {(*x.shape[:-1], num_experts)}, one logit per token and "
-            f"expert, got {tuple(router_logits.shape)}"
+            f"token_mask must be bool of shape {tuple(x.shape[:-1])}, got {token_mask.dtype} {tuple(token_mask.shape)}"
         )
-    if router_logits.dtype not in FLOATS or router_logits.device != x.device:
+    if token_mask.device != x.device:
+        raise ValueError(f"token_mask must be on {x.device}, as x is, got {token_mask.device}")
+
+
+def check_per_token(
+    name: str, value: torch.Tensor, x: torch.Tensor, width: int, of: str, dtypes: tuple[torch.dtype, ...]
+) -> None:
+    """Raises ValueError unless `value` has `width` numbers for each token of `x`."""
+    is_tensor = isinstance(value, torch.Tensor)
+    if not is_tensor or value.dim() != x.dim() or value.shape[-1] != width or value.shape[:-1] != x.shape[:-1]:
+        got = tuple(value.shape) if is_tensor else value
+        raise ValueError(f"{name} must have shape {(*x.shape[:-1], width)}, one for each token and {of}, got {got!r}")
+    if value.dtype not in dtypes or value.device != x.device:
         raise ValueError(
-            f"router_logits must be one of {', '.join(map(str, FLOATS))} and on {x.device}, as x is; got "
-            f"{router_logits.dtype} on {router_logits.device}"
+            f"{name} must be one of {', '.join(map(str, dtypes))} and on {x.device}, as x is; got "
+            f"{value.dtype} on {value.device}"
         )

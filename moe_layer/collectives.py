@@ -4,7 +4,6 @@ gloo takes part in host memory alone here: a GPU's tensor is staged through it.
 """
 
 from collections.abc import Sequence
-from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -27,15 +26,7 @@ def backend_of(group: dist.ProcessGroup, device: torch.device) -> str:
 def all_to_all_rows(
     rows: torch.Tensor, receive_splits: Sequence[int], send_splits: Sequence[int], group: dist.ProcessGroup
 ) -> torch.Tensor:
-    """Send `send_splits[r]` consecutive rows to each rank r; returns what came, in the order of the ranks. Differentiable."""
-    if rows.requires_grad and torch.is_grad_enabled():
-        return _AllToAllRows.apply(rows, receive_splits, send_splits, group)
-    return _all_to_all_rows(rows, receive_splits, send_splits, group)
-
-
-def _all_to_all_rows(
-    rows: torch.Tensor, receive_splits: Sequence[int], send_splits: Sequence[int], group: dist.ProcessGroup
-) -> torch.Tensor:
+    """Send `send_splits[r]` consecutive rows to each rank r; returns what came, in the order of the ranks."""
     staged = backend_of(group, rows.device) == "gloo"
     # Bytes: gloo knows fewer dtypes than torch, and nothing is computed on the way.
     row_bytes = rows.shape[1:].numel() * rows.element_size()
@@ -44,24 +35,6 @@ def _all_to_all_rows(
     received = torch.empty(sum(receive_splits), row_bytes, dtype=torch.uint8, device=sent.device)
     dist.all_to_all_single(received, sent, list(receive_splits), list(send_splits), group)
     return received.to(rows.device).view(rows.dtype).view(-1, *rows.shape[1:])
-
-
-class _AllToAllRows(torch.autograd.Function):
-    @staticmethod
-    def forward(
-        ctx: Any,
-        rows: torch.Tensor,
-        receive_splits: Sequence[int],
-        send_splits: Sequence[int],
-        group: dist.ProcessGroup,
-    ) -> torch.Tensor:
-        ctx.route = (receive_splits, send_splits, group)
-        return _all_to_all_rows(rows, receive_splits, send_splits, group)
-
-    @staticmethod
-    def backward(ctx: Any, grad: torch.Tensor) -> tuple[torch.Tensor, None, None, None]:
-        receive_splits, send_splits, group = ctx.route
-        return _all_to_all_rows(grad, send_splits, receive_splits, group), None, None, None
 
 
 def broadcast_(tensor: torch.Tensor, source: int, group: dist.ProcessGroup) -> None:

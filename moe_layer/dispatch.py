@@ -1,6 +1,6 @@
-"""Tokens to the experts' ranks and back. `dispatch()` returns a frozen handle, `combine()` consumes it.
+"""Dispatch and combine: rows to the ranks of their experts, and results back. `dispatch()` returns a frozen handle.
 
-Legend: T tokens of this rank, K top-k, H hidden, W ranks, S lanes of a rank, R rows that came, N rows to compute.
+Legend: T tokens of this rank, K top-k, H hidden, W ranks, S lanes of a rank, L = W · S lanes, R rows that came.
 """
 
 from dataclasses import dataclass
@@ -14,73 +14,67 @@ from moe_kernels import combine
 from moe_layer.arguments import check_choice
 from moe_layer.collectives import all_to_all_rows, backend_of
 
+# Rows travel as bytes, hidden state and routing weight together, at multiples of this: TMA asks for 16.
+_ALIGNMENT = 16
+
 
 @dataclass(frozen=True)
 class Dispatched:
     """What this rank's experts compute.
 
     Attributes:
-        rows_RH: hidden states.
-        row_weights_N: float32, the routing weight of each row to compute.
-        lanes_N: int32, the own lane that computes each, -1 for none. The sender's table chose it (docs/design.md).
-        counts_S: int32, how many of the rows each own lane computes.
-        fanout: row n to compute reads ``rows_RH[n // fanout]``.
+        rows_RH: hidden states; rows may be padded.
+        row_weights_R: float32, the routing weight of each row.
+        lanes_R: int32, the own lane that computes each row. The sender's table chose it (docs/design.md).
+        counts_S: int32, how many rows each own lane computes.
         num_tokens: of the batch over all ranks: equal on all of them, whatever the placement.
-        lanes_TK: int32, the global lanes that this rank's own tokens went to.
         route: the dispatcher's own; opaque.
     """
 
     rows_RH: torch.Tensor
-    row_weights_N: torch.Tensor
-    lanes_N: torch.Tensor
+    row_weights_R: torch.Tensor
+    lanes_R: torch.Tensor
     counts_S: torch.Tensor
-    fanout: int
     num_tokens: int
-    lanes_TK: torch.Tensor
     route: Any = None
 
 
 class Dispatcher(Protocol):
     def backend(self, device: torch.device) -> str:
-        """What moves rows of `device`: "local", "gloo" or "nccl"."""
+        """What moves rows of `device`: "gloo" or "nccl"."""
         ...
 
     def dispatch(
         self, x_TH: torch.Tensor, weights_TK: torch.Tensor, lanes_TK: torch.Tensor, counts_L: torch.Tensor
     ) -> Dispatched:
-        """`lanes_TK`: the global lane that each (token, expert) goes to, -1 for none; `counts_L`: how many go to each."""
+        """Send each (token, expert) to its global lane in `lanes_TK`, -1 for none; `counts_L` says how many go to each.
+
+        Differentiable with respect to `x_TH` and `weights_TK`, and then both gradients travel back: a rank that wants
+        one of them takes part in as many collectives as a rank that wants both.
+        """
         ...
 
-    def combine(self, rows_NH: torch.Tensor, dispatched: Dispatched, kernels: str) -> torch.Tensor:
-        """The computed rows, weighted already, back to their tokens and summed over K in fixed order: y_TH."""
+    def combine(
+        self, rows_RH: torch.Tensor, dispatched: Dispatched, lanes_TK: torch.Tensor, backend: str
+    ) -> torch.Tensor:
+        """Send the computed rows, already weighted, back to their tokens and sum over K in fixed order: y_TH."""
         ...
-
-
-class LocalDispatcher:
-    """All experts are here: nothing is copied, the kernels gather and scatter."""
-
-    def backend(self, device: torch.device) -> str:
-        return "local"
-
-    def dispatch(
-        self, x_TH: torch.Tensor, weights_TK: torch.Tensor, lanes_TK: torch.Tensor, counts_L: torch.Tensor
-    ) -> Dispatched:
-        num_tokens, top_k = lanes_TK.shape
-        return Dispatched(x_TH, weights_TK.reshape(-1), lanes_TK.reshape(-1), counts_L, top_k, num_tokens, lanes_TK)
-
-    def combine(self, rows_NH: torch.Tensor, dispatched: Dispatched, kernels: str) -> torch.Tensor:
-        return combine(rows_NH, dispatched.lanes_TK, backend=kernels)
 
 
 @dataclass(frozen=True)
 class _Route:
-    order: torch.Tensor  # int64 [sent]: flat (token, k) of each row sent, by destination rank
+    order: torch.Tensor  # int64 [sent]: flat (token, k) of each row sent, by lane
     send_splits: list[int]
     receive_splits: list[int]
+
+    def reversed(self) -> "_Route":
+        return _Route(self.order, self.receive_splits, self.send_splits)
 
 
 class AllToAllDispatcher:
     """One row per (token, expert) through `all_to_all_single` with true splits, which takes a host sync: eager only.
+
+    Three collectives a forward: counts; rows with their weights; results.
 
     Args:
         group: of the ranks that share the experts; every rank calls the layer equally often, also without tokens.
@@ -95,54 +89,94 @@ class AllToAllDispatcher:
     def backend(self, device: torch.device) -> str:
         return backend_of(self._group, device)
 
-    @torch.compiler.disable
     def dispatch(
         self, x_TH: torch.Tensor, weights_TK: torch.Tensor, lanes_TK: torch.Tensor, counts_L: torch.Tensor
     ) -> Dispatched:
         num_tokens, top_k = lanes_TK.shape
         num_ranks, num_lanes = self._num_ranks, self._num_lanes
-        # To each rank: what its lanes get, and how many tokens there are.
+        # To each rank: how many rows its lanes get, and how many tokens there are.
         said = F.pad(counts_L.view(num_ranks, num_lanes), (0, 1), value=num_tokens)
         heard = all_to_all_rows(said, [1] * num_ranks, [1] * num_ranks, self._group)
-        sums = [said[:, :num_lanes].sum(dim=1), heard[:, :num_lanes].sum(dim=1), heard[:, num_lanes]]
+        counts_WS = heard[:, :num_lanes]
+        sums = [said[:, :num_lanes].sum(dim=1), counts_WS.sum(dim=1), heard[:, num_lanes]]
         send_splits, receive_splits, tokens = torch.stack(sums).tolist()
-        lanes = lanes_TK.reshape(-1).long()
-        destination = torch.where(lanes >= 0, lanes // num_lanes, num_ranks)  # those of no lane last, not sent
-        order = torch.sort(destination, stable=True).indices[: sum(send_splits)]
+        # By lane, so that the counts tell the receiver the lane of each row. Rows without a lane sort last and stay here.
+        lanes = lanes_TK.reshape(-1)
+        order = torch.sort(torch.where(lanes >= 0, lanes, counts_L.numel()), stable=True).indices[: sum(send_splits)]
         route = _Route(order, send_splits, receive_splits)
-
-        def send(rows: torch.Tensor) -> torch.Tensor:
-            return all_to_all_rows(rows, receive_splits, send_splits, self._group)
-
+        rows_RH, row_weights_R = _Exchange.apply(
+            x_TH[order // top_k], weights_TK.reshape(-1)[order], route, self._group
+        )
+        lane_WS = torch.arange(num_lanes, dtype=torch.int32, device=lanes.device).repeat(num_ranks)
         return Dispatched(
-            rows_RH=send(x_TH[order // top_k]),
-            row_weights_N=send(weights_TK.reshape(-1)[order]),
-            lanes_N=send((lanes % num_lanes).int()[order]),
-            counts_S=heard[:, :num_lanes].sum(dim=0, dtype=torch.int32),
-            fanout=1,
+            rows_RH=rows_RH,
+            row_weights_R=row_weights_R,
+            lanes_R=lane_WS.repeat_interleave(counts_WS.flatten(), output_size=sum(receive_splits)),
+            counts_S=counts_WS.sum(dim=0, dtype=torch.int32),
             num_tokens=sum(tokens),
-            lanes_TK=lanes_TK,
             route=route,
         )
 
-    @torch.compiler.disable
-    def combine(self, rows_NH: torch.Tensor, dispatched: Dispatched, kernels: str) -> torch.Tensor:
-        route: _Route = dispatched.route
-        back = all_to_all_rows(rows_NH, route.send_splits, route.receive_splits, self._group)
-        flat = back.new_zeros(dispatched.lanes_TK.numel(), back.shape[1])
-        return combine(flat.index_copy(0, route.order, back), dispatched.lanes_TK, backend=kernels)
+    def combine(
+        self, rows_RH: torch.Tensor, dispatched: Dispatched, lanes_TK: torch.Tensor, backend: str
+    ) -> torch.Tensor:
+        back = _Return.apply(rows_RH, dispatched.route, self._group)
+        flat = back.new_zeros(lanes_TK.numel(), back.shape[1])
+        return combine(flat.index_copy(0, dispatched.route.order, back), lanes_TK, backend=backend)
+
+
+def _send(rows: torch.Tensor, route: _Route, group: dist.ProcessGroup) -> torch.Tensor:
+    return all_to_all_rows(rows, route.receive_splits, route.send_splits, group)
+
+
+def _exchange(
+    rows_NH: torch.Tensor, weights_N: torch.Tensor, route: _Route, group: dist.ProcessGroup
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Rows and their weights (float32) in one collective."""
+    num_rows, hidden_size = rows_NH.shape
+    item = rows_NH.element_size()
+    width = -(-hidden_size * item // _ALIGNMENT) * _ALIGNMENT
+    packed = rows_NH.new_empty((num_rows, width + _ALIGNMENT), dtype=torch.uint8)
+    packed.view(rows_NH.dtype)[:, :hidden_size] = rows_NH
+    packed.view(torch.float32)[:, width // 4] = weights_N
+    received = _send(packed, route, group)
+    return received.view(rows_NH.dtype)[:, :hidden_size], received.view(torch.float32)[:, width // 4].contiguous()
+
+
+class _Exchange(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any, rows_NH: torch.Tensor, weights_N: torch.Tensor, route: _Route, group: dist.ProcessGroup
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        ctx.back, ctx.group = route.reversed(), group
+        return _exchange(rows_NH, weights_N, route, group)
+
+    @staticmethod
+    def backward(ctx: Any, grad_rows: torch.Tensor, grad_weights: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
+        return *_exchange(grad_rows, grad_weights, ctx.back, ctx.group), None, None
+
+
+class _Return(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, rows_RH: torch.Tensor, route: _Route, group: dist.ProcessGroup) -> torch.Tensor:
+        ctx.route, ctx.group = route, group
+        return _send(rows_RH, route.reversed(), group)
+
+    @staticmethod
+    def backward(ctx: Any, grad: torch.Tensor) -> tuple[torch.Tensor, None, None]:
+        return _send(grad, ctx.route, ctx.group), None, None
 
 
 def make_dispatcher(
     dispatcher: str | Dispatcher, group: dist.ProcessGroup | None, num_ranks: int, num_lanes: int
-) -> Dispatcher:
-    """What `MoELayer`'s argument `dispatcher` means; `num_lanes`: of a rank.
+) -> Dispatcher | None:
+    """What `MoELayer`'s argument `dispatcher` means, None for no dispatch; `num_lanes`: of a rank.
 
     Raises:
         ValueError: it names none, lacks methods, or does not go with the group.
     """
-    if num_ranks > 1 and (type(dispatcher) is LocalDispatcher or dispatcher == "local"):
-        raise ValueError(f"dispatcher={dispatcher!r} needs all experts on one rank, but process_group has {num_ranks}")
+    if num_ranks > 1 and dispatcher == "local":
+        raise ValueError(f"dispatcher='local' needs all experts on one rank, but process_group has {num_ranks}")
     methods = ("backend", "dispatch", "combine")
     missing = [name for name in methods if not callable(getattr(dispatcher, name, None))]
     if not missing:
@@ -153,6 +187,6 @@ def make_dispatcher(
     if dispatcher == "all_to_all" and group is None:
         raise ValueError("dispatcher='all_to_all' needs a process_group, got None")
     if dispatcher == "local" or (dispatcher == "auto" and num_ranks == 1):
-        return LocalDispatcher()
+        return None
     assert group is not None
     return AllToAllDispatcher(group, num_lanes)

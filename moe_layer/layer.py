@@ -1,10 +1,13 @@
-"""`MoELayer`: route, dispatch, experts, combine.
+"""`MoELayer`: check → route → execute. The first step of the way of a token.
+
+`router.py` chooses experts, `executors.py` computes them, `versions.py` holds the table still for a backward, `dispatch.py`
+moves rows between ranks. `slot_experts.py` and `trainable.py` own the weights.
 
 Legend: T tokens, H hidden, E logical experts, K top-k.
 """
 
 import copy
-from typing import Any
+from typing import Any, NoReturn, cast
 
 import torch
 import torch.distributed as dist
@@ -14,32 +17,30 @@ from eplb.groups import check_member, ranks_of
 from eplb.relocation.pool import SlotPool
 from eplb.relocation.resident import ResidentExperts
 from eplb.streams import streams_of
-from moe_kernels import (
-    GOLDEN,
-    SHARE_BITS,
-    ExpertMatrices,
-    LoadCounter,
-    ReplicaTable,
-    local_forward,
-    resolve_backend,
-    select_replicas,
-)
-from moe_kernels.activation import ACTIVATIONS
+from moe_kernels import resolve_backend
 from moe_kernels.checks import FLOATS
 from moe_layer.arguments import (
-    check_choice,
-    check_forward_input,
     check_integer,
+    check_mask,
+    check_per_token,
+    check_x,
+    home_of,
+    is_autocast_enabled,
     physical_per_rank,
     resolve_device,
     resolve_dtype,
 )
 from moe_layer.collectives import broadcast_
-from moe_layer.dispatch import Dispatcher, LocalDispatcher, make_dispatcher
-from moe_layer.experts import Experts, expert_specs
-from moe_layer.parts import fits, is_call_changed, part
-from moe_layer.recomputed import Recomputed
+from moe_layer.ddp import check_ddp
+from moe_layer.dispatch import Dispatcher, make_dispatcher
+from moe_layer.executors import Executor, ExpertParallelExecutor, LocalExecutor
+from moe_layer.expert_format import gated_format
+from moe_layer.experts import Experts, NewWeights, refuse_pickling
+from moe_layer.fixed import FixedExperts
 from moe_layer.router import Router, RouterRule
+from moe_layer.shared_pool import resolve_pool
+from moe_layer.slot_experts import SlotExperts
+from moe_layer.trainable import TrainableExperts
 
 
 class MoELayer(nn.Module):
@@ -50,13 +51,23 @@ class MoELayer(nn.Module):
     Forwards that are compiled (`torch.compile`) or replayed from a CUDA graph must then run on the stream that calls `step()`;
     others may run on any.
 
+    A serving layer (the default) has its experts in slots: they are no parameters. Write them with `load_experts()` or
+    `load_state_dict()`: nothing else waits for relocations and reaches all replicas. A trainable layer has ordinary
+    parameters, and its experts do not move.
+
     Args:
         hidden_size: H.
         intermediate_size: I, of each expert.
         num_experts: E, logical experts over all ranks.
         top_k: K, experts per token.
-        router: name of a rule in `ROUTER_RULES`, or a `RouterRule`.
+        router: name of a rule in `ROUTER_RULES`, or a `RouterRule`. None: the layer has no gate, and each forward is
+            given `expert_ids` and `expert_weights`.
+        router_dtype: what the router's weight is and its logits are computed in, whatever the layer is cast to; None:
+            the layer's dtype.
         activation: of the gate: "silu" (SwiGLU) or "gelu" (exact GELU; GeGLU).
+        trainable: whether the router's and the experts' weights are parameters that require gradients. The experts are
+            then this rank's E / ranks, at `experts.gate_up_proj` and `experts.down_proj`; `num_redundant_experts` and
+            `pool` must be left alone, and the layer cannot be registered. For DDP see `moe_layer.ignore_in_ddp`.
         num_redundant_experts: physical experts beyond one per logical expert; E plus these must divide by the ranks.
         num_shadow_slots: experts of this layer that a relocation may replace at once on a rank; as many slots of memory
             on top, if the pool is the layer's own. 0: its experts never move.
@@ -64,8 +75,8 @@ class MoELayer(nn.Module):
         process_group: the ranks that share the experts; None: all experts are on this rank.
         dispatcher: "auto", "local" (needs one rank), "all_to_all", or an object with `Dispatcher`'s methods.
         backend: of the kernels: "auto" (Triton on CUDA, PyTorch references on a CPU), "triton", "torch".
-        trainable_experts: whether the experts' weights require gradients. Such experts cannot move in the background yet.
-        device, dtype: of weights and hidden states; a CPU or CUDA device; float32, float16 or bfloat16.
+        device: of the weights: a CPU or CUDA device, or "meta", which takes no memory until `to_empty()`.
+        dtype: of weights and hidden states: float32, float16 or bfloat16.
 
     Raises:
         ValueError: an argument out of range, naming it, its value and the rule.
@@ -79,15 +90,16 @@ class MoELayer(nn.Module):
         num_experts: int,
         top_k: int,
         *,
-        router: str | RouterRule = "softmax_renormalized",
+        router: str | RouterRule | None = "softmax_renormalized",
+        router_dtype: torch.dtype | None = None,
         activation: str = "silu",
+        trainable: bool = False,
         num_redundant_experts: int = 0,
         num_shadow_slots: int = 1,
         pool: SlotPool | None = None,
         process_group: dist.ProcessGroup | None = None,
         dispatcher: str | Dispatcher = "auto",
         backend: str = "auto",
-        trainable_experts: bool = False,
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
     ) -> None:
@@ -101,49 +113,58 @@ class MoELayer(nn.Module):
         check_integer("num_shadow_slots", num_shadow_slots, 0)
         if top_k > num_experts:
             raise ValueError(f"top_k must be at most num_experts={num_experts}, got {top_k}")
-        check_choice("activation", activation, ACTIVATIONS)
+        if not isinstance(trainable, bool):
+            raise ValueError(f"trainable must be True or False, got {trainable!r}")
+        for name, given in (("num_redundant_experts", num_redundant_experts), ("pool", pool)):
+            if trainable and given:
+                raise ValueError(f"{name}={given!r} does not go with trainable=True: such experts do not move")
         device, dtype = resolve_device(device), resolve_dtype(dtype)
-        resolve_backend(backend, device)
-        specs = expert_specs(hidden_size, intermediate_size, dtype)
-        if pool is None:
-            pool = SlotPool(specs, num_physical + num_shadow_slots, device)
-        elif not isinstance(pool, SlotPool):
-            raise ValueError(f"pool must be a SlotPool, made with make_pool(), or None; got {pool!r}")
-        elif pool.specs != specs or pool.device != device:
-            raise ValueError(
-                f"pool holds {pool.specs} on {pool.device}, but the layer's experts are {specs} on {device}; "
-                "make it with make_pool() and the layer's own sizes"
-            )
+        router_dtype = None if router_dtype is None else resolve_dtype(router_dtype, "router_dtype")
+        format = gated_format(hidden_size, intermediate_size, dtype, activation)
+        resolve_backend(backend, home_of(device))
+        num_lanes = num_physical if trainable else num_physical + num_shadow_slots
+        sender = make_dispatcher(dispatcher, process_group, num_ranks, num_lanes)
         self.hidden_size = hidden_size
         self.intermediate_size = intermediate_size
+        self.top_k = top_k
         self.backend = backend
         self.process_group = process_group
-        self.dispatcher = make_dispatcher(dispatcher, process_group, num_ranks, num_physical + num_shadow_slots)
-        self.gate = Router(hidden_size, num_experts, top_k, router, backend, device, dtype)
-        # Last, as it takes slots of the pool: a layer that is refused takes none.
-        resident = ResidentExperts(
-            num_experts=num_experts,
-            num_redundant_experts=num_redundant_experts,
-            num_shadow_slots=num_shadow_slots,
-            rank=rank,
-            num_ranks=num_ranks,
-            pool=pool,
-            streams=streams_of(device),
-        )
-        self.experts = Experts(
-            resident=resident,
-            top_k=top_k,
-            activation=activation,
-            process_group=process_group,
-            backend=backend,
-            trainable=trainable_experts,
-        )
-        self.reset_parameters()
+        self.executor: Executor = LocalExecutor()
+        if sender is not None:
+            self.executor = ExpertParallelExecutor(sender)
+        sizes = (hidden_size, num_experts, top_k)
+        options: dict[str, Any] = {"device": device, "layer_dtype": dtype, "dtype": router_dtype}
+        gate = None if router is None else Router(*sizes, router, backend, trainable=trainable, **options)
+        self.gate: Router | None
+        self.register_module("gate", gate)
+        self.experts: Experts
+        if trainable:
+            fixed = FixedExperts(num_experts, rank, num_ranks, home_of(device))
+            self.experts = TrainableExperts(format, fixed, process_group, backend, device)
+            if num_ranks > 1:
+                names = [f"experts.{name}" for name, _ in self.experts.named_parameters()]
+                self._ddp_params_and_buffers_to_ignore = names
+        else:
+            # Last, as it takes slots of the pool: a layer that is refused takes none.
+            resident = ResidentExperts(
+                num_experts=num_experts,
+                num_redundant_experts=num_redundant_experts,
+                num_shadow_slots=num_shadow_slots,
+                rank=rank,
+                num_ranks=num_ranks,
+                pool=resolve_pool(pool, format, num_physical + num_shadow_slots, device),
+                streams=streams_of(home_of(device)),
+            )
+            self.experts = SlotExperts(format, resident, process_group, backend)
+        if device.type != "meta":
+            self.reset_parameters()
+
+    # ---- what a controller reads
 
     @property
     def resident(self) -> ResidentExperts:
-        """Slots, table and load counters on this rank: what a controller registers."""
-        return self.experts.resident
+        """Slots, table and load counters on this rank: what a controller registers. (`FixedExperts` if trainable.)"""
+        return cast(ResidentExperts, self.experts.resident)
 
     @property
     def expert_ranks(self) -> tuple[int, ...]:
@@ -152,15 +173,21 @@ class MoELayer(nn.Module):
 
     @property
     def dispatch_backend(self) -> str:
-        return self.dispatcher.backend(self.resident.streams.device)
+        """What moves rows between ranks: "local", "gloo" or "nccl"."""
+        dispatcher = self.executor.dispatcher
+        return "local" if dispatcher is None else dispatcher.backend(self.experts.device)
 
     def why_not_relocatable(self) -> str | None:
-        """Why the experts must not move in the background, None if they may."""
-        if not self.experts.is_frozen:
-            return "its experts require gradients, and an optimizer's step would be lost on the way (trainable_experts)"
+        """Why the experts must not move, None if they may."""
+        if self.experts.trainable:
+            return "its experts are parameters (trainable=True), whose gradients and optimizer state would stay behind"
+        if self.experts.device.type == "meta":
+            return "it is on the meta device: give it memory with to_empty() first"
         if self.resident.num_shadow_slots == 0:
             return "it was built with num_shadow_slots=0"
         return None
+
+    # ---- weights
 
     @torch.no_grad()
     def reset_parameters(self) -> None:
@@ -168,121 +195,124 @@ class MoELayer(nn.Module):
 
         Like loading, it first waits until no relocation is under way.
         """
-        seed = torch.randint(2**31, (1,), device="cpu").to(self.gate.weight.device)
+        device = self.experts.device
+        seed = torch.randint(2**31, (1,), device="cpu").to(device)
         if self.process_group is not None:
             broadcast_(seed, 0, self.process_group)
-        device = self.gate.weight.device
-        bound = self.hidden_size**-0.5
         with self.resident.quiesced():
-            self.gate.weight.uniform_(-bound, bound, generator=torch.Generator(device).manual_seed(int(seed)))
+            if self.gate is not None:
+                bound = self.hidden_size**-0.5
+                self.gate.weight.uniform_(-bound, bound, generator=torch.Generator(device).manual_seed(int(seed)))
             self.experts.reset_parameters(int(seed) + 1)
+
+    def load_experts(self, weights: NewWeights) -> None:
+        """Write single experts in place, while the layer serves: *the* way to sync weights, from a trainer say.
+
+        It waits until no relocation is under way, and writes all replicas on this rank. Experts that live elsewhere are
+        skipped, so every rank may be given the same. Collective where the layer is registered with a controller.
+
+        Args:
+            weights: ``{expert: {name: tensor}}`` with logical ids, the names of `state_dict()` without "experts.", and
+                tensors of one expert, of any device and of any float dtype the layer may have.
+
+        Raises:
+            ValueError: an unknown expert or name, or a shape or dtype that does not fit. Nothing is written then.
+            TimeoutError, RuntimeError: relocations did not come to rest. Nothing is written then.
+        """
+        self.experts.load_experts(weights)
+
+    # ---- forward
 
     def forward(
         self,
         x: torch.Tensor,
         token_mask: torch.Tensor | None = None,
         router_logits: torch.Tensor | None = None,
+        *,
+        expert_ids: torch.Tensor | None = None,
+        expert_weights: torch.Tensor | None = None,
     ) -> torch.Tensor:
         """Route each token to its experts and sum what they say.
 
+        The router's choice is taken from the first of these that is there: `expert_ids` with `expert_weights`,
+        `router_logits`, the layer's own gate.
+
+        Every rank of the group calls the layer, and its backward, equally often; a rank without tokens passes an empty
+        tensor. So either all ranks need a gradient or none.
+
         Args:
-            x: hidden states ``[..., H]`` in the layer's dtype and on its device. Every rank of the group calls the
-                layer and its backward equally often; a rank without tokens passes an empty tensor.
+            x: hidden states ``[..., H]`` in the layer's dtype and on its device. Under `torch.autocast` also in another
+                float dtype.
             token_mask: bool ``[...]``; False marks padding, which is routed nowhere, not counted, and comes back as 0.
-            router_logits: ``[..., E]``, float32, float16 or bfloat16, from a router of the model's own; None: the layer's.
+                What is in it changes neither outputs nor gradients.
+            router_logits: ``[..., E]``, float32, float16 or bfloat16, from a router of the model's own.
+            expert_ids: int32 or int64 ``[..., K]``, logical experts; -1, like any id out of range, is computed nowhere.
+            expert_weights: ``[..., K]``, any float dtype; used in float32. Gradients flow to them.
 
         Returns:
-            The layer's output, shaped like `x`.
+            The layer's output, shaped like `x` and of its dtype; under `torch.autocast` of the autocast dtype.
 
         Raises:
             ValueError: shape, dtype or device of an argument do not fit.
         """
-        gate, experts = part(self, "gate"), part(self, "experts")
-        resident = experts.resident
-        weight_EH = part(gate, "weight")
-        check_forward_input(x, token_mask, router_logits, weight_EH, self.hidden_size, resident.num_experts)
-        x_TH = _rows(x)
-        mask_T = None if token_mask is None else token_mask.reshape(-1).contiguous()
-        logits_TE = gate(x_TH) if router_logits is None else _rows(router_logits)
-        if not torch.compiler.is_compiling():
-            resident.note_stream()
-        alone = self._weights_alone(gate, experts, x_TH, logits_TE)
-        if alone is not None:
-            y_TH = _forward_alone(gate, experts, x_TH, logits_TE, mask_T, *alone)
+        modules = self._modules  # nn.Module's attribute access takes the host longer than the checks
+        experts, gate = cast(Experts, modules["experts"]), cast(Router | None, modules["gate"])
+        if is_autocast_enabled(x):
+            return self._under_autocast(x, token_mask, router_logits, expert_ids, expert_weights)
+        check_x(x, self.hidden_size, experts.dtype, experts.device)
+        x_TH, mask_T = _rows(x), None
+        if token_mask is not None:
+            check_mask(token_mask, x)
+            mask_T = token_mask.reshape(-1).contiguous()
+            if torch.is_grad_enabled():
+                x_TH = x_TH.masked_fill(~mask_T[:, None], 0)  # or the router's gradient would be 0 · NaN
+        if experts.trainable and self.process_group is not None:
+            check_ddp(experts, self.process_group)
+        if expert_ids is not None or expert_weights is not None:
+            ids_TK, weights_TK = self._given(x, mask_T, expert_ids, expert_weights)
+            y_TH = self.executor.from_ids(experts, x_TH, ids_TK, weights_TK)
         else:
-            weights_TK, expert_ids_TK = gate.choose(logits_TE, mask_T)
-            lanes_TK, counts_L = self._choose_replicas(resident, expert_ids_TK)
-            y_TH = self._computed(x_TH, weights_TK, lanes_TK, counts_L)
+            if gate is None:
+                raise ValueError("expert_ids and expert_weights must be given, as the layer was built with router=None")
+            if router_logits is None:
+                logits_TE = _rows(gate(x_TH))
+                check_per_token("the gate's output", logits_TE, x_TH, experts.num_experts, "expert", FLOATS)
+            else:
+                check_per_token("router_logits", router_logits, x, experts.num_experts, "expert", FLOATS)
+                logits_TE = _rows(router_logits)
+            y_TH = self.executor.from_logits(experts, gate, x_TH, logits_TE, mask_T)
         return y_TH if x.dim() == 2 else y_TH.reshape(x.shape)
 
-    def _choose_replicas(
-        self, resident: ResidentExperts, expert_ids_TK: torch.Tensor
+    def _under_autocast(self, x: torch.Tensor, *given: torch.Tensor | None) -> torch.Tensor:
+        """Computed in the layer's dtype, router and experts alike; returned as `nn.Linear` would return it."""
+        mask, logits, ids, weights = given
+        dtype, device_type = self.experts.dtype, x.device.type
+        with torch.autocast(device_type, enabled=False):
+            x = x.to(dtype) if x.dtype in FLOATS else x
+            y = self.forward(x, mask, logits, expert_ids=ids, expert_weights=weights)
+        return y.to(torch.get_autocast_dtype(device_type))
+
+    def _given(
+        self,
+        x: torch.Tensor,
+        mask_T: torch.Tensor | None,
+        expert_ids: torch.Tensor | None,
+        expert_weights: torch.Tensor | None,
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        """The lane that computes each chosen expert, by the table and its shares, and each lane's count; records the load."""
-        table = resident.table
-        return select_replicas(
-            expert_ids_TK,
-            ReplicaTable(table.lanes_P, table.lane_to_slot_S, table.offsets_E1, table.cumulative_P),
-            LoadCounter(resident.load_E, resident.load_increment_1),
-            _rank_start(resident),
-            num_lanes=resident.num_ranks * resident.num_lanes,
-            backend=self.backend,
-        )
+        """ids_TK (int32) and weights_TK (float32) of the caller's choice."""
+        if expert_ids is None or expert_weights is None:
+            missing = "expert_ids" if expert_ids is None else "expert_weights"
+            raise ValueError(f"{missing} must be given too: expert_ids and expert_weights belong together, got None")
+        integers, floats = (torch.int32, torch.int64), (*FLOATS, torch.float64)
+        check_per_token("expert_ids", expert_ids, x, self.top_k, "choice", integers)
+        check_per_token("expert_weights", expert_weights, x, self.top_k, "choice", floats)
+        ids_TK, weights_TK = _rows(expert_ids), _rows(expert_weights.float())
+        is_none = (ids_TK < 0) | (ids_TK >= self.experts.num_experts)  # before int64 is narrowed
+        if mask_T is not None:
+            is_none = is_none | ~mask_T[:, None]
+        return ids_TK.masked_fill(is_none, -1).int(), weights_TK.masked_fill(is_none, 0)
 
-    def _needs_grad(self, *tensors: torch.Tensor) -> bool:
-        """Whether a gradient flows to these or to the experts' weights."""
-        return torch.is_grad_enabled() and (
-            any(tensor.requires_grad for tensor in tensors) or not self.experts.is_frozen
-        )
-
-    def _weights_alone(
-        self, gate: nn.Module, experts: nn.Module, x_TH: torch.Tensor, logits_TE: torch.Tensor
-    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor | None] | None:
-        """What the one op that does it all takes: gate_up, down, and the router's bias. None: it takes the separate ops.
-
-        It does without gradients, where no expert can be on another rank. Not where somebody listens to the calls that it would
-        pass over, or has put other functions in their places; nor with tensors that don't fit: the separate ops say
-        what is wrong.
-        """
-        dispatcher = self.dispatcher
-        if type(dispatcher) is not LocalDispatcher or type(experts) is not Experts or type(gate) is not Router:
-            return None
-        if (
-            dispatcher.__dict__
-            or "choose" in gate.__dict__
-            or is_call_changed(experts)
-            or resolve_backend(self.backend, x_TH.device) != "triton"
-        ):
-            return None
-        gate_up, down = part(experts, "gate_up_proj"), part(experts, "down_proj")
-        bias_E = part(gate, "e_score_correction_bias")
-        num_experts, device = experts.resident.num_experts, x_TH.device
-        if (
-            not experts.fits("gate_up_proj", gate_up, x_TH.dtype)
-            or not experts.fits("down_proj", down, x_TH.dtype)
-            or not fits(logits_TE, (x_TH.shape[0], num_experts), FLOATS, device)
-            or (bias_E is not None and not fits(bias_E, (num_experts,), (torch.float32,), device))
-            or self._needs_grad(x_TH, logits_TE, gate_up, down, *(() if bias_E is None else (bias_E,)))
-        ):
-            return None
-        return gate_up, down, bias_E
-
-    def _computed(
-        self, x_TH: torch.Tensor, weights_TK: torch.Tensor, lanes_TK: torch.Tensor, counts_L: torch.Tensor
-    ) -> torch.Tensor:
-        experts, resident = self.experts, self.resident
-        with_grad = self._needs_grad(x_TH, weights_TK)
-        if not with_grad or (resident.num_ranks == 1 and resident.controller is None):
-            return self._dispatched(x_TH, weights_TK, lanes_TK, counts_L)
-        if not experts.is_frozen and resident.controller is not None and resident.controller.config.use_async:
-            raise RuntimeError(f"the layer's experts move in the background, but {self.why_not_relocatable()}")
-        return Recomputed.apply(self._dispatched, experts, lanes_TK, counts_L, x_TH, weights_TK, *experts.parameters())
-
-    def _dispatched(
-        self, x_TH: torch.Tensor, weights_TK: torch.Tensor, lanes_TK: torch.Tensor, counts_L: torch.Tensor
-    ) -> torch.Tensor:
-        dispatched = self.dispatcher.dispatch(x_TH, weights_TK, lanes_TK, counts_L)
-        return self.dispatcher.combine(self.experts(dispatched), dispatched, self.backend)
+    # ---- copies
 
     @torch.inference_mode(False)  # or its new tensors could be written in that mode alone
     def _apply(self, fn: Any, recurse: bool = True) -> "MoELayer":
@@ -291,73 +321,18 @@ class MoELayer(nn.Module):
 
     @torch.inference_mode(False)
     def __deepcopy__(self, memo: dict[int, Any]) -> "MoELayer":
-        for shared in (self.process_group, self.dispatcher):
+        for shared in (self.process_group, self.executor.dispatcher):
             memo[id(shared)] = shared
-        fresh = MoELayer.__new__(MoELayer)
+        fresh = self.__class__.__new__(self.__class__)
         memo[id(self)] = fresh
         fresh.__dict__.update(copy.deepcopy(self.__dict__, memo))
         return fresh
 
+    def __reduce_ex__(self, protocol: Any) -> NoReturn:
+        refuse_pickling()
+
     def extra_repr(self) -> str:
         return f"hidden_size={self.hidden_size}, intermediate_size={self.intermediate_size}"
-
-
-def make_pool(
-    num_layers: int,
-    hidden_size: int,
-    intermediate_size: int,
-    num_experts: int,
-    *,
-    num_redundant_experts: int = 0,
-    num_shadow_slots: int = 1,
-    num_ranks: int = 1,
-    device: torch.device | str | None = None,
-    dtype: torch.dtype | None = None,
-) -> SlotPool:
-    """A pool for `num_layers` like layers of one rank that share `num_shadow_slots` free slots.
-
-    The price of relocation is then a few experts of memory for the whole model, not for each layer.
-
-    Raises:
-        ValueError: a count that is not positive, or experts that do not divide by the ranks.
-    """
-    for name, value in (("num_layers", num_layers), ("num_shadow_slots", num_shadow_slots), ("num_ranks", num_ranks)):
-        check_integer(name, value, 1)
-    num_physical = physical_per_rank(hidden_size, intermediate_size, num_experts, num_redundant_experts, num_ranks)
-    specs = expert_specs(hidden_size, intermediate_size, resolve_dtype(dtype))
-    return SlotPool(specs, num_layers * num_physical + num_shadow_slots, resolve_device(device))
-
-
-def _forward_alone(
-    gate: Router,
-    experts: Experts,
-    x_TH: torch.Tensor,
-    logits_TE: torch.Tensor,
-    token_mask_T: torch.Tensor | None,
-    gate_up_SNH: torch.Tensor,
-    down_SHI: torch.Tensor,
-    bias_E: torch.Tensor | None,
-) -> torch.Tensor:
-    resident = experts.resident
-    table = resident.table
-    return local_forward(
-        x_TH,
-        logits_TE,
-        ExpertMatrices(gate_up_SNH, down_SHI, experts.activation),
-        ReplicaTable(table.lanes_P, table.lane_to_slot_S),  # each expert has one replica, as there is one rank
-        LoadCounter(resident.load_E, resident.load_increment_1),
-        gate.top_k,
-        gate.rule.for_kernels(),
-        bias_E=bias_E,
-        token_mask_T=token_mask_T,
-        backend="triton",
-        validate=False,  # `check_forward_input` and `_weights_alone` have looked
-    )
-
-
-def _rank_start(resident: ResidentExperts) -> int:
-    """Ranks start apart on the circles of shares, so that the first tokens of all of them don't meet on one replica."""
-    return (resident.rank * GOLDEN) % 2**SHARE_BITS
 
 
 def _rows(tensor: torch.Tensor) -> torch.Tensor:

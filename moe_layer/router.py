@@ -1,9 +1,10 @@
-"""How tokens choose experts: the rules of the model families as data, one implementation.
+"""Route: how tokens choose experts. The rules of the model families are data, with one implementation.
 
 Legend: T tokens, E logical experts, K top-k, H hidden.
 """
 
-from dataclasses import dataclass
+import math
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -25,15 +26,26 @@ class RouterRule:
         scale: what the weights are multiplied with last (DeepSeek-V3's `routed_scaling_factor`).
         correction_bias: whether a learned bias per expert, `e_score_correction_bias`, is added to the scores for the
             choice, but not to the weights (DeepSeek-V3, arXiv:2412.19437, section 2.1.2).
+
+    Raises:
+        ValueError: a value of another type, an unknown score function, or a scale that is not finite.
     """
 
     score_function: str = "softmax"
     renormalize: bool = True
     scale: float = 1.0
     correction_bias: bool = False
+    for_kernels: RoutingRule = field(init=False, repr=False, compare=False)
 
-    def for_kernels(self) -> RoutingRule:
-        return RoutingRule(self.score_function, self.renormalize, self.scale)
+    def __post_init__(self) -> None:
+        check_choice("RouterRule.score_function", self.score_function, SCORE_FUNCTIONS)
+        for name in ("renormalize", "correction_bias"):
+            if not isinstance(getattr(self, name), bool):
+                raise ValueError(f"RouterRule.{name} must be True or False, got {getattr(self, name)!r}")
+        is_number = isinstance(self.scale, (int, float)) and not isinstance(self.scale, bool)
+        if not is_number or not math.isfinite(self.scale):
+            raise ValueError(f"RouterRule.scale must be a finite number, got {self.scale!r}")
+        object.__setattr__(self, "for_kernels", RoutingRule(self.score_function, self.renormalize, float(self.scale)))
 
 
 ROUTER_RULES = {
@@ -53,13 +65,12 @@ def resolve_rule(rule: str | RouterRule) -> RouterRule:
     """The rule behind a name.
 
     Raises:
-        ValueError: unknown name, or a rule with an unknown score function.
+        ValueError: unknown name.
     """
     if isinstance(rule, str) and rule in ROUTER_RULES:
         return ROUTER_RULES[rule]
     if not isinstance(rule, RouterRule):
-        raise ValueError(f"router must be a RouterRule or one of {', '.join(ROUTER_RULES)}; got {rule!r}")
-    check_choice("router.score_function", rule.score_function, SCORE_FUNCTIONS)
+        raise ValueError(f"router must be None, a RouterRule or one of {', '.join(ROUTER_RULES)}; got {rule!r}")
     return rule
 
 
@@ -69,7 +80,10 @@ class Router(nn.Module):
     Attributes:
         weight: ``[E, H]``.
         e_score_correction_bias: float32 ``[E]``, if the rule has one.
+        dtype: what logits are computed in, whatever the layer is cast to; None: the dtype of `weight`.
     """
+
+    e_score_correction_bias: torch.Tensor | None
 
     def __init__(
         self,
@@ -78,30 +92,39 @@ class Router(nn.Module):
         top_k: int,
         rule: str | RouterRule,
         backend: str,
+        *,
+        trainable: bool,
         device: torch.device,
-        dtype: torch.dtype,
+        layer_dtype: torch.dtype,
+        dtype: torch.dtype | None,
     ) -> None:
         super().__init__()
-        rule = resolve_rule(rule)
-        self.rule = rule
+        self.rule = rule = resolve_rule(rule)
         self.top_k = top_k
         self.backend = backend
-        self.weight = nn.Parameter(torch.empty(num_experts, hidden_size, device=device, dtype=dtype))
+        self.dtype = dtype
+        weight_EH = torch.empty(num_experts, hidden_size, device=device, dtype=dtype or layer_dtype)
+        self.weight = nn.Parameter(weight_EH, requires_grad=trainable)
         bias_E = torch.zeros(num_experts, device=device, dtype=torch.float32) if rule.correction_bias else None
-        self.e_score_correction_bias: torch.Tensor | None
         self.register_buffer("e_score_correction_bias", bias_E)
 
     def _apply(self, fn: Any, recurse: bool = True) -> "Router":
-        bias_E = self.e_score_correction_bias
-        super()._apply(fn, recurse)
-        if bias_E is not None and self.e_score_correction_bias is not None:
-            # A cast of the layer is none of the bias: float32 is part of the rule.
-            self.e_score_correction_bias = bias_E.to(self.e_score_correction_bias.device)
-        return self
+        fixed = [self.e_score_correction_bias, self.weight if self.dtype is not None else None]
+
+        def apply(tensor: torch.Tensor) -> torch.Tensor:
+            """Moves, but does not cast, tensors whose dtype is part of the rule."""
+            result = fn(tensor)
+            is_cast = result.dtype != tensor.dtype and any(tensor is one for one in fixed)
+            return tensor.to(result.device) if is_cast else result
+
+        return super()._apply(apply, recurse)
 
     def forward(self, x_TH: torch.Tensor) -> torch.Tensor:
-        """The logits [T, E]."""
-        return F.linear(x_TH, self.weight)
+        """The logits [T, E], in `dtype`."""
+        weight_EH = self.weight
+        dtype = self.dtype or weight_EH.dtype
+        x_TH = x_TH if x_TH.dtype == dtype else x_TH.to(dtype)
+        return F.linear(x_TH, weight_EH if weight_EH.dtype == dtype else weight_EH.to(dtype))
 
     def choose(
         self, logits_TE: torch.Tensor, token_mask_T: torch.Tensor | None = None
@@ -110,7 +133,7 @@ class Router(nn.Module):
         return topk_routing(
             logits_TE,
             self.top_k,
-            self.rule.for_kernels(),
+            self.rule.for_kernels,
             bias_E=self.e_score_correction_bias,
             token_mask_T=token_mask_T,
             backend=self.backend,

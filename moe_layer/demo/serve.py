@@ -105,7 +105,7 @@ class Stack(nn.Module):
     def count_rows(self, group: dist.ProcessGroup) -> None:
         self.counters = [CountingDispatcher(group, layer.resident.num_lanes) for layer in self.moe_layers]
         for layer, counter in zip(self.moe_layers, self.counters, strict=True):
-            layer.dispatcher = counter
+            layer.executor.dispatcher = counter
 
     def take_rows(self) -> list[int]:
         """Rows of the last forward by layer."""

@@ -51,7 +51,10 @@ def make_layer(group: dist.ProcessGroup | None, device: torch.device, seed: int 
     """Equal weights for equal seeds, on any number of ranks. Collective over `group`."""
     sizes = {"hidden_size": HIDDEN, "intermediate_size": INTERMEDIATE, "num_experts": EXPERTS, "top_k": TOP_K}
     options = {"device": device, "num_redundant_experts": 0, **sizes, **options}
-    return give_unit_scale(MoELayer(process_group=group, **options), seed=seed)
+    layer = give_unit_scale(MoELayer(process_group=group, **options), seed=seed)
+    if not layer.experts.trainable:
+        layer.experts.state_dict_scope = "all"
+    return layer
 
 
 def make_controller(group: dist.ProcessGroup, models: Sequence[torch.nn.Module], **options) -> EplbController:

@@ -84,14 +84,21 @@ def clear_tokens(layer: MoELayer, num_tokens: int, seed: int = 0) -> torch.Tenso
 
 @torch.no_grad()
 def give_unit_scale(layer: MoELayer, seed: int = 0) -> MoELayer:
-    """Draw all weights of `layer` anew, normal, such that logits and outputs are of the order of 1. Collective."""
+    """Draw all weights of `layer` anew, normal, such that logits and outputs are of the order of 1; on any rank alike."""
     random = torch.Generator().manual_seed(seed)
-    state = layer.state_dict()
+    state = {}
+    if layer.gate is not None:
+        state |= {f"gate.{name}": tensor for name, tensor in layer.gate.state_dict().items()}
+    num_experts = layer.resident.num_experts
+    for tensor in layer.experts.format.tensors:
+        state[f"experts.{tensor.name}"] = torch.empty(num_experts, *tensor.shape, dtype=tensor.dtype)
     for name, tensor in state.items():
         scale = 0.3 if name.endswith("bias") else tensor.shape[-1] ** -0.5
         if name.endswith("down_proj"):
             scale *= 3.0  # silu(gate) * up of normal numbers has a standard deviation of about 1/3
-        state[name] = (torch.randn(tensor.shape, generator=random) * scale).to(tensor)
+        state[name] = (torch.randn(tensor.shape, generator=random) * scale).to(tensor.dtype)
+        if name.startswith("experts.") and layer.experts.trainable:
+            state[name] = state[name][list(layer.resident.experts)]
     layer.load_state_dict(state)
     return layer
 

@@ -7,7 +7,7 @@ import torch
 
 from eplb.relocation.pool import SlotPool, SlotState
 from moe_layer import MoELayer, RouterRule, make_pool
-from moe_layer.experts import expert_specs
+from moe_layer.expert_format import gated_format
 
 SIZES = {"hidden_size": 16, "intermediate_size": 8, "num_experts": 4, "top_k": 2}
 INTEGER = "integer of at least {}"
@@ -33,9 +33,15 @@ REFUSED = {
     "unknown backend": ({"backend": "cuda"}, ("backend", "'cuda'", '"auto", "triton" or "torch"')),
     "unknown rule": ({"router": "switch"}, ("router", "'switch'", "RouterRule or one of", "mixtral")),
     "no rule": ({"router": 7}, ("router", "7", "RouterRule or one of", "mixtral")),
-    "unknown score function": (
-        {"router": RouterRule(score_function="tanh")},
-        ("router.score_function", "'tanh'", "'softmax', 'sigmoid'"),
+    "router_dtype": (
+        {"router_dtype": torch.float64},
+        ("router_dtype", "torch.float64", "float32, float16 or bfloat16"),
+    ),
+    "trainable": ({"trainable": "yes"}, ("trainable", "'yes'", "True or False")),
+    "trainable with a pool": ({"trainable": True, "pool": 7}, ("pool=7", "trainable=True")),
+    "trainable with redundant experts": (
+        {"trainable": True, "num_redundant_experts": 1},
+        ("num_redundant_experts=1", "at most num_experts"),
     ),
     "unknown dispatcher": ({"dispatcher": "nvlink"}, ("dispatcher", "'nvlink'", "'auto', 'local', 'all_to_all'")),
     "no dispatcher": ({"dispatcher": 7}, ("dispatcher", "7", "'auto', 'local', 'all_to_all'")),
@@ -44,7 +50,7 @@ REFUSED = {
         {"num_redundant_experts": 1},
         ("num_redundant_experts=1", "at most num_experts * (ranks - 1) = 0"),
     ),
-    "meta device": ({"device": "meta"}, ("device", "meta", "CPU or")),
+    "another kind of device": ({"device": "xpu"}, ("device", "xpu", "CPU or")),
     "unknown device": ({"device": "nowhere"}, ("device", "nowhere", "CPU or")),
     "a GPU that is not there": ({"device": "cuda:99"}, ("device", "cuda:99")),
 }
@@ -68,7 +74,7 @@ def test_triton_on_a_cpu_without_its_interpreter(monkeypatch):
 def pool_of(num_slots: int, device: str, hidden_size: int = 16, dtype: torch.dtype = torch.float32) -> SlotPool:
     # As the layer resolves its own device.
     device = torch.empty(0, device=device).device
-    return SlotPool(expert_specs(hidden_size, 8, dtype), num_slots, device)
+    return SlotPool(gated_format(hidden_size, 8, dtype, "silu").specs, num_slots, device)
 
 
 @pytest.mark.parametrize("other", [{"hidden_size": 24}, {"dtype": torch.float16}], ids=str)
@@ -80,7 +86,7 @@ def test_pool_of_other_experts(other, device):
 
 
 def test_pool_on_another_device(device):
-    pool = SlotPool(expert_specs(16, 8, torch.float32), 9, "meta")
+    pool = SlotPool(gated_format(16, 8, torch.float32, "silu").specs, 9, "meta")
     with pytest.raises(ValueError, match=r"on meta, but the layer's experts are .* on c"):
         MoELayer(**SIZES, pool=pool, device=device)
 
@@ -97,14 +103,28 @@ def test_pool_too_small(device):
     assert pool.count(SlotState.FREE) == 3
 
 
-@pytest.mark.parametrize(
-    "case", ["unknown rule", "unknown dispatcher", "all_to_all on its own", "unknown score function"]
-)
+@pytest.mark.parametrize("case", ["unknown rule", "unknown dispatcher", "all_to_all on its own", "trainable"])
 def test_a_refused_layer_takes_no_slots_of_a_shared_pool(case, device):
     pool = pool_of(9, device)
     with pytest.raises(ValueError):
         MoELayer(**SIZES, **REFUSED[case][0], pool=pool, device=device)
     assert pool.count(SlotState.FREE) == 9
+
+
+@pytest.mark.parametrize(
+    ("field", "value"),
+    [
+        ("score_function", "tanh"),
+        ("score_function", None),
+        ("renormalize", "false"),
+        ("renormalize", 1),
+        ("correction_bias", None),
+        *(("scale", scale) for scale in (None, "2", True, float("nan"), float("inf"), -float("inf"), 1j)),
+    ],
+)
+def test_a_rule_names_the_field_and_its_value(field, value):
+    with pytest.raises(ValueError, match=f"RouterRule.{field} must be .*{re.escape(repr(value))}"):
+        RouterRule(**{field: value})
 
 
 POOL_REFUSED = {
@@ -175,6 +195,42 @@ def test_forward_names_argument_value_and_rule(case, device):
     for part in named:
         assert re.search(rf"(?<!\w){re.escape(part)}", str(refusal.value)), f"{part!r} in {refusal.value}"
     assert not layer.resident.load_E.any()
+
+
+GIVEN = {
+    "ids alone": ({"expert_ids": torch.zeros(3, 2).int()}, "expert_weights must be given too"),
+    "weights alone": ({"expert_weights": torch.zeros(3, 2)}, "expert_ids must be given too"),
+    "another K": (
+        {"expert_ids": torch.zeros(3, 1).int(), "expert_weights": torch.zeros(3, 1)},
+        r"expert_ids .*\(3, 2\)",
+    ),
+    "ids of a float dtype": (
+        {"expert_ids": torch.zeros(3, 2), "expert_weights": torch.zeros(3, 2)},
+        "expert_ids .*int64",
+    ),
+    "integers as weights": (
+        {"expert_ids": torch.zeros(3, 2).int(), "expert_weights": torch.zeros(3, 2).int()},
+        "expert_weights .*float32",
+    ),
+    "a list": ({"expert_ids": [[0, 1]] * 3, "expert_weights": torch.zeros(3, 2)}, "expert_ids must"),
+}
+
+
+@pytest.mark.parametrize("case", GIVEN)
+def test_ids_and_weights_that_do_not_fit(case, device):
+    given, message = GIVEN[case]
+    layer = MoELayer(**SIZES, device=device)
+    given = {name: value.to(device) if isinstance(value, torch.Tensor) else value for name, value in given.items()}
+    with pytest.raises(ValueError, match=message):
+        layer(torch.zeros(3, 16, device=device), **given)
+
+
+def test_without_a_router_ids_are_needed(device):
+    layer = MoELayer(**SIZES, router=None, device=device)
+    assert layer.gate is None and not list(layer.parameters())
+    for given in ({}, {"router_logits": torch.zeros(3, 4, device=device)}):
+        with pytest.raises(ValueError, match=r"expert_ids and expert_weights must be given, .* router=None"):
+            layer(torch.zeros(3, 16, device=device), **given)
 
 
 @pytest.mark.gpu

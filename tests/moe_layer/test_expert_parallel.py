@@ -3,13 +3,16 @@
 import pytest
 import torch
 import torch.distributed as dist
+from torch import nn
+from torch.nn.parallel import DistributedDataParallel
+from torch.utils.checkpoint import checkpoint
 
 from eplb import EplbController
-from moe_layer import AllToAllDispatcher, LocalDispatcher, MoELayer, make_pool
+from moe_layer import AllToAllDispatcher, MoELayer, ignore_in_ddp, make_pool
 from tests.conftest import TOLERANCES
 from tests.distributed import distributed
 from tests.moe_layer.ranks import EXPERTS, HIDDEN, INTERMEDIATE, TOP_K, make_layer, tokens
-from tests.moe_layer.reference import Weights, clear_tokens, dense_forward, logical_grad
+from tests.moe_layer.reference import Weights, clear_tokens, dense_forward, give_unit_scale
 
 NUM_STEPS = 4  # batches; each of four ranks has none in one or two of them
 SIZES = {"hidden_size": HIDDEN, "intermediate_size": INTERMEDIATE, "num_experts": EXPERTS, "top_k": TOP_K}
@@ -36,7 +39,11 @@ def test_two_ranks(rank, num_ranks, group, device):
     check_gradients_of_x_on_some_ranks(rank, group, device)
     check_shared_pool(group, device)
     check_range_scope(rank, num_ranks, group, device)
+    check_saving_alone(rank, group, device)
+    check_load_experts(rank, group, device)
+    check_given_ids(rank, group, device)
     check_seeds(rank, group, device)
+    check_ddp(rank, group, device)
 
 
 @distributed(num_ranks=4)
@@ -68,7 +75,6 @@ def check_refusals(group, device):
         ),
         ({"num_redundant_experts": 10}, r"num_redundant_experts=10 must be at most num_experts \* \(ranks - 1\) = 8"),
         ({"dispatcher": "local"}, "dispatcher='local' needs all experts on one rank, but process_group has 2"),
-        ({"dispatcher": LocalDispatcher()}, "dispatcher=.*LocalDispatcher.* needs all experts on one rank"),
     ):
         with pytest.raises(ValueError, match=message):
             MoELayer(**{**SIZES, **options}, process_group=group, device=device)
@@ -81,7 +87,7 @@ def check_refusals(group, device):
             with pytest.raises(ValueError, match="process_group must be one that rank 1 is in, got "):
                 make()
     layer = make_layer(group, device)
-    assert isinstance(layer.dispatcher, AllToAllDispatcher)
+    assert isinstance(layer.executor.dispatcher, AllToAllDispatcher) and layer.dispatch_backend in ("gloo", "nccl")
     with pytest.raises(
         ValueError,
         match=r"process_group has the ranks \[\], but a layer of the model shares its experts among \[0, 1\]",
@@ -92,7 +98,7 @@ def check_refusals(group, device):
         match=r"process_group has the ranks \[0, 1\], but a layer of the model shares its experts among \[\]",
     ):
         EplbController(process_group=group).register(make_layer(None, device))
-    assert isinstance(make_layer(None, device).dispatcher, LocalDispatcher)
+    assert make_layer(None, device).dispatch_backend == "local"
 
 
 @torch.no_grad()
@@ -108,15 +114,15 @@ def check_dispatch(rank, group, device):
         counts_L = torch.tensor([1, 1, 0, 2, 1, 1] if count else [0] * 6, dtype=torch.int32, device=device)
         sent = dispatcher.dispatch(x_TH, weights_TK, lanes_TK, counts_L)
         assert sent.num_tokens == 4, "the batch is that of all ranks"
-        assert sent.fanout == 1 and torch.equal(sent.lanes_TK, lanes_TK)
-        # (token, k) of the rows for this rank, in order; the masked token goes nowhere.
-        expected = [(0, 0), (2, 1)] if rank == 0 else [(0, 1), (2, 0), (3, 0), (3, 1)]
+        # (token, k) of the rows for this rank, by lane; the masked token goes nowhere.
+        expected = [(0, 0), (2, 1)] if rank == 0 else [(3, 0), (3, 1), (2, 0), (0, 1)]
         x = torch.arange(12.0).view(4, 3) + 100 * sender
         assert sent.rows_RH.tolist() == [x[token].tolist() for token, _ in expected]
-        assert sent.row_weights_N.tolist() == [float(2 * token + k) for token, k in expected]
-        assert sent.lanes_N.tolist() == [lanes[token][k] - 3 * rank for token, k in expected]
+        assert sent.row_weights_R.tolist() == [float(2 * token + k) for token, k in expected]
+        assert sent.lanes_R.dtype == torch.int32
+        assert sent.lanes_R.tolist() == [lanes[token][k] - 3 * rank for token, k in expected]
         assert sent.counts_S.dtype == torch.int32 and sent.counts_S.tolist() == [[1, 1, 0], [2, 1, 1]][rank]
-        y = dispatcher.combine(sent.rows_RH * sent.row_weights_N[:, None], sent, "torch")
+        y = dispatcher.combine(sent.rows_RH * sent.row_weights_R[:, None], sent, lanes_TK, "torch")
         sums = torch.tensor([1.0, 0.0, 4.0 + 5.0, 6.0 + 7.0])[:, None] * x
         assert y.tolist() == sums[:count].tolist()
 
@@ -162,47 +168,63 @@ def check_masks(rank, group, device):
     y = layer(torch.where(mask[:, None], x, float("nan")), mask)
     assert not y[~mask].any()
     assert torch.equal(y[mask], layer(x)[mask]), "the padding of a token changes another"
+    trained = make_layer(group, device, trainable=True)
+    with torch.enable_grad():
+        for bad in (float("nan"), float("inf")):
+            grads = []
+            for value in (0.0, bad):
+                trained.zero_grad()
+                leaf = torch.where(mask[:, None], x, value).requires_grad_()
+                trained(leaf, mask).square().sum().backward()
+                grads.append([leaf.grad, *(parameter.grad for parameter in trained.parameters())])
+            assert all(torch.equal(one, other) for one, other in zip(*grads, strict=True)), "padding has a gradient"
     mask[:] = rank == 0  # all tokens of the other rank are padding
     y = layer(x, mask)
     assert bool(y.any()) == (rank == 0)
 
 
 def check_gradients(rank, num_ranks, group, device, trainable):
-    """Of this rank's tokens: bitwise the same for any number of replicas. Of the experts: their sum over all replicas."""
-    layers = [
-        make_layer(group, device, num_redundant_experts=redundant, trainable_experts=trainable) for redundant in (0, 2)
-    ]
-    alone = make_layer(None, device, trainable_experts=trainable)
+    """Of this rank's tokens: bitwise the same for any number of replicas. Of the experts: on their own rank, of all tokens."""
+    layers = [make_layer(group, device, trainable=trainable)]
+    if not trainable:
+        layers.append(make_layer(group, device, num_redundant_experts=2))
+    alone = make_layer(None, device, trainable=trainable)
+    for layer in (*layers, alone):
+        layer.gate.requires_grad_()
     for step in range(3):
         every_x = all_tokens(num_ranks, step, device).requires_grad_()
         direction = torch.randn(every_x.shape, generator=torch.Generator().manual_seed(step)).to(device)
         alone.zero_grad()
         alone(every_x).backward(direction)
         grads = []
-        for layer in layers:
+        runs = [*layers, lambda x: checkpoint(layers[0], x, use_reentrant=False)]
+        for layer, run in zip([*layers, layers[0]], runs, strict=True):
             layer.zero_grad()
             x = tokens(rank, step, device).requires_grad_()
             counted = layer.resident.load_E.clone()
-            layer(x).backward(own_rows(direction, rank, step))
+            y = run(x)
+            y.backward(own_rows(direction, rank, step))
+            assert trainable or not layer.resident.is_pinned_before(1), "an output that is kept pins its version"
             assert (layer.resident.load_E - counted).sum() == TOP_K * len(x), "the backward's recomputation was counted"
             grads.append((x.grad, layer.gate.weight.grad))
-        for one, other in zip(*grads, strict=True):
-            assert torch.equal(one, other)
+            del y
+        for other in grads[1:]:
+            assert all(torch.equal(one, another) for one, another in zip(grads[0], other, strict=True))
         close(grads[0][0], own_rows(every_x.grad, rank, step), "x")
-        parts = {"gate": (grads[1][1], alone.gate.weight.grad)}
+        total = grads[0][1].clone() if dist.get_backend(group) == "nccl" else grads[0][1].cpu()
+        dist.all_reduce(total, group=group)
+        close(total.to(device), alone.gate.weight.grad, "gate")
+        assert alone.gate.weight.grad.abs().max() > 0.01
         if trainable:
             for name in ("gate_up_proj", "down_proj"):
-                parts[name] = logical_grad(layers[1], name), logical_grad(alone, name)
-        for name, (part, whole) in parts.items():
-            total = part.clone() if dist.get_backend(group) == "nccl" else part.cpu()
-            dist.all_reduce(total, group=group)
-            close(total.to(whole), whole, name)
-            assert whole.abs().max() > 0.01
+                own = alone.experts.get_parameter(name).grad[list(layers[0].resident.experts)]
+                close(layers[0].experts.get_parameter(name).grad, own, name)
+                assert own.abs().max() > 0.01
 
 
 def check_gradients_of_x_on_some_ranks(rank, group, device):
     """A rank without tokens passes an empty tensor of its own, which requires no grad; its backward takes part nevertheless."""
-    layer = make_layer(group, device)
+    layer = make_layer(group, device, trainable=True)
     x = torch.randn(6, HIDDEN, generator=torch.Generator().manual_seed(0)).to(device).requires_grad_()
     grads = []
     for without in (torch.empty(0, HIDDEN, device=device, requires_grad=True), torch.empty(0, HIDDEN, device=device)):
@@ -247,19 +269,118 @@ def check_range_scope(rank, num_ranks, group, device):
 
     other = make_layer(group, device, num_redundant_experts=4, num_experts=6, seed=4)
     other.experts.state_dict_scope = "range"
-    with pytest.raises(RuntimeError, match=r"size mismatch .* \(6, .*\) in .* but \(3, .*state_dict_scope='range'"):
-        other.load_state_dict(full)
-    other.load_state_dict(mine)
-    other.experts.state_dict_scope = "all"
-    for name, tensor in other.state_dict().items():
-        assert torch.equal(tensor, full[name]), name
-    assert_replicas_are_equal(other, full)
+    wrong = {name: tensor[:2] for name, tensor in full.items()}
+    with pytest.raises(RuntimeError, match=r"size mismatch .* \(2, .*\) in .* but \(3, .*\) or \(6, .*\)"):
+        other.load_state_dict(wrong)
+    for state in (mine, full):
+        give_unit_scale(other, seed=5)
+        other.load_state_dict(state)
+        other.experts.state_dict_scope = "all"
+        for name, tensor in other.state_dict().items():
+            assert torch.equal(tensor, full[name]), name
+        assert_replicas_are_equal(other, full)
+
+
+def check_saving_alone(rank, group, device):
+    """A rank that has its range saves it without the others; one that needs them says which did not come."""
+    layer = make_layer(group, device, seed=3)
+    full = layer.state_dict()
+    layer.experts.state_dict_scope = "range"
+    if rank == 0:
+        mine = layer.state_dict()
+        assert torch.equal(mine["experts.down_proj"], full["experts.down_proj"][: len(mine["experts.down_proj"])])
+    layer.experts.state_dict_scope, layer.experts.state_dict_timeout = "all", 0.3
+    dist.barrier(group)
+    if rank == 0:
+        with pytest.raises(TimeoutError, match=r"state_dict\(\) is collective here, .* 0.3 s the ranks \[1\] did not"):
+            layer.state_dict()
+    dist.barrier(group)
+    layer.experts.state_dict_timeout = 60.0
+    for _ in range(4):  # it is as if that call had not been
+        assert all(torch.equal(tensor, full[name]) for name, tensor in layer.state_dict().items())
+
+
+def check_load_experts(rank, group, device):
+    """All replicas on all ranks, when every rank is given the same."""
+    layer, other = (make_layer(group, device, num_redundant_experts=2, seed=seed) for seed in (3, 4))
+    new = other.state_dict()
+    layer.load_experts({e: {name: new[f"experts.{name}"][e] for name in ("gate_up_proj", "down_proj")} for e in (0, 7)})
+    state = layer.state_dict()
+    for name in ("experts.gate_up_proj", "experts.down_proj"):
+        assert torch.equal(state[name][[0, 7]], new[name][[0, 7]]) and not torch.equal(state[name][1], new[name][1])
+    assert_replicas_are_equal(layer, state)
+
+
+def check_given_ids(rank, group, device):
+    layer, alone = (make_layer(one, device, router=None) for one in (group, None))
+    random = torch.Generator().manual_seed(rank)
+    x = torch.randn(5, HIDDEN, generator=random).to(device)
+    ids = torch.tensor([[0, 7], [-1, 3], [-1, -1], [EXPERTS, 5], [2**32 + 1, 4]], device=device)
+    weights = torch.rand(5, 2, generator=random).to(device)
+    weights[2] = float("nan")  # of nothing
+    results = []
+    for one in (layer, alone):
+        leaves = x.clone().requires_grad_(), weights.clone().requires_grad_()
+        with torch.no_grad():
+            y = one(x, expert_ids=ids, expert_weights=weights)
+        with_grad = one(leaves[0], expert_ids=ids, expert_weights=leaves[1])
+        assert torch.equal(y, with_grad) and y.isfinite().all() and not y[2].any()
+        with_grad.square().sum().backward()
+        results.append((y, *(leaf.grad for leaf in leaves)))
+    for one, other in zip(*results, strict=True):
+        torch.testing.assert_close(one, other)
+    assert results[0][2][0].all() and not results[0][2][2].any()
+
+
+def check_ddp(rank, group, device):
+    """DDP takes parameters for copies: experts of other ranks must not be overwritten in silence."""
+    x = torch.randn(6, HIDDEN, generator=torch.Generator().manual_seed(rank)).to(device)
+
+    def model(**options):
+        torch.manual_seed(0)
+        return nn.Sequential(nn.Linear(HIDDEN, HIDDEN, device=device), make_layer(group, device, **options))
+
+    serving = model()
+    before, y = serving[1].state_dict(), serving(x).detach()
+    wrapped = DistributedDataParallel(serving)
+    assert torch.equal(wrapped(x), y)
+    assert all(torch.equal(tensor, before[name]) for name, tensor in serving[1].state_dict().items())
+
+    for around in (False, True):  # DDP wraps the layer itself, or a model around it
+        trained = model(trainable=True) if around else make_layer(group, device, trainable=True)
+        layer = trained[1] if around else trained
+        names = ignore_in_ddp(trained)
+        prefix = "1." if around else ""
+        assert names == [f"{prefix}experts.down_proj", f"{prefix}experts.gate_up_proj"]
+        before = {name: tensor.clone() for name, tensor in layer.state_dict().items()}
+        y = trained(x).detach()
+        wrapped = DistributedDataParallel(trained)
+        assert all(torch.equal(tensor, before[name]) for name, tensor in layer.state_dict().items())
+        assert torch.equal(wrapped(x), y)
+        wrapped(x).square().sum().backward()
+        gate = layer.gate.weight.grad.clone()
+        dist.broadcast(gate, 0, group=group)
+        assert torch.equal(gate, layer.gate.weight.grad), "the router's gradient is averaged"
+        own = layer.experts.down_proj.grad.clone()
+        dist.broadcast(own, 0, group=group)
+        assert rank == 0 or not torch.equal(own, layer.experts.down_proj.grad), "the experts' gradient is their own"
+
+    DistributedDataParallel(make_layer(group, device, trainable=True))(x)  # wrapped itself, it has said so itself
+    forgotten = DistributedDataParallel(model(trainable=True))
+    with pytest.raises(
+        RuntimeError, match=r"has overwritten the experts.*Call moe_layer.ignore_in_ddp\(model\) before"
+    ):
+        forgotten(x)
+    copies = [dist.new_group([one]) for one in range(2)][rank]  # each rank has all experts, and a copy on each is right
+    same = DistributedDataParallel(make_layer(copies, device, trainable=True), process_group=group)
+    same(x).sum().backward()
 
 
 def check_seeds(rank, group, device):
     """Ranks whose random states differ make equal layers: rank 0's decides."""
     torch.manual_seed(77 + rank)
     layer = MoELayer(**SIZES, num_redundant_experts=2, process_group=group, device=device)
+    layer.experts.state_dict_scope = "all"
     torch.manual_seed(77)
     alone = MoELayer(**SIZES, device=device)
     for name, tensor in layer.state_dict().items():
@@ -299,5 +420,5 @@ def assert_replicas_are_equal(layer, state):
     for expert, slots in layer.resident.live_slots().items():
         for slot in slots:
             for name in ("gate_up_proj", "down_proj"):
-                weight = layer.experts.get_parameter(name)[slot]
+                weight = layer.resident.pool.tensors[name][slot]
                 assert torch.equal(weight, state[f"experts.{name}"][expert]), f"expert {expert} in slot {slot}"

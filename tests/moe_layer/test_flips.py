@@ -175,6 +175,7 @@ def test_i3_a_flip_between_forward_and_backward_does_not_change_the_gradient_of_
     random = torch.Generator().manual_seed(0)
     grads = []
     for one in (layer, twin):
+        one.gate.requires_grad_()  # whose gradient the experts' outputs decide
         x = torch.randn(20, 32, generator=random.manual_seed(1)).to(device, dtype).requires_grad_()
         y = run(one, x)
         if one is layer:

@@ -82,32 +82,15 @@ def test_a_layer_is_registered_once(device):
 
 @pytest.mark.parametrize(
     ("options", "reason"),
-    [({"trainable_experts": True}, "experts require gradients"), ({"num_shadow_slots": 0}, "num_shadow_slots=0")],
+    [({"trainable": True}, "experts are parameters"), ({"num_shadow_slots": 0}, "num_shadow_slots=0")],
     ids=str,
 )
-def test_what_cannot_move_in_the_background_is_refused(options, reason, device):
+@pytest.mark.parametrize("use_async", [False, True])
+def test_what_cannot_move_is_refused(use_async, options, reason, device):
     layer = make_layer(device, **options)
-    with pytest.raises(ValueError, match=f"use_async=True cannot relocate a layer of the model: .*{reason}"):
-        EplbController().register(layer)
+    with pytest.raises(ValueError, match=f"a layer of the model cannot be relocated: .*{reason}"):
+        EplbController(EplbConfig(use_async=use_async)).register(layer)
     assert layer.resident.controller is None
-    assert EplbController(EplbConfig(use_async=False)).register(layer) == 1
-
-
-def test_experts_that_want_gradients_after_registration(device):
-    layer, x = make_layer(device), torch.randn(3, 16, device=device)
-    controller = EplbController()
-    controller.register(layer)
-    layer.experts.requires_grad_()
-    with pytest.raises(RuntimeError, match="move in the background, but its experts require gradients"):
-        layer(x)
-    with torch.no_grad():
-        layer(x)  # nothing is lost here
-    layer.experts.requires_grad_(False)
-    layer(x).sum().backward()
-    controller.close()
-    layer.experts.requires_grad_()
-    layer(x).sum().backward()
-    assert layer.experts.down_proj.grad is not None
 
 
 # ---- what a registered layer, and one that shares its pool, refuses
@@ -119,11 +102,7 @@ REFUSALS = {
     "bfloat16": (lambda layer: nn.Sequential(layer).bfloat16(), "moving or casting the experts"),
     "to(device)": (lambda layer: layer.to("meta"), "moving or casting the experts"),
     "deepcopy": (copy.deepcopy, "deepcopy"),
-    "replacement": (
-        lambda layer: setattr(layer.experts, "down_proj", nn.Parameter(layer.experts.down_proj.detach().clone())),
-        "replacing the parameter down_proj",
-    ),
-    "removal": (lambda layer: delattr(layer.experts, "gate_up_proj"), "removing the parameter gate_up_proj"),
+    "to_empty": (lambda layer: layer.to_empty(device="meta"), "moving or casting the experts"),
 }
 
 
@@ -182,18 +161,10 @@ def test_casting_before_registering(dtype, device):
     assert EplbController().register(layer) == 1
 
 
-def test_casting_keeps_what_is_trainable(device):
-    layer = make_layer(device, trainable_experts=True).half()
-    assert layer.experts.down_proj.requires_grad and layer.experts.down_proj.dtype == torch.float16
-    assert {name for name, _ in layer.named_parameters()} == {
-        "gate.weight", "experts.gate_up_proj", "experts.down_proj"
-    }  # fmt: skip
-
-
 def test_a_copy_is_equal_and_independent(device):
     layer = make_layer(device, router="minimax_m2")
     layer(torch.randn(5, 16, device=device))
-    layer.experts.requires_grad_()
+    layer.requires_grad_()
     layer.eval()
     other = copy.deepcopy(layer)
     x = torch.randn(5, 16, device=device)
@@ -201,7 +172,7 @@ def test_a_copy_is_equal_and_independent(device):
         expected = layer(x)
         assert torch.equal(other(x), expected)
         assert torch.equal(other.resident.load_E, layer.resident.load_E)
-        assert not other.training and not other.experts.is_frozen
+        assert not other.training and other.gate.weight.requires_grad
         give_unit_scale(other, seed=9)
         assert torch.equal(layer(x), expected)
         assert not torch.equal(other(x), expected)
@@ -226,22 +197,6 @@ def test_a_copy_of_a_cast_layer(device):
     x = torch.randn(5, 16, device=device, dtype=torch.float16)
     with torch.no_grad():
         assert torch.equal(other(x), layer(x))
-
-
-def test_a_parameter_replaced_before_registering_is_what_is_computed_saved_and_moved(device):
-    layer, x = make_layer(device), torch.randn(5, 16, device=device)
-    doubled = nn.Parameter(layer.experts.down_proj.detach() * 2, requires_grad=False)
-    with torch.no_grad():
-        expected = layer(x) * 2
-        state = layer.state_dict()
-        layer.experts.down_proj = doubled
-        assert torch.equal(layer(x), expected)
-        assert torch.equal(layer.state_dict()["experts.down_proj"], state["experts.down_proj"] * 2)
-        EplbController().register(layer)
-        relocator = Relocator([layer])
-        for expert in (0, 1, 2, 3):
-            relocator.move(expert)
-        assert torch.equal(layer(x), expected)
 
 
 # ---- a pool for several layers

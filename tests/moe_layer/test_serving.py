@@ -76,7 +76,7 @@ def assert_rested(service: Service) -> None:
         for expert, slots in layer.resident.live_slots().items():
             for slot in slots:
                 for name in ("gate_up_proj", "down_proj"):
-                    weight = layer.experts.get_parameter(name)[slot]
+                    weight = layer.resident.pool.tensors[name][slot]
                     assert torch.equal(weight, wanted[f"experts.{name}"][expert]), f"expert {expert} in slot {slot}"
 
 
@@ -331,6 +331,8 @@ def check_gradients_across_flips(rank, group, device) -> None:
 
     for run in (as_is, checkpointed, checkpointed_reentrant):
         layer, twin = (make_layer(group, device, seed=4, num_redundant_experts=2, num_shadow_slots=2) for _ in range(2))
+        layer.gate.requires_grad_()  # whose gradient the experts' outputs decide
+        twin.gate.requires_grad_()
         service = Service(rank, group, device, [layer], [twin], make_controller(group, [layer]))
         controller = service.controller
         for number in range(3):

@@ -7,6 +7,7 @@ import torch
 
 from eplb import EplbConfig, EplbController
 from moe_layer import MoELayer
+from moe_layer.logical import LogicalWeights
 from tests.moe_layer.reference import give_unit_scale
 from tests.moe_layer.relocation import Relocator
 
@@ -41,8 +42,8 @@ def test_names_shapes_and_order(device):
         "mlp.experts.down_proj": (4, 16, 8),
     }
     for expert, (slot,) in layer.resident.live_slots().items():
-        assert torch.equal(state["mlp.experts.gate_up_proj"][expert], layer.experts.gate_up_proj[slot])
-        assert torch.equal(state["mlp.experts.down_proj"][expert], layer.experts.down_proj[slot])
+        assert torch.equal(state["mlp.experts.gate_up_proj"][expert], layer.resident.pool.tensors["gate_up_proj"][slot])
+        assert torch.equal(state["mlp.experts.down_proj"][expert], layer.resident.pool.tensors["down_proj"][slot])
 
 
 def test_saved_tensors_are_copies(device):
@@ -143,11 +144,10 @@ def test_assigning_is_refused(device):
 
 def test_the_range_of_a_single_rank_is_everything(device):
     layer = make_moved(device)
-    full = layer.state_dict()
-    layer.experts.state_dict_scope = "range"
-    assert_equal_states(layer.state_dict(), full)
-    layer.load_state_dict({name: tensor * 2 for name, tensor in full.items()})
-    assert torch.equal(layer.state_dict()["experts.down_proj"], full["experts.down_proj"] * 2)
+    assert layer.experts.state_dict_scope == "range"
+    mine = layer.state_dict()
+    layer.experts.state_dict_scope = "all"
+    assert_equal_states(layer.state_dict(), mine)
 
 
 def test_unknown_scope(device):
@@ -157,19 +157,65 @@ def test_unknown_scope(device):
         layer.state_dict()
 
 
-def test_optimizer_step_and_reload_of_trained_experts(device):
-    layer = give_unit_scale(make_layer(device, trainable_experts=True))
-    optimizer = torch.optim.SGD(layer.parameters(), lr=0.1)
-    before = layer.state_dict()
-    layer(torch.randn(6, 16, device=device)).square().sum().backward()
-    optimizer.step()
-    trained = layer.state_dict()
-    assert not torch.equal(trained["experts.down_proj"], before["experts.down_proj"])
-    fresh = make_layer(device)
-    fresh.load_state_dict(trained)
-    x = torch.randn(6, 16, device=device)
-    with torch.no_grad():
-        assert torch.equal(fresh(x), layer(x))
+def test_in_host_memory_on_request(device):
+    layer = make_moved(device)
+    state = layer.state_dict()
+    assert all(tensor.device.type == device for tensor in state.values())
+    layer.experts.state_dict_on_host = True
+    on_host = layer.state_dict()
+    assert all(tensor.device.type == "cpu" for name, tensor in on_host.items() if name.startswith("experts."))
+    assert_equal_states({name: tensor.to(device) for name, tensor in on_host.items()}, state)
+
+
+# ---- single experts
+
+
+def test_load_experts_writes_what_it_is_given_and_nothing_else(device):
+    layer, other = make_moved(device), give_unit_scale(make_layer(device), seed=8)
+    wanted = layer.state_dict()
+    new = other.state_dict()
+    EplbController(EplbConfig()).register(layer)
+    layer.load_experts(
+        {
+            2: {"down_proj": new["experts.down_proj"][2].cpu()},
+            0: {name: new[f"experts.{name}"][0].double().float() for name in ("gate_up_proj", "down_proj")},
+        }
+    )
+    wanted["experts.down_proj"][[0, 2]] = new["experts.down_proj"][[0, 2]]
+    wanted["experts.gate_up_proj"][0] = new["experts.gate_up_proj"][0]
+    assert_equal_states(layer.state_dict(), wanted)
+    layer.load_experts({})
+    layer.load_experts({1: {}})
+    relocator = Relocator([layer])
+    relocator.version = layer.resident.current.number
+    relocator.move(2)  # what was written is what moves
+    assert_equal_states(layer.state_dict(), wanted)
+
+
+GOOD = {"down_proj": torch.zeros(16, 8)}
+
+
+@pytest.mark.parametrize("trainable", [False, True])
+@pytest.mark.parametrize(
+    ("weights", "message"),
+    [
+        ({4: GOOD}, "experts 0 to 3, got the expert 4"),
+        ({-1: GOOD}, "experts 0 to 3, got the expert -1"),
+        ({"1": GOOD}, "experts 0 to 3, got the expert '1'"),
+        ({True: GOOD}, "experts 0 to 3, got the expert True"),
+        ({1: {"up_proj": GOOD["down_proj"]}}, "among .*down_proj.*, got 'up_proj'"),
+        ({1: {"down_proj": torch.zeros(8, 16)}}, r"down_proj of expert 1 must be .*\(16, 8\), got \(8, 16\)"),
+        ({1: {"down_proj": [0.0]}}, "down_proj of expert 1 must be a tensor"),
+        ({1: {"down_proj": torch.zeros(16, 8).int()}}, "down_proj of expert 1 must have dtype torch.float32"),
+        ({1: {"down_proj": torch.zeros(16, 8, device="meta")}}, "must hold values"),
+    ],
+)
+def test_load_experts_refuses_all_of_what_it_cannot_write_in_part(weights, message, trainable, device):
+    layer = give_unit_scale(make_layer(device, trainable=trainable))
+    before = {name: tensor.clone() for name, tensor in layer.state_dict().items()}
+    with pytest.raises(ValueError, match=message):
+        layer.load_experts({0: GOOD, **weights})
+    assert_equal_states(layer.state_dict(), before)
 
 
 def test_a_registered_layer_loads_before_and_after_its_controller_steps(device):
@@ -187,7 +233,7 @@ def test_a_registered_layer_loads_before_and_after_its_controller_steps(device):
         controller.step()
 
 
-def test_drawing_weights_anew_waits_for_relocations_as_loading_does(device):
+def test_drawing_weights_anew_and_load_experts_wait_for_relocations_as_loading_does(device):
     layer = make_layer(device)
     before = layer.state_dict()
 
@@ -197,6 +243,24 @@ def test_drawing_weights_anew_waits_for_relocations_as_loading_does(device):
         yield
 
     layer.resident.quiesced = quiesced
-    with pytest.raises(TimeoutError, match="under way"):
-        layer.reset_parameters()
+    for write in (layer.reset_parameters, lambda: layer.load_experts({0: GOOD})):
+        with pytest.raises(TimeoutError, match="under way"):
+            write()
     assert_equal_states(layer.state_dict(), before)
+
+
+def test_the_owner_of_an_expert_between_two_ranks_flips(monkeypatch, device):
+    """Rank 0 has given expert 2 up by flipping, rank 1 does not have it before it flips: it is still where it was."""
+    said = {"live": [[0, 1], [1, 3]], "retiring": [[2, 1], [0]]}
+
+    def gather(mine, *_):
+        assert mine.view(2, 4).tolist() == [[True, True, False, False], [False, True, True, False]]
+        flags = torch.zeros(2, 2, 4, dtype=torch.bool)
+        for rank in range(2):
+            flags[rank, 0, said["live"][rank]] = True
+            flags[rank, 1, said["retiring"][rank]] = True
+        return flags.flatten(1)
+
+    monkeypatch.setattr("moe_layer.logical.all_gather_flags", gather)
+    logical = LogicalWeights(make_layer(device).resident, [range(2), range(2, 4)], object(), 1.0)
+    assert logical._owners(said["live"][0], said["retiring"][0]) == [0, 0, 0, 1]

@@ -1,0 +1,229 @@
+"""Execute: compute the chosen experts of each token. The executor is chosen when the layer is built.
+
+Legend: T tokens, H hidden, E logical experts, K top-k, L lanes of all ranks, R rows.
+"""
+
+from collections.abc import Callable
+
+import torch
+
+from moe_kernels import (
+    build_schedule,
+    combine,
+    expert_down,
+    expert_up,
+    gemm_configs,
+    local_experts,
+    local_forward,
+    select_replicas,
+)
+from moe_layer.dispatch import Dispatcher
+from moe_layer.experts import Experts
+from moe_layer.recomputed import Recomputed
+from moe_layer.router import Router
+from moe_layer.versions import KeepVersion, hold_version
+
+
+class LocalExecutor:
+    """All experts are on this rank: one fused op; where a gradient is needed, the separate differentiable ops."""
+
+    dispatcher: Dispatcher | None = None
+
+    def from_logits(
+        self,
+        experts: Experts,
+        gate: Router,
+        x_TH: torch.Tensor,
+        logits_TE: torch.Tensor,
+        token_mask_T: torch.Tensor | None,
+    ) -> torch.Tensor:
+        """y_TH of the experts that `gate` chooses by the logits."""
+        if needs_grad(experts, x_TH, logits_TE):
+            weights_TK, ids_TK = gate.choose(logits_TE, token_mask_T)
+            return self._differentiable(experts, x_TH, ids_TK, weights_TK)
+        rule = gate.rule
+        bias_E = gate.e_score_correction_bias if rule.correction_bias else None
+
+        def fused() -> torch.Tensor:
+            return local_forward(
+                x_TH,
+                logits_TE,
+                experts.matrices(),
+                experts.table,
+                experts.load,
+                gate.top_k,
+                rule.for_kernels,
+                bias_E=bias_E,
+                token_mask_T=token_mask_T,
+                backend=experts.backend,
+                validate=experts.trainable or bias_E is not None,  # others keep the rules by construction
+            )
+
+        return under_one_version(experts, fused)
+
+    def from_ids(
+        self, experts: Experts, x_TH: torch.Tensor, ids_TK: torch.Tensor, weights_TK: torch.Tensor
+    ) -> torch.Tensor:
+        """y_TH of the experts given by ids (int32, -1 for none) and float32 weights."""
+        if needs_grad(experts, x_TH, weights_TK):
+            return self._differentiable(experts, x_TH, ids_TK, weights_TK)
+
+        def fused() -> torch.Tensor:
+            return local_experts(
+                x_TH,
+                ids_TK,
+                weights_TK,
+                experts.matrices(),
+                experts.table,
+                experts.load,
+                backend=experts.backend,
+                validate=experts.trainable,
+            )
+
+        return under_one_version(experts, fused)
+
+    def _differentiable(
+        self, experts: Experts, x_TH: torch.Tensor, ids_TK: torch.Tensor, weights_TK: torch.Tensor
+    ) -> torch.Tensor:
+        resident = experts.resident
+        if experts.trainable:  # its table never changes
+            lanes_TK, counts_L = choose_replicas(experts, ids_TK)
+        elif torch.compiler.is_compiling():
+            x_TH, weights_TK, ids_TK, _ = hold_version(x_TH, weights_TK, ids_TK, experts.number)
+            lanes_TK, counts_L = choose_replicas(experts, ids_TK)
+        else:
+            with resident.choice() as pin:
+                lanes_TK, counts_L = choose_replicas(experts, ids_TK)
+            x_TH, weights_TK = KeepVersion.apply(x_TH, weights_TK, pin)
+        num_tokens, top_k = ids_TK.shape
+        rows_NH = compute_rows(
+            experts, x_TH, weights_TK.reshape(-1), lanes_TK.view(-1), counts_L, num_tokens, top_k, fanout=top_k
+        )
+        return combine(rows_NH, lanes_TK, backend=experts.backend)
+
+
+class ExpertParallelExecutor:
+    """Experts are spread over ranks: choose replica → dispatch → compute rows → combine. Eager only."""
+
+    def __init__(self, dispatcher: Dispatcher) -> None:
+        self.dispatcher: Dispatcher | None = dispatcher
+
+    def from_logits(
+        self,
+        experts: Experts,
+        gate: Router,
+        x_TH: torch.Tensor,
+        logits_TE: torch.Tensor,
+        token_mask_T: torch.Tensor | None,
+    ) -> torch.Tensor:
+        """y_TH of the experts that `gate` chooses by the logits. Collective."""
+        weights_TK, ids_TK = gate.choose(logits_TE, token_mask_T)
+        return self.from_ids(experts, x_TH, ids_TK, weights_TK)
+
+    @torch.compiler.disable
+    def from_ids(
+        self, experts: Experts, x_TH: torch.Tensor, ids_TK: torch.Tensor, weights_TK: torch.Tensor
+    ) -> torch.Tensor:
+        """y_TH of the experts given by ids (int32, -1 for none) and float32 weights. Collective."""
+        resident = experts.resident
+        with resident.choice() as pin:
+            lanes_TK, counts_L = choose_replicas(experts, ids_TK)
+
+        def compute(
+            x_TH: torch.Tensor, weights_TK: torch.Tensor, lanes_TK: torch.Tensor, counts_L: torch.Tensor
+        ) -> torch.Tensor:
+            return self._computed(experts, x_TH, weights_TK, lanes_TK, counts_L)
+
+        if needs_grad(experts, x_TH, weights_TK) and not experts.trainable:
+            return Recomputed.apply(compute, pin, lanes_TK, counts_L, x_TH, weights_TK)
+        try:
+            return compute(x_TH, weights_TK, lanes_TK, counts_L)
+        finally:
+            pin.release()
+
+    def _computed(
+        self,
+        experts: Experts,
+        x_TH: torch.Tensor,
+        weights_TK: torch.Tensor,
+        lanes_TK: torch.Tensor,
+        counts_L: torch.Tensor,
+    ) -> torch.Tensor:
+        assert self.dispatcher is not None
+        sent = self.dispatcher.dispatch(x_TH, weights_TK, lanes_TK, counts_L)
+        rows_RH = compute_rows(
+            experts,
+            sent.rows_RH,
+            sent.row_weights_R,
+            sent.lanes_R,
+            sent.counts_S,
+            sent.num_tokens,
+            lanes_TK.shape[1],
+            fanout=1,
+        )
+        return self.dispatcher.combine(rows_RH, sent, lanes_TK, experts.backend)
+
+
+Executor = LocalExecutor | ExpertParallelExecutor
+
+
+def needs_grad(experts: Experts, *tensors: torch.Tensor) -> bool:
+    """Whether a gradient flows to these or to the experts' weights."""
+    return torch.is_grad_enabled() and (experts.trainable or any(tensor.requires_grad for tensor in tensors))
+
+
+def under_one_version(experts: Experts, run: Callable[[], torch.Tensor]) -> torch.Tensor:
+    """`run()`, which reads the table and the slots and keeps nothing for a backward."""
+    if torch.compiler.is_compiling():  # compiled forwards run on the stream that flips, between flips
+        return run()
+    with experts.resident.choice() as pin:
+        try:
+            return run()
+        finally:
+            pin.release()
+
+
+def choose_replicas(experts: Experts, ids_TK: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """The lane that computes each chosen expert, by the table and its shares, and each lane's count; records the load."""
+    resident = experts.resident
+    return select_replicas(
+        ids_TK,
+        experts.table,
+        experts.load,
+        experts.rank_start,
+        num_lanes=resident.num_ranks * resident.num_lanes,
+        backend=experts.backend,
+    )
+
+
+def compute_rows(
+    experts: Experts,
+    rows_RH: torch.Tensor,
+    weights_N: torch.Tensor,
+    lanes_N: torch.Tensor,
+    counts_S: torch.Tensor,
+    num_tokens: int,
+    top_k: int,
+    *,
+    fanout: int,
+) -> torch.Tensor:
+    """Each row by the expert in its lane, scaled by its routing weight: rows_NH, in the order of `lanes_N`.
+
+    Args:
+        num_tokens: of the batch over all ranks, so that all ranks choose the same tiles (I5).
+        fanout: row n is computed from ``rows_RH[n // fanout]``.
+    """
+    backend, matrices, lane_to_slot_S = experts.backend, experts.matrices(), experts.table.lane_to_slot_L
+    _, hidden_size, intermediate_size = matrices.down_SHI.shape
+    up, down = gemm_configs(
+        hidden_size,
+        intermediate_size,
+        rows_RH.dtype,
+        num_tokens,
+        top_k,
+        experts.num_experts,
+        tma=experts.tma,
+    )
+    schedule = build_schedule(lanes_N, counts_S, block_m=up.block_m, extra_m=up.extra_m, backend=backend)
+    hidden_NI = expert_up(rows_RH, matrices, lane_to_slot_S, schedule, fanout=fanout, config=up, backend=backend)
+    return expert_down(hidden_NI, matrices, lane_to_slot_S, schedule, weights_N, config=down, backend=backend)

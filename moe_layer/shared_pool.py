@@ -1,0 +1,53 @@
+"""Pools of slots: a layer's own, or one for several layers, from `make_pool()`."""
+
+from typing import Any
+
+import torch
+
+from eplb.relocation.pool import SlotPool
+from moe_layer.arguments import check_integer, physical_per_rank, resolve_device, resolve_dtype
+from moe_layer.expert_format import ExpertFormat, gated_format
+
+
+def make_pool(
+    num_layers: int,
+    hidden_size: int,
+    intermediate_size: int,
+    num_experts: int,
+    *,
+    num_redundant_experts: int = 0,
+    num_shadow_slots: int = 1,
+    num_ranks: int = 1,
+    device: torch.device | str | None = None,
+    dtype: torch.dtype | None = None,
+) -> SlotPool:
+    """A pool for `num_layers` like layers of one rank that share `num_shadow_slots` free slots.
+
+    The price of relocation is then a few experts of memory for the whole model, not for each layer.
+
+    Raises:
+        ValueError: a count that is not positive, or experts that do not divide by the ranks.
+    """
+    for name, value in (("num_layers", num_layers), ("num_shadow_slots", num_shadow_slots), ("num_ranks", num_ranks)):
+        check_integer(name, value, 1)
+    num_physical = physical_per_rank(hidden_size, intermediate_size, num_experts, num_redundant_experts, num_ranks)
+    format = gated_format(hidden_size, intermediate_size, resolve_dtype(dtype), "silu")
+    return SlotPool(format.specs, num_layers * num_physical + num_shadow_slots, resolve_device(device))
+
+
+def resolve_pool(pool: Any, format: ExpertFormat, num_slots: int, device: torch.device) -> SlotPool:
+    """`pool`, or a new one of `num_slots` for one layer if it is None.
+
+    Raises:
+        ValueError: it is no pool, or its slots hold something else.
+    """
+    if pool is None:
+        return SlotPool(format.specs, num_slots, device)
+    if not isinstance(pool, SlotPool):
+        raise ValueError(f"pool must be a SlotPool, made with make_pool(), or None; got {pool!r}")
+    if pool.specs != format.specs or pool.device != device:
+        raise ValueError(
+            f"pool holds {pool.specs} on {pool.device}, but the layer's experts are {format.specs} on {device}; "
+            "make it with make_pool() and the layer's own sizes"
+        )
+    return pool
