@@ -67,30 +67,6 @@ class Changes:
             self.num_moves_AK[rows, order],
         )
 
-    def best_apart(self, now: Situation, num: int) -> Changes:
-        """The best of each layer and up to `num` - 1 more single moves.
-
-        Each is on a rank, of an expert and instead of an expert of its own: two that give up the same expert could take its
-        last replica.
-        """
-        score_AK = np.round(self.score_AK, 9)
-        lane_AK = self.lane_AKM[:, :, 0]
-        aspects = (now.rank_Q[lane_AK], self.expert_AKM[:, :, 0], np.take_along_axis(now.physical_AQ, lane_AK, axis=1))
-        rows = np.arange(len(score_AK))
-        chosen, scores = [], []
-        for _ in range(num if score_AK.shape[1] else 0):
-            at_A = score_AK.argmax(axis=1)
-            chosen.append(at_A)
-            scores.append(score_AK[rows, at_A])  # -inf once all that is left is ruled out
-            for aspect_AK in aspects:
-                score_AK = np.where(aspect_AK == aspect_AK[rows, at_A][:, None], -np.inf, score_AK)
-        if not chosen:
-            return self._none()
-        at, row = np.stack(chosen, axis=1), rows[:, None]
-        return Changes(
-            self.lane_AKM[row, at], self.expert_AKM[row, at], np.stack(scores, axis=1), self.num_moves_AK[row, at]
-        )
-
     def _none(self) -> Changes:
         shape = (len(self.score_AK), 1)
         nothing = np.zeros((*shape, 2), dtype=np.int64)

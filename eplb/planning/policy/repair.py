@@ -29,15 +29,6 @@ progress; then it is given up."""
 TRIED_AT_ONCE = 512
 """Bounds memory, and how long the interpreter is kept from other threads."""
 
-MANY = 1.2
-"""A step makes one more move while the excess that is left is more than this many times what the move promises."""
-
-RATIO = 0.5
-"""… and while the move promises at least this part of what the step's best one does."""
-
-MOST_AT_ONCE = 6
-"""Most moves of a layer in one step."""
-
 IDLE_FLOW = 0.05
 """A lane that carries less than this part of a rank's mean load may not have been worth its move."""
 
@@ -209,9 +200,9 @@ def _step_by_estimate(
     layers: np.ndarray,
     undo: dict[int, tuple[np.ndarray, int]],
 ) -> np.ndarray:
-    """Applies the most promising change of each layer; two or more single moves where much is left. Returns who got one."""
+    """Applies the most promising change of each layer. Returns who got one."""
     excess_A = now.excess_AW.sum(axis=1)
-    best = singles(now, 1).best_apart(now, MOST_AT_ONCE)
+    best = singles(now, 1).best(1)
     poor = ~(best.score_AK[:, 0] >= POOR_SINGLE * excess_A)
     if poor.any():
         pairs = doubles(now.take(poor), 1).best(1)
@@ -220,14 +211,7 @@ def _step_by_estimate(
         for name in ("lane_AKM", "expert_AKM", "score_AK", "num_moves_AK"):
             getattr(best, name)[at, 0] = getattr(pairs, name)[better, 0]
     before = physical_LQ[layers].copy()
-    done_A = _apply(best, 0, np.ones(len(layers), dtype=bool), physical_LQ, budget_L, layers)
-    left_A, single_A = excess_A - best.score_AK[:, 0], done_A & (best.num_moves_AK[:, 0] == 1)
-    for k in range(1, best.score_AK.shape[1]):
-        single_A &= (left_A > MANY * best.score_AK[:, k]) & (best.score_AK[:, k] >= RATIO * best.score_AK[:, 0])
-        if not single_A.any():
-            break
-        left_A -= np.where(single_A, best.score_AK[:, k], 0.0)
-        single_A &= _apply(best, k, single_A, physical_LQ, budget_L, layers)
+    done_A = _apply(best, physical_LQ, budget_L, layers)
     _remember(undo, layers[done_A], before[done_A], physical_LQ)
     return done_A
 
@@ -270,19 +254,17 @@ def _step_exactly(
         gain = np.full(tried.score_AK.shape, -np.inf)
         gain[row, at] = (excess_A[left][row] - after) / tried.num_moves_AK[row, at]
         tried.score_AK = np.where(gain > 2 * TINY, gain, -np.inf)
-        found_A[left] = _apply(tried.best(1), 0, np.ones(left.size, dtype=bool), physical_LQ, budget_L, layers[left])
+        found_A[left] = _apply(tried.best(1), physical_LQ, budget_L, layers[left])
     _remember(undo, layers[found_A], before[found_A], physical_LQ)
     return layers[found_A]
 
 
-def _apply(
-    changes: Changes, k: int, want_A: np.ndarray, physical_LQ: np.ndarray, budget_L: np.ndarray, layers: np.ndarray
-) -> np.ndarray:
-    """Makes change `k` of each wanted layer where there is one and the budget has it. Returns where it was made."""
-    moves = changes.num_moves_AK[:, k]
-    can = want_A & np.isfinite(changes.score_AK[:, k]) & (moves <= budget_L[layers])
+def _apply(changes: Changes, physical_LQ: np.ndarray, budget_L: np.ndarray, layers: np.ndarray) -> np.ndarray:
+    """Makes the first change of each layer where there is one and the budget has it. Returns where it was made."""
+    moves = changes.num_moves_AK[:, 0]
+    can = np.isfinite(changes.score_AK[:, 0]) & (moves <= budget_L[layers])
     for i in range(2):
-        physical_LQ[layers[can], changes.lane_AKM[can, k, i]] = changes.expert_AKM[can, k, i]
+        physical_LQ[layers[can], changes.lane_AKM[can, 0, i]] = changes.expert_AKM[can, 0, i]
     budget_L[layers[can]] -= moves[can]
     return can
 
