@@ -25,8 +25,8 @@ import numpy as np
 from bench.command import make_parser
 from bench.environment import environment
 from eplb.planning.balance import free_placement_bound, max_over_mean, rank_loads
+from eplb.planning.make_plan import make_plan
 from eplb.planning.placement import Placement
-from eplb.planning.plan import make_plan
 from eplb.planning.policy import Policy, Proposal, Topology, make_policy
 from eplb.planning.policy.adaptive import num_moves, without_twins
 from eplb.planning.policy.deepseek import deepseek_placement

@@ -24,8 +24,8 @@ from bench.command import make_parser
 from bench.policy import SETUPS, Setup, machine
 from bench.policy_loads import LOADS, PROCESSES, windows
 from eplb.planning.balance import free_placement_bound, rank_loads
+from eplb.planning.make_plan import make_plan
 from eplb.planning.placement import Placement, count_experts
-from eplb.planning.plan import make_plan
 from eplb.planning.policy import Policy, Proposal, Topology, make_policy
 from eplb.planning.policy.adaptive import num_moves
 from eplb.planning.policy.deepseek import pack_evenly

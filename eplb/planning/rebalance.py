@@ -5,8 +5,9 @@ from dataclasses import dataclass, replace
 
 import numpy as np
 
+from eplb.planning.make_plan import make_plan
 from eplb.planning.placement import Placement
-from eplb.planning.plan import LayerUpdate, Plan, Wave, make_plan
+from eplb.planning.plan import LayerUpdate, Plan, Wave
 from eplb.planning.policy import Policy, Topology
 
 

@@ -13,8 +13,8 @@ from dataclasses import dataclass
 import numpy as np
 
 from eplb.planning.balance import free_placement_bound, max_over_mean, per_batch_imbalance, rank_loads
+from eplb.planning.make_plan import make_plan
 from eplb.planning.placement import Placement, count_experts
-from eplb.planning.plan import make_plan
 from eplb.planning.policy import Policy, Topology
 from eplb.planning.shares import equal_shares
 from eplb.simulate.traces import Trace
