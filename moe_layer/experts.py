@@ -93,8 +93,8 @@ class Experts(nn.Module):
     def load_experts(self, weights: NewWeights) -> None:
         """See `MoELayer.load_experts`."""
         self._check_new(weights)
-        live = self.resident.live_slots()
         with self.resident.quiesced(), torch.no_grad():
+            live = self.resident.live_slots()  # only now: what was under way may have moved experts
             for expert, tensors in weights.items():
                 for name, value in tensors.items():
                     for slot in live.get(expert, []):

@@ -249,6 +249,31 @@ def test_drawing_weights_anew_and_load_experts_wait_for_relocations_as_loading_d
     assert_equal_states(layer.state_dict(), before)
 
 
+@pytest.mark.parametrize("write", ["load_experts", "load_state_dict", "reset_parameters"])
+def test_weights_go_where_experts_are_when_relocations_have_come_to_rest(write, device):
+    """A relocation that is under way when writing begins ends before the first byte is written."""
+    layer, new = make_layer(device), give_unit_scale(make_layer(device), seed=7).state_dict()
+
+    @contextmanager
+    def quiesced():
+        Relocator([layer]).move(2)
+        yield
+
+    layer.resident.quiesced = quiesced
+    if write == "load_experts":
+        layer.load_experts({expert: {name: new[f"experts.{name}"][expert] for name in GOOD} for expert in range(4)})
+    elif write == "load_state_dict":
+        layer.load_state_dict(new)
+    else:
+        torch.manual_seed(5)
+        layer.reset_parameters()
+        torch.manual_seed(5)
+        new = make_layer(device).state_dict()
+    state = layer.state_dict()
+    assert layer.resident.current.number == 1
+    assert all(torch.equal(state[f"experts.{name}"], new[f"experts.{name}"]) for name in GOOD)
+
+
 def test_the_owner_of_an_expert_between_two_ranks_flips(monkeypatch, device):
     """Rank 0 has given expert 2 up by flipping, rank 1 does not have it before it flips: it is still where it was."""
     said = {"live": [[0, 1], [1, 3]], "retiring": [[2, 1], [0]]}
