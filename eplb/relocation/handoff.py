@@ -51,7 +51,8 @@ class Handoff:
             flip([layer.table for layer in self.layers], stream)
             flipped = gate.end_flip(stream)
             for layer, version in self._versions:
-                layer.pins.used_on(layer.current.number, *captured)
+                if captured:
+                    layer.pins.used_on(layer.current.number, *captured)
                 layer.versions.flip(version)
             self.flipped = flipped  # last: it is what grace asks for
 

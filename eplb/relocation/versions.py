@@ -52,11 +52,10 @@ class Versions:
             self.ungraced = (*self.ungraced, version)
 
     def flip(self, version: Version) -> None:
-        """The table says `version` from now on. Again is the same."""
-        with self._lock:
-            assert version in self.ungraced, f"version {version.number} is not there"
-            assert version.number >= self.current.number, f"version {self.current.number} was flipped already"
-            self.current = version
+        """The table says `version` from now on. Again is the same. Under the device's `Gate.lock`, which guards `current`."""
+        assert version in self.ungraced, f"version {version.number} is not there"
+        assert version.number >= self.current.number, f"version {self.current.number} was flipped already"
+        self.current = version
 
     def grace_before(self, number: int) -> None:
         """Nobody uses a version older than `number` any more: forget those."""
