@@ -1,4 +1,4 @@
-"""The way from the live placements to the proposed ones: waves of moves, each safe to publish.
+"""Rebalance, plan: waves of moves from the live placements to the proposed ones, each safe to publish.
 
 Shape letters: L layers, E logical experts, W ranks, P physical experts and S lanes of a rank, G pools.
 
