@@ -1,4 +1,8 @@
-"""Expert-parallel load balancing: experts move between ranks while the layers that own them serve."""
+"""Expert-parallel load balancing: experts move between ranks while the layers that own them serve.
+
+The way of a rebalance: load counters (`relocation.resident`) → window (`load_window`) → worker (`worker`, `rounds`) → plan
+(`planner`, `planning`) → fill (`relocation.fill`) → publish → flip (`relocation.handoff`, `gate`) → grace (`relocation.pins`).
+"""
 
 from eplb.config import EplbConfig
 from eplb.controller import EplbController

@@ -1,4 +1,4 @@
-"""`EplbConfig`: every knob of the rebalancer, its unit and its rule."""
+"""`EplbConfig`: every knob of the rebalancer, its unit and its rule. All steps of a rebalance read it."""
 
 from typing import Annotated, Any
 

@@ -1,4 +1,4 @@
-"""How the ranks of a controller reach each other: from its first `step()` to rounds and a communicator."""
+"""Before the first rebalance: connects the ranks of a controller, from the first `step()` on."""
 
 import threading
 from collections.abc import Callable, Iterable

@@ -1,4 +1,4 @@
-"""`EplbController`: what a model runner holds."""
+"""`EplbController`: what a model runner holds. Its `step()` takes snapshots of the load and flips published tables."""
 
 import atexit
 import functools

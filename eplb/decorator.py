@@ -1,4 +1,4 @@
-"""`step_eplb_after`: a controller's step behind a runner's method."""
+"""`step_eplb_after`: calls a controller's `step()` after a runner's method."""
 
 import functools
 from collections.abc import Callable

@@ -1,4 +1,4 @@
-"""`Gate`: the order between forwards and flips on one device, over all its streams and threads (I3).
+"""Rebalance, flip: `Gate` orders forwards and flips on one device, over all its streams and threads (I3).
 
 A forward chooses its replicas inside the gate. A flip closes the gate: it waits until nobody is inside, which takes host
 time only, and orders every stream that ran a forward before and after itself.

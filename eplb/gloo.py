@@ -1,4 +1,4 @@
-"""`GlooGroup`: collectives over gloo that nothing else uses, made and closed without the other ranks' help.
+"""Rebalance, between ranks: `GlooGroup`, collectives that nothing else uses, made and closed without the others' help.
 
 It is no group of `torch.distributed`'s registry: nobody else finds it, `destroy_process_group()` leaves it alone, and its
 name, unlike those of `new_group()`, does not depend on how many groups a rank has made before.

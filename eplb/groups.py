@@ -1,4 +1,4 @@
-"""Who the ranks of a user's process group are, and a place of our own in their store where they can meet."""
+"""Before the first rebalance: who the ranks of a user's process group are, and a place in their store to meet."""
 
 import threading
 from collections.abc import Callable

@@ -1,4 +1,4 @@
-"""Load windows: differences of stream-ordered snapshots of the layers' counters.
+"""Rebalance, load counters → window: differences of stream-ordered snapshots of the layers' counters.
 
 Legend: N sub-windows of a window, A all layers' logical experts side by side.
 """

@@ -1,4 +1,4 @@
-"""`Planner`: the plans and the balancedness that follow from a load and the layers' newest placements."""
+"""Rebalance, plan: `Planner` makes the plan from the ranks' summed load and the layers' newest placements."""
 
 import logging
 import time

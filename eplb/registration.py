@@ -1,4 +1,4 @@
-"""Which layers `register()` finds in a model, and what it asks of each."""
+"""Before the first rebalance: which layers `register()` finds in a model, and what it asks of each."""
 
 from typing import Protocol, runtime_checkable
 

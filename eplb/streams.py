@@ -1,4 +1,4 @@
-"""Where work is ordered: CUDA streams on a GPU, program order on a CPU, a seeded scheduler in the tests.
+"""All steps of a rebalance: streams and events. CUDA's on a GPU, program order on a CPU, a seeded scheduler in tests.
 
 A stream here is anything with `torch.cuda.Stream`'s `record_event()` and `wait_event()`; `DeviceStreams` adds the
 few things that differ between devices, so that everything that acts is written once and can be simulated.

@@ -1,4 +1,8 @@
-"""A mixture-of-experts layer whose experts move between ranks while it serves."""
+"""A mixture-of-experts layer whose experts move between ranks while it serves.
+
+The way of a forward: check and route (`layer`, `router`) → choose replicas (`executors`, `versions`) → dispatch (`dispatch`) →
+schedule → GEMMs (`moe_kernels`) → combine (`dispatch`). On one rank all of it is one op.
+"""
 
 from moe_layer.ddp import ignore_in_ddp
 from moe_layer.dispatch import AllToAllDispatcher, Dispatched, Dispatcher

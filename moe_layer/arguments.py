@@ -1,4 +1,4 @@
-"""Checks of what users pass: each error names the argument, its value and the rule."""
+"""Forward, check: each error names the argument that the user passed, its value and the rule."""
 
 from typing import Any
 

@@ -1,4 +1,4 @@
-"""The few collectives of the forward and of loading, for tensors and groups of any device.
+"""Forward, dispatch: the few collectives, for tensors and groups of any device. Loading uses them too.
 
 gloo takes part in host memory alone here: a GPU's tensor is staged through it.
 """

@@ -1,4 +1,4 @@
-"""Trainable experts that are spread over ranks, under `DistributedDataParallel`, which takes parameters for copies."""
+"""Training: keeps `DistributedDataParallel`, which takes parameters for copies, from experts that are spread over ranks."""
 
 import torch
 import torch.distributed as dist

@@ -1,4 +1,4 @@
-"""Dispatch and combine: rows to the ranks of their experts, and results back. `dispatch()` returns a frozen handle.
+"""Forward, dispatch and combine: rows travel to the ranks of their experts, and results travel back.
 
 Legend: T tokens of this rank, K top-k, H hidden, W ranks, S lanes of a rank, L = W · S lanes, R rows that came.
 """

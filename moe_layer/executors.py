@@ -1,4 +1,4 @@
-"""Execute: compute the chosen experts of each token. The executor is chosen when the layer is built.
+"""Forward, execute: choose replicas → dispatch → schedule → GEMMs → combine. The executor is chosen when the layer is built.
 
 Legend: T tokens, H hidden, E logical experts, K top-k, L lanes of all ranks, R rows.
 """

@@ -1,4 +1,4 @@
-"""What one expert is made of. Pool, loaders, initialisation and the kernels' arguments derive from an `ExpertFormat`.
+"""`ExpertFormat`: the tensors of one expert. Pool, loaders, initialisation and the kernels' arguments derive from it.
 
 Legend: H hidden, I intermediate, S slots or experts side by side.
 """

@@ -1,4 +1,4 @@
-"""`Experts`: what serving and trainable experts have in common, as the executors see them.
+"""`Experts`: the weights, table and load counter that the executors read, of serving and trainable layers alike.
 
 The module holds weights and is not called: hooks belong on the layer or on its gate.
 """

@@ -1,4 +1,4 @@
-"""`FixedExperts`: lanes, table and load counters of experts that never move.
+"""`FixedExperts`: the lanes, table and load counter of a trainable layer, whose experts never move.
 
 Legend: E logical experts, S experts of this rank.
 """

@@ -1,4 +1,4 @@
-"""`MoELayer`: check → route → execute. The first step of the way of a token.
+"""`MoELayer`: check → route → execute. A forward starts and ends here.
 
 `router.py` chooses experts, `executors.py` computes them, `versions.py` holds the table still for a backward, `dispatch.py`
 moves rows between ranks. `slot_experts.py` and `trainable.py` own the weights.

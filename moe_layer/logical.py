@@ -1,4 +1,4 @@
-"""Saving and loading: the only place where logical experts and slots meet.
+"""Saving and loading: the only place where logical experts and slots meet. No step of a forward.
 
 Legend: E logical experts.
 """

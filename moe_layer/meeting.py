@@ -1,4 +1,4 @@
-"""Before a collective call that some ranks might not make: wait for all ranks, with a deadline, over the group's store."""
+"""Saving and loading: waits for all ranks before a collective call, with a deadline, over the group's store."""
 
 from collections import Counter
 from datetime import timedelta

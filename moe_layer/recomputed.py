@@ -1,4 +1,4 @@
-"""The backward of experts that are spread over ranks and may move between its forward and its backward.
+"""Backward over several ranks: repeats dispatch, GEMMs and combine with the lanes that the forward chose.
 
 Legend: T tokens, H hidden, K top-k, L lanes.
 """

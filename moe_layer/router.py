@@ -1,4 +1,4 @@
-"""Route: how tokens choose experts. The rules of the model families are data, with one implementation.
+"""Forward, route: logits → the experts of each token and their weights. The rules of the model families are data.
 
 Legend: T tokens, E logical experts, K top-k, H hidden.
 """

@@ -1,4 +1,4 @@
-"""Pools of slots: a layer's own, or one for several layers, from `make_pool()`."""
+"""Pools of slots for serving layers: a layer's own, or one for several layers, from `make_pool()`."""
 
 from typing import Any
 

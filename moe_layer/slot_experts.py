@@ -1,4 +1,4 @@
-"""`SlotExperts`: the experts of a serving layer. Their weights are in the slots of a pool, and no parameters."""
+"""`SlotExperts`: the experts of a serving layer. Their weights are in the slots of a pool, and are no parameters."""
 
 from collections.abc import Callable
 from typing import Any

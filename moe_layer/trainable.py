@@ -1,4 +1,4 @@
-"""`TrainableExperts`: ordinary parameters of this rank's fixed range of logical experts."""
+"""`TrainableExperts`: the experts of a trainable layer are ordinary parameters: this rank's fixed range."""
 
 from collections.abc import Callable
 from typing import Any

@@ -1,4 +1,4 @@
-"""Choose replicas, and keep the table's version until the backward of this forward has run (I3).
+"""Forward, choose replicas: keeps the table's version until the backward of this forward has run (I3).
 
 Eager forwards hold a pin in the autograd graph. Compiled ones hold it under a number, the *token*, which is a tensor:
 a compiled graph keeps nothing but tensors.

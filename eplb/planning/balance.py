@@ -1,4 +1,4 @@
-"""How even a load is: pure functions of loads, placements and shares.
+"""Rebalance, plan: how even a load is. Pure functions of loads, placements and shares.
 
 Shape letters: L layers, E logical experts, W ranks, P (or S) physical experts (lanes) per rank.
 """

@@ -1,4 +1,4 @@
-"""The most even rank loads that a placement allows: the iteration behind `eplb.planning.shares.balanced_shares`.
+"""Rebalance, plan: the most even rank loads that a placement allows, for `eplb.planning.shares.balanced_shares`.
 
 Shape letters: L layers, E logical experts, W ranks, P physical experts (or lanes, some empty) per rank; F experts with more
 than one replica ("split" experts) of all layers together, and R their replicas, in the order of layer, expert and lane.

@@ -1,4 +1,4 @@
-"""Placement: which logical expert each lane of one layer holds.
+"""Rebalance, plan: a placement says which logical expert each lane of one layer holds.
 
 Shape letters: W ranks, S lanes per rank, P physical experts per rank (P ≤ S), E logical experts.
 

@@ -1,4 +1,4 @@
-"""From load windows to a plan for all registered layers. Pure: arrays in, a plan out."""
+"""Rebalance, window → plan: policy, then waves, for all registered layers. Pure."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace

@@ -1,4 +1,4 @@
-"""Shares: how the tokens of an expert are split over its replicas.
+"""Rebalance, plan: how the tokens of an expert are split over its replicas.
 
 Shape letters: L layers, E logical experts, W ranks, P physical experts (or lanes, some empty) per rank.
 

@@ -1,4 +1,4 @@
-"""Which move goes into which wave.
+"""Rebalance, plan: which move goes into which wave.
 
 Each rank of each layer has experts to add and as many to drop. A wave takes, rank by rank,
 

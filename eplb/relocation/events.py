@@ -1,4 +1,4 @@
-"""`CpuGpuEvent`: hand work from one thread and stream to another thread and stream."""
+"""Rebalance, publish: `CpuGpuEvent` hands work from one thread and stream to another thread and stream."""
 
 import threading
 from typing import Any

@@ -1,4 +1,4 @@
-"""`WaveFill`: one wave on one rank, from taking its slots to grace over the versions before it."""
+"""Rebalance, fill → publish → grace: `WaveFill`, one wave on one rank, from taking its slots to their release."""
 
 from collections.abc import Sequence
 

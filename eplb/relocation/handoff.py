@@ -1,4 +1,4 @@
-"""`Handoff`: a published version on its way to the main thread; `Inbox`: where it waits for a flip."""
+"""Rebalance, publish → flip: `Handoff`, a version on its way to the main thread; `Inbox`, where it waits for a flip."""
 
 import threading
 from collections.abc import Sequence

@@ -1,4 +1,4 @@
-"""`Pin`: a forward or backward that uses a version; `Pins`: all of a layer. They hold up grace (I3)."""
+"""Rebalance, grace: `Pin`, a forward or backward that uses a version; `Pins`, all of a layer. They hold up grace (I3)."""
 
 import threading
 from collections import Counter, deque

@@ -1,4 +1,4 @@
-"""The slots of one rank: where physical experts live, and which of them are free (I1, I4)."""
+"""Rebalance, fill and grace: `SlotPool`, where a rank's experts live, and which slots are free (I1, I4)."""
 
 import enum
 import math

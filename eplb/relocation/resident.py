@@ -1,4 +1,4 @@
-"""`ResidentExperts`: one layer's share of one rank: its versions, slots, table and load counters."""
+"""All steps of a rebalance: `ResidentExperts`, one layer's versions, slots, table and load counters on one rank."""
 
 import itertools
 import threading

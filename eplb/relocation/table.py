@@ -1,4 +1,4 @@
-"""The indirection table of one layer: the device copy of a placement and its shares.
+"""Rebalance, publish → flip: the indirection table of one layer, the device copy of a placement and its shares.
 
 Legend: E logical experts, P physical experts over all ranks, S lanes of a rank.
 """

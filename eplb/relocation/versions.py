@@ -1,4 +1,4 @@
-"""`Versions`: what the lanes of one layer hold on this rank, from the oldest version in use to the newest.
+"""Rebalance, publish → grace: `Versions`, what a layer's lanes hold, from the oldest version in use to the newest.
 
 The one owner: the table on the device, the planner and the pool's free slots all follow from it (I1).
 """

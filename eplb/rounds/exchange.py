@@ -1,4 +1,4 @@
-"""Rounds in which the workers of all ranks tell each other a few integers (int64 arrays)."""
+"""Rebalance, between ranks: rounds in which the workers tell each other a few integers (int64 arrays)."""
 
 from collections.abc import Callable
 from typing import Protocol

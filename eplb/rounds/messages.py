@@ -1,4 +1,4 @@
-"""What the long rounds carry, as int64 words: load windows and plans.
+"""Rebalance, window and plan between ranks: what the long rounds carry, as int64 words.
 
 Legend: N sub-windows of a window, A all layers' logical experts side by side, G pools, W ranks.
 """

@@ -1,4 +1,4 @@
-"""What the ranks have agreed on, and how a round of their records changes it. Pure: the same on every rank.
+"""Rebalance, between ranks: what they have agreed on, and how a round of records changes it. Pure: equal on all ranks.
 
     IDLE → LOAD → PLANNING → PLAN → PREPARE → FILL → GRACE ┬→ PREPARE (the plan's next wave)
       ↑ an error before publication, nothing to do, a hold │

@@ -1,4 +1,4 @@
-"""`InsideStep`: lets a worker tick on the main thread, inside `step()` (``use_async=False``)."""
+"""Rebalance, worker: `InsideStep` lets it tick on the main thread, inside `step()` (``use_async=False``)."""
 
 import threading
 import time

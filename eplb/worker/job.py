@@ -1,4 +1,4 @@
-"""`Job`: work that may never return, on a thread of its own."""
+"""Rebalance, plan: `Job` runs a policy, which may never return, on a thread of its own."""
 
 import threading
 from collections.abc import Callable

@@ -1,4 +1,4 @@
-"""`Mailbox`: what the main thread asks of the worker."""
+"""Rebalance, worker: `Mailbox`, what the main thread asks of it."""
 
 import threading
 from dataclasses import dataclass, replace

@@ -1,4 +1,4 @@
-"""`Planning`: from this rank's load windows to the plan that all ranks hear."""
+"""Rebalance, window → plan: `Planning`, from this rank's load windows to the plan that all ranks hear."""
 
 from collections import deque
 from collections.abc import Callable

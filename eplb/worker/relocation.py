@@ -1,4 +1,4 @@
-"""`Relocation`: one wave at a time on one rank: slots, fill, publication, grace, and burial if it is given up.
+"""Rebalance, fill → publish → grace: `Relocation` runs one wave at a time on one rank, and buries one given up.
 
 All that is done to slots, tables and versions is done through here.
 """

@@ -1,4 +1,4 @@
-"""`Report`: the errors of one rank, whichever thread met them, and the health that follows from the worker's state."""
+"""Rebalance, worker: `Report`, the errors of one rank on any thread, and the health that follows from its state."""
 
 import logging
 import threading

@@ -1,4 +1,4 @@
-"""`Rounds`: connects to the other ranks, speaks to them and hears them; holds what the ranks have agreed on."""
+"""Rebalance, worker: `Rounds` connects to the other ranks, speaks and hears; it holds what the ranks have agreed on."""
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass

@@ -1,4 +1,4 @@
-"""`WorkerThread`: lets a worker tick in the background (``use_async=True``)."""
+"""Rebalance, worker: `WorkerThread` lets it tick in the background (``use_async=True``)."""
 
 import threading
 import time

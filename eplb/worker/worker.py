@@ -1,4 +1,4 @@
-"""`Worker`: the state machine of one rank. It ticks its pieces in order and carries what one of them knows to the others."""
+"""Rebalance, worker: `Worker`, the state machine of one rank. It ticks its pieces in order and passes on what they know."""
 
 import time
 from collections.abc import Callable, Sequence

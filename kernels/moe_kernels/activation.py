@@ -1,4 +1,4 @@
-"""The gated activations: hidden = act(gate) * up."""
+"""Step 4 of a forward: the gated activations, hidden = act(gate) * up."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Which implementation runs: the Triton kernels or the PyTorch references beside them."""
+"""All steps of a forward: chooses the Triton kernels or the PyTorch references beside them."""
 
 from __future__ import annotations
 

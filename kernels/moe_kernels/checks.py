@@ -1,4 +1,4 @@
-"""Cheap checks of tensors for the public functions: a `ValueError` names the argument, its value and the rule."""
+"""All steps of a forward: cheap checks of tensors; a `ValueError` names the argument, its value and the rule."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The circle on which the replicas of an expert divide its tokens: integers of 2**30 steps, here and in the kernels.
+"""Step 2 of a forward: the circle, 2**30 integers, on which the replicas of an expert divide its tokens.
 
 Example: a replica with the share 3/4 has [0, 3/4) of the circle, the other one [3/4, 1). Of four tokens, at 0, 1/4, 1/2 and
 3/4 from where the batch starts, the first replica gets three.

@@ -1,4 +1,4 @@
-"""Tile sizes of the grouped GEMMs: data in one table, chosen by what is equal on all ranks."""
+"""Steps 3 to 5 of a forward: tile sizes of the grouped GEMMs, a table keyed by what is equal on all ranks."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Integer functions for launches, on the host. Triton's functions of these names are slow outside kernels."""
+"""All steps of a forward: integer functions for launches, on the host. Triton's own are slow outside kernels."""
 
 
 def cdiv(dividend: int, divisor: int) -> int:

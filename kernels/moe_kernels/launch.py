@@ -1,4 +1,4 @@
-"""Launches kernels: on the device of their arguments, on its current stream, and with little host time."""
+"""All steps of a forward: launches kernels on the device of their arguments, with little host time."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The load counter: how many tokens each expert got, counted once for each forward."""
+"""Step 2 of a forward: the load counter, how many tokens each expert got. Each forward counts once."""
 
 from __future__ import annotations
 

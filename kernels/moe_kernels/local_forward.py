@@ -1,4 +1,4 @@
-"""A whole forward as one op, where all experts are on this device and no gradient is needed.
+"""Steps 1 to 6 of a forward as one op, where all experts are on this device and no gradient is needed.
 
 It is the routing and `local_experts`. A single token has kernels of its own (`one_token.py`).
 T tokens, K experts per token, E logical experts, H hidden, L lanes.

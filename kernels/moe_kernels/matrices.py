@@ -1,4 +1,4 @@
-"""The experts' weights in their slots, and the activation between them.
+"""Steps 4 and 5 of a forward: the experts' weights in their slots, and the activation between them.
 
 S slots, H hidden, I intermediate.
 """

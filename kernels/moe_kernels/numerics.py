@@ -1,4 +1,4 @@
-"""Rounding, products and activations of all kernels, natively and in the interpreter.
+"""Steps 4 to 6 of a forward: rounding, products and activations, natively and in the interpreter.
 
 Triton's interpreter keeps bfloat16 as raw 16-bit integers: it multiplies those, truncates when it narrows, and does not
 keep a zero when it converts. So there values are widened first and rounded by hand; natively this adds nothing.

@@ -1,4 +1,4 @@
-"""`local_forward` of a single token, in three launches with little host time between them.
+"""Steps 1 to 6 of a forward of a single token: `local_forward` in three launches, with little host time.
 
 A plan holds the launches of one kind of layer, so that a forward makes one key, not one for each launch.
 K experts per token, E logical experts, H hidden, I intermediate, S slots, L lanes.

@@ -1,4 +1,4 @@
-"""The three kernels of a single token: choice, up, and down with combine.
+"""Steps 1 to 6 of a forward of a single token: three kernels (choice; up; down with combine).
 
 They have neither schedule nor tiles nor tensor cores. What counts is how soon the memory is busy, and that it stays so.
 K experts per token, E logical experts, H hidden, I intermediate, S slots, L lanes.

@@ -1,4 +1,4 @@
-"""How an op is registered with `torch.library`, and when a call goes around the registration.
+"""All steps of a forward: registers an op with `torch.library`, and lets calls that need no registration go around it.
 
 An op's function, its fake and its autograd functions take the same arguments as the op's public function: tensors, plain
 values, and dataclasses of them, each one argument (see `structures.py`).

@@ -1,4 +1,4 @@
-"""The references multiply in zero-padded blocks of a fixed number of rows, so that a row's bits depend on no other row.
+"""Steps 4 and 5 of a forward, references: products in blocks of rows, so that a row's bits depend on no other row.
 
 A BLAS picks its algorithm by the number of rows, and PyTorch's vector loops compute the last elements of a tensor with
 other instructions than the rest: a plain `x @ w.T` or `silu(x)` gives a row other bits in other company.

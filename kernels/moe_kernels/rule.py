@@ -1,4 +1,4 @@
-"""The rule by which tokens choose experts, as data: what `topk_routing` and `local_forward` are told."""
+"""Step 1 of a forward: the rule by which tokens choose experts, as data."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Ranks keys within their bins, in their order, without global atomics: for steps 2 and 3 of a forward.
+"""Steps 2 and 3 of a forward: ranks keys within their bins, in their order, without global atomics.
 
 Few keys: one launch. Each program scans all keys and ranks those of its own bin. So each bin reads N keys, from the cache
 except the first time; in return, programs need not communicate.

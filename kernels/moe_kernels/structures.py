@@ -1,4 +1,4 @@
-"""Dataclasses of tensors and plain values as arguments of `torch.library`'s ops, whose schemas know no dataclasses."""
+"""All steps of a forward: makes dataclasses arguments of `torch.library`'s ops, whose schemas know none."""
 
 from __future__ import annotations
 

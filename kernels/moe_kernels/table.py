@@ -1,4 +1,4 @@
-"""The replicas of each expert, and where their weights are: what leads from an expert's id to a slot.
+"""Step 2 of a forward: the table, from an expert's id to its replicas' lanes and slots.
 
 E logical experts, P replicas of all experts together (entries of the table), L lanes.
 """

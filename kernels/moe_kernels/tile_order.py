@@ -1,4 +1,4 @@
-"""The order in which the programs of a grouped GEMM take the tiles."""
+"""Steps 4 and 5 of a forward: the order in which the programs of a grouped GEMM take the tiles."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The tiles that the grouped GEMMs compute: what `build_schedule` makes and `expert_up` and `expert_down` take.
+"""Step 3 of a forward: the tiles that `build_schedule` makes and that `expert_up` and `expert_down` take.
 
 N flat rows, L lanes, M rows per tile.
 """

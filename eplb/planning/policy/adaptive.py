@@ -1,4 +1,4 @@
-"""The default policy: keep what is well placed, follow the load by shares, move only what pays.
+"""Policy "adaptive", the default: keeps what is well placed, follows the load by shares, moves only what pays.
 
 Shape letters: L layers, N sub-windows, E logical experts, W ranks, P physical experts per rank.
 """

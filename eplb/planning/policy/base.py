@@ -1,4 +1,4 @@
-"""What a policy gets and gives, and policies by name.
+"""All policies: what a policy gets and gives, and policies by name.
 
 Shape letters: L layers, N sub-windows, E logical experts, W ranks, P physical experts per rank.
 """

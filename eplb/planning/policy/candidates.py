@@ -1,4 +1,4 @@
-"""Changes that may help an overloaded layer, with an estimate of what each brings.
+"""Policy "adaptive", search: changes that may help an overloaded layer, with an estimate of what each brings.
 
 Shape letters: A layers, W ranks, P physical experts of a rank, Q = W · P lanes counted over ranks, E experts, R replicas of the
 split experts of all layers (`eplb.planning.levelling.SplitLoads`), S the most that one layer has of them, K candidates.

@@ -1,4 +1,4 @@
-"""What a batch of few tokens costs a rank: reading the experts that it activates, and computing their tokens.
+"""Policy "adaptive", `objective="decode"`: what a batch of few tokens costs a rank, and the shares that cost least.
 
 With t tokens on average, an expert gets any with probability 1 − exp(−t), if tokens choose independently. A rank's cost is
 the sum of that over its experts, + `token_cost` · its tokens. To split an expert over two ranks makes both read it, so

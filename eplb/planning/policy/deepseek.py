@@ -1,4 +1,4 @@
-"""The algorithm that DeepSeek published (github.com/deepseek-ai/EPLB, revision d52c72d), under its own name.
+"""Policy "deepseek": the algorithm that DeepSeek published (github.com/deepseek-ai/EPLB, revision d52c72d).
 
 It forgets what is live: equal loads give equal placements, and slightly different loads quite different ones. It is here
 to compare with, and for those who want exactly it. Placement, order inside ranks and ties are those of the original

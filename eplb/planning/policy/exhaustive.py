@@ -1,4 +1,4 @@
-"""The best placement of a layer with very few slots, by looking at all of them.
+"""Policy "adaptive", stuck layers of very few slots: the best of all their placements.
 
 Small whole loads leave a search with nothing to follow: one move makes nothing better, two do. Up to some 8 slots, all
 placements fit in a table.

@@ -1,4 +1,4 @@
-"""Node-limited routing: the experts of a group live in one node, so that a token reaches few nodes.
+"""Policy "adaptive", node-limited routing: the experts of a group live in one node, so a token reaches few nodes.
 
 Each node is then a problem of its own. Shape letters: L layers, N sub-windows, E experts, W ranks, P physical experts per rank,
 D nodes, X = L · D problems of E / D experts and W / D ranks.

@@ -1,4 +1,4 @@
-"""A placement made in one go: whole experts stay where they are, and what is too much on a rank is poured into others.
+"""Policy "adaptive", stuck layers: a placement made in one go. What is too much on a rank is poured into others.
 
 A rank above the limit keeps its experts but splits its heaviest one: the part above the limit is poured into ranks below it,
 the largest room first. Each pour empties a part or fills a room, so W ranks need at most W - 1 more replicas, and the

@@ -1,4 +1,4 @@
-"""Few moves that bring overloaded layers below a limit, all layers in step.
+"""Policy "adaptive", search: few moves that bring overloaded layers below a limit, all layers in step.
 
 Each step solves the best shares of the layers that are still above their limit, estimates what single moves (and, where those
 promise little, exchanges of two) would take off the excess, and applies the best. A step that did not help is taken back, and

@@ -1,4 +1,4 @@
-"""The policy that never moves anything: what is there stays, with equal shares or with the best ones."""
+"""Policy "static": nothing ever moves; shares stay equal, or are the best ones."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Communicators by name."""
+"""Rebalance, fill: communicators by name."""
 
 import warnings
 

@@ -1,4 +1,4 @@
-"""The small interface behind which experts travel between ranks."""
+"""Rebalance, fill: the small interface behind which experts travel between ranks."""
 
 from abc import ABC, abstractmethod
 from collections.abc import Sequence

@@ -1,4 +1,4 @@
-"""Copies between slots of one rank."""
+"""Rebalance, fill: copies between slots of one rank."""
 
 from collections.abc import Sequence
 

@@ -1,4 +1,4 @@
-"""Slabs over gloo, staged through host memory (pinned, if the slots are on a GPU)."""
+"""Rebalance, fill: slabs over gloo, staged through host memory (pinned, if the slots are on a GPU)."""
 
 from collections.abc import Sequence
 

@@ -1,4 +1,4 @@
-"""Slabs from GPU to GPU over NCCL."""
+"""Rebalance, fill: slabs from GPU to GPU over NCCL."""
 
 import time
 from collections.abc import Sequence
