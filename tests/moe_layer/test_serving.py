@@ -105,6 +105,7 @@ def test_i5_two_ranks(rank, num_ranks, group, device):
     check_gradients_across_flips(rank, group, device)
     check_another_controller_beside_a_backward_to_come(rank, group, device)
     check_a_main_thread_that_does_not_step(rank, group, device)
+    check_steps_beside_forwards_on_another_thread(rank, group, device)
 
 
 @distributed(num_ranks=4, timeout=150)
@@ -385,6 +386,7 @@ def check_another_controller_beside_a_backward_to_come(rank, group, device) -> N
         service.controller = make_controller(group, [layer], policy=Restless(seed + 100), grace_timeout=0.1)
         stalled = lambda: service.controller.health().state == "grace_stalled"  # noqa: B023, E731
         service.serve_until(stalled, "the backward to come is waited for")
+        assert "backward" in service.controller.health().reason
         y.square().sum().backward()
         del y
         gc.collect()
@@ -395,6 +397,33 @@ def check_another_controller_beside_a_backward_to_come(rank, group, device) -> N
         with service.controller.quiesced():
             assert_rested(service)
         service.controller.close()
+
+
+def check_steps_beside_forwards_on_another_thread(rank, group, device) -> None:
+    """I3, I5, I8: a flip at any point of a forward changes no bit. The main thread does nothing but step."""
+    service = make_service(rank, group, device)
+    done, errors = threading.Event(), []
+
+    def serve() -> None:
+        try:
+            for _ in range(300):
+                service.forward()
+        except BaseException as error:
+            errors.append(error)
+        finally:
+            done.set()
+
+    thread = threading.Thread(target=serve, daemon=True)
+    start = service.controller.metrics().waves
+    thread.start()
+    while not done.wait(0.0005):
+        service.controller.step()
+    thread.join()
+    assert not errors, errors
+    assert service.controller.metrics().waves - start >= 10, "experts hardly moved beside the forwards"
+    service.serve_until(moved_by(service, 1), "relocations by one thread")
+    drained(service)
+    service.controller.close()
 
 
 def check_a_main_thread_that_does_not_step(rank, group, device) -> None:
