@@ -1,4 +1,4 @@
-"""Training: keeps `DistributedDataParallel`, which takes parameters for copies, from experts that are spread over ranks."""
+"""Trainable experts that are spread over ranks, under DDP and FSDP2, which take parameters for copies."""
 
 import torch
 import torch.distributed as dist
@@ -43,6 +43,20 @@ def refuse_managed_experts(experts: nn.Module, process_group: dist.ProcessGroup)
             "DistributedDataParallel has overwritten the experts of this rank with another rank's, although each rank has "
             "experts of its own. Call moe_layer.ignore_in_ddp(model) before DistributedDataParallel(model), and load "
             "the weights again"
+        )
+
+
+def refuse_sharding(name: str, ranks: list[int], process_group: dist.ProcessGroup) -> None:
+    """Raises RuntimeError if `ranks` (global), over which experts are to be sharded, hold different experts.
+
+    FSDP2 over other ranks, each of which has the same experts, is right and allowed.
+    """
+    shared = sorted(set(ranks).intersection(dist.get_process_group_ranks(process_group)))
+    if len(shared) > 1:
+        raise RuntimeError(
+            f"experts.{name} cannot be sharded over the ranks {shared}, which hold different experts: it would mix them. "
+            "Call fully_shard(..., ignored_params=set(layer.experts.parameters())), or shard over other ranks than "
+            "process_group's"
         )
 
 

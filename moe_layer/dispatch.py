@@ -50,7 +50,8 @@ class Dispatcher(Protocol):
         """Send each (token, expert) to its global lane in `lanes_TK`, -1 for none; `counts_L` says how many go to each.
 
         Differentiable with respect to `x_TH` and `weights_TK`, and then both gradients travel back: a rank that wants
-        one of them takes part in as many collectives as a rank that wants both.
+        one of them takes part in as many collectives as a rank that wants both. Inputs require a gradient exactly where
+        a backward may come, inside a custom autograd function too.
         """
         ...
 
@@ -74,7 +75,8 @@ class _Route:
 class AllToAllDispatcher:
     """One row per (token, expert) through `all_to_all_single` with true splits, which takes a host sync: eager only.
 
-    Three collectives a forward: counts; rows with their weights; results.
+    Three collectives a forward: counts; rows with their weights; results. The first also finds ranks that differ in
+    whether a backward comes: ValueError on all of them.
 
     Args:
         group: of the ranks that share the experts; every rank calls the layer equally often, also without tokens.
@@ -94,12 +96,14 @@ class AllToAllDispatcher:
     ) -> Dispatched:
         num_tokens, top_k = lanes_TK.shape
         num_ranks, num_lanes = self._num_ranks, self._num_lanes
-        # To each rank: how many rows its lanes get, and how many tokens there are.
-        said = F.pad(counts_L.view(num_ranks, num_lanes), (0, 1), value=num_tokens)
+        # To each rank: how many rows its lanes get, how many tokens there are, and in the last bit whether a backward comes.
+        needs_grad = x_TH.requires_grad or weights_TK.requires_grad
+        said = F.pad(counts_L.view(num_ranks, num_lanes), (0, 1), value=2 * num_tokens + needs_grad)
         heard = all_to_all_rows(said, [1] * num_ranks, [1] * num_ranks, self._group)
         counts_WS = heard[:, :num_lanes]
         sums = [said[:, :num_lanes].sum(dim=1), counts_WS.sum(dim=1), heard[:, num_lanes]]
-        send_splits, receive_splits, tokens = torch.stack(sums).tolist()
+        send_splits, receive_splits, last = torch.stack(sums).tolist()
+        _check_gradients([bool(one & 1) for one in last])
         # By lane, so that the counts tell the receiver the lane of each row. Rows without a lane sort last and stay here.
         lanes = lanes_TK.reshape(-1)
         order = torch.sort(torch.where(lanes >= 0, lanes, counts_L.numel()), stable=True).indices[: sum(send_splits)]
@@ -113,7 +117,7 @@ class AllToAllDispatcher:
             row_weights_R=row_weights_R,
             lanes_R=lane_WS.repeat_interleave(counts_WS.flatten(), output_size=sum(receive_splits)),
             counts_S=counts_WS.sum(dim=0, dtype=torch.int32),
-            num_tokens=sum(tokens),
+            num_tokens=sum(one >> 1 for one in last),
             route=route,
         )
 
@@ -123,6 +127,17 @@ class AllToAllDispatcher:
         back = _Return.apply(rows_RH, dispatched.route, self._group)
         flat = back.new_zeros(lanes_TK.numel(), back.shape[1])
         return combine(flat.index_copy(0, dispatched.route.order, back), lanes_TK, backend=backend)
+
+
+def _check_gradients(needs_grad: list[bool]) -> None:
+    """Raises ValueError, on all ranks, if only some of them would take part in the collectives of the backward."""
+    ranks = {wanted: [rank for rank, needs in enumerate(needs_grad) if needs is wanted] for wanted in (True, False)}
+    if ranks[True] and ranks[False]:
+        raise ValueError(
+            f"x or expert_weights must require a gradient on all ranks of process_group or on none: those of the ranks "
+            f"{ranks[True]} do, those of the ranks {ranks[False]} do not, and the backward would wait for ever. A rank "
+            "without tokens passes an empty tensor that requires a gradient like the others"
+        )
 
 
 def _send(rows: torch.Tensor, route: _Route, group: dist.ProcessGroup) -> torch.Tensor:

@@ -136,6 +136,8 @@ class ExpertParallelExecutor:
 
         if needs_grad(experts, x_TH, weights_TK) and not experts.trainable:
             return Recomputed.apply(compute, pin, lanes_TK, counts_L, x_TH, weights_TK)
+        if not torch.is_grad_enabled() and (x_TH.requires_grad or weights_TK.requires_grad):
+            x_TH, weights_TK = x_TH.detach(), weights_TK.detach()  # no backward comes, which the dispatcher asks
         try:
             return compute(x_TH, weights_TK, lanes_TK, counts_L)
         finally:

@@ -253,7 +253,7 @@ class MoELayer(nn.Module):
             The layer's output, shaped like `x` and of its dtype; under `torch.autocast` of the autocast dtype.
 
         Raises:
-            ValueError: shape, dtype or device of an argument do not fit.
+            ValueError: shape, dtype or device of an argument do not fit, or only some ranks need a gradient (on all).
         """
         modules = self._modules  # nn.Module's attribute access takes the host longer than the checks
         experts, gate = cast(Experts, modules["experts"]), cast(Router | None, modules["gate"])

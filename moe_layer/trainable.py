@@ -8,6 +8,7 @@ import torch.distributed as dist
 from torch import nn
 
 from moe_kernels import ExpertMatrices
+from moe_layer.ddp import refuse_sharding
 from moe_layer.expert_format import ExpertFormat
 from moe_layer.experts import Experts
 from moe_layer.fixed import FixedExperts
@@ -55,6 +56,12 @@ class TrainableExperts(Experts):
 
     def _rows(self, name: str) -> torch.Tensor:
         return getattr(self, name)
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        mesh = getattr(value, "device_mesh", None)  # a DTensor's: `fully_shard` puts one in the place of each parameter
+        if mesh is not None and self.process_group is not None:
+            refuse_sharding(name, mesh.mesh.flatten().tolist(), self.process_group)
+        super().__setattr__(name, value)
 
     def refuse_conversion(self, fn: Callable[[torch.Tensor], torch.Tensor]) -> None:
         self._converted(fn)

@@ -471,7 +471,7 @@ LAYER = (
     # Ranks choose tiles by their own number of tokens.
     Mutant(
         "moe_layer/dispatch.py",
-        "num_tokens=sum(tokens),",
+        "num_tokens=sum(one >> 1 for one in last),",
         "num_tokens=num_tokens,",
         (f"{L}expert_parallel.py",),
     ),

@@ -4,6 +4,7 @@ import pytest
 import torch
 import torch.distributed as dist
 from torch import nn
+from torch.distributed.fsdp import fully_shard
 from torch.nn.parallel import DistributedDataParallel
 from torch.utils.checkpoint import checkpoint
 
@@ -43,7 +44,9 @@ def test_two_ranks(rank, num_ranks, group, device):
     check_load_experts(rank, group, device)
     check_given_ids(rank, group, device)
     check_seeds(rank, group, device)
+    check_ranks_that_differ_in_gradients(rank, group, device)
     check_ddp(rank, group, device)
+    check_fsdp2(rank, group, device)
 
 
 @distributed(num_ranks=4)
@@ -238,6 +241,34 @@ def check_gradients_of_x_on_some_ranks(rank, group, device):
     assert torch.equal(one, other) if rank == 0 else other is None
 
 
+def check_ranks_that_differ_in_gradients(rank, group, device):
+    """A backward that only some ranks run would wait for ever: all of them say so, in the forward."""
+    message = r"on all ranks of process_group or on none: those of the ranks \[0\] do, those of the ranks \[1\] do not"
+    x = torch.randn(3, HIDDEN, generator=torch.Generator().manual_seed(rank)).to(device)
+    ids, weights = torch.tensor([[0, 7]] * 3, device=device), torch.ones(3, 2, device=device)
+    layers = [make_layer(group, device, trainable=trainable, router=None) for trainable in (False, True)]
+    for layer in layers:
+        for wanting in ("x", "weights"):
+            wants = {"x": x, "weights": weights}
+            if rank == 0:
+                wants[wanting] = wants[wanting].clone().requires_grad_()
+            with pytest.raises(ValueError, match=message):
+                layer(wants["x"], expert_ids=ids, expert_weights=wants["weights"])
+            # Without a backward to come they need not agree.
+            with torch.no_grad():
+                y = layer(wants["x"], expert_ids=ids, expert_weights=wants["weights"])
+            assert torch.equal(y, layer(x, expert_ids=ids, expert_weights=weights))
+        # One rank wants that of x, another that of the weights: both take part in the backward.
+        wants = [one.clone().requires_grad_(rank == index) for index, one in enumerate((x, weights))]
+        layer(wants[0], expert_ids=ids, expert_weights=wants[1]).square().sum().backward()
+        assert [one.grad is not None for one in wants] == [rank == 0, rank == 1]
+    if device.type == "cuda":
+        torch.cuda.synchronize()
+    assert not layers[0].resident.is_pinned_before(1), "a forward that was refused pins its version"
+    with torch.enable_grad() if rank == 0 else torch.no_grad(), pytest.raises(ValueError, match=message):
+        layers[0](x.clone().requires_grad_(), expert_ids=ids, expert_weights=weights)
+
+
 def close(actual: torch.Tensor, expected: torch.Tensor, name: str) -> None:
     torch.testing.assert_close(actual, expected, rtol=1e-4, atol=1e-4, msg=lambda text: f"gradient of {name}: {text}")
 
@@ -422,3 +453,35 @@ def assert_replicas_are_equal(layer, state):
             for name in ("gate_up_proj", "down_proj"):
                 weight = layer.resident.pool.tensors[name][slot]
                 assert torch.equal(weight, state[f"experts.{name}"][expert]), f"expert {expert} in slot {slot}"
+
+
+def check_fsdp2(rank, group, device):
+    """FSDP2 takes parameters for copies too. Serving experts are none; those of other ranks must not be mixed in silence."""
+    if device.type != "cpu":  # gloo does not gather a GPU's parameters
+        return
+    mesh = dist.device_mesh.init_device_mesh(device.type, (2,))
+    x = torch.randn(6, HIDDEN, generator=torch.Generator().manual_seed(rank)).to(device)
+
+    def model(**options):
+        torch.manual_seed(0)
+        return nn.Sequential(nn.Linear(HIDDEN, HIDDEN, device=device), make_layer(group, device, **options))
+
+    serving = model()
+    y = serving(x).detach()
+    fully_shard(serving, mesh=mesh)
+    sharded = serving(x)
+    assert torch.equal(sharded, y)
+    sharded.square().sum().backward()
+    assert serving[0].weight.grad is not None
+
+    trained = model(trainable=True)
+    y = trained(x).detach()
+    with pytest.raises(
+        RuntimeError, match=r"experts.gate_up_proj cannot be sharded over the ranks \[0, 1\], which hold"
+    ):
+        fully_shard(model(trainable=True), mesh=mesh)
+    fully_shard(trained, mesh=mesh, ignored_params=set(trained[1].experts.parameters()))
+    sharded = trained(x)
+    assert torch.equal(sharded, y)
+    sharded.square().sum().backward()
+    assert trained[1].experts.down_proj.grad is not None and trained[1].gate.weight.grad is not None

@@ -105,6 +105,7 @@ def test_i5_two_ranks(rank, num_ranks, group, device):
     check_gradients_across_flips(rank, group, device)
     check_another_controller_beside_a_backward_to_come(rank, group, device)
     check_a_main_thread_that_does_not_step(rank, group, device)
+    check_steps_beside_forwards_on_another_thread(rank, group, device)
 
 
 @distributed(num_ranks=4, timeout=150)
@@ -385,6 +386,7 @@ def check_another_controller_beside_a_backward_to_come(rank, group, device) -> N
         service.controller = make_controller(group, [layer], policy=Restless(seed + 100), grace_timeout=0.1)
         stalled = lambda: service.controller.health().state == "grace_stalled"  # noqa: B023, E731
         service.serve_until(stalled, "the backward to come is waited for")
+        assert "backward" in service.controller.health().reason
         y.square().sum().backward()
         del y
         gc.collect()
@@ -395,6 +397,34 @@ def check_another_controller_beside_a_backward_to_come(rank, group, device) -> N
         with service.controller.quiesced():
             assert_rested(service)
         service.controller.close()
+
+
+def check_steps_beside_forwards_on_another_thread(rank, group, device) -> None:
+    """I3, I5, I8: a flip at any point of a forward changes no bit. The main thread does nothing but step."""
+    layer, twin = (make_layer(group, device, seed=6, num_redundant_experts=2, num_shadow_slots=2) for _ in range(2))
+    service = Service(rank, group, device, [layer], [twin], make_controller(group, [layer]))
+    done, errors = threading.Event(), []
+
+    moved_often = moved_by(service, 10)
+
+    def serve() -> None:
+        try:
+            enough = lambda: service.num_steps >= 200 and moved_often()  # noqa: E731
+            service.serve_until(enough, "relocations beside forwards", step=lambda number: False)
+        except BaseException as error:
+            errors.append(error)
+        finally:
+            done.set()
+
+    thread = threading.Thread(target=serve, daemon=True)
+    thread.start()
+    while not done.wait(0.002):
+        service.controller.step()
+    thread.join()
+    assert not errors, errors
+    service.serve_until(moved_by(service, 1), "relocations by one thread")
+    drained(service)
+    service.controller.close()
 
 
 def check_a_main_thread_that_does_not_step(rank, group, device) -> None:
