@@ -401,7 +401,7 @@ CONTROLLER = (
         "eplb/controller.py",
         "if self.is_over:",
         "if True:",
-        (f"{E}controller.py",),
+        (f"{E}worker.py",),
         inside="def close(",
     ),
     # Step counts although the stream is captured.
