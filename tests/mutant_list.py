@@ -96,7 +96,7 @@ RELOCATION = (
         "eplb/gate.py",
         "if not self._changed.wait_for(self._is_empty, timeout):",
         "if False:",
-        (f"{E}streams.py", f"{L}flips.py"),
+        (f"{E}gate.py",),
         inside="def closed(",
     ),
     # The table is switched before its upload is over.
@@ -263,70 +263,70 @@ WORKER = (
         "eplb/worker/thread.py",
         "self._wake.clear()",
         "pass",
-        (f"{E}controller.py",),
+        (f"{E}worker.py",),
     ),
     # A worker whose thread has ended says nothing of it.
     Mutant(
         "eplb/worker/thread.py",
         "if not self.is_alive() and not self._leaving:",
         "if False:",
-        (f"{E}controller.py",),
+        (f"{E}worker.py",),
     ),
     # A policy that never returns is waited for without an end.
     Mutant(
         "eplb/worker/planning.py",
         "if self._clock() - self._job_began_at > self._config.planning_timeout:",
         "if False:",
-        (f"{E}controller.py", SIMULATION),
+        (f"{E}worker.py", f"{E}controller.py", SIMULATION),
     ),
     # After an abandoned proposal the next one begins at once.
     Mutant(
         "eplb/worker/planning.py",
         "if self._clock() >= self._propose_after:",
         "if True:",
-        (f"{E}controller.py", SIMULATION),
+        (f"{E}worker_pieces.py", SIMULATION),
     ),
     # A vote for an abandoned wave counts for the next one.
     Mutant(
         "eplb/worker/relocation.py",
         "if fill is None or fill.attempt != (agreed.proposal, agreed.wave):",
         "if fill is None:",
-        (f"{E}controller.py", SIMULATION),
+        (f"{E}worker_pieces.py", SIMULATION),
     ),
     # Transfers that hang are waited for without an end.
     Mutant(
         "eplb/worker/relocation.py",
         "elif self._clock() - self._fill_began_at > self._config.transfer_timeout:",
         "elif False:",
-        (f"{E}controller.py", SIMULATION),
+        (f"{E}worker_pieces.py", SIMULATION),
     ),
     # Grace is over before the device has come to the flip.
     Mutant(
         "eplb/worker/relocation.py",
         "if not handoff.flipped.query():",
         "if False:",
-        (f"{E}controller.py", SIMULATION),
+        (f"{E}worker_pieces.py", SIMULATION),
     ),
     # Grace is over while a backward still needs the old version.
     Mutant(
         "eplb/worker/relocation.py",
-        "if any(layer.is_pinned_before(handoff.version) for layer in handoff.layers):",
+        "if any(held):",
         "if False:",
-        (f"{E}controller.py", f"{L}flips.py", SIMULATION),
+        (f"{E}worker_pieces.py", f"{L}flips.py", SIMULATION),
     ),
     # A wave given up in FILL is forgotten, and its transfers with it.
     Mutant(
         "eplb/worker/relocation.py",
         "self.zombies.append(fill)",
         "pass",
-        (f"{E}controller.py", SIMULATION),
+        (f"{E}worker_pieces.py", SIMULATION),
     ),
     # A stage that fails keeps this rank from speaking.
     Mutant(
         "eplb/worker/worker.py",
         "self.fail(error)",
         "raise",
-        (f"{E}controller.py", SIMULATION),
+        (f"{E}worker.py", f"{E}controller.py", SIMULATION),
         inside="def tick(",
     ),
     # A rank whose publication failed tries again in every tick.
@@ -334,14 +334,14 @@ WORKER = (
         "eplb/worker/worker.py",
         "if self._clock() < self._retry_at:",
         "if False:",
-        (f"{E}controller.py", SIMULATION),
+        (f"{E}worker.py", f"{E}controller.py", SIMULATION),
     ),
     # Rounds that failed are begun again.
     Mutant(
         "eplb/worker/rounds.py",
         "self.is_lost = True",
         "pass",
-        (f"{E}controller.py", SIMULATION),
+        (f"{E}worker_pieces.py", SIMULATION),
         inside="def hear(",
     ),
     # An idle rank speaks all the time.
@@ -349,45 +349,45 @@ WORKER = (
         "eplb/worker/rounds.py",
         "return self._clock() - self.spoke_at >= interval",
         "return True",
-        (f"{E}controller.py", SIMULATION),
+        (f"{E}worker_pieces.py", SIMULATION),
     ),
     # Groups and connections stay behind.
     Mutant(
         "eplb/worker/rounds.py",
         "made.close()",
         "pass",
-        (f"{E}controller.py", f"{E}communicators.py", f"{L}serving.py"),
+        (f"{E}worker_pieces.py", f"{E}communicators.py", f"{L}serving.py"),
     ),
 )
 
 CONTROLLER = (
     # A flip that could not be enqueued is lost.
     Mutant(
-        "eplb/controller.py",
-        "worker.give_back_handoff(handoff)",
-        "pass",
-        (f"{E}controller.py",),
+        "eplb/relocation/handoff.py",
+        "handoff.flip(streams)",
+        "self.waiting = None; handoff.flip(streams)",
+        (f"{E}handoff.py",),
     ),
     # Loading weights does not wait for relocations under way.
     Mutant(
         "eplb/controller.py",
         "while not worker.mailbox.is_held:",
         "while False:",
-        (f"{E}controller.py", SIMULATION),
+        (f"{E}controller.py", f"{E}worker.py", SIMULATION),
     ),
     # Fills read what the caller has not written yet.
     Mutant(
         "eplb/controller.py",
         "self._streams.side.wait_event(self._streams.current().record_event())",
         "pass",
-        (f"{E}controller.py", SIMULATION),
+        (f"{E}controller.py", f"{E}worker.py", SIMULATION),
     ),
     # A hold that failed counts as one that was completed.
     Mutant(
         "eplb/controller.py",
         "worker.mailbox.end_hold(completed)",
         "worker.mailbox.end_hold(True)",
-        (f"{E}controller.py", SIMULATION),
+        (f"{E}controller.py", f"{E}worker.py", SIMULATION),
     ),
     # Warm-up is counted as load.
     Mutant(
@@ -401,7 +401,7 @@ CONTROLLER = (
         "eplb/controller.py",
         "if self.is_over:",
         "if True:",
-        (f"{E}controller.py",),
+        (f"{E}worker.py",),
         inside="def close(",
     ),
     # Step counts although the stream is captured.
@@ -499,7 +499,7 @@ LAYER = (
     # What a masked token holds reaches the router's gradient.
     Mutant(
         "moe_layer/layer.py",
-        "if mask_T is not None and torch.is_grad_enabled():",
+        "if torch.is_grad_enabled():",
         "if False:",
         (f"{L}forward.py",),
     ),
@@ -510,12 +510,26 @@ LAYER = (
         "pass",
         (f"{L}forward.py",),
     ),
-    # The router is computed in the autocast dtype, the experts are not.
+    # Under autocast the output has the layer's dtype.
     Mutant(
         "moe_layer/layer.py",
-        "with torch.autocast(device_type, enabled=False):  # for router and experts alike",
-        "if True:",
-        (f"{L}modes.py", f"{L}forward.py"),
+        "return y.to(torch.get_autocast_dtype(device_type))",
+        "return y",
+        (f"{L}modes.py", f"{L}checkpoint_and_compile.py"),
+    ),
+    # Where no gradient is needed, the router's correction bias does not count.
+    Mutant(
+        "moe_layer/executors.py",
+        "bias_E = gate.e_score_correction_bias if rule.correction_bias else None",
+        "bias_E = None",
+        (f"{L}forward.py", f"{L}modes.py"),
+    ),
+    # A router in float32 is cast with its layer.
+    Mutant(
+        "moe_layer/router.py",
+        "return tensor.to(result.device) if is_cast else result",
+        "return result",
+        (f"{L}modes.py",),
     ),
     # All ranks begin with the same replica.
     Mutant(
@@ -552,7 +566,7 @@ KERNELS = (
     ),
     # Too few tiles.
     Mutant(
-        "kernels/moe_kernels/schedule.py",
+        "kernels/moe_kernels/tiles.py",
         "return nonempty + (num_rows - nonempty) // block_m",
         "return 1 + num_rows // block_m",
         (f"{K}schedule.py",),
@@ -587,14 +601,14 @@ KERNELS = (
     ),
     # The local op takes a table with replicas, of which it reads the first only.
     Mutant(
-        "kernels/moe_kernels/local_forward.py",
+        "kernels/moe_kernels/local_experts.py",
         "table.check_local(load.load_E.shape[0], x_TH.device)",
         "table.check(load.load_E.shape[0], x_TH.device)",
         (f"{K}local_forward.py",),
     ),
     # A schedule for other tiles is accepted.
     Mutant(
-        "kernels/moe_kernels/schedule.py",
+        "kernels/moe_kernels/tiles.py",
         "if value != own:",
         "if value > own:",
         (f"{K}schedule.py",),

@@ -23,6 +23,7 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
 LEFT_OUT = (".git", ".venv", "__pycache__", ".*_cache", "results", "docs", "*.egg-info")
+HANG_SECONDS = "100"  # for one test
 DEADLINE_SECONDS = 1200.0  # for the tests of one bug; one that hangs longer is caught, as CI would be red
 
 
@@ -80,7 +81,7 @@ def try_one(mutant: Mutant | None, tests: Sequence[str], copy: Path) -> tuple[st
         if mutant and path:
             path.write_text(planted(mutant, original))
         done = subprocess.run(
-            [sys.executable, "-m", "pytest", "-x", "-q", "-p", "no:cacheprovider", *tests],
+            [sys.executable, "-m", "pytest", "-x", "-q", "-p", "no:cacheprovider", "--timeout", HANG_SECONDS, *tests],
             cwd=copy, capture_output=True, text=True, timeout=DEADLINE_SECONDS,
         )  # fmt: skip
     except Stale as reason:

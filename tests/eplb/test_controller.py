@@ -168,14 +168,20 @@ def test_balancedness_is_logged_at_its_interval(caplog):
 def test_nothing_happens_while_the_stream_is_captured():
     layer = StubLayer()
     controller = controller_of(layer, use_async=False)
-    layer.resident.streams.is_capturing = lambda stream=None: True
-    for _ in range(6):
-        controller.step()
+
+    def step(times: int, captured: bool) -> None:
+        layer.resident.streams.is_capturing = lambda stream=None: captured
+        for _ in range(times):
+            controller.step()
+
+    step(6, captured=True)
     assert controller.metrics().rounds == 0
-    layer.resident.streams.is_capturing = lambda stream=None: False
-    for _ in range(2):
-        controller.step()
+    step(2, captured=False)
     assert controller.metrics().windows == 1
+    step(6, captured=True)  # also once it is under way
+    assert controller.metrics().windows == 1
+    step(2, captured=False)
+    assert controller.metrics().windows == 2
 
 
 def test_close_joins_the_thread_and_may_be_called_again():

@@ -43,10 +43,17 @@ def test_bytes_of_a_slot():
     assert ALIGNMENT == 256
 
 
-def test_tensors_are_aligned_dense_views_of_the_slab(device):
-    pool = SlotPool(SPECS, 4, device)
-    starts = {"weight": 0, "scale": 256, "codes": 512}
-    for spec in SPECS:
+@pytest.mark.parametrize(
+    ("specs", "starts"),
+    [
+        (SPECS, {"weight": 0, "scale": 256, "codes": 512}),
+        (SPECS[::-1], {"codes": 0, "scale": 512, "weight": 768}),  # what follows one that is larger than the alignment
+    ],
+    ids=["largest_last", "largest_first"],
+)
+def test_tensors_are_aligned_dense_views_of_the_slab(device, specs, starts):
+    pool = SlotPool(specs, 4, device)
+    for spec in specs:
         tensor = pool.tensors[spec.name]
         assert tensor.shape == (4, *spec.shape) and tensor.dtype == spec.dtype
         assert tensor.untyped_storage().data_ptr() == pool.slab_SB.untyped_storage().data_ptr()
