@@ -429,7 +429,7 @@ PLANNING = (
     Mutant("eplb/planning/waves.py", "wave.used += work.num_bytes", "pass", (f"{E}plan.py",)),
     # Layers of a pool without a free slot on one rank are planned.
     Mutant(
-        "eplb/planning/plan.py",
+        "eplb/planning/make_plan.py",
         "elif (free_slots_GW[pool] < 1).any() or (current[index].lanes_WS != EMPTY).all(axis=1).any():",
         "elif (free_slots_GW[pool] < 1).all() or (current[index].lanes_WS != EMPTY).all(axis=1).any():",
         (f"{E}plan.py",),
