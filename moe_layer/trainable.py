@@ -18,7 +18,8 @@ class TrainableExperts(Experts):
     """One parameter ``[experts of this rank, *shape]`` for each tensor of the format; the kernels read them directly.
 
     Optimizers, FSDP2's `fully_shard`, parametrizations and `state_dict()` treat them as those of any module. For
-    `DistributedDataParallel` over ranks that share the experts see `moe_layer.ignore_in_ddp`.
+    `DistributedDataParallel` over ranks that share the experts see `moe_layer.ignore_in_ddp`; `fully_shard` over them
+    needs ``ignored_params=set(layer.experts.parameters())``, and raises RuntimeError without.
     """
 
     trainable = True
