@@ -1,4 +1,8 @@
-"""The bugs that `tests/mutants.py` plants: a line, what to make of it, and the tests that must notice."""
+"""The bugs that `tests/mutants.py` plants: a line, what to make of it, and the tests that must notice.
+
+Last run on the code of 4ee85ce, with the tests as they are beside this list (2026-11-28, CPU): 72 of the 85 were run to an
+end, all 72 were caught. Not run to an end there: 48, 49, 50, 56-59, 63, 66, 73, 74, 77, 79.
+"""
 
 from tests.mutants import Mutant
 
@@ -334,7 +338,7 @@ WORKER = (
         "eplb/worker/worker.py",
         "if self._clock() < self._retry_at:",
         "if False:",
-        (f"{E}worker.py", f"{E}controller.py", SIMULATION),
+        (f"{E}worker.py",),
     ),
     # Rounds that failed are begun again.
     Mutant(

@@ -313,6 +313,23 @@ class Restless(Recording):
         return Proposal(physical_P.reshape(1, 1, 5), np.where(physical_P == twice, 0.5, 1.0).reshape(1, 1, 5))
 
 
+def test_a_publication_that_failed_is_tried_again_after_a_delay():
+    with controller_of(StubLayer(num_redundant=1), policy=Restless(), backoff=0.1) as controller:
+        controller.step()
+        relocation, tried = controller._worker.relocation, []
+        publish = relocation.publish
+
+        def fail_once(agreed):
+            tried.append(time.monotonic())
+            if len(tried) == 1:
+                raise OSError("device lost")
+            publish(agreed)
+
+        relocation.publish = fail_once
+        steps_until(controller, lambda: controller.metrics().waves > 0, "it is published")
+        assert tried[1] - tried[0] >= 0.1 and controller.metrics().failures == 1
+
+
 def test_two_controllers_take_turns_with_one_free_slot(caplog):
     pool = StubLayer.make_pool(2 * 5 + 1)
     first, second = (

@@ -121,6 +121,33 @@ def test_masked_tokens_are_not_routed_not_counted_and_come_back_as_0(device, ass
     assert layer.resident.load_E.sum() == 2 * mask.sum()
 
 
+def test_what_a_masked_token_holds_reaches_no_gradient(device):
+    layer = MoELayer(16, 8, 4, 2, trainable=True, device=device)
+    x = torch.randn(6, 16, device=device)
+    mask = torch.tensor([True, False, True, True, False, True], device=device)
+    found = []
+    for padding in (0.0, float("nan")):
+        layer.zero_grad()
+        y = layer(torch.where(mask[:, None], x, padding), mask)
+        y.square().sum().backward()
+        found.append([parameter.grad for parameter in layer.parameters()])
+    for with_zeros, with_nan in zip(*found, strict=True):
+        assert with_nan.isfinite().all() and with_nan.any()
+        torch.testing.assert_close(with_nan, with_zeros)
+
+
+def test_masked_tokens_are_not_computed_for_ids_from_outside(device):
+    layer = make_layer("plain", device)
+    x = clear_tokens(layer, 6)
+    mask = torch.tensor([True, False, True, True, False, True], device=device)
+    ids = torch.arange(12, device=device).view(6, 2) % 8
+    weights = torch.full((6, 2), 0.5, device=device)
+    with torch.no_grad():
+        y = layer(x, mask, expert_ids=ids, expert_weights=weights)
+    assert (y[~mask] == 0).all() and y[mask].any(dim=1).all()
+    assert layer.resident.load_E.sum() == 2 * mask.sum()
+
+
 def test_load_counts_the_tokens_of_each_logical_expert(device):
     layer = make_layer("plain", device)
     x = clear_tokens(layer, 12)
