@@ -131,7 +131,8 @@ def check_nothing_stays_behind(rank: int) -> None:
                 len(dist.distributed_c10d._world.pg_map),
             )
         )
-    assert counts[1:] == counts[:1] * 4, counts
+    # A thread of CUDA's own from before may end meanwhile.
+    assert all(later <= first for cycle in counts[1:] for later, first in zip(cycle, counts[0], strict=True)), counts
     assert not threads("eplb-")
 
 
