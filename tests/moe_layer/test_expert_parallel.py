@@ -44,6 +44,8 @@ def test_two_ranks(rank, num_ranks, group, device):
     check_load_experts(rank, group, device)
     check_given_ids(rank, group, device)
     check_seeds(rank, group, device)
+    check_starts(rank, num_ranks, group, device)
+    check_kept_loss(group, device)
     check_ranks_that_differ_in_gradients(rank, group, device)
     check_ddp(rank, group, device)
     check_fsdp2(rank, group, device)
@@ -416,6 +418,26 @@ def check_seeds(rank, group, device):
     alone = MoELayer(**SIZES, device=device)
     for name, tensor in layer.state_dict().items():
         assert torch.equal(tensor, alone.state_dict()[name]), name
+
+
+def check_starts(rank, num_ranks, group, device):
+    """First tokens of all ranks for one expert do not all go to one replica: each rank begins elsewhere on the circle."""
+    layer = MoELayer(**SIZES, num_redundant_experts=2, process_group=group, device=device)
+    starts = [None] * num_ranks
+    dist.all_gather_object(starts, layer.experts.rank_start, group=group)
+    assert starts[rank] == layer.experts.rank_start and len(set(starts)) == num_ranks
+
+
+def check_kept_loss(group, device):
+    """A version is held while a backward may come, not as long as somebody keeps the loss."""
+    layer = make_layer(group, device)
+    loss = layer(torch.ones(3, HIDDEN, device=device, requires_grad=True)).sum()
+    for retain, held in ((True, 1), (False, 0)):
+        assert sum(layer.resident.held_by(1).values()) == 1, "a backward may come"
+        loss.backward(retain_graph=retain)
+        if device.type == "cuda":
+            torch.cuda.synchronize(device)
+        assert sum(layer.resident.held_by(1).values()) == held
 
 
 def check_states_between_rank_counts(rank, num_ranks, group, device):

@@ -250,6 +250,21 @@ def test_drawing_weights_anew_and_load_experts_wait_for_relocations_as_loading_d
 
 
 @pytest.mark.parametrize("write", ["load_experts", "load_state_dict", "reset_parameters"])
+def test_every_replica_on_this_rank_is_written(write, device):
+    """Two replicas of expert 0, as a policy may place them on one rank."""
+    layer, new = make_layer(device), give_unit_scale(make_layer(device), seed=7).state_dict()
+    layer.resident.live_slots = lambda: {0: [0, 4], 1: [1], 2: [2], 3: [3]}
+    if write == "load_experts":
+        layer.load_experts({0: {name: new[f"experts.{name}"][0] for name in layer.resident.pool.tensors}})
+    elif write == "load_state_dict":
+        layer.load_state_dict(new)
+    else:
+        layer.reset_parameters()
+    for rows in layer.resident.pool.tensors.values():
+        assert rows[0].any() and torch.equal(rows[0], rows[4])
+
+
+@pytest.mark.parametrize("write", ["load_experts", "load_state_dict", "reset_parameters"])
 def test_weights_go_where_experts_are_when_relocations_have_come_to_rest(write, device):
     """A relocation that is under way when writing begins ends before the first byte is written."""
     layer, new = make_layer(device), give_unit_scale(make_layer(device), seed=7).state_dict()
