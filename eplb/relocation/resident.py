@@ -1,7 +1,5 @@
 """All steps of a rebalance: `ResidentExperts`, one layer's versions, slots, table and load counters on one rank."""
 
-import itertools
-import threading
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any
@@ -76,9 +74,6 @@ class ResidentExperts:
         self.table.lane_to_slot_S.copy_(torch.tensor(self.current.slots_S, dtype=torch.int32, device="cpu"))
         self.controller: Any = None
         self.quiesced: Callable[[], AbstractContextManager[None]] = nullcontext
-        self._tokens: dict[int, Pin] = {}
-        self._next_token = itertools.count()
-        self._token_lock = threading.RLock()  # taken again by a finalizer that runs inside
 
     @torch.no_grad()
     def copied_to(self, pool: SlotPool, streams: DeviceStreams) -> "ResidentExperts":
@@ -171,37 +166,6 @@ class ResidentExperts:
         """Keep the current version until the pin is released or freed. What is chosen later may be a newer version."""
         with self.choice() as pin:
             return pin
-
-    def note_stream(self) -> None:
-        """The calling thread's current stream runs a forward, or replays a graph of one."""
-        gate = self.streams.gate
-        if gate.current_handle() not in gate.ordered:
-            with gate.lock:
-                gate.note(gate.current_handle())
-
-    def hold_version(self) -> int:
-        """As `pin()`, for whoever can carry no object, such as an op under `torch.compile`: call it before the choice.
-
-        Returns:
-            A token, which goes to `release_version()` or, from a finalizer, to `drop_version()`.
-        """
-        pin = self.pin()
-        with self._token_lock:
-            token = next(self._next_token)
-            self._tokens[token] = pin
-        return token
-
-    def release_version(self, token: int) -> None:
-        """As `Pin.release()`. A second call does nothing."""
-        with self._token_lock:
-            pin = self._tokens.pop(token, None)
-        if pin is not None:
-            pin.release()
-
-    def drop_version(self, token: int) -> None:
-        """As if the pin were freed; unlike `release_version()` a finalizer may call it anywhere."""
-        with self._token_lock:
-            self._tokens.pop(token, None)
 
     def held_by(self, version: int) -> dict[int, int]:
         """How many forwards and backwards hold each version older than `version`, by its number; empty if none does.

@@ -279,8 +279,10 @@ def test_i8_i3_choices_flips_and_pins_from_several_threads(switch_often):
             elif number % 3 == 1:
                 kept = [pin]  # a graph that is freed some time later
             else:
-                token = layer.hold_version()
-                layer.release_version(token) if number % 2 else layer.drop_version(token)
+                held = layer.pin()
+                if number % 2:
+                    held.release()
+                del held
         assert kept
 
     def steps() -> None:

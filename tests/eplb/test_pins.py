@@ -75,15 +75,13 @@ def test_what_ran_under_an_old_version_holds_it_until_the_device_is_through(how)
 def test_a_pin_may_be_freed_while_its_own_thread_holds_the_lock():
     """The garbage collector runs in the middle of anything."""
     layer = make_layer(HostStreams())
-    pin = layer.choice().__enter__()
-    token = layer.hold_version()
+    pin, held = layer.choice().__enter__(), layer.pin()
     done = threading.Event()
 
     def free() -> None:
-        nonlocal pin
-        with layer.streams.gate.lock, layer._token_lock:
-            layer.drop_version(token)
-            pin = None
+        nonlocal pin, held
+        with layer.streams.gate.lock:
+            pin = held = None
         done.set()
 
     threading.Thread(target=free, daemon=True).start()
@@ -91,15 +89,14 @@ def test_a_pin_may_be_freed_while_its_own_thread_holds_the_lock():
     assert layer.held_by(1) == {}
 
 
-def test_tokens():
+def test_a_pin_lets_go_once():
     layer = make_layer(HostStreams())
-    first, second = layer.hold_version(), layer.hold_version()
-    assert first != second and layer.held_by(1) == {0: 2}
-    layer.release_version(first)
-    layer.release_version(first)
+    first, second = layer.pin(), layer.pin()
+    assert layer.held_by(1) == {0: 2}
+    first.release()
+    first.release()
     assert layer.held_by(1) == {0: 1}
-    layer.drop_version(second)
-    layer.release_version(second)
+    del first, second
     assert layer.held_by(1) == {}
 
 

@@ -247,10 +247,10 @@ def test_a_layer_that_is_dropped_gives_its_slots_back_at_once():
             layer = make_resident(pool)
             with layer.choice() as pin:
                 pass
-            token = layer.hold_version()
+            held = layer.pin()
             assert pool.count(SlotState.FREE) == 1
-            layer.release_version(token)
-            del layer
+            held.release()
+            del layer, held
             assert pool.count(SlotState.FREE) == 1, "a pin still needs the slots"
             del pin
             assert pool.count(SlotState.FREE) == 4
