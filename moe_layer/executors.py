@@ -8,6 +8,7 @@ from collections.abc import Callable
 import torch
 
 from moe_kernels import (
+    TileSchedule,
     build_schedule,
     combine,
     expert_down,
@@ -17,7 +18,7 @@ from moe_kernels import (
     local_forward,
     select_replicas,
 )
-from moe_layer.dispatch import Dispatcher
+from moe_layer.dispatch import Dispatched, Dispatcher
 from moe_layer.experts import Experts
 from moe_layer.recomputed import Recomputed
 from moe_layer.router import Router
@@ -96,10 +97,14 @@ class LocalExecutor:
                 lanes_TK, counts_L = choose_replicas(experts, ids_TK)
             x_TH, weights_TK = KeepVersion.apply(x_TH, weights_TK, pin)
         num_tokens, top_k = ids_TK.shape
-        rows_NH = compute_rows(
-            experts, x_TH, weights_TK.reshape(-1), lanes_TK.view(-1), counts_L, num_tokens, top_k, fanout=top_k
-        )
-        return combine(rows_NH, lanes_TK, backend=experts.backend)
+
+        def schedule(block_m: int, extra_m: int) -> TileSchedule:
+            return build_schedule(
+                lanes_TK.view(-1), counts_L, block_m=block_m, extra_m=extra_m, backend=experts.backend
+            )
+
+        rows = Dispatched(x_TH, top_k, weights_TK.reshape(-1), schedule, num_tokens)
+        return combine(compute_rows(experts, rows, top_k), lanes_TK, backend=experts.backend)
 
 
 class ExpertParallelExecutor:
@@ -152,18 +157,9 @@ class ExpertParallelExecutor:
         counts_L: torch.Tensor,
     ) -> torch.Tensor:
         assert self.dispatcher is not None
-        sent = self.dispatcher.dispatch(x_TH, weights_TK, lanes_TK, counts_L)
-        rows_RH = compute_rows(
-            experts,
-            sent.rows_RH,
-            sent.row_weights_R,
-            sent.lanes_R,
-            sent.counts_S,
-            sent.num_tokens,
-            lanes_TK.shape[1],
-            fanout=1,
-        )
-        return self.dispatcher.combine(rows_RH, sent, lanes_TK, experts.backend)
+        sent = self.dispatcher.dispatch(x_TH, weights_TK, lanes_TK, counts_L, experts.backend)
+        rows_NH = compute_rows(experts, sent, lanes_TK.shape[1])
+        return self.dispatcher.combine(rows_NH, sent, lanes_TK, experts.backend)
 
 
 Executor = LocalExecutor | ExpertParallelExecutor
@@ -198,34 +194,21 @@ def choose_replicas(experts: Experts, ids_TK: torch.Tensor) -> tuple[torch.Tenso
     )
 
 
-def compute_rows(
-    experts: Experts,
-    rows_RH: torch.Tensor,
-    weights_N: torch.Tensor,
-    lanes_N: torch.Tensor,
-    counts_S: torch.Tensor,
-    num_tokens: int,
-    top_k: int,
-    *,
-    fanout: int,
-) -> torch.Tensor:
-    """Each row by the expert in its lane, scaled by its routing weight: rows_NH, in the order of `lanes_N`.
-
-    Args:
-        num_tokens: of the batch over all ranks, so that all ranks choose the same tiles (I5).
-        fanout: row n is computed from ``rows_RH[n // fanout]``.
-    """
+def compute_rows(experts: Experts, rows: Dispatched, top_k: int) -> torch.Tensor:
+    """Each row by the expert in its lane, scaled by its routing weight: rows_NH, in the order before the schedule's."""
     backend, matrices, lane_to_slot_S = experts.backend, experts.matrices(), experts.table.lane_to_slot_L
     _, hidden_size, intermediate_size = matrices.down_SHI.shape
     up, down = gemm_configs(
         hidden_size,
         intermediate_size,
-        rows_RH.dtype,
-        num_tokens,
+        rows.rows_RH.dtype,
+        rows.num_tokens,
         top_k,
         experts.num_experts,
         tma=experts.tma,
     )
-    schedule = build_schedule(lanes_N, counts_S, block_m=up.block_m, extra_m=up.extra_m, backend=backend)
-    hidden_NI = expert_up(rows_RH, matrices, lane_to_slot_S, schedule, fanout=fanout, config=up, backend=backend)
-    return expert_down(hidden_NI, matrices, lane_to_slot_S, schedule, weights_N, config=down, backend=backend)
+    schedule = rows.schedule(up.block_m, up.extra_m)
+    hidden_NI = expert_up(
+        rows.rows_RH, matrices, lane_to_slot_S, schedule, fanout=rows.fanout, config=up, backend=backend
+    )
+    return expert_down(hidden_NI, matrices, lane_to_slot_S, schedule, rows.row_weights_N, config=down, backend=backend)

@@ -474,21 +474,21 @@ LAYER = (
     ),
     # Ranks choose tiles by their own number of tokens.
     Mutant(
-        "moe_layer/dispatch.py",
+        "moe_layer/dispatch/all_to_all.py",
         "num_tokens=sum(one >> 1 for one in last),",
         "num_tokens=num_tokens,",
         (f"{L}expert_parallel.py",),
     ),
     # Ranks of which only some will run a backward are not told.
     Mutant(
-        "moe_layer/dispatch.py",
+        "moe_layer/dispatch/all_to_all.py",
         "_check_gradients([bool(one & 1) for one in last])",
         "_check_gradients([])",
         (f"{L}expert_parallel.py",),
     ),
     # Rows of one lane change their order on the way.
     Mutant(
-        "moe_layer/dispatch.py",
+        "moe_layer/dispatch/all_to_all.py",
         "lane_WS = torch.arange(num_lanes, dtype=torch.int32, device=lanes.device).repeat(num_ranks)",
         "lane_WS = torch.arange(num_lanes, dtype=torch.int32, device=lanes.device).flip(0).repeat(num_ranks)",
         (f"{L}expert_parallel.py",),

@@ -66,9 +66,9 @@ class CountingDispatcher(AllToAllDispatcher):
         self.rows: list[int] = []
 
     def dispatch(
-        self, x_TH: torch.Tensor, weights_TK: torch.Tensor, lanes_TK: torch.Tensor, counts_L: torch.Tensor
+        self, x_TH: torch.Tensor, weights_TK: torch.Tensor, lanes_TK: torch.Tensor, counts_L: torch.Tensor, backend: str
     ) -> Dispatched:
-        dispatched = super().dispatch(x_TH, weights_TK, lanes_TK, counts_L)
+        dispatched = super().dispatch(x_TH, weights_TK, lanes_TK, counts_L, backend)
         self.rows.append(dispatched.rows_RH.shape[0])
         return dispatched
 

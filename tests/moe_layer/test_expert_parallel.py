@@ -117,17 +117,17 @@ def check_dispatch(rank, group, device):
         x_TH = torch.arange(12.0, device=device).view(4, 3)[:count] + 100 * sender
         weights_TK = torch.arange(8.0, device=device).view(4, 2)[:count]
         counts_L = torch.tensor([1, 1, 0, 2, 1, 1] if count else [0] * 6, dtype=torch.int32, device=device)
-        sent = dispatcher.dispatch(x_TH, weights_TK, lanes_TK, counts_L)
+        sent = dispatcher.dispatch(x_TH, weights_TK, lanes_TK, counts_L, "torch")
         assert sent.num_tokens == 4, "the batch is that of all ranks"
         # (token, k) of the rows for this rank, by lane; the masked token goes nowhere.
         expected = [(0, 0), (2, 1)] if rank == 0 else [(3, 0), (3, 1), (2, 0), (0, 1)]
         x = torch.arange(12.0).view(4, 3) + 100 * sender
         assert sent.rows_RH.tolist() == [x[token].tolist() for token, _ in expected]
-        assert sent.row_weights_R.tolist() == [float(2 * token + k) for token, k in expected]
-        assert sent.lanes_R.dtype == torch.int32
-        assert sent.lanes_R.tolist() == [lanes[token][k] - 3 * rank for token, k in expected]
-        assert sent.counts_S.dtype == torch.int32 and sent.counts_S.tolist() == [[1, 1, 0], [2, 1, 1]][rank]
-        y = dispatcher.combine(sent.rows_RH * sent.row_weights_R[:, None], sent, lanes_TK, "torch")
+        assert sent.row_weights_N.tolist() == [float(2 * token + k) for token, k in expected]
+        schedule = sent.schedule(16, 0)
+        assert schedule.order_N.tolist() == list(range(len(expected))), "they come by lane"
+        assert schedule.offsets_L1.tolist() == [[0, 1, 2, 2], [0, 2, 3, 4]][rank]
+        y = dispatcher.combine(sent.rows_RH * sent.row_weights_N[:, None], sent, lanes_TK, "torch")
         sums = torch.tensor([1.0, 0.0, 4.0 + 5.0, 6.0 + 7.0])[:, None] * x
         assert y.tolist() == sums[:count].tolist()
 

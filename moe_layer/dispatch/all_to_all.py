@@ -1,65 +1,21 @@
-"""Forward, dispatch and combine: rows travel to the ranks of their experts, and results travel back.
+"""Forward, dispatch and combine: one row per (token, expert), by all-to-all collectives with true splits.
 
 Legend: T tokens of this rank, K top-k, H hidden, W ranks, S lanes of a rank, L = W · S lanes, R rows that came.
 """
 
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
 
-from moe_kernels import combine
-from moe_layer.arguments import check_choice
+from moe_kernels import TileSchedule, build_schedule, combine
 from moe_layer.collectives import all_to_all_rows, backend_of
+from moe_layer.dispatch.base import Dispatched
 
 # Rows travel as bytes, hidden state and routing weight together, at multiples of this: TMA asks for 16.
 _ALIGNMENT = 16
-
-
-@dataclass(frozen=True)
-class Dispatched:
-    """What this rank's experts compute.
-
-    Attributes:
-        rows_RH: hidden states; rows may be padded.
-        row_weights_R: float32, the routing weight of each row.
-        lanes_R: int32, the own lane that computes each row. The sender's table chose it (docs/design.md).
-        counts_S: int32, how many rows each own lane computes.
-        num_tokens: of the batch over all ranks: equal on all of them, whatever the placement.
-        route: the dispatcher's own; opaque.
-    """
-
-    rows_RH: torch.Tensor
-    row_weights_R: torch.Tensor
-    lanes_R: torch.Tensor
-    counts_S: torch.Tensor
-    num_tokens: int
-    route: Any = None
-
-
-class Dispatcher(Protocol):
-    def backend(self, device: torch.device) -> str:
-        """What moves rows of `device`: "gloo" or "nccl"."""
-        ...
-
-    def dispatch(
-        self, x_TH: torch.Tensor, weights_TK: torch.Tensor, lanes_TK: torch.Tensor, counts_L: torch.Tensor
-    ) -> Dispatched:
-        """Send each (token, expert) to its global lane in `lanes_TK`, -1 for none; `counts_L` says how many go to each.
-
-        Differentiable with respect to `x_TH` and `weights_TK`, and then both gradients travel back: a rank that wants
-        one of them takes part in as many collectives as a rank that wants both. Inputs require a gradient exactly where
-        a backward may come, inside a custom autograd function too.
-        """
-        ...
-
-    def combine(
-        self, rows_RH: torch.Tensor, dispatched: Dispatched, lanes_TK: torch.Tensor, backend: str
-    ) -> torch.Tensor:
-        """Send the computed rows, already weighted, back to their tokens and sum over K in fixed order: y_TH."""
-        ...
 
 
 @dataclass(frozen=True)
@@ -92,7 +48,7 @@ class AllToAllDispatcher:
         return backend_of(self._group, device)
 
     def dispatch(
-        self, x_TH: torch.Tensor, weights_TK: torch.Tensor, lanes_TK: torch.Tensor, counts_L: torch.Tensor
+        self, x_TH: torch.Tensor, weights_TK: torch.Tensor, lanes_TK: torch.Tensor, counts_L: torch.Tensor, backend: str
     ) -> Dispatched:
         num_tokens, top_k = lanes_TK.shape
         num_ranks, num_lanes = self._num_ranks, self._num_lanes
@@ -112,19 +68,25 @@ class AllToAllDispatcher:
             x_TH[order // top_k], weights_TK.reshape(-1)[order], route, self._group
         )
         lane_WS = torch.arange(num_lanes, dtype=torch.int32, device=lanes.device).repeat(num_ranks)
+        lanes_R = lane_WS.repeat_interleave(counts_WS.flatten(), output_size=sum(receive_splits))
+        counts_S = counts_WS.sum(dim=0, dtype=torch.int32)
+
+        def schedule(block_m: int, extra_m: int) -> TileSchedule:
+            return build_schedule(lanes_R, counts_S, block_m=block_m, extra_m=extra_m, backend=backend)
+
         return Dispatched(
             rows_RH=rows_RH,
-            row_weights_R=row_weights_R,
-            lanes_R=lane_WS.repeat_interleave(counts_WS.flatten(), output_size=sum(receive_splits)),
-            counts_S=counts_WS.sum(dim=0, dtype=torch.int32),
+            fanout=1,
+            row_weights_N=row_weights_R,
+            schedule=schedule,
             num_tokens=sum(one >> 1 for one in last),
             route=route,
         )
 
     def combine(
-        self, rows_RH: torch.Tensor, dispatched: Dispatched, lanes_TK: torch.Tensor, backend: str
+        self, rows_NH: torch.Tensor, dispatched: Dispatched, lanes_TK: torch.Tensor, backend: str
     ) -> torch.Tensor:
-        back = _Return.apply(rows_RH, dispatched.route, self._group)
+        back = _Return.apply(rows_NH, dispatched.route, self._group)
         flat = back.new_zeros(lanes_TK.numel(), back.shape[1])
         return combine(flat.index_copy(0, dispatched.route.order, back), lanes_TK, backend=backend)
 
@@ -180,28 +142,3 @@ class _Return(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, grad: torch.Tensor) -> tuple[torch.Tensor, None, None]:
         return _send(grad, ctx.route, ctx.group), None, None
-
-
-def make_dispatcher(
-    dispatcher: str | Dispatcher, group: dist.ProcessGroup | None, num_ranks: int, num_lanes: int
-) -> Dispatcher | None:
-    """What `MoELayer`'s argument `dispatcher` means, None for no dispatch; `num_lanes`: of a rank.
-
-    Raises:
-        ValueError: it names none, lacks methods, or does not go with the group.
-    """
-    if num_ranks > 1 and dispatcher == "local":
-        raise ValueError(f"dispatcher='local' needs all experts on one rank, but process_group has {num_ranks}")
-    methods = ("backend", "dispatch", "combine")
-    missing = [name for name in methods if not callable(getattr(dispatcher, name, None))]
-    if not missing:
-        return dispatcher  # type: ignore[return-value]
-    if not isinstance(dispatcher, str) and len(missing) < len(methods):
-        raise ValueError(f"dispatcher must have the methods {', '.join(methods)}, but {dispatcher!r} lacks {missing}")
-    check_choice("dispatcher", dispatcher, ("auto", "local", "all_to_all"), " or a Dispatcher")
-    if dispatcher == "all_to_all" and group is None:
-        raise ValueError("dispatcher='all_to_all' needs a process_group, got None")
-    if dispatcher == "local" or (dispatcher == "auto" and num_ranks == 1):
-        return None
-    assert group is not None
-    return AllToAllDispatcher(group, num_lanes)

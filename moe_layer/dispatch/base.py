@@ -1,0 +1,58 @@
+"""Forward, dispatch and combine: what every dispatcher does.
+
+Legend: T tokens of this rank, K top-k, H hidden, W ranks, S lanes of a rank, L = W · S lanes, R rows that came, N rows to
+compute.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+import torch
+
+from moe_kernels import TileSchedule
+
+
+@dataclass(frozen=True)
+class Dispatched:
+    """What this rank's experts compute.
+
+    Attributes:
+        rows_RH: hidden states; rows may be padded.
+        fanout: row n is computed from ``rows_RH[n // fanout]``.
+        row_weights_N: float32, the routing weight of each row.
+        schedule: of (block_m, extra_m): which own lane computes which row. The sender's table chose it (docs/design.md).
+        num_tokens: of the batch over all ranks, or a bound of it, by which tiles are chosen: equal on all of them, whatever
+            the placement.
+        route: the dispatcher's own; opaque.
+    """
+
+    rows_RH: torch.Tensor
+    fanout: int
+    row_weights_N: torch.Tensor
+    schedule: Callable[[int, int], TileSchedule]
+    num_tokens: int
+    route: Any = None
+
+
+class Dispatcher(Protocol):
+    def backend(self, device: torch.device) -> str:
+        """What moves rows of `device`: "gloo" or "nccl"."""
+        ...
+
+    def dispatch(
+        self, x_TH: torch.Tensor, weights_TK: torch.Tensor, lanes_TK: torch.Tensor, counts_L: torch.Tensor, backend: str
+    ) -> Dispatched:
+        """Send each (token, expert) to its global lane in `lanes_TK`, -1 for none; `counts_L` says how many go to each.
+
+        Differentiable with respect to `x_TH` and `weights_TK`, and then both gradients travel back: a rank that wants
+        one of them takes part in as many collectives as a rank that wants both. Inputs require a gradient exactly where
+        a backward may come, inside a custom autograd function too. `backend`: of kernels.
+        """
+        ...
+
+    def combine(
+        self, rows_NH: torch.Tensor, dispatched: Dispatched, lanes_TK: torch.Tensor, backend: str
+    ) -> torch.Tensor:
+        """Send the computed rows, already weighted, back to their tokens and sum over K in fixed order: y_TH."""
+        ...
