@@ -18,6 +18,7 @@ from moe_kernels import (
     local_forward,
     select_replicas,
 )
+from moe_kernels.expert_down import expert_down_home
 from moe_layer.dispatch import Dispatched, Dispatcher
 from moe_layer.experts import Experts
 from moe_layer.recomputed import Recomputed
@@ -104,7 +105,9 @@ class LocalExecutor:
             )
 
         rows = Dispatched(x_TH, top_k, weights_TK.reshape(-1), schedule, num_tokens)
-        return combine(compute_rows(experts, rows, top_k), lanes_TK, backend=experts.backend)
+        rows_NH = compute_rows(experts, rows, top_k)
+        assert rows_NH is not None
+        return combine(rows_NH, lanes_TK, backend=experts.backend)
 
 
 class ExpertParallelExecutor:
@@ -194,8 +197,11 @@ def choose_replicas(experts: Experts, ids_TK: torch.Tensor) -> tuple[torch.Tenso
     )
 
 
-def compute_rows(experts: Experts, rows: Dispatched, top_k: int) -> torch.Tensor:
-    """Each row by the expert in its lane, scaled by its routing weight: rows_NH, in the order before the schedule's."""
+def compute_rows(experts: Experts, rows: Dispatched, top_k: int) -> torch.Tensor | None:
+    """Each row by the expert in its lane, scaled by its routing weight: rows_NH, in the order before the schedule's.
+
+    None if the rows have homes: they are there.
+    """
     backend, matrices, lane_to_slot_S = experts.backend, experts.matrices(), experts.table.lane_to_slot_L
     _, hidden_size, intermediate_size = matrices.down_SHI.shape
     up, down = gemm_configs(
@@ -211,4 +217,8 @@ def compute_rows(experts: Experts, rows: Dispatched, top_k: int) -> torch.Tensor
     hidden_NI = expert_up(
         rows.rows_RH, matrices, lane_to_slot_S, schedule, fanout=rows.fanout, config=up, backend=backend
     )
-    return expert_down(hidden_NI, matrices, lane_to_slot_S, schedule, rows.row_weights_N, config=down, backend=backend)
+    arguments = (hidden_NI, matrices, lane_to_slot_S, schedule, rows.row_weights_N)
+    if rows.homes is not None:
+        expert_down_home(*arguments, rows.homes, config=down)
+        return None
+    return expert_down(*arguments, config=down, backend=backend)

@@ -12,6 +12,7 @@ from moe_kernels.backend import resolve_backend
 from moe_kernels.checks import FLOATS, check_rows, check_tensor, check_tma
 from moe_kernels.config import GemmConfig
 from moe_kernels.expert_down_triton import expert_down_triton
+from moe_kernels.homes import RowHomes
 from moe_kernels.matrices import ExpertMatrices
 from moe_kernels.registered import registered_op
 from moe_kernels.row_blocks import elementwise, padded_rows, row_blocks, unversioned, without_autocast
@@ -116,6 +117,26 @@ def _backward(ctx, needs, grad_rows_NH):
 _expert_down.register_autograd(_backward, setup_context=_setup_context)
 
 
+def _check(
+    hidden_NI: torch.Tensor,
+    matrices: ExpertMatrices,
+    lane_to_slot_L: torch.Tensor,
+    schedule: TileSchedule,
+    row_weights_N: torch.Tensor,
+    config: GemmConfig,
+) -> None:
+    device = hidden_NI.device
+    check_tensor("hidden_NI", hidden_NI, (None, None), FLOATS, contiguous=False)
+    check_rows("hidden_NI", hidden_NI)
+    matrices.check_down(hidden_NI.shape[1], hidden_NI.dtype, device)
+    check_tensor("lane_to_slot_L", lane_to_slot_L, (schedule.offsets_L1.shape[0] - 1,), torch.int32, device)
+    check_tensor("schedule.order_N", schedule.order_N, (hidden_NI.shape[0],), torch.int32, device)
+    check_tensor("row_weights_N", row_weights_N, (hidden_NI.shape[0],), torch.float32, device)
+    schedule.check_config(config)
+    if config.tma:
+        check_tma("matrices.down_SHI", matrices.down_SHI)
+
+
 def expert_down(
     hidden_NI: torch.Tensor,
     matrices: ExpertMatrices,
@@ -147,15 +168,29 @@ def expert_down(
     Raises:
         ValueError: an argument breaks one of these rules.
     """
-    device = hidden_NI.device
-    check_tensor("hidden_NI", hidden_NI, (None, None), FLOATS, contiguous=False)
-    check_rows("hidden_NI", hidden_NI)
-    matrices.check_down(hidden_NI.shape[1], hidden_NI.dtype, device)
-    check_tensor("lane_to_slot_L", lane_to_slot_L, (schedule.offsets_L1.shape[0] - 1,), torch.int32, device)
-    check_tensor("schedule.order_N", schedule.order_N, (hidden_NI.shape[0],), torch.int32, device)
-    check_tensor("row_weights_N", row_weights_N, (hidden_NI.shape[0],), torch.float32, device)
-    schedule.check_config(config)
-    if config.tma:
-        check_tma("matrices.down_SHI", matrices.down_SHI)
+    _check(hidden_NI, matrices, lane_to_slot_L, schedule, row_weights_N, config)
     arguments = (hidden_NI, matrices, lane_to_slot_L, schedule, row_weights_N, config)
-    return _expert_down(*arguments, resolve_backend(backend, device))
+    return _expert_down(*arguments, resolve_backend(backend, hidden_NI.device))
+
+
+def expert_down_home(
+    hidden_NI: torch.Tensor,
+    matrices: ExpertMatrices,
+    lane_to_slot_L: torch.Tensor,
+    schedule: TileSchedule,
+    row_weights_N: torch.Tensor,
+    homes: RowHomes,
+    *,
+    config: GemmConfig,
+) -> None:
+    """`expert_down` by Triton that writes each row where it is wanted, on this device or a peer's. Not differentiable.
+
+    Args:
+        homes: flat row n goes to row ``n % homes.rows_per_home`` of rank ``n // homes.rows_per_home``.
+
+    Raises:
+        ValueError: as `expert_down`.
+    """
+    _check(hidden_NI, matrices, lane_to_slot_L, schedule, row_weights_N, config)
+    resolve_backend("triton", hidden_NI.device)
+    expert_down_triton(hidden_NI, matrices, lane_to_slot_L, schedule, row_weights_N, config, homes)

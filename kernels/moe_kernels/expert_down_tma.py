@@ -14,6 +14,7 @@ from triton.tools.tensor_descriptor import TensorDescriptor
 
 from moe_kernels.checks import check_tma_address, slot_stride
 from moe_kernels.config import GemmConfig
+from moe_kernels.homes import RowHomes, row_at
 from moe_kernels.integers import cdiv
 from moe_kernels.launch import Launcher, gdc_launch_dependents, gdc_wait
 from moe_kernels.matrices import ExpertMatrices
@@ -23,15 +24,17 @@ from moe_kernels.tiles import TileSchedule
 
 
 @triton.jit
-def _store_columns(row_at, product, inside, first_column, HIDDEN_SIZE: tl.constexpr, EVICTION: tl.constexpr):
+def _store_columns(at, product, inside, first_column, HIDDEN_SIZE: tl.constexpr, EVICTION: tl.constexpr):
     column = first_column + tl.arange(0, product.shape[1])[None, :]
-    rows = narrow(product, row_at.dtype.element_ty)
-    tl.store(row_at + column, rows, mask=inside & (column < HIDDEN_SIZE), eviction_policy=EVICTION)
+    rows = narrow(product, at.dtype.element_ty)
+    tl.store(at + column, rows, mask=inside & (column < HIDDEN_SIZE), eviction_policy=EVICTION)
 
 
 @triton.jit
 def _store_rows(
     rows_ptr,
+    homes_ptr,
+    rows_per_home,
     row_weights_ptr,
     order_ptr,
     product,
@@ -49,13 +52,13 @@ def _store_rows(
     inside = position < end
     flat = tl.load(order_ptr + position, mask=inside, other=0)
     product *= tl.load(row_weights_ptr + flat, mask=inside, other=0.0)[:, None]
-    row_at, inside = rows_ptr + flat.to(tl.int64)[:, None] * HIDDEN_SIZE, inside[:, None]
+    at, inside = row_at(rows_ptr, flat, HIDDEN_SIZE, homes_ptr, rows_per_home)[:, None], inside[:, None]
     if HALVES:  # half the shared memory to bring rows into the order of memory
         left, right = product.reshape(BLOCK_M, 2, BLOCK_N // 2).permute(0, 2, 1).split()
-        _store_columns(row_at, left, inside, first_column, HIDDEN_SIZE, EVICTION)
-        _store_columns(row_at, right, inside, first_column + BLOCK_N // 2, HIDDEN_SIZE, EVICTION)
+        _store_columns(at, left, inside, first_column, HIDDEN_SIZE, EVICTION)
+        _store_columns(at, right, inside, first_column + BLOCK_N // 2, HIDDEN_SIZE, EVICTION)
     else:
-        _store_columns(row_at, product, inside, first_column, HIDDEN_SIZE, EVICTION)
+        _store_columns(at, product, inside, first_column, HIDDEN_SIZE, EVICTION)
 
 
 @triton.jit
@@ -66,6 +69,8 @@ def _down_tile(
     row_weights_ptr,
     order_ptr,
     rows_ptr,
+    homes_ptr,
+    rows_per_home,
     start,
     end,
     slot,
@@ -98,14 +103,14 @@ def _down_tile(
             extra = dot(extra_block, weights.T, extra)
     if SWAP:
         product = product.T
-    pointers = (rows_ptr, row_weights_ptr, order_ptr)
+    pointers = (rows_ptr, homes_ptr, rows_per_home, row_weights_ptr, order_ptr)
     _store_rows(*pointers, product, start, end, first_column, HIDDEN_SIZE, EVICTION, HALVES)
     if EXTRA_M > 0:
         _store_rows(*pointers, extra, start + BLOCK_M, end, first_column, HIDDEN_SIZE, EVICTION, HALVES)
 
 
 @Launcher
-@triton.jit(do_not_specialize=["num_programs"])
+@triton.jit(do_not_specialize=["num_programs", "rows_per_home"])
 def _expert_down_tma_kernel(
     # inputs
     hidden,
@@ -119,9 +124,11 @@ def _expert_down_tma_kernel(
     tile_start_ptr,
     tile_end_ptr,
     num_tiles_ptr,
+    homes_ptr,  # None: all rows go to `rows_ptr`
     # outputs
     rows_ptr,
     # shapes
+    rows_per_home,
     num_programs,
     HIDDEN_SIZE: tl.constexpr,
     INTERMEDIATE: tl.constexpr,
@@ -152,7 +159,8 @@ def _expert_down_tma_kernel(
             )
             slot = tl.load(lane_to_slot_ptr + lane)
             _down_tile(
-                hidden, hidden_extra, down, row_weights_ptr, order_ptr, rows_ptr, start, end, slot, column_block,
+                hidden, hidden_extra, down, row_weights_ptr, order_ptr, rows_ptr, homes_ptr, rows_per_home,
+                start, end, slot, column_block,
                 HIDDEN_SIZE, INTERMEDIATE, EVICTION, SWAP, True, BLOCK_M, 0, BLOCK_N, BLOCK_K,
             )  # fmt: skip
         return
@@ -164,17 +172,20 @@ def _expert_down_tma_kernel(
     slot = tl.load(lane_to_slot_ptr + lane)
     if (TAIL_M > 0) & (end - start <= TAIL_M):  # not `and`: without tails the compiler drops the branch
         _down_tile(
-            hidden_tail, hidden_extra, down, row_weights_ptr, order_ptr, rows_ptr, start, end, slot, column_block,
+            hidden_tail, hidden_extra, down, row_weights_ptr, order_ptr, rows_ptr, homes_ptr, rows_per_home,
+                start, end, slot, column_block,
             HIDDEN_SIZE, INTERMEDIATE, EVICTION, SWAP, False, TAIL_M if TAIL_M > 0 else BLOCK_M, 0, BLOCK_N, BLOCK_K,
         )  # fmt: skip
     elif (EXTRA_M > 0) & (end - start > BLOCK_M):
         _down_tile(
-            hidden, hidden_extra, down, row_weights_ptr, order_ptr, rows_ptr, start, end, slot, column_block,
+            hidden, hidden_extra, down, row_weights_ptr, order_ptr, rows_ptr, homes_ptr, rows_per_home,
+                start, end, slot, column_block,
             HIDDEN_SIZE, INTERMEDIATE, EVICTION, SWAP, False, BLOCK_M, EXTRA_M, BLOCK_N, BLOCK_K,
         )  # fmt: skip
     else:
         _down_tile(
-            hidden, hidden_extra, down, row_weights_ptr, order_ptr, rows_ptr, start, end, slot, column_block,
+            hidden, hidden_extra, down, row_weights_ptr, order_ptr, rows_ptr, homes_ptr, rows_per_home,
+                start, end, slot, column_block,
             HIDDEN_SIZE, INTERMEDIATE, EVICTION, SWAP, False, BLOCK_M, 0, BLOCK_N, BLOCK_K,
         )  # fmt: skip
 
@@ -191,13 +202,14 @@ def expert_down_tma(
     schedule: TileSchedule,
     row_weights_N: torch.Tensor,
     config: GemmConfig,
+    homes: RowHomes | None = None,
 ) -> torch.Tensor:
-    """Launches the kernel; arguments as `expert_down`'s."""
+    """Launches the kernel; arguments as `expert_down`'s and `expert_down_home`'s."""
     down_SHI = matrices.down_SHI
     check_tma_address("hidden_NI", hidden_NI)
     check_tma_address("matrices.down_SHI", down_SHI)
     slots, hidden_size, intermediate = down_SHI.shape
-    rows_NH = hidden_NI.new_empty((schedule.order_N.shape[0], hidden_size))
+    rows_NH = hidden_NI.new_empty((schedule.order_N.shape[0], hidden_size)) if homes is None else homes.own
     num_programs = schedule.tile_lane.shape[0] * cdiv(hidden_size, config.block_n)
     if not num_programs:
         return rows_NH
@@ -231,7 +243,9 @@ def expert_down_tma(
         schedule.tile_start,
         schedule.tile_end,
         schedule.num_tiles,
+        None if homes is None else homes.addresses_W,
         rows_NH,
+        1 if homes is None else homes.rows_per_home,
         num_programs,
         HIDDEN_SIZE=hidden_size,
         INTERMEDIATE=intermediate,

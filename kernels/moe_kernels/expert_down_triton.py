@@ -11,6 +11,7 @@ import triton.language as tl
 
 from moe_kernels.config import GemmConfig
 from moe_kernels.expert_down_tma import expert_down_tma
+from moe_kernels.homes import RowHomes, row_at
 from moe_kernels.integers import cdiv
 from moe_kernels.launch import Launcher, gdc_launch_dependents, gdc_wait
 from moe_kernels.matrices import ExpertMatrices
@@ -20,7 +21,7 @@ from moe_kernels.tiles import TileSchedule
 
 
 @Launcher
-@triton.jit
+@triton.jit(do_not_specialize=["rows_per_home"])
 def _expert_down_kernel(
     # inputs
     hidden_ptr,
@@ -31,9 +32,11 @@ def _expert_down_kernel(
     tile_lane_ptr,
     tile_start_ptr,
     tile_end_ptr,
+    homes_ptr,  # None: all rows go to `rows_ptr`
     # outputs
     rows_ptr,
     # shapes and strides, in elements
+    rows_per_home,
     hidden_size,
     intermediate,
     stride_row,
@@ -81,7 +84,7 @@ def _expert_down_kernel(
     flat = tl.load(order_ptr + position, mask=inside, other=0)
     row_weight = tl.load(row_weights_ptr + flat, mask=inside, other=0.0)
     rows = narrow(product * row_weight[:, None], rows_ptr.dtype.element_ty)
-    rows_at = rows_ptr + flat.to(tl.int64)[:, None] * hidden_size + column[None, :]
+    rows_at = row_at(rows_ptr, flat, hidden_size, homes_ptr, rows_per_home)[:, None] + column[None, :]
     tl.store(rows_at, rows, mask=inside[:, None] & (column[None, :] < hidden_size))
 
 
@@ -92,13 +95,14 @@ def expert_down_triton(
     schedule: TileSchedule,
     row_weights_N: torch.Tensor,
     config: GemmConfig,
+    homes: RowHomes | None = None,
 ) -> torch.Tensor:
     if config.tma:
-        return expert_down_tma(hidden_NI, matrices, lane_to_slot_L, schedule, row_weights_N, config)
+        return expert_down_tma(hidden_NI, matrices, lane_to_slot_L, schedule, row_weights_N, config, homes)
     down_SHI = matrices.down_SHI
     block_n, block_k = config.block_n, config.block_k
     _, hidden_size, intermediate = down_SHI.shape
-    rows_NH = hidden_NI.new_empty((schedule.order_N.shape[0], hidden_size))
+    rows_NH = hidden_NI.new_empty((schedule.order_N.shape[0], hidden_size)) if homes is None else homes.own
     grid = (schedule.tile_lane.shape[0] * cdiv(hidden_size, block_n),)
     if grid[0]:
         _expert_down_kernel[grid](
@@ -110,7 +114,9 @@ def expert_down_triton(
             schedule.tile_lane,
             schedule.tile_start,
             schedule.tile_end,
+            None if homes is None else homes.addresses_W,
             rows_NH,
+            1 if homes is None else homes.rows_per_home,
             hidden_size,
             intermediate,
             hidden_NI.stride(0),

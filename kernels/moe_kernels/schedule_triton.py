@@ -39,6 +39,52 @@ def _has_extra(counts, BLOCK_M: tl.constexpr, EXTRA_M: tl.constexpr):
     return (_num_tiles(counts, BLOCK_M, EXTRA_M) * BLOCK_M < counts).to(tl.int32)
 
 
+@triton.jit
+def write_tiles(
+    counts,
+    count,
+    lane,
+    num_lanes,
+    max_tiles,
+    offsets_ptr,
+    tile_lane_ptr,
+    tile_start_ptr,
+    tile_end_ptr,
+    num_tiles_ptr,
+    BLOCK_M: tl.constexpr,
+    EXTRA_M: tl.constexpr,
+    BLOCK: tl.constexpr,
+    BLOCK_L: tl.constexpr,
+):
+    """Write the tiles of one lane (the unused ones, if it is `num_lanes`); returns the sorted position where it starts.
+
+    counts [BLOCK_L] are those of all lanes, `count` is the lane's own, 0 for `num_lanes`.
+    """
+    lanes = tl.arange(0, BLOCK_L)
+    is_lane = lane < num_lanes
+    tiles = _num_tiles(counts, BLOCK_M, EXTRA_M)
+    earlier = lanes < lane
+    longer, own_longer = _has_extra(counts, BLOCK_M, EXTRA_M), _has_extra(count, BLOCK_M, EXTRA_M)
+    first_tiles = (longer > own_longer) | ((longer == own_longer) & earlier)
+    # Two sums for the price of one.
+    both = tl.sum(tl.where(earlier, counts, 0) + (tl.where(first_tiles, tiles, 0).to(tl.int64) << 32), axis=0)
+    start, first_tile = both.to(tl.int32), (both >> 32).to(tl.int32)
+    tl.store(offsets_ptr + lane, start)
+    tl.store(num_tiles_ptr, first_tile, mask=is_lane == 0)
+    # The masks keep a wrong count from a write out of bounds, here and below.
+    last_tile = tl.where(is_lane, tl.minimum(first_tile + _num_tiles(count, BLOCK_M, EXTRA_M), max_tiles), max_tiles)
+    TILES: tl.constexpr = min(BLOCK, 512)  # that are written at once
+    for first in range(first_tile, last_tile, TILES):
+        tile = first + tl.arange(0, TILES)
+        inside = (tile >= 0) & (tile < last_tile)
+        tl.store(tile_lane_ptr + tile, tl.where(is_lane, lane, -1), mask=inside)
+        tile_start = start + (tile - first_tile) * BLOCK_M
+        tile_end = tl.where(tile + 1 == last_tile, start + count, tile_start + BLOCK_M)
+        tl.store(tile_start_ptr + tile, tl.where(is_lane, tile_start, -1), mask=inside)
+        tl.store(tile_end_ptr + tile, tl.where(is_lane, tile_end, -1), mask=inside)
+    return start
+
+
 # Unspecialized, or serving would compile when one is a multiple of 16.
 @Launcher
 @triton.jit(do_not_specialize=["num_rows", "num_chunks", "max_tiles"])
@@ -89,27 +135,10 @@ def _build_schedule_kernel(
     else:
         start_chunks(chunks_ptr, lane, num_chunks, BLOCK)
 
-    tiles = _num_tiles(counts, BLOCK_M, EXTRA_M)
-    earlier = lanes < lane
-    longer, own_longer = _has_extra(counts, BLOCK_M, EXTRA_M), _has_extra(count, BLOCK_M, EXTRA_M)
-    first_tiles = (longer > own_longer) | ((longer == own_longer) & earlier)
-    # Two sums for the price of one.
-    both = tl.sum(tl.where(earlier, counts, 0) + (tl.where(first_tiles, tiles, 0).to(tl.int64) << 32), axis=0)
-    start, first_tile = both.to(tl.int32), (both >> 32).to(tl.int32)
-    tl.store(offsets_ptr + lane, start)
-    tl.store(num_tiles_ptr, first_tile, mask=is_lane == 0)
-    # The masks keep a wrong count from a write out of bounds, here and below.
-    last_tile = tl.where(is_lane, tl.minimum(first_tile + _num_tiles(count, BLOCK_M, EXTRA_M), max_tiles), max_tiles)
-    TILES: tl.constexpr = min(BLOCK, 512)  # that are written at once
-    for first in range(first_tile, last_tile, TILES):
-        tile = first + tl.arange(0, TILES)
-        inside = (tile >= 0) & (tile < last_tile)
-        tl.store(tile_lane_ptr + tile, tl.where(is_lane, lane, -1), mask=inside)
-        tile_start = start + (tile - first_tile) * BLOCK_M
-        tile_end = tl.where(tile + 1 == last_tile, start + count, tile_start + BLOCK_M)
-        tl.store(tile_start_ptr + tile, tl.where(is_lane, tile_start, -1), mask=inside)
-        tl.store(tile_end_ptr + tile, tl.where(is_lane, tile_end, -1), mask=inside)
-
+    start = write_tiles(
+        counts, count, lane, num_lanes, max_tiles, offsets_ptr, tile_lane_ptr, tile_start_ptr, tile_end_ptr, num_tiles_ptr,
+        BLOCK_M, EXTRA_M, BLOCK, BLOCK_L,
+    )  # fmt: skip
     if chunks_ptr is None:
         hits = count_hits(bins == lane)
         for step in range(1, steps):

@@ -84,8 +84,9 @@ class AllToAllDispatcher:
         )
 
     def combine(
-        self, rows_NH: torch.Tensor, dispatched: Dispatched, lanes_TK: torch.Tensor, backend: str
+        self, rows_NH: torch.Tensor | None, dispatched: Dispatched, lanes_TK: torch.Tensor, backend: str
     ) -> torch.Tensor:
+        assert rows_NH is not None
         back = _Return.apply(rows_NH, dispatched.route, self._group)
         flat = back.new_zeros(lanes_TK.numel(), back.shape[1])
         return combine(flat.index_copy(0, dispatched.route.order, back), lanes_TK, backend=backend)

@@ -11,6 +11,7 @@ from typing import Any, Protocol
 import torch
 
 from moe_kernels import TileSchedule
+from moe_kernels.homes import RowHomes
 
 
 @dataclass(frozen=True)
@@ -24,6 +25,7 @@ class Dispatched:
         schedule: of (block_m, extra_m): which own lane computes which row. The sender's table chose it (docs/design.md).
         num_tokens: of the batch over all ranks, or a bound of it, by which tiles are chosen: equal on all of them, whatever
             the placement.
+        homes: where the down projection writes the rows, if not into a tensor of its own.
         route: the dispatcher's own; opaque.
     """
 
@@ -32,6 +34,7 @@ class Dispatched:
     row_weights_N: torch.Tensor
     schedule: Callable[[int, int], TileSchedule]
     num_tokens: int
+    homes: RowHomes | None = None
     route: Any = None
 
 
@@ -52,7 +55,10 @@ class Dispatcher(Protocol):
         ...
 
     def combine(
-        self, rows_NH: torch.Tensor, dispatched: Dispatched, lanes_TK: torch.Tensor, backend: str
+        self, rows_NH: torch.Tensor | None, dispatched: Dispatched, lanes_TK: torch.Tensor, backend: str
     ) -> torch.Tensor:
-        """Send the computed rows, already weighted, back to their tokens and sum over K in fixed order: y_TH."""
+        """Send the computed rows, already weighted, back to their tokens and sum over K in fixed order: y_TH.
+
+        rows_NH: None where `Dispatched.homes` said where to write them.
+        """
         ...

@@ -1,0 +1,178 @@
+"""Several ranks of an expert-parallel layer in one process and on one device, each on a stream of its own.
+
+So the kernels' own cost can be measured without links, and their results checked. Every kernel is launched for all ranks
+before the next one is: the first launch of a kernel loads it, which waits for the device, and a rank that waits for one
+whose kernel is not even loaded would wait for ever.
+
+Legend: T tokens of a rank, K top-k, H hidden, W ranks, E logical experts.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass, field
+
+import numpy as np
+import torch
+
+from eplb.peer_memory import virtual_peers
+from eplb.planning.placement import Placement
+from eplb.relocation.pool import SlotPool
+from eplb.relocation.resident import ResidentExperts
+from eplb.streams import streams_of
+from moe_kernels.meet_peers import meet_peers
+from moe_kernels.peers import PeerLayout
+from moe_layer.dispatch import Dispatched
+from moe_layer.dispatch.one_sided import OneSidedDispatcher
+from moe_layer.executors import choose_replicas, compute_rows
+from moe_layer.expert_format import gated_format
+from moe_layer.router import Router
+from moe_layer.slot_experts import SlotExperts
+
+
+@dataclass(frozen=True)
+class Sizes:
+    """Of a layer and its ranks."""
+
+    num_ranks: int
+    num_experts: int
+    top_k: int
+    hidden_size: int
+    intermediate_size: int
+    max_tokens: int
+    num_redundant_experts: int = 0
+    num_shadow_slots: int = 1
+    dtype: torch.dtype = torch.bfloat16
+
+
+@dataclass
+class VirtualRanks:
+    """The ranks of one layer.
+
+    Args:
+        placement, shares_WS: where experts are, `Placement.initial()` if None.
+        sums, timeout: as in `OneSidedDispatcher`.
+    """
+
+    sizes: Sizes
+    device: torch.device
+    seed: int = 0
+    placement: Placement | None = None
+    shares_WS: np.ndarray | None = None
+    sums: str = "fixed_order"
+    timeout: float = 30.0
+    experts: list[SlotExperts] = field(init=False)
+    dispatchers: list[OneSidedDispatcher] = field(init=False)
+
+    def __post_init__(self) -> None:
+        sizes, device = self.sizes, self.device
+        format = gated_format(sizes.hidden_size, sizes.intermediate_size, sizes.dtype, "silu")
+        num_lanes = (sizes.num_experts + sizes.num_redundant_experts) // sizes.num_ranks + sizes.num_shadow_slots
+        self.layout = PeerLayout(
+            num_ranks=sizes.num_ranks,
+            num_lanes=num_lanes,
+            num_experts=sizes.num_experts,
+            max_tokens=sizes.max_tokens,
+            top_k=sizes.top_k,
+            hidden_size=sizes.hidden_size,
+            dtype=sizes.dtype,
+        )
+        memories = virtual_peers(sizes.num_ranks, self.layout.num_bytes, device)
+        self.dispatchers = [OneSidedDispatcher(memory, self.layout, self.timeout, self.sums) for memory in memories]
+        self.experts = []
+        for rank in range(sizes.num_ranks):
+            resident = ResidentExperts(
+                num_experts=sizes.num_experts,
+                num_redundant_experts=sizes.num_redundant_experts,
+                num_shadow_slots=sizes.num_shadow_slots,
+                rank=rank,
+                num_ranks=sizes.num_ranks,
+                pool=SlotPool(format.specs, num_lanes, device),
+                streams=streams_of(device),
+                placement=self.placement,
+                shares_WS=self.shares_WS,
+            )
+            experts = SlotExperts(format, resident, None, "triton")
+            experts.reset_parameters(self.seed)
+            self.experts.append(experts)
+        self.router = Router(
+            sizes.hidden_size, sizes.num_experts, sizes.top_k, "softmax_renormalized", "triton",
+            trainable=False, device=device, layer_dtype=sizes.dtype, dtype=None,
+        )  # fmt: skip
+        is_cuda = device.type == "cuda"
+        self.streams = [torch.cuda.Stream(device) if is_cuda else None for _ in self.experts]
+
+    def on(self, rank: int) -> AbstractContextManager[object]:
+        """The rank's stream is the current one."""
+        stream = self.streams[rank]
+        return nullcontext() if stream is None else torch.cuda.stream(stream)
+
+    def all(self, run: Callable[[int], object]) -> list[object]:
+        """`run` of each rank, on its stream."""
+        results = []
+        for rank in range(self.sizes.num_ranks):
+            with self.on(rank):
+                results.append(run(rank))
+        return results
+
+    def fork(self) -> None:
+        """The ranks' streams begin behind the current one."""
+        for stream in self.streams:
+            if stream is not None:
+                stream.wait_stream(torch.cuda.current_stream(self.device))
+
+    def join(self) -> None:
+        """The current stream goes on when all ranks' have come here."""
+        for stream in self.streams:
+            if stream is not None:
+                torch.cuda.current_stream(self.device).wait_stream(stream)
+
+    @torch.no_grad()
+    def choose(self, logits_WTE: Sequence[torch.Tensor]) -> list[tuple[torch.Tensor, torch.Tensor]]:
+        """weights_TK and ids_TK of each rank."""
+        return self.all(lambda rank: self.router.choose(logits_WTE[rank], None))  # type: ignore[return-value]
+
+    @torch.no_grad()
+    def forward(
+        self,
+        x_WTH: Sequence[torch.Tensor],
+        chosen: Sequence[tuple[torch.Tensor, torch.Tensor]],
+        bound: int | None = None,
+        compute: bool = True,
+    ) -> list[torch.Tensor]:
+        """y_TH of each rank, on the ranks' streams; `fork()` before and `join()` after.
+
+        Args:
+            chosen: weights_TK (float32) and ids_TK (int32) of each rank.
+            compute: False: the rows come back as they are, without experts.
+        """
+        sizes = self.sizes
+        lanes = self.all(lambda rank: choose_replicas(self.experts[rank], chosen[rank][1]))
+
+        def send(rank: int) -> Dispatched:
+            lanes_TK, counts_L = lanes[rank]  # type: ignore[misc]
+            return self.dispatchers[rank].dispatch(x_WTH[rank], chosen[rank][0], lanes_TK, counts_L, "triton", bound)
+
+        sent: list[Dispatched] = self.all(send)  # type: ignore[assignment]
+
+        def work(rank: int) -> torch.Tensor | None:
+            if compute:
+                return compute_rows(self.experts[rank], sent[rank], sizes.top_k)
+            sent[rank].schedule(16, 0)
+            return sent[rank].rows_RH.repeat_interleave(sizes.top_k, 0)
+
+        rows: list[torch.Tensor | None] = self.all(work)  # type: ignore[assignment]
+        return self.finish(rows, sent, [lanes_TK for lanes_TK, _ in lanes])  # type: ignore[misc]
+
+    def finish(
+        self, rows: Sequence[torch.Tensor | None], sent: Sequence[Dispatched], lanes: Sequence[torch.Tensor]
+    ) -> list[torch.Tensor]:
+        """The combine of all ranks."""
+        self.all(lambda rank: self.dispatchers[rank].send_back(rows[rank], sent[rank]))
+        if self.device.type == "cuda":
+            self.all(lambda rank: meet_peers(self.dispatchers[rank].area))
+        else:  # one thread, and kernels that are over when their launch returns
+            self.all(lambda rank: meet_peers(self.dispatchers[rank].area, waits=False))
+            self.all(lambda rank: meet_peers(self.dispatchers[rank].area, says=False))
+        return self.all(lambda rank: self.dispatchers[rank].sum_up(sent[rank], lanes[rank]))  # type: ignore[return-value]

@@ -1,0 +1,148 @@
+"""Dispatch between several GPUs: waits for the rows of all ranks and makes their tile schedule.
+
+W ranks, S lanes of this rank, B and flat rows: see `peers`. N = W * B * K flat rows.
+"""
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+
+from moe_kernels.integers import next_power_of_2
+from moe_kernels.launch import Launcher, gdc_launch_dependents, gdc_wait
+from moe_kernels.peers import ARRIVED, EPOCH, NO_RANK, PeerArea, leave_word, sync_options, wait_for_flags
+from moe_kernels.schedule_triton import write_tiles
+from moe_kernels.tiles import TileSchedule, max_tiles
+
+_BLOCK = 512  # of rows that a program copies in a step
+_NO_RANK = tl.constexpr(NO_RANK)
+
+
+@Launcher
+@triton.jit(do_not_specialize=["bound", "max_tiles", "patience", "per_rank"])
+def _receive_rows_kernel(
+    # inputs
+    counts_ptr,
+    lists_ptr,
+    flags_ptr,
+    state_ptr,
+    # outputs
+    error_ptr,
+    here_ptr,  # None: nobody asks
+    order_ptr,
+    offsets_ptr,
+    tile_lane_ptr,
+    tile_start_ptr,
+    tile_end_ptr,
+    num_tiles_ptr,
+    # shapes
+    num_lanes,
+    bound,
+    per_rank,
+    max_tiles,
+    patience,
+    # constants
+    BLOCK_M: tl.constexpr,
+    EXTRA_M: tl.constexpr,
+    PDL: tl.constexpr,
+    W: tl.constexpr,
+    BLOCK_W: tl.constexpr,
+    TIMED: tl.constexpr,
+    # tunables
+    BLOCK: tl.constexpr,
+    BLOCK_L: tl.constexpr,
+):
+    """A program writes the rows and tiles of one own lane. The last program writes the unused tiles.
+
+    What the ranks have listed is sorted by lane already; so the rows of a lane are one piece of each rank's list.
+
+    Example (2 ranks, 2 lanes, B * K = 4): counts [[1, 1], [0, 2]], lists [[3, 1], [5, 4]] → order [3, 1, 5, 4], offsets
+    [0, 1, 4].
+    """
+    if PDL:  # see `Launcher`
+        gdc_wait()
+    epoch = tl.load(state_ptr + EPOCH) + 1
+    wait_for_flags(flags_ptr, state_ptr, error_ptr, ARRIVED, epoch, patience, W, BLOCK_W, TIMED)
+    if PDL:  # not before: programs that wait for this one would keep a peer on the same device from running
+        gdc_launch_dependents()
+    lane = tl.program_id(0)
+    is_lane = lane < num_lanes
+    lanes = tl.arange(0, BLOCK_L)
+    width = num_lanes + 2
+    counts = tl.zeros((BLOCK_L,), dtype=tl.int32)
+    for peer in tl.static_range(W):
+        counts += tl.load(counts_ptr + peer * width + lanes, mask=lanes < num_lanes, other=0)
+    count = tl.sum(tl.where(lanes == lane, counts, 0), axis=0)
+    start = write_tiles(
+        counts, count, lane, num_lanes, max_tiles, offsets_ptr, tile_lane_ptr, tile_start_ptr, tile_end_ptr, num_tiles_ptr,
+        BLOCK_M, EXTRA_M, BLOCK, BLOCK_L,
+    )  # fmt: skip
+    for peer in tl.static_range(W):
+        own = tl.load(counts_ptr + peer * width + lanes, mask=lanes < num_lanes, other=0)
+        count = tl.sum(tl.where(lanes == lane, own, 0), axis=0)
+        first = tl.sum(tl.where(lanes < lane, own, 0), axis=0)
+        listed = lists_ptr + peer * per_rank + first
+        for begin in range(0, count, BLOCK):
+            row = begin + tl.arange(0, BLOCK)
+            # The masks keep a wrong count from a write out of bounds.
+            inside = (row < count) & (start + row < W * per_rank) & (first + row < per_rank)
+            flat = tl.load(listed + row, mask=inside, other=0)
+            tl.store(order_ptr + start + row, flat, mask=inside)
+            if here_ptr is not None:
+                known = inside & (flat >= 0) & (flat < W * per_rank)
+                tl.store(here_ptr + flat, tl.zeros((BLOCK,), dtype=tl.int64) + epoch, mask=known)
+        start += count
+    if is_lane == 0:
+        peer = tl.arange(0, BLOCK_W)
+        theirs = tl.load(counts_ptr + peer * width + num_lanes + 1, mask=peer < W, other=bound)
+        if tl.max((theirs != bound).to(tl.int32), axis=0) > 0:
+            leave_word(state_ptr, error_ptr, tl.cast(_NO_RANK + 1, tl.int64))
+
+
+def receive_rows(
+    area: PeerArea, bound: int, num_lanes: int, *, block_m: int, extra_m: int = 0, note_here: bool = False
+) -> TileSchedule:
+    """Wait on the device until every rank has called `send_rows`; then the schedule of what this rank computes.
+
+    Row n is computed from ``rows[n // K]`` of the area's rows, [W * bound, H], with the weight ``weights[n]``. Every rank's
+    rows keep their order within a lane, and lower ranks come first.
+
+    Args:
+        bound: as in `send_rows`; a peer's other one is an error that `PeerArea.failure` shows.
+        num_lanes: S.
+        block_m, extra_m: as in `build_schedule`.
+        note_here: write down which rows are here, for `return_sums`.
+
+    Returns:
+        Of N = W * bound * K flat rows; `order_N` is undefined behind the rows that came.
+    """
+    layout = area.layout
+    per_rank = bound * layout.top_k
+    num_rows = layout.num_ranks * per_rank
+    most = max_tiles(num_rows, num_lanes, block_m)
+    new = area.addresses_W.new_empty
+    schedule = TileSchedule(
+        order_N=new(num_rows, dtype=torch.int32),
+        offsets_L1=new(num_lanes + 1, dtype=torch.int32),
+        tile_lane=new(most, dtype=torch.int32),
+        tile_start=new(most, dtype=torch.int32),
+        tile_end=new(most, dtype=torch.int32),
+        num_tiles=new(1, dtype=torch.int32),
+        block_m=block_m,
+        extra_m=extra_m,
+    )
+    _receive_rows_kernel[(num_lanes + 1,)](
+        *(area.part("counts", torch.int32, 1), area.part("lists", torch.int32, 1), area.part("flags", torch.int64, 1)),
+        *(area.state, area.error, area.here if note_here else None),
+        *(schedule.order_N, schedule.offsets_L1, schedule.tile_lane, schedule.tile_start, schedule.tile_end),
+        schedule.num_tiles,
+        *(num_lanes, bound, per_rank, most, area.patience),
+        BLOCK_M=block_m,
+        EXTRA_M=extra_m,
+        **sync_options(area),
+        BLOCK=_BLOCK,
+        BLOCK_L=next_power_of_2(num_lanes),
+        num_warps=4,
+    )
+    return schedule

@@ -1,0 +1,197 @@
+"""Combine between several GPUs: computed rows go home to the ranks of their tokens, each on its own or summed by rank.
+
+W ranks, K experts per token, H hidden, B and flat rows: see `peers`. N = W * B * K flat rows.
+"""
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+
+from moe_kernels.checks import check_tensor
+from moe_kernels.homes import row_at
+from moe_kernels.integers import next_power_of_2
+from moe_kernels.launch import Launcher, gdc_launch_dependents, gdc_wait
+from moe_kernels.numerics import narrow, widen
+from moe_kernels.peers import EPOCH, PeerArea
+from moe_kernels.tiles import TileSchedule
+
+_MOST_PROGRAMS = 512  # of 4 warps: as many threads as 32 of an H100's multiprocessors have
+
+
+@Launcher
+@triton.jit(do_not_specialize=["rows_per_home"])
+def _return_rows_kernel(
+    # inputs
+    rows_ptr,
+    order_ptr,
+    num_rows_ptr,
+    homes_ptr,
+    # shapes
+    rows_per_home,
+    hidden_size,
+    # constants
+    PDL: tl.constexpr,
+    # tunables
+    BLOCK_H: tl.constexpr,
+):
+    """Programs share the rows that came, as many as there are."""
+    if PDL:  # see `Launcher`
+        gdc_wait()
+        gdc_launch_dependents()
+    blocks = tl.cdiv(hidden_size, BLOCK_H)
+    for item in range(tl.program_id(0), tl.load(num_rows_ptr) * blocks, tl.num_programs(0)):
+        flat = tl.load(order_ptr + item // blocks)
+        column = item % blocks * BLOCK_H + tl.arange(0, BLOCK_H)
+        inside = column < hidden_size
+        row = tl.load(rows_ptr + flat.to(tl.int64) * hidden_size + column, mask=inside)
+        tl.store(row_at(rows_ptr, flat, hidden_size, homes_ptr, rows_per_home) + column, row, mask=inside)
+
+
+@Launcher
+@triton.jit(do_not_specialize=["rank", "bound"])
+def _return_sums_kernel(
+    # inputs
+    rows_ptr,
+    here_ptr,
+    counts_ptr,
+    homes_ptr,
+    state_ptr,
+    # shapes
+    rank,
+    bound,
+    hidden_size,
+    num_lanes,
+    # constants
+    TOP_K: tl.constexpr,
+    PDL: tl.constexpr,
+    W: tl.constexpr,
+    # tunables
+    BLOCK_K: tl.constexpr,
+    BLOCK_H: tl.constexpr,
+):
+    """Programs share the tokens of all ranks, as many as there are."""
+    if PDL:  # see `Launcher`
+        gdc_wait()
+        gdc_launch_dependents()
+    epoch = tl.load(state_ptr + EPOCH) + 1
+    blocks = tl.cdiv(hidden_size, BLOCK_H)
+    for home in tl.static_range(W):
+        num_tokens = tl.load(counts_ptr + home * (num_lanes + 2) + num_lanes)
+        at = tl.multiple_of(tl.load(homes_ptr + home).to(rows_ptr.dtype), 16)
+        for item in range(tl.program_id(0), num_tokens * blocks, tl.num_programs(0)):
+            token = item // blocks
+            column = item % blocks * BLOCK_H + tl.arange(0, BLOCK_H)
+            inside = column < hidden_size
+            first = (home * bound + token) * TOP_K
+            k = tl.arange(0, BLOCK_K)
+            here = tl.load(here_ptr + first + k, mask=k < TOP_K, other=0) == epoch
+            total = tl.zeros((BLOCK_H,), dtype=tl.float32)
+            for one in tl.static_range(TOP_K):
+                mine = tl.load(here_ptr + first + one) == epoch
+                row = rows_ptr + (first + one).to(tl.int64) * hidden_size + column
+                total += widen(tl.load(row, mask=inside & mine, other=0.0))
+            wanted = tl.max(here.to(tl.int32), axis=0) > 0
+            to = at + (token.to(tl.int64) * W + rank) * hidden_size + column
+            tl.store(to, narrow(total, rows_ptr.dtype.element_ty), mask=inside & wanted)
+
+
+@Launcher
+@triton.jit
+def _combine_sums_kernel(
+    # inputs
+    sums_ptr,
+    lanes_ptr,
+    # outputs
+    y_ptr,
+    # shapes
+    hidden_size,
+    num_lanes,
+    # constants
+    TOP_K: tl.constexpr,
+    PDL: tl.constexpr,
+    W: tl.constexpr,
+    # tunables
+    BLOCK_K: tl.constexpr,
+    BLOCK_H: tl.constexpr,
+):
+    """One token, BLOCK_H columns: the ranks that had a row of it, in their order."""
+    if PDL:  # see `Launcher`
+        gdc_wait()
+        gdc_launch_dependents()
+    token = tl.program_id(0).to(tl.int64)
+    column = tl.program_id(1) * BLOCK_H + tl.arange(0, BLOCK_H)
+    inside = column < hidden_size
+    k = tl.arange(0, BLOCK_K)
+    lane = tl.load(lanes_ptr + token * TOP_K + k, mask=k < TOP_K, other=-1)
+    owner = tl.where(lane >= 0, lane // num_lanes, -1)
+    total = tl.zeros((BLOCK_H,), dtype=tl.float32)
+    for peer in tl.static_range(W):
+        has = tl.max((owner == peer).to(tl.int32), axis=0) > 0
+        total += widen(tl.load(sums_ptr + (token * W + peer) * hidden_size + column, mask=inside & has, other=0.0))
+    tl.store(y_ptr + token * hidden_size + column, narrow(total, y_ptr.dtype.element_ty), mask=inside)
+
+
+def return_rows(rows_NH: torch.Tensor, schedule: TileSchedule, area: PeerArea, bound: int) -> None:
+    """Write each computed row to its place among the results of its token's rank, [B * K, H] there.
+
+    Args:
+        rows_NH: [N, H], contiguous, in flat order, as `expert_down` returns them.
+        schedule: of `receive_rows`.
+        bound: B.
+    """
+    layout = area.layout
+    check_tensor("rows_NH", rows_NH, (schedule.order_N.shape[0], layout.hidden_size), layout.dtype, area.own.device)
+    _return_rows_kernel[(_MOST_PROGRAMS if rows_NH.is_cuda else 4,)](
+        *(rows_NH, schedule.order_N, schedule.offsets_L1[-1:], area.results_W),
+        *(bound * layout.top_k, layout.hidden_size),
+        BLOCK_H=min(1024, next_power_of_2(layout.hidden_size)),
+        num_warps=4,
+    )
+
+
+def return_sums(rows_NH: torch.Tensor, area: PeerArea, bound: int, num_lanes: int) -> None:
+    """Sum what this rank has computed for a token, over k in order, in float32, rounded once, and write it home: [B, W, H].
+
+    Fewer bytes travel, but the result depends on which experts share a rank, to rounding.
+
+    Args:
+        rows_NH: as in `return_rows`; `receive_rows` ran with `note_here`.
+        num_lanes: S.
+    """
+    layout = area.layout
+    per_rank = bound * layout.top_k
+    check_tensor("rows_NH", rows_NH, (layout.num_ranks * per_rank, layout.hidden_size), layout.dtype, area.own.device)
+    _return_sums_kernel[(_MOST_PROGRAMS if rows_NH.is_cuda else 4,)](
+        *(rows_NH, area.here, area.part("counts", torch.int32, 1), area.results_W, area.state),
+        *(area.rank, bound, layout.hidden_size, num_lanes),
+        TOP_K=layout.top_k,
+        W=layout.num_ranks,
+        BLOCK_K=next_power_of_2(layout.top_k),
+        BLOCK_H=min(1024, next_power_of_2(layout.hidden_size)),
+        num_warps=4,
+    )
+
+
+def combine_sums(lanes_TK: torch.Tensor, area: PeerArea, num_lanes: int) -> torch.Tensor:
+    """y[t] = the ranks' sums of token t, in the order of the ranks, in float32, rounded once.
+
+    Args:
+        lanes_TK: global lanes, as in `send_rows`.
+        num_lanes: S.
+    """
+    layout = area.layout
+    num_tokens, hidden_size = lanes_TK.shape[0], layout.hidden_size
+    y_TH = torch.empty((num_tokens, hidden_size), dtype=layout.dtype, device=area.own.device)
+    if y_TH.numel():
+        block = min(1024, next_power_of_2(hidden_size))
+        _combine_sums_kernel[(num_tokens, -(-hidden_size // block))](
+            *(area.part("results", layout.dtype, 1), lanes_TK, y_TH),
+            *(hidden_size, num_lanes),
+            TOP_K=layout.top_k,
+            W=layout.num_ranks,
+            BLOCK_K=next_power_of_2(layout.top_k),
+            BLOCK_H=block,
+        )
+    return y_TH

@@ -1,0 +1,209 @@
+"""Dispatch between several GPUs: each token's hidden state goes once to every rank that has one of its experts.
+
+T tokens, K experts per token, H hidden, S lanes of a rank, W ranks, L = W * S lanes, B: see `peers`.
+"""
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+
+from moe_kernels.checks import FLOATS, check_tensor
+from moe_kernels.integers import cdiv, next_power_of_2
+from moe_kernels.launch import Launcher, gdc_launch_dependents, gdc_wait
+from moe_kernels.peers import ARRIVED, EPOCH, SENT, PeerArea, peer_at, raise_flags, sync_options
+from moe_kernels.tiles import TileSchedule
+
+_BLOCK = 128  # of list entries, or of lanes
+# As many threads as 32 of an H100's multiprocessors have: the rest is left to what else runs.
+_MOST_THREADS = 32 * 2048
+_NUM_WARPS = 4
+
+
+@triton.jit
+def _send_columns(
+    x_ptr, lanes_ptr, addresses_ptr, item, rank, num_lanes, bound, hidden_size, rows_at,
+    TOP_K: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_H: tl.constexpr, W: tl.constexpr,
+):  # fmt: skip
+    """BLOCK_H columns of a token's hidden state, read once."""
+    blocks = tl.cdiv(hidden_size, BLOCK_H)
+    token = (item // blocks).to(tl.int64)
+    column = item % blocks * BLOCK_H + tl.arange(0, BLOCK_H)
+    inside = column < hidden_size
+    k = tl.arange(0, BLOCK_K)
+    lane = tl.load(lanes_ptr + token * TOP_K + k, mask=k < TOP_K, other=-1)
+    target = tl.where(lane >= 0, lane // num_lanes, -1)
+    x = tl.load(x_ptr + token * hidden_size + column, mask=inside)
+    place = (rank.to(tl.int64) * bound + token) * hidden_size + column
+    for peer in tl.static_range(W):
+        wanted = tl.max((target == peer).to(tl.int32), axis=0) > 0
+        tl.store(peer_at(addresses_ptr, peer, rows_at, x_ptr) + place, x, mask=inside & wanted)
+
+
+@triton.jit
+def _send_list(
+    weights_ptr, order_ptr, offsets_ptr, addresses_ptr, block, rank, num_lanes, bound, weights_at, lists_at,
+    TOP_K: tl.constexpr, BLOCK: tl.constexpr, W: tl.constexpr,
+):  # fmt: skip
+    """BLOCK of the rows in the order of their lanes: which they are, and their routing weights."""
+    position = block * BLOCK + tl.arange(0, BLOCK)
+    inside = position < tl.load(offsets_ptr + W * num_lanes)
+    row = tl.load(order_ptr + position, mask=inside, other=0)
+    weight = tl.load(weights_ptr + row, mask=inside)
+    target = tl.zeros_like(position)
+    first = tl.zeros_like(position)
+    for peer in tl.static_range(1, W):
+        begin = tl.load(offsets_ptr + peer * num_lanes)
+        beyond = position >= begin
+        target = tl.where(beyond, peer, target)
+        first = tl.where(beyond, begin, first)
+    address = tl.load(addresses_ptr + target, mask=inside, other=0)
+    flat = rank * (bound * TOP_K) + row
+    tl.store((address + weights_at).to(weights_ptr.dtype) + flat, weight, mask=inside)
+    listed = rank * (bound * TOP_K) + position - first
+    tl.store((address + lists_at).to(order_ptr.dtype) + listed, flat, mask=inside)
+
+
+@triton.jit
+def _send_counts(
+    offsets_ptr, addresses_ptr, block, rank, num_tokens, num_lanes, bound, counts_at,
+    BLOCK: tl.constexpr, W: tl.constexpr,
+):  # fmt: skip
+    """BLOCK of what the ranks are told: of each of their lanes, how many rows; then how many tokens, and the bound."""
+    width = num_lanes + 2
+    index = block * BLOCK + tl.arange(0, BLOCK)
+    inside = index < W * width
+    target, part = index // width, index % width
+    is_lane = inside & (part < num_lanes)
+    lane = target * num_lanes + part
+    begin = tl.load(offsets_ptr + lane, mask=is_lane, other=0)
+    count = tl.load(offsets_ptr + lane + 1, mask=is_lane, other=0) - begin
+    said = tl.where(is_lane, count, tl.where(part == num_lanes, num_tokens, bound))
+    address = tl.load(addresses_ptr + target, mask=inside, other=0)
+    tl.store((address + counts_at).to(offsets_ptr.dtype) + rank * width + part, said, mask=inside)
+
+
+# Unspecialized, or serving would compile when one is a multiple of 16.
+@Launcher
+@triton.jit(do_not_specialize=["rank", "num_tokens", "bound"])
+def _send_rows_kernel(
+    # inputs
+    x_ptr,
+    weights_ptr,
+    lanes_ptr,
+    order_ptr,
+    offsets_ptr,
+    addresses_ptr,
+    flags_ptr,
+    # input and output
+    state_ptr,
+    # shapes
+    rank,
+    num_tokens,
+    bound,
+    hidden_size,
+    num_lanes,
+    # where the parts of a buffer begin
+    flags_at,
+    counts_at,
+    weights_at,
+    lists_at,
+    rows_at,
+    # constants
+    TOP_K: tl.constexpr,
+    PDL: tl.constexpr,
+    W: tl.constexpr,
+    BLOCK_W: tl.constexpr,
+    # tunables
+    BLOCK: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+    BLOCK_H: tl.constexpr,
+):
+    """Programs share the work; the last to have done its part raises this rank's flag on every rank."""
+    if PDL:  # see `Launcher`
+        gdc_wait()
+        gdc_launch_dependents()
+    rows = num_tokens * tl.cdiv(hidden_size, BLOCK_H)
+    lists = rows + tl.cdiv(num_tokens * TOP_K, BLOCK)
+    counts = lists + tl.cdiv(W * (num_lanes + 2), BLOCK)
+    for item in range(tl.program_id(0), counts, tl.num_programs(0)):
+        if item < rows:
+            _send_columns(
+                x_ptr, lanes_ptr, addresses_ptr, item, rank, num_lanes, bound, hidden_size, rows_at,
+                TOP_K, BLOCK_K, BLOCK_H, W,
+            )  # fmt: skip
+        elif item < lists:
+            _send_list(
+                weights_ptr, order_ptr, offsets_ptr, addresses_ptr, item - rows, rank, num_lanes, bound,
+                weights_at, lists_at, TOP_K, BLOCK, W,
+            )  # fmt: skip
+        else:
+            _send_counts(
+                offsets_ptr, addresses_ptr, item - lists, rank, num_tokens, num_lanes, bound, counts_at, BLOCK, W
+            )
+    tl.debug_barrier()
+    before = tl.atomic_add(state_ptr + SENT, 1, sem="acq_rel", scope="sys")
+    if before == tl.num_programs(0) - 1:
+        tl.store(state_ptr + SENT, 0)
+        epoch = tl.load(state_ptr + EPOCH) + 1
+        raise_flags(addresses_ptr, flags_at, ARRIVED, rank, epoch, flags_ptr, W, BLOCK_W)
+
+
+def send_rows(
+    x_TH: torch.Tensor,
+    weights_TK: torch.Tensor,
+    lanes_TK: torch.Tensor,
+    by_lane: TileSchedule,
+    area: PeerArea,
+    bound: int,
+) -> None:
+    """Write each token's hidden state, and which of whose lanes want it, into the buffers of the ranks concerned.
+
+    Every rank calls it, then `receive_rows`, then computes, then `meet_peers`, in this order and equally often. So when a rank
+    writes, everybody has read what it wrote before. No rank waits here.
+
+    Args:
+        x_TH: [T, H] float32, float16 or bfloat16, contiguous; T at most `bound`.
+        weights_TK: [T, K] float32, contiguous.
+        lanes_TK: [T, K] int32, contiguous: the global lane (rank * S + own lane) of each choice, -1 for none.
+        by_lane: `build_schedule` of these lanes, over all L.
+        area: the ranks' buffers.
+        bound: B of this forward, equal on all ranks.
+
+    Raises:
+        ValueError: an argument breaks one of these rules.
+    """
+    layout = area.layout
+    check_tensor("x_TH", x_TH, (None, layout.hidden_size), layout.dtype, area.own.device)
+    num_tokens, top_k = x_TH.shape[0], layout.top_k
+    check_tensor("weights_TK", weights_TK, (num_tokens, top_k), torch.float32, x_TH.device)
+    check_tensor("lanes_TK", lanes_TK, (num_tokens, top_k), torch.int32, x_TH.device)
+    check_tensor("by_lane.offsets_L1", by_lane.offsets_L1, (None,), torch.int32, x_TH.device)
+    num_lanes, rest = divmod(by_lane.offsets_L1.shape[0] - 1, layout.num_ranks)
+    if rest or num_lanes > layout.num_lanes:
+        raise ValueError(
+            f"by_lane has {by_lane.offsets_L1.shape[0] - 1} lanes: must be num_ranks={layout.num_ranks} times at most "
+            f"{layout.num_lanes}"
+        )
+    if not num_tokens <= bound <= layout.max_tokens:
+        raise ValueError(f"bound={bound}: must be in [{num_tokens}, {layout.max_tokens}], the tokens and their maximum")
+    assert layout.dtype in FLOATS
+    block_h = min(1024, next_power_of_2(layout.hidden_size))
+    items = num_tokens * cdiv(layout.hidden_size, block_h)
+    items += cdiv(num_tokens * top_k, _BLOCK) + cdiv(layout.num_ranks * (num_lanes + 2), _BLOCK)
+    at = layout.offsets
+    constants = sync_options(area)
+    del constants["TIMED"]
+    _send_rows_kernel[(min(items, _MOST_THREADS // (32 * _NUM_WARPS)),)](
+        *(x_TH, weights_TK, lanes_TK, by_lane.order_N, by_lane.offsets_L1, area.addresses_W),
+        *(area.part("flags", torch.int64, 1), area.state),
+        *(area.rank, num_tokens, bound, layout.hidden_size, num_lanes),
+        *(at["flags"], at["counts"], at["weights"], at["lists"], at["rows"]),
+        TOP_K=top_k,
+        **constants,
+        BLOCK=_BLOCK,
+        BLOCK_K=next_power_of_2(top_k),
+        BLOCK_H=block_h,
+        num_warps=_NUM_WARPS,
+    )

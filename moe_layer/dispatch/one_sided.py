@@ -1,0 +1,169 @@
+"""Forward, dispatch and combine: one-sided, over peer memory. No collective, no host sync; CUDA graphs can capture it.
+
+Legend: T tokens of this rank, K top-k, H hidden, W ranks, S lanes of a rank, B the bound of a forward, N = W · B · K flat rows.
+"""
+
+from dataclasses import dataclass
+from typing import NoReturn
+
+import torch
+
+from eplb.peer_memory import PeerMemory
+from moe_kernels import TileSchedule, build_schedule, combine
+from moe_kernels.gather_counts import gather_counts
+from moe_kernels.homes import RowHomes
+from moe_kernels.meet_peers import meet_peers
+from moe_kernels.peers import NO_RANK, PeerArea, PeerLayout
+from moe_kernels.receive_rows import receive_rows
+from moe_kernels.return_rows import combine_sums, return_rows, return_sums
+from moe_kernels.send_rows import send_rows
+from moe_layer.arguments import check_choice
+from moe_layer.dispatch.base import Dispatched
+
+# Of the sender's order only rows and where lanes begin are used: its tiles may be as large as they like.
+_ANY_BLOCK_M = 128
+
+
+@dataclass(frozen=True)
+class _Route:
+    bound: int
+    num_lanes: int
+    schedules: list[TileSchedule]
+
+
+class OneSidedDispatcher:
+    """Each rank writes what its peers need into their memory, and raises a flag behind it.
+
+    A token's hidden state travels once to each rank that has one of its experts. The down projection writes its rows straight
+    to the rank of their token, where they are summed over K in fixed order: the same bits as on one rank.
+
+    All layers of a model share one, and run one after the other, on every rank in the same order. What it holds is sized by
+    `max_tokens`; see `PeerLayout`. Forwards that need a gradient are refused.
+
+    A rank that waits in vain for a peer goes on after `timeout`, with outputs that mean nothing; from then on no forward waits.
+    The next eager forward and `raise_if_failed()` raise it. A dispatcher that failed stays so: make a new one.
+
+    Args:
+        memory: of `PeerLayout.num_bytes` or more, zero.
+        layout: what the buffers hold.
+        timeout: seconds that the device waits for a peer.
+        sums: "fixed_order", or "by_rank": what a rank has computed for a token travels summed, which is less, but the output
+            then depends on the placement, to rounding.
+
+    Raises:
+        ValueError: an argument breaks one of these rules.
+    """
+
+    def __init__(
+        self, memory: PeerMemory, layout: PeerLayout, timeout: float = 30.0, sums: str = "fixed_order"
+    ) -> None:
+        check_choice("sums", sums, ("fixed_order", "by_rank"))
+        if memory.size != layout.num_ranks or memory.own.numel() < layout.num_bytes:
+            raise ValueError(
+                f"memory has {memory.size} ranks and {memory.own.numel()} bytes: the layout needs "
+                f"{layout.num_ranks} and {layout.num_bytes}"
+            )
+        self._memory = memory
+        self._layout = layout
+        self._timeout = timeout
+        self._by_rank = sums == "by_rank"
+        self.area = PeerArea(memory.addresses_W, memory.own, memory.rank, layout, timeout)
+
+    @property
+    def max_tokens(self) -> int:
+        """Most tokens that any rank may have in a forward."""
+        return self._layout.max_tokens
+
+    def backend(self, device: torch.device) -> str:
+        """What moves rows."""
+        return "symm_mem"
+
+    def raise_if_failed(self) -> None:
+        """Look whether a peer did not come, without waiting for the device.
+
+        Raises:
+            TimeoutError: one did not, in some forward until now. Outputs since then mean nothing.
+            ValueError: the ranks gave different `max_tokens` to a forward.
+        """
+        failure = self.area.failure()
+        if failure == NO_RANK:
+            raise ValueError("max_tokens must be equal on all ranks in each forward, but another rank gave another one")
+        if failure is not None:
+            raise TimeoutError(
+                f"rank {failure} of the ranks that share the experts did not come to a forward within {self._timeout} s. "
+                "Outputs since then mean nothing; make the layers anew once all ranks are there"
+            )
+
+    def gather_counts(self, counts_E: torch.Tensor) -> torch.Tensor:
+        """Every rank's tokens of each expert, counts_WE; it lasts until the forward is over."""
+        return gather_counts(counts_E, self.area)
+
+    def dispatch(
+        self,
+        x_TH: torch.Tensor,
+        weights_TK: torch.Tensor,
+        lanes_TK: torch.Tensor,
+        counts_L: torch.Tensor,
+        backend: str,
+        bound: int | None = None,
+    ) -> Dispatched:
+        """See `Dispatcher`. `bound`: most tokens that any rank has in this forward; None: `max_tokens`."""
+        if torch.is_grad_enabled() and (x_TH.requires_grad or weights_TK.requires_grad):
+            _refuse_gradients()
+        self.raise_if_failed()
+        layout, area = self._layout, self.area
+        bound = layout.max_tokens if bound is None else bound
+        num_lanes = counts_L.numel() // layout.num_ranks
+        by_lane = build_schedule(lanes_TK.view(-1), counts_L, block_m=_ANY_BLOCK_M, backend="triton")
+        send_rows(x_TH, weights_TK, lanes_TK, by_lane, area, bound)
+        schedules: list[TileSchedule] = []
+
+        def schedule(block_m: int, extra_m: int) -> TileSchedule:
+            schedules.append(
+                receive_rows(area, bound, num_lanes, block_m=block_m, extra_m=extra_m, note_here=self._by_rank)
+            )
+            return schedules[0]
+
+        num_rows = layout.num_ranks * bound
+        homes = RowHomes(area.results_W, area.part("results", layout.dtype, bound * layout.top_k), bound * layout.top_k)
+        return Dispatched(
+            rows_RH=area.part("rows", layout.dtype, num_rows, layout.hidden_size),
+            fanout=layout.top_k,
+            row_weights_N=area.part("weights", torch.float32, num_rows * layout.top_k),
+            schedule=schedule,
+            num_tokens=num_rows,
+            homes=None if self._by_rank else homes,
+            route=_Route(bound, num_lanes, schedules),
+        )
+
+    def combine(
+        self, rows_NH: torch.Tensor | None, dispatched: Dispatched, lanes_TK: torch.Tensor, backend: str
+    ) -> torch.Tensor:
+        """See `Dispatcher`. rows_NH: None if they are home already."""
+        self.send_back(rows_NH, dispatched)
+        meet_peers(self.area)
+        return self.sum_up(dispatched, lanes_TK)
+
+    def send_back(self, rows_NH: torch.Tensor | None, dispatched: Dispatched) -> None:
+        """The part of `combine` before ranks meet."""
+        route: _Route = dispatched.route
+        if self._by_rank:
+            assert rows_NH is not None
+            return_sums(rows_NH, self.area, route.bound, route.num_lanes)
+        elif rows_NH is not None:
+            return_rows(rows_NH, route.schedules[0], self.area, route.bound)
+
+    def sum_up(self, dispatched: Dispatched, lanes_TK: torch.Tensor) -> torch.Tensor:
+        """The part of `combine` after ranks have met."""
+        route: _Route = dispatched.route
+        if self._by_rank:
+            return combine_sums(lanes_TK, self.area, route.num_lanes)
+        rows = self.area.part("results", self._layout.dtype, lanes_TK.numel(), self._layout.hidden_size)
+        return combine(rows, lanes_TK, backend="triton")
+
+
+def _refuse_gradients() -> NoReturn:
+    raise ValueError(
+        "dispatcher='symm_mem' moves no gradients, but x or expert_weights requires one: build the layer with "
+        "dispatcher='all_to_all', or run it in torch.no_grad()"
+    )

@@ -1,0 +1,152 @@
+"""The one-sided dispatcher with virtual ranks: what arrives, what comes back, and that the placement changes no bit."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import torch
+
+from bench.virtual_ranks import Sizes, VirtualRanks
+from eplb.planning.placement import Placement
+from eplb.planning.shares import equal_shares
+from moe_kernels.peers import NO_RANK
+from moe_layer.executors import choose_replicas
+
+SMALL = {"num_experts": 8, "top_k": 2, "hidden_size": 24, "intermediate_size": 16, "max_tokens": 6}
+
+
+def batch(sizes: Sizes, tokens: list[int], device: str, seed: int = 0, skewed: bool = False):
+    """Hidden states and choices of each rank, some of them of no expert."""
+    generator = torch.Generator().manual_seed(seed)
+    x, chosen = [], []
+    for count in tokens:
+        x.append(torch.randn(count, sizes.hidden_size, generator=generator).to(device, sizes.dtype))
+        scores = torch.rand(count, sizes.num_experts, generator=generator)
+        if skewed:
+            scores[:, : sizes.top_k] += 2
+        ids = scores.topk(sizes.top_k, dim=1).indices.int()
+        ids[torch.rand(ids.shape, generator=generator) < 0.1] = -1
+        weights = torch.rand(count, sizes.top_k, generator=generator)
+        chosen.append((weights.to(device), ids.to(device)))
+    return x, chosen
+
+
+def expected(ranks: VirtualRanks, x, chosen) -> list[torch.Tensor]:
+    """float64, expert by expert."""
+    gate_up, down = {}, {}
+    for experts in ranks.experts:
+        for expert, slots in experts.resident.live_slots().items():
+            gate_up[expert] = experts.pool.tensors["gate_up_proj"][slots[0]].double()
+            down[expert] = experts.pool.tensors["down_proj"][slots[0]].double()
+    results = []
+    for x_TH, (weights_TK, ids_TK) in zip(x, chosen, strict=True):
+        y = torch.zeros(x_TH.shape, dtype=torch.float64, device=x_TH.device)
+        for token in range(len(x_TH)):
+            for weight, expert in zip(weights_TK[token], ids_TK[token].tolist(), strict=True):
+                if expert >= 0:
+                    gate, up = (gate_up[expert] @ x_TH[token].double()).chunk(2)
+                    y[token] += weight * (down[expert] @ (torch.nn.functional.silu(gate) * up))
+        results.append(y)
+    return results
+
+
+def run(ranks: VirtualRanks, x, chosen, bound: int | None = None) -> list[torch.Tensor]:
+    ranks.fork()
+    y = ranks.forward(x, chosen, bound)
+    ranks.join()
+    for dispatcher in ranks.dispatchers:
+        dispatcher.raise_if_failed()
+    return y
+
+
+def shuffled(sizes: Sizes, seed: int) -> Placement:
+    """A random placement of which every expert has a replica, with some lanes empty."""
+    random = np.random.default_rng(seed)
+    per_rank = (sizes.num_experts + sizes.num_redundant_experts) // sizes.num_ranks
+    while True:
+        extra = random.integers(0, sizes.num_experts, sizes.num_redundant_experts)
+        experts = random.permutation(np.concatenate([np.arange(sizes.num_experts), extra]))
+        lanes = np.full((sizes.num_ranks, per_rank + sizes.num_shadow_slots), -1)
+        for rank, own in enumerate(experts.reshape(sizes.num_ranks, per_rank)):
+            lanes[rank, random.permutation(lanes.shape[1])[:per_rank]] = own
+        if all(len(set(row[row >= 0])) == per_rank for row in lanes):
+            return Placement(lanes, sizes.num_experts)
+
+
+@pytest.mark.parametrize("sums", ["fixed_order", "by_rank"])
+@pytest.mark.parametrize(
+    ("num_ranks", "tokens"), [(1, [5]), (2, [3, 6]), (2, [0, 0]), (4, [6, 0, 1, 5]), (4, [0, 0, 6, 0])]
+)
+def test_outputs(num_ranks, tokens, sums, device, assert_close):
+    """Twice, as the second forward meets what the first has left behind."""
+    sizes = Sizes(num_ranks=num_ranks, num_redundant_experts=num_ranks * (num_ranks > 1), dtype=torch.float32, **SMALL)
+    ranks = VirtualRanks(sizes, torch.device(device), sums=sums)
+    for step in range(2):
+        x, chosen = batch(sizes, tokens[::-1] if step else tokens, device, seed=step)
+        for y, wanted in zip(run(ranks, x, chosen), expected(ranks, x, chosen), strict=True):
+            assert_close(y, wanted)
+
+
+@pytest.mark.parametrize("skewed", [False, True])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_no_bit_depends_on_the_placement(dtype, skewed, device):
+    """I5, also with a smaller bound, and with fewer ranks."""
+    sizes = Sizes(num_ranks=4, num_redundant_experts=4, num_shadow_slots=2, dtype=dtype, **SMALL)
+    tokens = [6, 2, 0, 5]
+    x, chosen = batch(sizes, tokens, device, skewed=skewed)
+    first = run(VirtualRanks(sizes, torch.device(device)), x, chosen)
+    for seed in range(3):
+        placement = shuffled(sizes, seed)
+        ranks = VirtualRanks(sizes, torch.device(device), placement=placement, shares_WS=equal_shares(placement))
+        for again, y in zip(run(ranks, x, chosen), first, strict=True):
+            assert torch.equal(again, y)
+    assert all(torch.equal(again, y) for again, y in zip(run(ranks, x, chosen, bound=6), first, strict=True))
+
+
+def test_a_rank_that_does_not_come_ends_the_wait(device):
+    """And from then on nobody waits; the error names the rank."""
+    sizes = Sizes(num_ranks=2, dtype=torch.float32, **SMALL)
+    ranks = VirtualRanks(sizes, torch.device(device), timeout=0.2)
+    x, chosen = batch(sizes, [3, 3], device)
+    run(ranks, x, chosen)
+    sent = send(ranks, 0, x[0], chosen[0])
+    sent.schedule(16, 0)
+    if device == "cuda":
+        torch.cuda.synchronize()
+    with pytest.raises(TimeoutError, match=r"rank 1 of the ranks that share the experts did not come .* within 0.2 s"):
+        ranks.dispatchers[0].raise_if_failed()
+    with pytest.raises(TimeoutError, match="rank 1"):
+        send(ranks, 0, x[0], chosen[0])
+    ranks.dispatchers[1].raise_if_failed()  # it has waited for nobody
+
+
+def send(ranks: VirtualRanks, rank: int, x_TH, chosen, bound=None):
+    lanes_TK, counts_L = choose_replicas(ranks.experts[rank], chosen[1])
+    return ranks.dispatchers[rank].dispatch(x_TH, chosen[0], lanes_TK, counts_L, "triton", bound)
+
+
+def test_ranks_with_different_bounds_are_told(device):
+    sizes = Sizes(num_ranks=2, dtype=torch.float32, **SMALL)
+    ranks = VirtualRanks(sizes, torch.device(device))
+    x, chosen = batch(sizes, [3, 3], device)
+    sent = [send(ranks, rank, x[rank], chosen[rank], bound=3 + rank) for rank in range(2)]
+    for one in sent:
+        one.schedule(16, 0)
+    if device == "cuda":
+        torch.cuda.synchronize()
+    for dispatcher in ranks.dispatchers:
+        assert dispatcher.area.failure() == NO_RANK
+        with pytest.raises(ValueError, match="max_tokens must be equal on all ranks in each forward"):
+            dispatcher.raise_if_failed()
+
+
+def test_arguments(device):
+    sizes = Sizes(num_ranks=2, dtype=torch.float32, **SMALL)
+    ranks = VirtualRanks(sizes, torch.device(device))
+    x, chosen = batch(sizes, [3, 7], device)
+    with pytest.raises(ValueError, match=r"bound=6: must be in \[7, 6\]"):
+        send(ranks, 1, x[1], chosen[1])
+    with pytest.raises(ValueError, match="bound=2"):
+        send(ranks, 0, x[0], chosen[0], bound=2)
+    with pytest.raises(ValueError, match="dispatcher='symm_mem' moves no gradients"):
+        send(ranks, 0, x[0].requires_grad_(), chosen[0])
