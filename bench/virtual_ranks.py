@@ -53,6 +53,7 @@ class VirtualRanks:
     Args:
         placement, shares_WS: where experts are, `Placement.initial()` if None.
         sums, timeout: as in `OneSidedDispatcher`.
+        experts_of: other ranks whose experts and streams are shared.
     """
 
     sizes: Sizes
@@ -62,6 +63,7 @@ class VirtualRanks:
     shares_WS: np.ndarray | None = None
     sums: str = "fixed_order"
     timeout: float = 30.0
+    experts_of: VirtualRanks | None = None
     experts: list[SlotExperts] = field(init=False)
     dispatchers: list[OneSidedDispatcher] = field(init=False)
 
@@ -80,6 +82,10 @@ class VirtualRanks:
         )
         memories = virtual_peers(sizes.num_ranks, self.layout.num_bytes, device)
         self.dispatchers = [OneSidedDispatcher(memory, self.layout, self.timeout, self.sums) for memory in memories]
+        if self.experts_of is not None:
+            other = self.experts_of
+            self.experts, self.router, self.streams = other.experts, other.router, other.streams
+            return
         self.experts = []
         for rank in range(sizes.num_ranks):
             resident = ResidentExperts(

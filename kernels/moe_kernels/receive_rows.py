@@ -94,8 +94,8 @@ def _receive_rows_kernel(
                 tl.store(here_ptr + flat, tl.zeros((BLOCK,), dtype=tl.int64) + epoch, mask=known)
         start += count
     if is_lane == 0:
-        peer = tl.arange(0, BLOCK_W)
-        theirs = tl.load(counts_ptr + peer * width + num_lanes + 1, mask=peer < W, other=bound)
+        peers = tl.arange(0, BLOCK_W)
+        theirs = tl.load(counts_ptr + peers * width + num_lanes + 1, mask=peers < W, other=bound)
         if tl.max((theirs != bound).to(tl.int32), axis=0) > 0:
             leave_word(state_ptr, error_ptr, tl.cast(_NO_RANK + 1, tl.int64))
 

@@ -15,7 +15,17 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from moe_kernels import GemmConfig, gemm_config, local_forward, routing_triton  # noqa: F401
+from moe_kernels import (  # noqa: F401
+    GemmConfig,
+    gather_counts,
+    gemm_config,
+    local_forward,
+    meet_peers,
+    receive_rows,
+    return_rows,
+    routing_triton,
+    send_rows,
+)
 from moe_kernels.config import _INTERMEDIATE, _KEPT_TMA, _TABLE_TMA
 from moe_kernels.scan import MANY_KEYS, chunk_options, scan_options
 
@@ -27,14 +37,19 @@ MODULES = {
         "expert_down_triton",
         "expert_up_tma",
         "expert_up_triton",
+        "gather_counts",
+        "meet_peers",
         "one_token_triton",
+        "receive_rows",
         "replicas_triton",
+        "return_rows",
         "routing_triton",
         "scan",
         "schedule_triton",
+        "send_rows",
     )
 }
-ALIGNED = ("stride_row", "stride_slot", "hidden_size", "intermediate", "num_experts")
+ALIGNED = ("stride_row", "stride_slot", "hidden_size", "intermediate", "num_experts", "rows_at")
 DTYPES = {torch.float32: "fp32", torch.float16: "fp16", torch.bfloat16: "bf16"}
 
 
@@ -74,9 +89,10 @@ def compile_gemms(arch: int, dtype: torch.dtype, rows_per_expert: int, even_k: b
     down = tiles | {"BLOCK_N": config.block_n}
     for module, name, constants in (
         ("expert_up_triton", "_expert_up_kernel", up),
+        ("expert_down_triton", "_expert_down_kernel", down | {"homes_ptr": None}),
         ("expert_down_triton", "_expert_down_kernel", down),
     ):
-        compiled = compile_kernel(module, name, floats, constants, arch, **options)
+        compiled = compile_kernel(module, name, floats | {"homes_ptr": "*i64"}, constants, arch, **options)
         assert compiled.metadata.shared <= 99 * 1024, f"{compiled.metadata.shared} bytes of shared memory"
 
 
@@ -165,6 +181,38 @@ def compile_small(arch: int) -> None:
     compile_small_one("schedule_triton", "_place_rows_kernel", {}, chunk, arch, options["num_warps"])
 
 
+def compile_peers(arch: int, dtype: torch.dtype, num_ranks: int) -> None:
+    """The kernels between several GPUs."""
+    element = f"*{DTYPES[dtype]}"
+    types = dict.fromkeys(("flags_ptr", "addresses_ptr", "state_ptr", "error_ptr", "here_ptr", "homes_ptr"), "*i64")
+    types |= dict.fromkeys(("x_ptr", "rows_ptr", "y_ptr", "sums_ptr"), element) | {"weights_ptr": "*fp32"}
+    types |= dict.fromkeys(("patience", "rows_at", "lists_at"), "i64")
+    ranks = {"W": num_ranks}
+    waits = ranks | {"BLOCK_W": triton.next_power_of_2(num_ranks), "TIMED": True}
+    columns = {"TOP_K": 8, "BLOCK_K": 8, "BLOCK_H": 1024}
+    sends = columns | ranks | {"BLOCK_W": waits["BLOCK_W"], "BLOCK": 128}
+    receives = waits | {"BLOCK_M": 16, "EXTRA_M": 0, "BLOCK": 512, "BLOCK_L": 128}
+    meets = waits | {"SAYS": True, "WAITS": True}
+    for module, name, constants, num_warps in (
+        ("send_rows", "_send_rows_kernel", sends, 4),
+        ("receive_rows", "_receive_rows_kernel", receives, 4),
+        ("receive_rows", "_receive_rows_kernel", receives | {"here_ptr": None}, 4),
+        ("meet_peers", "_meet_peers_kernel", meets, 1),
+        ("gather_counts", "_gather_counts_kernel", meets | {"BLOCK": 1024}, 4),
+        ("return_rows", "_return_rows_kernel", {"BLOCK_H": 1024}, 4),
+        ("return_rows", "_return_sums_kernel", columns | ranks, 4),
+        ("return_rows", "_combine_sums_kernel", columns | ranks, 4),
+    ):
+        compiled = compile_small_one(module, name, types, constants, arch, num_warps)
+        ptx = compiled.asm["ptx"]
+        if "return" in name:
+            assert re.search(r"st\.global\S*v4\.b32", ptx), "rows must be stored 16 bytes at a time"
+        if "TIMED" in constants:
+            assert "global.sys.acquire" in ptx and "globaltimer" in ptx
+        if name in ("_send_rows_kernel", "_meet_peers_kernel", "_gather_counts_kernel"):
+            assert "global.sys.release" in ptx
+
+
 def compile_one_token(arch: int, dtype: torch.dtype) -> None:
     element, pdl = f"*{DTYPES[dtype]}", arch >= 90
     choice = {"logits_ptr": element, "bias_ptr": "*fp32", "mask_ptr": "*i1", "scale": "fp32"}
@@ -223,7 +271,12 @@ def compile_tma_gemms(
             types = {"gate_up": f"tensordesc<{element}[{box}]>", "x_ptr": f"*{element}", "hidden_ptr": f"*{element}"}
             tiles |= {"ACTIVATION": "silu", "BLOCK_I": n // 2}
         else:
-            types = {"row_weights_ptr": "*fp32", "rows_ptr": f"*{element}", "down": f"tensordesc<{element}[1,{n},{k}]>"}
+            types = {
+                "row_weights_ptr": "*fp32",
+                "rows_ptr": f"*{element}",
+                "homes_ptr": "*i64",
+                "down": f"tensordesc<{element}[1,{n},{k}]>",
+            }
             for name, rows in (
                 ("hidden", config.block_m),
                 ("hidden_tail", config.tail_m),
@@ -232,16 +285,21 @@ def compile_tma_gemms(
                 types[name] = f"tensordesc<{element}[{rows or config.block_m},{k}]>"
             tiles |= {"PERSISTENT": config.programs_per_sm > 0, "BLOCK_N": n}
         options = {"num_warps": config.num_warps, "num_stages": config.num_stages, "launch_pdl": True}
-        compiled = compile_kernel(module, f"_{module}_kernel", types, sizes | tiles, arch, **options)
-        is_kept = re.search(r"st\.global\S*evict_last\S*cache_hint", compiled.asm["ptx"]) is not None
-        assert is_kept == config.keep, "outputs must stay in L2 where they are worth it"
-        assert "wgmma" in compiled.asm["ptx"] and "mma.sync" not in compiled.asm["ptx"]
-        assert compiled.metadata.shared <= 227 * 1024, f"{compiled.metadata.shared} bytes of shared memory"
+        for absent in ({}, {"homes_ptr": None}) if module == "expert_down_tma" else ({},):
+            compiled = compile_kernel(module, f"_{module}_kernel", types, sizes | tiles | absent, arch, **options)
+            ptx = compiled.asm["ptx"]
+            is_kept = re.search(r"st\.global\S*evict_last\S*cache_hint", ptx) is not None
+            assert is_kept == config.keep, "outputs must stay in L2 where they are worth it"
+            assert re.search(r"st\.global\S*v4\.b32", ptx), "rows must be stored 16 bytes at a time, also to a peer"
+            assert "wgmma" in ptx and "mma.sync" not in ptx
+            assert compiled.metadata.shared <= 227 * 1024, f"{compiled.metadata.shared} bytes of shared memory"
 
 
 if __name__ == "__main__":
     arch = int(sys.argv[1])
     compile_small(arch)
+    for dtype, num_ranks in ((torch.bfloat16, 4), (torch.float32, 2), (torch.bfloat16, 8)):
+        compile_peers(arch, dtype, num_ranks)
     for dtype in DTYPES:
         compile_one_token(arch, dtype)
         for rows in (16, 32, 64, 128):

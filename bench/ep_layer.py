@@ -1,0 +1,157 @@
+"""``python -m bench.ep_layer``: dispatch and combine, and whole layers whose experts are spread over ranks.
+
+By default with virtual ranks on one GPU (`bench.virtual_ranks`): the kernels' own cost, without links. Parts:
+"dispatch+combine" (all but the experts; a kernel of its own returns the results), "layer" (replica choice, dispatch, experts,
+combine) and "local": as many tokens on each rank's own experts, all ranks at once, which is what the layer would take if
+nothing travelled.
+
+Device time of CUDA graphs that run all ranks; the providers of a case take turns.
+"""
+
+import argparse
+import csv
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from bench.command import make_parser
+from bench.environment import environment
+from bench.timing import Function, Timing, capture, time_captured
+from bench.virtual_ranks import Sizes, VirtualRanks
+from moe_kernels import LoadCounter, ReplicaTable, local_experts
+from moe_layer.dispatch import Dispatched
+from moe_layer.executors import choose_replicas
+
+SHAPES = {"dsv3": (256, 8, 7168, 2048), "qwen3": (128, 8, 2048, 768)}
+"""Of all ranks together: experts, top-k, hidden, intermediate."""
+TOKENS = (1, 16, 64, 512, 4096)
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    parser = make_parser("ep_layer", __doc__)
+    parser.add_argument("--shapes", nargs="+", default=list(SHAPES), choices=list(SHAPES))
+    parser.add_argument("--tokens", nargs="+", type=int, default=list(TOKENS), help="of a rank")
+    parser.add_argument("--ranks", type=int, default=4)
+    parser.add_argument("--csv", type=Path, metavar="FILE")
+    options = parser.parse_args(arguments)
+    if not torch.cuda.is_available():
+        parser.error("needs a GPU: what is timed are CUDA graphs")
+    rows = []
+    for shape in options.shapes:
+        for num_tokens in options.tokens:
+            for part, provider, timing in time_virtual(shape, num_tokens, options):
+                row = {
+                    "case": f"{shape}/T{num_tokens}",
+                    "ranks": options.ranks,
+                    "virtual": 1,
+                    "provider": provider,
+                    "part": part,
+                    "median_us": f"{timing.median_us:.2f}",
+                    "p20_us": f"{timing.p20_us:.2f}",
+                    "p80_us": f"{timing.p80_us:.2f}",
+                }
+                print(" ".join(f"{value:>18}" for value in row.values()), flush=True)
+                rows.append(row | environment())
+    if options.csv is not None:
+        write(options.csv, rows)
+    return 0
+
+
+def write(path: Path, rows: list[dict[str, Any]]) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with path.open("w", newline="") as file:
+        writer = csv.DictWriter(file, list(rows[0]))
+        writer.writeheader()
+        writer.writerows(rows)
+
+
+def time_virtual(shape: str, num_tokens: int, options: argparse.Namespace) -> list[tuple[str, str, Timing]]:
+    """(part, provider, time) of one case."""
+    num_experts, top_k, hidden_size, intermediate_size = SHAPES[shape]
+    device = torch.device("cuda")
+    sizes = Sizes(options.ranks, num_experts, top_k, hidden_size, intermediate_size, num_tokens)
+    generator = torch.Generator(device).manual_seed(0)
+    x = [
+        torch.randn(num_tokens, hidden_size, generator=generator, device=device).bfloat16()
+        for _ in range(options.ranks)
+    ]
+    logits = [torch.randn(num_tokens, num_experts, generator=generator, device=device) for _ in x]
+    timed: list[tuple[str, str, torch.cuda.CUDAGraph]] = []
+    kept = []
+    first = VirtualRanks(sizes, device)
+    for provider, sums in (("moe_layer", "fixed_order"), ("moe_layer sums by rank", "by_rank")):
+        ranks = VirtualRanks(sizes, device, sums=sums, experts_of=first)
+        chosen = first.choose(logits)
+        torch.cuda.synchronize()
+        for part, function in (("dispatch+combine", _travel(ranks, x, chosen)), ("layer", _layer(ranks, x, chosen))):
+            timed.append((part, provider, capture(function, device)))
+        kept.append(ranks)
+    timed.append(("local", "moe_layer", capture(_local(first, x, logits), device)))
+    times = time_captured([graph for _, _, graph in timed], device)
+    for ranks in kept:
+        for dispatcher in ranks.dispatchers:
+            dispatcher.raise_if_failed()
+    return [(part, provider, timing) for (part, provider, _), timing in zip(timed, times, strict=True)]
+
+
+def _layer(ranks: VirtualRanks, x: list[torch.Tensor], chosen: Any) -> Function:
+    def run() -> None:
+        ranks.fork()
+        ranks.forward(x, chosen)
+        ranks.join()
+
+    return run
+
+
+def _travel(ranks: VirtualRanks, x: list[torch.Tensor], chosen: Any) -> Function:
+    """All of a layer but replica choice and experts."""
+    lanes = [choose_replicas(experts, ids_TK) for experts, (_, ids_TK) in zip(ranks.experts, chosen, strict=True)]
+    sizes = ranks.sizes
+    rows = torch.zeros(
+        sizes.num_ranks * sizes.max_tokens * sizes.top_k, sizes.hidden_size, dtype=sizes.dtype, device="cuda"
+    )
+    torch.cuda.synchronize()
+
+    def run() -> None:
+        def send(rank: int) -> Dispatched:
+            return ranks.dispatchers[rank].dispatch(x[rank], chosen[rank][0], *lanes[rank], "triton")
+
+        ranks.fork()
+        sent: list[Dispatched] = ranks.all(send)  # type: ignore[assignment]
+        ranks.all(lambda rank: sent[rank].schedule(16, 0))
+        ranks.finish([rows] * sizes.num_ranks, sent, [lanes_TK for lanes_TK, _ in lanes])
+        ranks.join()
+
+    return run
+
+
+def _local(ranks: VirtualRanks, x: list[torch.Tensor], logits: list[torch.Tensor]) -> Function:
+    """As many rows on each rank as come in the mean, all of its own experts and tokens."""
+    calls = []
+    for rank, experts in enumerate(ranks.experts):
+        count = ranks.sizes.num_experts // ranks.sizes.num_ranks
+        weights_TK, ids_TK = ranks.router.choose(logits[rank], None)
+        own = logits[rank][:, rank * count : (rank + 1) * count].contiguous()
+        ids_TK = own.topk(ranks.sizes.top_k, dim=1).indices.int()
+        lanes = experts.resident.current.placement.lanes_WS[rank].tolist()
+        table = ReplicaTable(
+            torch.tensor([lanes.index(rank * count + one) for one in range(count)], dtype=torch.int32, device="cuda"),
+            experts.table.lane_to_slot_L,
+        )
+        load = LoadCounter(torch.zeros(count, dtype=torch.int64, device="cuda"))
+        calls.append((x[rank], ids_TK, weights_TK, experts.matrices(), table, load))
+    torch.cuda.synchronize()
+
+    def run() -> None:
+        ranks.fork()
+        ranks.all(lambda rank: local_experts(*calls[rank], backend="triton"))
+        ranks.join()
+
+    return run
+
+
+if __name__ == "__main__":
+    sys.exit(main())
