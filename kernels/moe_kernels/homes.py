@@ -31,7 +31,8 @@ class RowHomes:
 def row_at(rows_ptr, flat, hidden_size, homes_ptr, rows_per_home):
     """Where flat rows begin: in `rows_ptr`, or if there are homes, in theirs."""
     if homes_ptr is None:
-        return rows_ptr + flat.to(tl.int64) * hidden_size
-    home = tl.load(homes_ptr + flat // rows_per_home)
-    at = tl.multiple_of(home.to(rows_ptr.dtype), 16)
-    return at + (flat % rows_per_home).to(tl.int64) * hidden_size
+        at = rows_ptr + flat.to(tl.int64) * hidden_size
+    else:
+        home = tl.load(homes_ptr + flat // rows_per_home)
+        at = tl.multiple_of(home.to(rows_ptr.dtype), 16) + (flat % rows_per_home).to(tl.int64) * hidden_size
+    return at
