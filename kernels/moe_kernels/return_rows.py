@@ -11,13 +11,18 @@ import triton.language as tl
 
 from moe_kernels.checks import check_tensor
 from moe_kernels.homes import row_at
-from moe_kernels.integers import next_power_of_2
+from moe_kernels.integers import cdiv, next_power_of_2
 from moe_kernels.launch import Launcher, gdc_launch_dependents, gdc_wait
 from moe_kernels.numerics import narrow, widen
 from moe_kernels.peers import EPOCH, PeerArea
 from moe_kernels.tiles import TileSchedule
 
 _MOST_PROGRAMS = 512  # of 4 warps: as many threads as 32 of an H100's multiprocessors have
+
+
+def _programs(rows: int, hidden_size: int, block: int) -> tuple[int]:
+    """For as many rows as come in the mean."""
+    return (max(1, min(_MOST_PROGRAMS, rows * cdiv(hidden_size, block))),)
 
 
 @Launcher
@@ -143,10 +148,11 @@ def return_rows(rows_NH: torch.Tensor, schedule: TileSchedule, area: PeerArea, b
     """
     layout = area.layout
     check_tensor("rows_NH", rows_NH, (schedule.order_N.shape[0], layout.hidden_size), layout.dtype, area.own.device)
-    _return_rows_kernel[(_MOST_PROGRAMS if rows_NH.is_cuda else 4,)](
+    block = min(1024, next_power_of_2(layout.hidden_size))
+    _return_rows_kernel[_programs(bound * layout.top_k, layout.hidden_size, block)](
         *(rows_NH, schedule.order_N, schedule.offsets_L1[-1:], area.results_W),
         *(bound * layout.top_k, layout.hidden_size),
-        BLOCK_H=min(1024, next_power_of_2(layout.hidden_size)),
+        BLOCK_H=block,
         num_warps=4,
     )
 
@@ -163,13 +169,14 @@ def return_sums(rows_NH: torch.Tensor, area: PeerArea, bound: int, num_lanes: in
     layout = area.layout
     per_rank = bound * layout.top_k
     check_tensor("rows_NH", rows_NH, (layout.num_ranks * per_rank, layout.hidden_size), layout.dtype, area.own.device)
-    _return_sums_kernel[(_MOST_PROGRAMS if rows_NH.is_cuda else 4,)](
+    block = min(1024, next_power_of_2(layout.hidden_size))
+    _return_sums_kernel[_programs(bound * layout.num_ranks, layout.hidden_size, block)](
         *(rows_NH, area.here, area.part("counts", torch.int32, 1), area.results_W, area.state),
         *(area.rank, bound, layout.hidden_size, num_lanes),
         TOP_K=layout.top_k,
         W=layout.num_ranks,
         BLOCK_K=next_power_of_2(layout.top_k),
-        BLOCK_H=min(1024, next_power_of_2(layout.hidden_size)),
+        BLOCK_H=block,
         num_warps=4,
     )
 
@@ -186,7 +193,7 @@ def combine_sums(lanes_TK: torch.Tensor, area: PeerArea, num_lanes: int) -> torc
     y_TH = torch.empty((num_tokens, hidden_size), dtype=layout.dtype, device=area.own.device)
     if y_TH.numel():
         block = min(1024, next_power_of_2(hidden_size))
-        _combine_sums_kernel[(num_tokens, -(-hidden_size // block))](
+        _combine_sums_kernel[(num_tokens, cdiv(hidden_size, block))](
             *(area.part("results", layout.dtype, 1), lanes_TK, y_TH),
             *(hidden_size, num_lanes),
             TOP_K=layout.top_k,
