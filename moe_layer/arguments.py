@@ -19,6 +19,34 @@ def check_choice(name: str, value: Any, choices: tuple[str, ...], otherwise: str
         raise ValueError(f"{name} must be one of {', '.join(map(repr, choices))}{otherwise}; got {value!r}")
 
 
+def check_trainable(trainable: Any, **unmoved: Any) -> None:
+    """Raises ValueError unless `trainable` is a bool and goes with the arguments that say how experts move."""
+    if not isinstance(trainable, bool):
+        raise ValueError(f"trainable must be True or False, got {trainable!r}")
+    for name, given in unmoved.items():
+        if trainable and given:
+            raise ValueError(f"{name}={given!r} does not go with trainable=True: such experts do not move")
+
+
+def check_tokens(num_tokens: int, bound: Any, default: int | None) -> int:
+    """The bound of a forward: its own, or the layer's default.
+
+    Raises:
+        ValueError: the bound is no positive integer, or this rank has more tokens.
+    """
+    if bound is None:
+        assert default is not None
+        bound = default
+    else:
+        check_integer("max_tokens", bound, 1)
+    if num_tokens > bound:
+        raise ValueError(
+            f"x has {num_tokens} tokens, more than max_tokens={bound}: give the forward a larger max_tokens, equal on all "
+            "ranks"
+        )
+    return bound
+
+
 def physical_per_rank(
     hidden_size: Any, intermediate_size: Any, num_experts: Any, num_redundant_experts: Any, num_ranks: int
 ) -> int:
@@ -120,3 +148,36 @@ def check_per_token(
             f"{name} must be one of {', '.join(map(str, dtypes))} and on {x.device}, as x is; got "
             f"{value.dtype} on {value.device}"
         )
+
+
+def given_choice(
+    x: torch.Tensor,
+    mask_T: torch.Tensor | None,
+    expert_ids: torch.Tensor | None,
+    expert_weights: torch.Tensor | None,
+    top_k: int,
+    num_experts: int,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """ids_TK (int32, -1 for none) and weights_TK (float32) of the caller's choice.
+
+    Raises:
+        ValueError: one of the two is missing, or does not fit `x`.
+    """
+    if expert_ids is None or expert_weights is None:
+        missing = "expert_ids" if expert_ids is None else "expert_weights"
+        raise ValueError(f"{missing} must be given too: expert_ids and expert_weights belong together, got None")
+    integers, floats = (torch.int32, torch.int64), (*FLOATS, torch.float64)
+    check_per_token("expert_ids", expert_ids, x, top_k, "choice", integers)
+    check_per_token("expert_weights", expert_weights, x, top_k, "choice", floats)
+    ids_TK, weights_TK = as_rows(expert_ids), as_rows(expert_weights.float())
+    is_none = (ids_TK < 0) | (ids_TK >= num_experts)  # before int64 is narrowed
+    if mask_T is not None:
+        is_none = is_none | ~mask_T[:, None]
+    return ids_TK.masked_fill(is_none, -1).int(), weights_TK.masked_fill(is_none, 0)
+
+
+def as_rows(tensor: torch.Tensor) -> torch.Tensor:
+    """``[..., n]`` as ``[T, n]``, contiguous; a reshape that changes nothing would take the host as long as a launch."""
+    if tensor.dim() == 2 and tensor.is_contiguous():
+        return tensor
+    return tensor.reshape(-1, tensor.shape[-1]).contiguous()

@@ -20,6 +20,7 @@ from moe_kernels import (
 )
 from moe_kernels.expert_down import expert_down_home
 from moe_layer.dispatch import Dispatched, Dispatcher
+from moe_layer.dispatch.lanes import count_lanes
 from moe_layer.experts import Experts
 from moe_layer.recomputed import Recomputed
 from moe_layer.router import Router
@@ -38,8 +39,10 @@ class LocalExecutor:
         x_TH: torch.Tensor,
         logits_TE: torch.Tensor,
         token_mask_T: torch.Tensor | None,
+        max_tokens: int | None = None,
     ) -> torch.Tensor:
-        """y_TH of the experts that `gate` chooses by the logits."""
+        """y_TH of the experts that `gate` chooses by the logits. The bound is for executors that dispatch."""
+        del max_tokens
         if needs_grad(experts, x_TH, logits_TE):
             weights_TK, ids_TK = gate.choose(logits_TE, token_mask_T)
             return self._differentiable(experts, x_TH, ids_TK, weights_TK)
@@ -64,9 +67,15 @@ class LocalExecutor:
         return under_one_version(experts, fused)
 
     def from_ids(
-        self, experts: Experts, x_TH: torch.Tensor, ids_TK: torch.Tensor, weights_TK: torch.Tensor
+        self,
+        experts: Experts,
+        x_TH: torch.Tensor,
+        ids_TK: torch.Tensor,
+        weights_TK: torch.Tensor,
+        max_tokens: int | None = None,
     ) -> torch.Tensor:
         """y_TH of the experts given by ids (int32, -1 for none) and float32 weights."""
+        del max_tokens
         if needs_grad(experts, x_TH, weights_TK):
             return self._differentiable(experts, x_TH, ids_TK, weights_TK)
 
@@ -111,7 +120,7 @@ class LocalExecutor:
 
 
 class ExpertParallelExecutor:
-    """Experts are spread over ranks: choose replica → dispatch → compute rows → combine. Eager only."""
+    """Experts are spread over ranks: choose replica → dispatch → compute rows → combine."""
 
     def __init__(self, dispatcher: Dispatcher) -> None:
         self.dispatcher: Dispatcher | None = dispatcher
@@ -123,16 +132,26 @@ class ExpertParallelExecutor:
         x_TH: torch.Tensor,
         logits_TE: torch.Tensor,
         token_mask_T: torch.Tensor | None,
+        max_tokens: int | None = None,
     ) -> torch.Tensor:
-        """y_TH of the experts that `gate` chooses by the logits. Collective."""
+        """y_TH of the experts that `gate` chooses by the logits; for `max_tokens` see `from_ids`. Collective."""
         weights_TK, ids_TK = gate.choose(logits_TE, token_mask_T)
-        return self.from_ids(experts, x_TH, ids_TK, weights_TK)
+        return self.from_ids(experts, x_TH, ids_TK, weights_TK, max_tokens)
 
     @torch.compiler.disable
     def from_ids(
-        self, experts: Experts, x_TH: torch.Tensor, ids_TK: torch.Tensor, weights_TK: torch.Tensor
+        self,
+        experts: Experts,
+        x_TH: torch.Tensor,
+        ids_TK: torch.Tensor,
+        weights_TK: torch.Tensor,
+        max_tokens: int | None = None,
     ) -> torch.Tensor:
-        """y_TH of the experts given by ids (int32, -1 for none) and float32 weights. Collective."""
+        """y_TH of the experts given by ids (int32, -1 for none) and float32 weights. Collective.
+
+        Args:
+            max_tokens: no rank has more tokens; equal on all ranks. None: the dispatcher's own bound.
+        """
         resident = experts.resident
         with resident.choice() as pin:
             lanes_TK, counts_L = choose_replicas(experts, ids_TK)
@@ -140,7 +159,7 @@ class ExpertParallelExecutor:
         def compute(
             x_TH: torch.Tensor, weights_TK: torch.Tensor, lanes_TK: torch.Tensor, counts_L: torch.Tensor
         ) -> torch.Tensor:
-            return self._computed(experts, x_TH, weights_TK, lanes_TK, counts_L)
+            return self._computed(experts, x_TH, weights_TK, lanes_TK, counts_L, max_tokens)
 
         if needs_grad(experts, x_TH, weights_TK) and not experts.trainable:
             return Recomputed.apply(compute, pin, lanes_TK, counts_L, x_TH, weights_TK)
@@ -158,9 +177,34 @@ class ExpertParallelExecutor:
         weights_TK: torch.Tensor,
         lanes_TK: torch.Tensor,
         counts_L: torch.Tensor,
+        max_tokens: int | None,
+    ) -> torch.Tensor:
+        """In one turn, or in as many as the dispatcher's bound asks for: that depends on nothing of this rank alone."""
+        assert self.dispatcher is not None
+        most = self.dispatcher.max_tokens
+        if most is None or max_tokens is None or max_tokens <= most:
+            bound = None if most is None else max_tokens or most
+            return self._one_turn(experts, x_TH, weights_TK, lanes_TK, counts_L, bound)
+        parts = []
+        for first in range(0, max_tokens, most):
+            turn = slice(first, first + most)
+            lanes = lanes_TK[turn]
+            counts = count_lanes(lanes, counts_L.numel())
+            bound = min(most, max_tokens - first)
+            parts.append(self._one_turn(experts, x_TH[turn], weights_TK[turn], lanes, counts, bound))
+        return torch.cat(parts)
+
+    def _one_turn(
+        self,
+        experts: Experts,
+        x_TH: torch.Tensor,
+        weights_TK: torch.Tensor,
+        lanes_TK: torch.Tensor,
+        counts_L: torch.Tensor,
+        max_tokens: int | None,
     ) -> torch.Tensor:
         assert self.dispatcher is not None
-        sent = self.dispatcher.dispatch(x_TH, weights_TK, lanes_TK, counts_L, experts.backend)
+        sent = self.dispatcher.dispatch(x_TH, weights_TK, lanes_TK, counts_L, experts.backend, max_tokens)
         rows_NH = compute_rows(experts, sent, lanes_TK.shape[1])
         return self.dispatcher.combine(rows_NH, sent, lanes_TK, experts.backend)
 

@@ -20,10 +20,14 @@ from eplb.streams import streams_of
 from moe_kernels import resolve_backend
 from moe_kernels.checks import FLOATS
 from moe_layer.arguments import (
+    as_rows,
     check_integer,
     check_mask,
     check_per_token,
+    check_tokens,
+    check_trainable,
     check_x,
+    given_choice,
     home_of,
     is_autocast_enabled,
     physical_per_rank,
@@ -74,6 +78,8 @@ class MoELayer(nn.Module):
         pool: slots shared with other layers, from `make_pool()`; the layer's own if None.
         process_group: the ranks that share the experts; None: all experts are on this rank.
         dispatcher: "auto", "local" (needs one rank), "all_to_all", or an object with `Dispatcher`'s methods.
+        max_tokens: most tokens of any rank in one forward, equal on all ranks: buffers of a static size are made for so
+            many. A forward may set another bound. None: any number.
         backend: of the kernels: "auto" (Triton on CUDA, PyTorch references on a CPU), "triton", "torch".
         device: of the weights: a CPU or CUDA device, or "meta", which takes no memory until `to_empty()`.
         dtype: of weights and hidden states: float32, float16 or bfloat16.
@@ -99,6 +105,7 @@ class MoELayer(nn.Module):
         pool: SlotPool | None = None,
         process_group: dist.ProcessGroup | None = None,
         dispatcher: str | Dispatcher = "auto",
+        max_tokens: int | None = None,
         backend: str = "auto",
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
@@ -113,11 +120,9 @@ class MoELayer(nn.Module):
         check_integer("num_shadow_slots", num_shadow_slots, 0)
         if top_k > num_experts:
             raise ValueError(f"top_k must be at most num_experts={num_experts}, got {top_k}")
-        if not isinstance(trainable, bool):
-            raise ValueError(f"trainable must be True or False, got {trainable!r}")
-        for name, given in (("num_redundant_experts", num_redundant_experts), ("pool", pool)):
-            if trainable and given:
-                raise ValueError(f"{name}={given!r} does not go with trainable=True: such experts do not move")
+        check_trainable(trainable, num_redundant_experts=num_redundant_experts, pool=pool)
+        if max_tokens is not None:
+            check_integer("max_tokens", max_tokens, 1)
         device, dtype = resolve_device(device), resolve_dtype(dtype)
         router_dtype = None if router_dtype is None else resolve_dtype(router_dtype, "router_dtype")
         format = gated_format(hidden_size, intermediate_size, dtype, activation)
@@ -127,6 +132,7 @@ class MoELayer(nn.Module):
         self.hidden_size = hidden_size
         self.intermediate_size = intermediate_size
         self.top_k = top_k
+        self.max_tokens = max_tokens
         self.backend = backend
         self.process_group = process_group
         self.executor: Executor = LocalExecutor()
@@ -231,6 +237,7 @@ class MoELayer(nn.Module):
         *,
         expert_ids: torch.Tensor | None = None,
         expert_weights: torch.Tensor | None = None,
+        max_tokens: int | None = None,
     ) -> torch.Tensor:
         """Route each token to its experts and sum what they say.
 
@@ -248,19 +255,25 @@ class MoELayer(nn.Module):
             router_logits: ``[..., E]``, float32, float16 or bfloat16, from a router of the model's own.
             expert_ids: int32 or int64 ``[..., K]``, logical experts; -1, like any id out of range, is computed nowhere.
             expert_weights: ``[..., K]``, any float dtype; used in float32. Gradients flow to them.
+            max_tokens: most tokens of any rank in this forward, equal on all ranks; None: the constructor's. A smaller bound
+                saves time where batches are padded to it. With a larger one such a dispatcher takes several turns, the
+                same number on all ranks.
 
         Returns:
             The layer's output, shaped like `x` and of its dtype; under `torch.autocast` of the autocast dtype.
 
         Raises:
-            ValueError: shape, dtype or device of an argument do not fit, or only some ranks need a gradient (on all).
+            ValueError: shape, dtype or device of an argument do not fit; `x` has more tokens than `max_tokens` (nothing is
+                sent then); or only some ranks need a gradient (see the dispatcher which of them say so).
         """
         modules = self._modules  # nn.Module's attribute access takes the host longer than the checks
         experts, gate = cast(Experts, modules["experts"]), cast(Router | None, modules["gate"])
         if is_autocast_enabled(x):
-            return self._under_autocast(x, token_mask, router_logits, expert_ids, expert_weights)
+            return self._under_autocast(x, token_mask, router_logits, expert_ids, expert_weights, max_tokens)
         check_x(x, self.hidden_size, experts.dtype, experts.device)
-        x_TH, mask_T = _rows(x), None
+        x_TH, mask_T = as_rows(x), None
+        if max_tokens is not None or self.max_tokens is not None:
+            max_tokens = check_tokens(x_TH.shape[0], max_tokens, self.max_tokens)
         if token_mask is not None:
             check_mask(token_mask, x)
             mask_T = token_mask.reshape(-1).contiguous()
@@ -269,48 +282,35 @@ class MoELayer(nn.Module):
         if experts.trainable and self.process_group is not None:
             check_ddp(experts, self.process_group)
         if expert_ids is not None or expert_weights is not None:
-            ids_TK, weights_TK = self._given(x, mask_T, expert_ids, expert_weights)
-            y_TH = self.executor.from_ids(experts, x_TH, ids_TK, weights_TK)
+            ids_TK, weights_TK = given_choice(x, mask_T, expert_ids, expert_weights, self.top_k, experts.num_experts)
+            y_TH = self.executor.from_ids(experts, x_TH, ids_TK, weights_TK, max_tokens)
         else:
             if gate is None:
                 raise ValueError("expert_ids and expert_weights must be given, as the layer was built with router=None")
             if router_logits is None:
-                logits_TE = _rows(gate(x_TH))
+                logits_TE = as_rows(gate(x_TH))
                 check_per_token("the gate's output", logits_TE, x_TH, experts.num_experts, "expert", FLOATS)
             else:
                 check_per_token("router_logits", router_logits, x, experts.num_experts, "expert", FLOATS)
-                logits_TE = _rows(router_logits)
-            y_TH = self.executor.from_logits(experts, gate, x_TH, logits_TE, mask_T)
+                logits_TE = as_rows(router_logits)
+            y_TH = self.executor.from_logits(experts, gate, x_TH, logits_TE, mask_T, max_tokens)
         return y_TH if x.dim() == 2 else y_TH.reshape(x.shape)
 
-    def _under_autocast(self, x: torch.Tensor, *given: torch.Tensor | None) -> torch.Tensor:
+    def _under_autocast(
+        self,
+        x: torch.Tensor,
+        mask: torch.Tensor | None,
+        logits: torch.Tensor | None,
+        ids: torch.Tensor | None,
+        weights: torch.Tensor | None,
+        max_tokens: int | None,
+    ) -> torch.Tensor:
         """Computed in the layer's dtype, router and experts alike; returned as `nn.Linear` would return it."""
-        mask, logits, ids, weights = given
         dtype, device_type = self.experts.dtype, x.device.type
         with torch.autocast(device_type, enabled=False):
             x = x.to(dtype) if x.dtype in FLOATS else x
-            y = self.forward(x, mask, logits, expert_ids=ids, expert_weights=weights)
+            y = self.forward(x, mask, logits, expert_ids=ids, expert_weights=weights, max_tokens=max_tokens)
         return y.to(torch.get_autocast_dtype(device_type))
-
-    def _given(
-        self,
-        x: torch.Tensor,
-        mask_T: torch.Tensor | None,
-        expert_ids: torch.Tensor | None,
-        expert_weights: torch.Tensor | None,
-    ) -> tuple[torch.Tensor, torch.Tensor]:
-        """ids_TK (int32) and weights_TK (float32) of the caller's choice."""
-        if expert_ids is None or expert_weights is None:
-            missing = "expert_ids" if expert_ids is None else "expert_weights"
-            raise ValueError(f"{missing} must be given too: expert_ids and expert_weights belong together, got None")
-        integers, floats = (torch.int32, torch.int64), (*FLOATS, torch.float64)
-        check_per_token("expert_ids", expert_ids, x, self.top_k, "choice", integers)
-        check_per_token("expert_weights", expert_weights, x, self.top_k, "choice", floats)
-        ids_TK, weights_TK = _rows(expert_ids), _rows(expert_weights.float())
-        is_none = (ids_TK < 0) | (ids_TK >= self.experts.num_experts)  # before int64 is narrowed
-        if mask_T is not None:
-            is_none = is_none | ~mask_T[:, None]
-        return ids_TK.masked_fill(is_none, -1).int(), weights_TK.masked_fill(is_none, 0)
 
     # ---- copies
 
@@ -333,10 +333,3 @@ class MoELayer(nn.Module):
 
     def extra_repr(self) -> str:
         return f"hidden_size={self.hidden_size}, intermediate_size={self.intermediate_size}"
-
-
-def _rows(tensor: torch.Tensor) -> torch.Tensor:
-    """``[..., n]`` as ``[T, n]``, contiguous; a reshape that changes nothing would take the host as long as a launch."""
-    if tensor.dim() == 2 and tensor.is_contiguous():
-        return tensor
-    return tensor.reshape(-1, tensor.shape[-1]).contiguous()

@@ -66,9 +66,15 @@ class CountingDispatcher(AllToAllDispatcher):
         self.rows: list[int] = []
 
     def dispatch(
-        self, x_TH: torch.Tensor, weights_TK: torch.Tensor, lanes_TK: torch.Tensor, counts_L: torch.Tensor, backend: str
+        self,
+        x_TH: torch.Tensor,
+        weights_TK: torch.Tensor,
+        lanes_TK: torch.Tensor,
+        counts_L: torch.Tensor,
+        backend: str,
+        max_tokens: int | None = None,
     ) -> Dispatched:
-        dispatched = super().dispatch(x_TH, weights_TK, lanes_TK, counts_L, backend)
+        dispatched = super().dispatch(x_TH, weights_TK, lanes_TK, counts_L, backend, max_tokens)
         self.rows.append(dispatched.rows_RH.shape[0])
         return dispatched
 

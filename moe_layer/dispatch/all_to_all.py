@@ -34,10 +34,14 @@ class AllToAllDispatcher:
     Three collectives a forward: counts; rows with their weights; results. The first also finds ranks that differ in
     whether a backward comes: ValueError on all of them.
 
+    It pads nothing, so it takes any number of tokens in one turn, whatever `max_tokens` is.
+
     Args:
         group: of the ranks that share the experts; every rank calls the layer equally often, also without tokens.
         num_lanes: S.
     """
+
+    max_tokens: int | None = None
 
     def __init__(self, group: dist.ProcessGroup, num_lanes: int) -> None:
         self._group = group
@@ -48,8 +52,15 @@ class AllToAllDispatcher:
         return backend_of(self._group, device)
 
     def dispatch(
-        self, x_TH: torch.Tensor, weights_TK: torch.Tensor, lanes_TK: torch.Tensor, counts_L: torch.Tensor, backend: str
+        self,
+        x_TH: torch.Tensor,
+        weights_TK: torch.Tensor,
+        lanes_TK: torch.Tensor,
+        counts_L: torch.Tensor,
+        backend: str,
+        max_tokens: int | None = None,
     ) -> Dispatched:
+        del max_tokens
         num_tokens, top_k = lanes_TK.shape
         num_ranks, num_lanes = self._num_ranks, self._num_lanes
         # To each rank: how many rows its lanes get, how many tokens there are, and in the last bit whether a backward comes.

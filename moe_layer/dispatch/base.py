@@ -39,18 +39,34 @@ class Dispatched:
 
 
 class Dispatcher(Protocol):
+    """Moves rows between ranks.
+
+    Attributes:
+        max_tokens: most tokens of a rank in one `dispatch`, equal on all ranks: what static buffers are made for. None: any
+            number, and nothing is padded.
+    """
+
+    max_tokens: int | None
+
     def backend(self, device: torch.device) -> str:
         """What moves rows of `device`: "gloo" or "nccl"."""
         ...
 
     def dispatch(
-        self, x_TH: torch.Tensor, weights_TK: torch.Tensor, lanes_TK: torch.Tensor, counts_L: torch.Tensor, backend: str
+        self,
+        x_TH: torch.Tensor,
+        weights_TK: torch.Tensor,
+        lanes_TK: torch.Tensor,
+        counts_L: torch.Tensor,
+        backend: str,
+        max_tokens: int | None = None,
     ) -> Dispatched:
         """Send each (token, expert) to its global lane in `lanes_TK`, -1 for none; `counts_L` says how many go to each.
 
         Differentiable with respect to `x_TH` and `weights_TK`, and then both gradients travel back: a rank that wants
         one of them takes part in as many collectives as a rank that wants both. Inputs require a gradient exactly where
-        a backward may come, inside a custom autograd function too. `backend`: of kernels.
+        a backward may come, inside a custom autograd function too. `backend`: of kernels. `max_tokens`: no rank has more
+        tokens; equal on all ranks, at least 1 and at most `self.max_tokens`, and None only if that is None.
         """
         ...
 

@@ -19,10 +19,14 @@ def make_dispatcher(
         raise ValueError(f"dispatcher='local' needs all experts on one rank, but process_group has {num_ranks}")
     methods = ("backend", "dispatch", "combine")
     missing = [name for name in methods if not callable(getattr(dispatcher, name, None))]
-    if not missing:
-        return dispatcher  # type: ignore[return-value]
-    if not isinstance(dispatcher, str) and len(missing) < len(methods):
-        raise ValueError(f"dispatcher must have the methods {', '.join(methods)}, but {dispatcher!r} lacks {missing}")
+    if len(missing) < len(methods) and not isinstance(dispatcher, str):
+        missing += [] if hasattr(dispatcher, "max_tokens") else ["max_tokens"]
+        if not missing:
+            return dispatcher
+        raise ValueError(
+            f"dispatcher must have the methods {', '.join(methods)} and the attribute max_tokens, but {dispatcher!r} lacks "
+            f"{missing}"
+        )
     check_choice("dispatcher", dispatcher, ("auto", "local", "all_to_all"), " or a Dispatcher")
     if dispatcher == "all_to_all" and group is None:
         raise ValueError("dispatcher='all_to_all' needs a process_group, got None")

@@ -24,6 +24,10 @@ REFUSED = {
         for name in ("num_redundant_experts", "num_shadow_slots")
         for value in (-1, 0.5, False, None)
     },
+    **{
+        f"max_tokens={value!r}": ({"max_tokens": value}, ("max_tokens", repr(value), INTEGER.format(1)))
+        for value in (0, -3, 2.0, True, "8")
+    },
     "top_k > num_experts": ({"top_k": 5}, ("top_k", "5", "at most num_experts=4")),
     "activation": ({"activation": "relu"}, ("activation", "'relu'", "'silu', 'gelu'")),
     "activation of another type": ({"activation": None}, ("activation", "None", "'silu', 'gelu'")),

@@ -65,9 +65,14 @@ def test_a_cast_leaves_the_correction_bias_as_it_is(dtype, device):
 def test_a_dispatcher_that_lacks_a_method_is_refused():
     class Half:
         dispatch = combine = AllToAllDispatcher.combine
+        max_tokens = None
 
-    with pytest.raises(ValueError, match=r"dispatcher must have the methods backend, .* lacks \['backend'\]"):
-        MoELayer(16, 8, 4, 2, dispatcher=Half())
+    class WithoutABound:
+        backend = dispatch = combine = AllToAllDispatcher.combine
+
+    for make, lacks in ((Half, "backend"), (WithoutABound, "max_tokens")):
+        with pytest.raises(ValueError, match=rf"dispatcher must have the methods backend, .* lacks \['{lacks}'\]"):
+            MoELayer(16, 8, 4, 2, dispatcher=make())
 
 
 @pytest.mark.parametrize("trainable", [False, True])
