@@ -82,7 +82,8 @@ def _return_sums_kernel(
         gdc_launch_dependents()
     epoch = tl.load(state_ptr + EPOCH) + 1
     blocks = tl.cdiv(hidden_size, BLOCK_H)
-    for home in tl.static_range(W):
+    for turn in tl.static_range(W):
+        home = (rank + 1 + turn) % W  # each rank begins with another, or all would crowd one's links
         num_tokens = tl.load(counts_ptr + home * (num_lanes + 2) + num_lanes)
         at = tl.multiple_of(tl.load(homes_ptr + home).to(rows_ptr.dtype), 16)
         for item in range(tl.program_id(0), num_tokens * blocks, tl.num_programs(0)):

@@ -15,30 +15,41 @@ from moe_kernels.launch import Launcher, gdc_launch_dependents, gdc_wait
 from moe_kernels.peers import ARRIVED, EPOCH, SENT, PeerArea, peer_at, raise_flags, sync_options
 from moe_kernels.tiles import TileSchedule
 
-_BLOCK = 128  # of list entries, or of lanes
+_BLOCK = 128  # of list entries, or of lanes, that a program takes at once
 # As many threads as 32 of an H100's multiprocessors have: the rest is left to what else runs.
 _MOST_THREADS = 32 * 2048
 _NUM_WARPS = 4
 
 
 @triton.jit
-def _send_columns(
-    x_ptr, lanes_ptr, addresses_ptr, item, rank, num_lanes, bound, hidden_size, rows_at,
-    TOP_K: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_H: tl.constexpr, W: tl.constexpr,
+def _load_columns(
+    x_ptr, lanes_ptr, item, num_items, num_lanes, hidden_size,
+    TOP_K: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_H: tl.constexpr,
 ):  # fmt: skip
-    """BLOCK_H columns of a token's hidden state, read once."""
+    """BLOCK_H columns of a token's hidden state, and the rank of each of its choices (-1: none)."""
     blocks = tl.cdiv(hidden_size, BLOCK_H)
-    token = (item // blocks).to(tl.int64)
+    token, k = (item // blocks).to(tl.int64), tl.arange(0, BLOCK_K)
     column = item % blocks * BLOCK_H + tl.arange(0, BLOCK_H)
-    inside = column < hidden_size
-    k = tl.arange(0, BLOCK_K)
-    lane = tl.load(lanes_ptr + token * TOP_K + k, mask=k < TOP_K, other=-1)
-    target = tl.where(lane >= 0, lane // num_lanes, -1)
-    x = tl.load(x_ptr + token * hidden_size + column, mask=inside)
-    place = (rank.to(tl.int64) * bound + token) * hidden_size + column
-    for peer in tl.static_range(W):
+    exists = item < num_items
+    lane = tl.load(lanes_ptr + token * TOP_K + k, mask=exists & (k < TOP_K), other=-1)
+    x = tl.load(x_ptr + token * hidden_size + column, mask=exists & (column < hidden_size))
+    return x, tl.where(lane >= 0, lane // num_lanes, -1)
+
+
+@triton.jit
+def _send_columns(
+    x, target, like_ptr, addresses_ptr, item, rank, bound, hidden_size, rows_at,
+    BLOCK_H: tl.constexpr, W: tl.constexpr,
+):  # fmt: skip
+    """To every rank that is a target."""
+    blocks = tl.cdiv(hidden_size, BLOCK_H)
+    column = item % blocks * BLOCK_H + tl.arange(0, BLOCK_H)
+    place = (rank.to(tl.int64) * bound + item // blocks) * hidden_size + column
+    for turn in tl.static_range(W):
+        peer = (rank + 1 + turn) % W  # each rank begins with another, or all would crowd one's links
         wanted = tl.max((target == peer).to(tl.int32), axis=0) > 0
-        tl.store(peer_at(addresses_ptr, peer, rows_at, x_ptr) + place, x, mask=inside & wanted)
+        at = peer_at(addresses_ptr, peer, rows_at, like_ptr) + place
+        tl.store(at, x, mask=(column < hidden_size) & wanted)
 
 
 @triton.jit
@@ -124,24 +135,25 @@ def _send_rows_kernel(
     if PDL:  # see `Launcher`
         gdc_wait()
         gdc_launch_dependents()
-    rows = num_tokens * tl.cdiv(hidden_size, BLOCK_H)
-    lists = rows + tl.cdiv(num_tokens * TOP_K, BLOCK)
-    counts = lists + tl.cdiv(W * (num_lanes + 2), BLOCK)
-    for item in range(tl.program_id(0), counts, tl.num_programs(0)):
-        if item < rows:
-            _send_columns(
-                x_ptr, lanes_ptr, addresses_ptr, item, rank, num_lanes, bound, hidden_size, rows_at,
-                TOP_K, BLOCK_K, BLOCK_H, W,
-            )  # fmt: skip
-        elif item < lists:
-            _send_list(
-                weights_ptr, order_ptr, offsets_ptr, addresses_ptr, item - rows, rank, num_lanes, bound,
-                weights_at, lists_at, TOP_K, BLOCK, W,
-            )  # fmt: skip
-        else:
-            _send_counts(
-                offsets_ptr, addresses_ptr, item - lists, rank, num_tokens, num_lanes, bound, counts_at, BLOCK, W
-            )
+    program, programs = tl.program_id(0), tl.num_programs(0)
+    other = programs - 1 - program  # of few items, those of different kinds fall to different programs
+    for block in range(other, tl.cdiv(W * (num_lanes + 2), BLOCK), programs):
+        _send_counts(offsets_ptr, addresses_ptr, block, rank, num_tokens, num_lanes, bound, counts_at, BLOCK, W)
+    for block in range(other, tl.cdiv(num_tokens * TOP_K, BLOCK), programs):
+        _send_list(
+            weights_ptr, order_ptr, offsets_ptr, addresses_ptr, block, rank, num_lanes, bound, weights_at, lists_at,
+            TOP_K, BLOCK, W,
+        )  # fmt: skip
+    items = num_tokens * tl.cdiv(hidden_size, BLOCK_H)
+    x, target = _load_columns(
+        x_ptr, lanes_ptr, program, items, num_lanes, hidden_size, TOP_K, BLOCK_K, BLOCK_H
+    )  # fmt: skip
+    for item in range(program, items, programs):
+        later, later_target = _load_columns(  # ahead of the stores
+            x_ptr, lanes_ptr, item + programs, items, num_lanes, hidden_size, TOP_K, BLOCK_K, BLOCK_H
+        )  # fmt: skip
+        _send_columns(x, target, x_ptr, addresses_ptr, item, rank, bound, hidden_size, rows_at, BLOCK_H, W)
+        x, target = later, later_target
     tl.debug_barrier()
     before = tl.atomic_add(state_ptr + SENT, 1, sem="acq_rel", scope="sys")
     if before == tl.num_programs(0) - 1:

@@ -7,8 +7,9 @@ from dataclasses import dataclass
 from typing import NoReturn
 
 import torch
+import torch.distributed as dist
 
-from eplb.peer_memory import PeerMemory
+from eplb.peer_memory import PeerMemory, connect_peers, over_group
 from moe_kernels import TileSchedule, build_schedule, combine
 from moe_kernels.gather_counts import gather_counts
 from moe_kernels.homes import RowHomes
@@ -63,16 +64,43 @@ class OneSidedDispatcher:
                 f"memory has {memory.size} ranks and {memory.own.numel()} bytes: the layout needs "
                 f"{layout.num_ranks} and {layout.num_bytes}"
             )
+        self.max_tokens: int | None = layout.max_tokens
         self._memory = memory
         self._layout = layout
         self._timeout = timeout
         self._by_rank = sums == "by_rank"
         self.area = PeerArea(memory.addresses_W, memory.own, memory.rank, layout, timeout)
 
-    @property
-    def max_tokens(self) -> int:
-        """Most tokens that any rank may have in a forward."""
-        return self._layout.max_tokens
+    @classmethod
+    def connect(
+        cls,
+        group: dist.ProcessGroup,
+        num_lanes: int,
+        num_experts: int,
+        max_tokens: int,
+        hidden_size: int,
+        top_k: int,
+        dtype: torch.dtype,
+        device: torch.device,
+        *,
+        timeout: float = 30.0,
+        sums: str = "fixed_order",
+        source: str = "auto",
+    ) -> "OneSidedDispatcher":
+        """One for the ranks of a group. Collective.
+
+        Args:
+            num_lanes, num_experts, max_tokens, hidden_size, top_k, dtype: S, E, the largest B, K, H; equal on all ranks.
+            device: of this rank's buffer.
+            source: of the peer memory, see `eplb.peer_memory.connect_peers`.
+
+        Raises:
+            ValueError, RuntimeError: the ranks have no peer memory (as `connect_peers`).
+        """
+        layout = PeerLayout(dist.get_world_size(group), num_lanes, num_experts, max_tokens, top_k, hidden_size, dtype)
+        rank, exchange = dist.get_rank(group), over_group(group)
+        memory = connect_peers(layout.num_bytes, device, rank, exchange, source, group)
+        return cls(memory, layout, timeout, sums)
 
     def backend(self, device: torch.device) -> str:
         """What moves rows."""
@@ -105,14 +133,14 @@ class OneSidedDispatcher:
         lanes_TK: torch.Tensor,
         counts_L: torch.Tensor,
         backend: str,
-        bound: int | None = None,
+        max_tokens: int | None = None,
     ) -> Dispatched:
-        """See `Dispatcher`. `bound`: most tokens that any rank has in this forward; None: `max_tokens`."""
+        """See `Dispatcher`. `max_tokens`: most tokens that any rank has in this forward; None: as many as there may be."""
         if torch.is_grad_enabled() and (x_TH.requires_grad or weights_TK.requires_grad):
             _refuse_gradients()
         self.raise_if_failed()
         layout, area = self._layout, self.area
-        bound = layout.max_tokens if bound is None else bound
+        bound = layout.max_tokens if max_tokens is None else max_tokens
         num_lanes = counts_L.numel() // layout.num_ranks
         by_lane = build_schedule(lanes_TK.view(-1), counts_L, block_m=_ANY_BLOCK_M, backend="triton")
         send_rows(x_TH, weights_TK, lanes_TK, by_lane, area, bound)

@@ -1,0 +1,73 @@
+"""The one-sided dispatcher between processes, through the layer: over shared memory on CPUs, CUDA IPC on one GPU, symmetric
+memory on several."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+import torch.distributed as dist
+
+from moe_layer import MoELayer
+from moe_layer.dispatch.one_sided import OneSidedDispatcher
+from tests.distributed import distributed
+from tests.moe_layer.ranks import EXPERTS, HIDDEN, TOP_K, make_layer, tokens
+
+MOST = 8
+
+
+def connect(group, device, **options) -> OneSidedDispatcher:
+    lanes = EXPERTS // dist.get_world_size(group) + 3
+    return OneSidedDispatcher.connect(group, lanes, EXPERTS, MOST, HIDDEN, TOP_K, torch.float32, device, **options)
+
+
+@distributed(num_ranks=2)
+def test_two_ranks(rank, num_ranks, group, device):
+    check_outputs(rank, group, device)
+    check_absence(rank, group, device)
+
+
+@distributed(num_ranks=4)
+def test_four_ranks(rank, num_ranks, group, device):
+    check_outputs(rank, group, device)
+
+
+@distributed(num_ranks=2, backend="nccl")
+def test_two_gpus(rank, num_ranks, group, device):
+    check_outputs(rank, group, device)
+    check_absence(rank, group, device)
+
+
+@torch.no_grad()
+def check_outputs(rank, group, device):
+    """The same bits as with collectives, for batches that differ by rank, empty ones among them."""
+    one_sided = connect(group, device)
+    expected = {"cpu": "shared_memory", "cuda": "symmetric" if torch.cuda.device_count() > 1 else "cuda_ipc"}
+    if dist.get_backend(group) == "nccl" or device.type == "cpu":
+        assert one_sided._memory.source == expected[device.type]
+    options = {"num_redundant_experts": dist.get_world_size(group), "backend": "triton"}
+    ours = make_layer(group, device, dispatcher=one_sided, max_tokens=MOST, **options)
+    theirs = make_layer(group, device, dispatcher="all_to_all", **options)
+    assert ours.dispatch_backend == "symm_mem"
+    for step in range(2):
+        x = tokens(rank, step, device)[:MOST]
+        assert torch.equal(ours(x), theirs(x))
+    x = torch.randn(2 * MOST + 3 - rank, HIDDEN, generator=torch.Generator().manual_seed(rank)).to(device)
+    assert torch.equal(ours(x, max_tokens=2 * MOST + 3), theirs(x)), "in turns"
+
+
+@torch.no_grad()
+def check_absence(rank, group, device):
+    """A rank that does not come: the other's wait ends, its next forward says so, and nobody hangs."""
+    dispatcher = connect(group, device, timeout=0.2)
+    layer = make_layer(group, device, dispatcher=dispatcher, max_tokens=MOST, backend="triton")
+    x = torch.zeros(3, HIDDEN, device=device)
+    layer(x)
+    dist.barrier(group)
+    if rank == 0:
+        layer(x)
+        if device.type == "cuda":
+            torch.cuda.synchronize()
+        with pytest.raises(TimeoutError, match="rank 1 of the ranks that share the experts did not come"):
+            layer(x)
+    dist.barrier(group)
+    assert isinstance(layer, MoELayer)
