@@ -9,6 +9,7 @@ import torch
 from bench.virtual_ranks import Sizes, VirtualRanks
 from eplb.planning.placement import Placement
 from eplb.planning.shares import equal_shares
+from eplb.relocation.table import flip
 from moe_kernels.peers import NO_RANK
 from moe_layer.executors import choose_replicas
 
@@ -73,9 +74,15 @@ def shuffled(sizes: Sizes, seed: int) -> Placement:
             return Placement(lanes, sizes.num_experts)
 
 
-@pytest.mark.parametrize("sums", ["fixed_order", "by_rank"])
 @pytest.mark.parametrize(
-    ("num_ranks", "tokens"), [(1, [5]), (2, [3, 6]), (2, [0, 0]), (4, [6, 0, 1, 5]), (4, [0, 0, 6, 0])]
+    ("num_ranks", "tokens", "sums"),
+    [
+        (1, [5], "by_rank"),
+        (2, [3, 6], "fixed_order"),
+        (2, [0, 0], "fixed_order"),
+        (4, [6, 0, 1, 5], "by_rank"),
+        (4, [0, 0, 6, 0], "fixed_order"),
+    ],
 )
 def test_outputs(num_ranks, tokens, sums, device, assert_close):
     """Twice, as the second forward meets what the first has left behind."""
@@ -87,15 +94,14 @@ def test_outputs(num_ranks, tokens, sums, device, assert_close):
             assert_close(y, wanted)
 
 
-@pytest.mark.parametrize("skewed", [False, True])
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize(("dtype", "skewed"), [(torch.float32, False), (torch.bfloat16, True)])
 def test_no_bit_depends_on_the_placement(dtype, skewed, device):
     """I5, also with a smaller bound, and with fewer ranks."""
     sizes = Sizes(num_ranks=4, num_redundant_experts=4, num_shadow_slots=2, dtype=dtype, **SMALL)
     tokens = [6, 2, 0, 5]
     x, chosen = batch(sizes, tokens, device, skewed=skewed)
     first = run(VirtualRanks(sizes, torch.device(device)), x, chosen)
-    for seed in range(3):
+    for seed in range(8 if device == "cuda" else 1):  # the interpreter takes seconds for each
         placement = shuffled(sizes, seed)
         ranks = VirtualRanks(sizes, torch.device(device), placement=placement, shares_WS=equal_shares(placement))
         for again, y in zip(run(ranks, x, chosen), first, strict=True):
@@ -150,3 +156,69 @@ def test_arguments(device):
         send(ranks, 0, x[0], chosen[0], bound=2)
     with pytest.raises(ValueError, match="dispatcher='symm_mem' moves no gradients"):
         send(ranks, 0, x[0].requires_grad_(), chosen[0])
+
+
+class Mover:
+    """Moves experts between virtual ranks by hand: fill, flip rank after rank, poison what nobody names any more."""
+
+    def __init__(self, ranks: VirtualRanks, seed: int) -> None:
+        self.ranks, self.random = ranks, np.random.default_rng(seed)
+        self.lanes = ranks.experts[0].resident.current.placement.lanes_WS.copy()
+        self.slots = np.array([experts.resident.current.slots_S for experts in ranks.experts])
+
+    def begin(self) -> tuple[int, int]:
+        """Fill a free slot with an expert of any rank; returns the place that is free once all ranks have flipped."""
+        target = int(self.random.integers(len(self.lanes)))
+        missing = [e for e in range(self.ranks.sizes.num_experts) if e not in self.lanes[target]]
+        expert = int(self.random.choice(missing))
+        source, lane = (int(one[0]) for one in np.nonzero(self.lanes == expert))
+        to = int(self.random.choice(np.nonzero(self.lanes[target] < 0)[0]))
+        pools = [experts.pool for experts in self.ranks.experts]
+        used = set(self.slots[target][self.lanes[target] >= 0].tolist())
+        slot = next(one for one in range(pools[target].num_slots) if one not in used)
+        resident = self.ranks.experts[target].resident
+        pools[target].slab(slot).copy_(pools[source].slab(int(self.slots[source][lane])))
+        resident.table.map_lane(to, slot, resident.streams.current())
+        self.lanes[target][to], self.slots[target][to] = expert, slot
+        self.lanes[source][lane] = -1
+        return source, lane
+
+    def flip(self, rank: int) -> None:
+        resident = self.ranks.experts[rank].resident
+        placement = Placement(self.lanes, self.ranks.sizes.num_experts)
+        stream = resident.streams.current()
+        resident.table.stage(placement, equal_shares(placement), stream)
+        flip([resident.table], stream)
+        if self.ranks.device.type == "cuda":
+            torch.cuda.synchronize()  # the next upload has the same source
+
+    def end(self, source: int, lane: int) -> None:
+        self.ranks.experts[source].pool.slab(int(self.slots[source][lane])).fill_(255)
+
+
+def test_graphs_are_replayed_while_tables_flip(device):
+    """1,000 flips on a GPU: every rank flips in a step of its own, and no bit changes."""
+    sizes = Sizes(num_ranks=4, num_redundant_experts=4, num_shadow_slots=2, dtype=torch.bfloat16, **SMALL)
+    ranks = VirtualRanks(sizes, torch.device(device), placement=shuffled(sizes, 1))
+    x, chosen = batch(sizes, [6, 2, 0, 5], device)
+    first = [y.clone() for y in run(ranks, x, chosen)]
+    mover = Mover(ranks, 2)
+    if device == "cuda":
+        torch.cuda.synchronize()
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph):
+            ranks.fork()
+            outputs = ranks.forward(x, chosen)
+            ranks.join()
+    for _ in range(250 if device == "cuda" else 1):
+        free = mover.begin()
+        for rank in mover.random.permutation(sizes.num_ranks).tolist():
+            mover.flip(rank)
+            if device == "cuda":
+                graph.replay()
+            else:
+                outputs = run(ranks, x, chosen)
+            assert all(torch.equal(y, wanted) for y, wanted in zip(outputs, first, strict=True))
+        mover.end(*free)
+    for dispatcher in ranks.dispatchers:
+        dispatcher.raise_if_failed()
