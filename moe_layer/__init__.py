@@ -5,7 +5,7 @@ schedule → GEMMs (`moe_kernels`) → combine (`dispatch`). On one rank all of 
 """
 
 from moe_layer.ddp import ignore_in_ddp
-from moe_layer.dispatch import AllToAllDispatcher, Dispatched, Dispatcher
+from moe_layer.dispatch import AllGatherDispatcher, AllToAllDispatcher, Dispatched, Dispatcher
 from moe_layer.expert_format import Activation, ExpertFormat, ExpertTensor
 from moe_layer.layer import MoELayer
 from moe_layer.router import ROUTER_RULES, RouterRule
@@ -14,6 +14,7 @@ from moe_layer.shared_pool import make_pool
 __all__ = [
     "ROUTER_RULES",
     "Activation",
+    "AllGatherDispatcher",
     "AllToAllDispatcher",
     "Dispatched",
     "Dispatcher",

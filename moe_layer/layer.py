@@ -77,7 +77,7 @@ class MoELayer(nn.Module):
             on top, if the pool is the layer's own. 0: its experts never move.
         pool: slots shared with other layers, from `make_pool()`; the layer's own if None.
         process_group: the ranks that share the experts; None: all experts are on this rank.
-        dispatcher: "auto", "local" (needs one rank), "all_to_all", or an object with `Dispatcher`'s methods.
+        dispatcher: "auto", "local" (needs one rank), "all_to_all", "all_gather" (needs `max_tokens`), or a `Dispatcher`.
         max_tokens: most tokens of any rank in one forward, equal on all ranks: buffers of a static size are made for so
             many. A forward may set another bound. None: any number.
         backend: of the kernels: "auto" (Triton on CUDA, PyTorch references on a CPU), "triton", "torch".
@@ -128,7 +128,18 @@ class MoELayer(nn.Module):
         format = gated_format(hidden_size, intermediate_size, dtype, activation)
         resolve_backend(backend, home_of(device))
         num_lanes = num_physical if trainable else num_physical + num_shadow_slots
-        sender = make_dispatcher(dispatcher, process_group, num_ranks, num_lanes)
+        sender = make_dispatcher(
+            dispatcher,
+            process_group,
+            num_ranks,
+            num_lanes,
+            max_tokens=max_tokens,
+            hidden_size=hidden_size,
+            top_k=top_k,
+            dtype=dtype,
+            device=device,
+            trainable=trainable,
+        )
         self.hidden_size = hidden_size
         self.intermediate_size = intermediate_size
         self.top_k = top_k

@@ -3,7 +3,7 @@
 import copy
 import time
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -11,8 +11,9 @@ import torch.distributed as dist
 from torch import nn
 
 from eplb import EplbConfig, EplbController, step_eplb_after
+from moe_kernels import TileSchedule
 from moe_layer.demo.text import batches, token_stream
-from moe_layer.dispatch import AllToAllDispatcher, Dispatched
+from moe_layer.dispatch import Dispatched, Dispatcher
 from moe_layer.layer import MoELayer
 
 
@@ -58,25 +59,29 @@ class Recording:
     health: str = ""
 
 
-class CountingDispatcher(AllToAllDispatcher):
-    """Notes how many rows reach this rank's experts."""
+class CountingDispatcher:
+    """Another dispatcher, and how many rows this rank's experts computed by it."""
 
-    def __init__(self, group: dist.ProcessGroup, num_lanes: int) -> None:
-        super().__init__(group, num_lanes)
-        self.rows: list[int] = []
+    def __init__(self, dispatcher: Dispatcher) -> None:
+        self._dispatcher = dispatcher
+        self.max_tokens = dispatcher.max_tokens
+        self.rows: list[torch.Tensor] = []
 
-    def dispatch(
-        self,
-        x_TH: torch.Tensor,
-        weights_TK: torch.Tensor,
-        lanes_TK: torch.Tensor,
-        counts_L: torch.Tensor,
-        backend: str,
-        max_tokens: int | None = None,
-    ) -> Dispatched:
-        dispatched = super().dispatch(x_TH, weights_TK, lanes_TK, counts_L, backend, max_tokens)
-        self.rows.append(dispatched.rows_RH.shape[0])
-        return dispatched
+    def backend(self, device: torch.device) -> str:
+        return self._dispatcher.backend(device)
+
+    def dispatch(self, *arguments: Any) -> Dispatched:
+        dispatched = self._dispatcher.dispatch(*arguments)
+
+        def schedule(block_m: int, extra_m: int) -> TileSchedule:
+            tiles = dispatched.schedule(block_m, extra_m)
+            self.rows.append(tiles.offsets_L1[-1])  # on the device: read when the step is over
+            return tiles
+
+        return replace(dispatched, schedule=schedule)
+
+    def combine(self, *arguments: Any) -> torch.Tensor:
+        return self._dispatcher.combine(*arguments)
 
 
 class Stack(nn.Module):
@@ -97,6 +102,7 @@ class Stack(nn.Module):
                 setup.top_k,
                 num_redundant_experts=setup.num_redundant_experts,
                 process_group=group,
+                max_tokens=setup.tokens_per_rank,
                 device=device,
                 dtype=dtype,
             )
@@ -108,14 +114,15 @@ class Stack(nn.Module):
     def moe_layers(self) -> list[MoELayer]:
         return [layer for layer in self.layers if isinstance(layer, MoELayer)]
 
-    def count_rows(self, group: dist.ProcessGroup) -> None:
-        self.counters = [CountingDispatcher(group, layer.resident.num_lanes) for layer in self.moe_layers]
-        for layer, counter in zip(self.moe_layers, self.counters, strict=True):
-            layer.executor.dispatcher = counter
+    def count_rows(self) -> None:
+        for layer in self.moe_layers:
+            assert layer.executor.dispatcher is not None
+            layer.executor.dispatcher = CountingDispatcher(layer.executor.dispatcher)
+            self.counters.append(layer.executor.dispatcher)
 
     def take_rows(self) -> list[int]:
         """Rows of the last forward by layer."""
-        rows = [counter.rows[-1] for counter in self.counters]
+        rows = [int(counter.rows[-1]) for counter in self.counters]
         for counter in self.counters:
             counter.rows.clear()
         return rows
@@ -161,7 +168,7 @@ def serve(rank: int, setup: Setup, init_method: str, notify: Callable[[int], Non
     model = Stack(setup, vocabulary, group, device)
     twin = copy.deepcopy(model)
     for stack in (model, twin):
-        stack.count_rows(group)
+        stack.count_rows()
     config = EplbConfig(
         step_interval=setup.step_interval,
         window_size=setup.window_size,

@@ -13,9 +13,8 @@ import torch.nn.functional as F
 from moe_kernels import TileSchedule, build_schedule, combine
 from moe_layer.collectives import all_to_all_rows, backend_of
 from moe_layer.dispatch.base import Dispatched
-
-# Rows travel as bytes, hidden state and routing weight together, at multiples of this: TMA asks for 16.
-_ALIGNMENT = 16
+from moe_layer.dispatch.gradients import check_gradients
+from moe_layer.dispatch.packed import pack_rows, unpack_rows
 
 
 @dataclass(frozen=True)
@@ -70,7 +69,7 @@ class AllToAllDispatcher:
         counts_WS = heard[:, :num_lanes]
         sums = [said[:, :num_lanes].sum(dim=1), counts_WS.sum(dim=1), heard[:, num_lanes]]
         send_splits, receive_splits, last = torch.stack(sums).tolist()
-        _check_gradients([bool(one & 1) for one in last])
+        check_gradients([bool(one & 1) for one in last])
         # By lane, so that the counts tell the receiver the lane of each row. Rows without a lane sort last and stay here.
         lanes = lanes_TK.reshape(-1)
         order = torch.sort(torch.where(lanes >= 0, lanes, counts_L.numel()), stable=True).indices[: sum(send_splits)]
@@ -103,17 +102,6 @@ class AllToAllDispatcher:
         return combine(flat.index_copy(0, dispatched.route.order, back), lanes_TK, backend=backend)
 
 
-def _check_gradients(needs_grad: list[bool]) -> None:
-    """Raises ValueError, on all ranks, if only some of them would take part in the collectives of the backward."""
-    ranks = {wanted: [rank for rank, needs in enumerate(needs_grad) if needs is wanted] for wanted in (True, False)}
-    if ranks[True] and ranks[False]:
-        raise ValueError(
-            f"x or expert_weights must require a gradient on all ranks of process_group or on none: those of the ranks "
-            f"{ranks[True]} do, those of the ranks {ranks[False]} do not, and the backward would wait for ever. A rank "
-            "without tokens passes an empty tensor that requires a gradient like the others"
-        )
-
-
 def _send(rows: torch.Tensor, route: _Route, group: dist.ProcessGroup) -> torch.Tensor:
     return all_to_all_rows(rows, route.receive_splits, route.send_splits, group)
 
@@ -122,14 +110,8 @@ def _exchange(
     rows_NH: torch.Tensor, weights_N: torch.Tensor, route: _Route, group: dist.ProcessGroup
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Rows and their weights (float32) in one collective."""
-    num_rows, hidden_size = rows_NH.shape
-    item = rows_NH.element_size()
-    width = -(-hidden_size * item // _ALIGNMENT) * _ALIGNMENT
-    packed = rows_NH.new_empty((num_rows, width + _ALIGNMENT), dtype=torch.uint8)
-    packed.view(rows_NH.dtype)[:, :hidden_size] = rows_NH
-    packed.view(torch.float32)[:, width // 4] = weights_N
-    received = _send(packed, route, group)
-    return received.view(rows_NH.dtype)[:, :hidden_size], received.view(torch.float32)[:, width // 4].contiguous()
+    received = _send(pack_rows(rows_NH, weights_N), route, group)
+    return unpack_rows(received, rows_NH.shape[1], rows_NH.dtype)
 
 
 class _Exchange(torch.autograd.Function):

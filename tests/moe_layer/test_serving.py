@@ -327,11 +327,12 @@ def check_no_redundant_experts(rank, group, device) -> None:
     service.controller.close()
 
 
-def check_gradients_across_flips(rank, group, device) -> None:
+def check_gradients_across_flips(rank, group, device, **options) -> None:
     """I3 over ranks: forward, flip on all ranks, backward. The old version is not graced before."""
 
     for run in (as_is, checkpointed, checkpointed_reentrant):
-        layer, twin = (make_layer(group, device, seed=4, num_redundant_experts=2, num_shadow_slots=2) for _ in range(2))
+        common = {"seed": 4, "num_redundant_experts": 2, "num_shadow_slots": 2, **options}
+        layer, twin = (make_layer(group, device, **common) for _ in range(2))
         layer.gate.requires_grad_()  # whose gradient the experts' outputs decide
         twin.gate.requires_grad_()
         service = Service(rank, group, device, [layer], [twin], make_controller(group, [layer]))
