@@ -77,7 +77,8 @@ class MoELayer(nn.Module):
             on top, if the pool is the layer's own. 0: its experts never move.
         pool: slots shared with other layers, from `make_pool()`; the layer's own if None.
         process_group: the ranks that share the experts; None: all experts are on this rank.
-        dispatcher: "auto", "local" (needs one rank), "all_to_all", "all_gather" (needs `max_tokens`), or a `Dispatcher`.
+        dispatcher: "auto", "local" (needs one rank), "all_to_all", "all_gather" and "symm_mem" (need `max_tokens`; the
+            latter GPUs, or CPUs, of one host), or a `Dispatcher`. "auto" logs what it has chosen.
         max_tokens: most tokens of any rank in one forward, equal on all ranks: buffers of a static size are made for so
             many. A forward may set another bound. None: any number.
         backend: of the kernels: "auto" (Triton on CUDA, PyTorch references on a CPU), "triton", "torch".
@@ -126,13 +127,15 @@ class MoELayer(nn.Module):
         device, dtype = resolve_device(device), resolve_dtype(dtype)
         router_dtype = None if router_dtype is None else resolve_dtype(router_dtype, "router_dtype")
         format = gated_format(hidden_size, intermediate_size, dtype, activation)
-        resolve_backend(backend, home_of(device))
+        kernels = resolve_backend(backend, home_of(device))
         num_lanes = num_physical if trainable else num_physical + num_shadow_slots
         sender = make_dispatcher(
             dispatcher,
             process_group,
             num_ranks,
             num_lanes,
+            num_experts=num_experts,
+            backend=kernels,
             max_tokens=max_tokens,
             hidden_size=hidden_size,
             top_k=top_k,
@@ -190,7 +193,7 @@ class MoELayer(nn.Module):
 
     @property
     def dispatch_backend(self) -> str:
-        """What moves rows between ranks: "local", "gloo" or "nccl"."""
+        """What moves rows between ranks: "local", "gloo", "nccl" or "symm_mem"."""
         dispatcher = self.executor.dispatcher
         return "local" if dispatcher is None else dispatcher.backend(self.experts.device)
 

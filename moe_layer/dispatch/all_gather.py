@@ -182,8 +182,9 @@ class AllGatherDispatcher:
         )
 
     def combine(
-        self, rows_NH: torch.Tensor, dispatched: Dispatched, lanes_TK: torch.Tensor, backend: str
+        self, rows_NH: torch.Tensor | None, dispatched: Dispatched, lanes_TK: torch.Tensor, backend: str
     ) -> torch.Tensor:
+        assert rows_NH is not None
         route: _Route = dispatched.route
         if self._partial:
             y_TH = Return.apply(combine(rows_NH, route.lanes_RK, backend=backend), route.way)

@@ -10,19 +10,18 @@ from dataclasses import dataclass
 import torch
 import torch.distributed as dist
 
+from eplb.peer_memory import over_group, why_not
 from moe_layer.arguments import check_choice
 from moe_layer.collectives import backend_of
 from moe_layer.dispatch.all_gather import AllGatherDispatcher
 from moe_layer.dispatch.all_to_all import AllToAllDispatcher
 from moe_layer.dispatch.base import Dispatcher
+from moe_layer.dispatch.one_sided import one_sided_of
 from moe_layer.dispatch.packed import token_bytes
 
 _logger = logging.getLogger(__name__)
 
-NAMES = ("auto", "local", "all_to_all", "all_gather")
-
-# Where peers reach each other's memory "auto" takes "symm_mem". Off, as there is no such dispatcher yet.
-_HAS_SYMM_MEM = False
+NAMES = ("auto", "local", "all_to_all", "all_gather", "symm_mem")
 
 MOST_PADDING = {"gloo": 1 << 20, "nccl": 32 << 20}
 """Bytes a rank and forward that all_gather may move beyond what all_to_all moves, by what moves them.
@@ -96,6 +95,8 @@ def make_dispatcher(
     num_ranks: int,
     num_lanes: int,
     *,
+    num_experts: int,
+    backend: str,
     max_tokens: int | None,
     hidden_size: int,
     top_k: int,
@@ -107,7 +108,8 @@ def make_dispatcher(
 
     Args:
         num_lanes: of a rank.
-        max_tokens, hidden_size, top_k, dtype, device, trainable: the layer's.
+        num_experts, max_tokens, hidden_size, top_k, dtype, device, trainable: the layer's.
+        backend: of its kernels, resolved.
 
     Raises:
         ValueError: it names none, lacks methods, or does not go with the group or with `max_tokens`.
@@ -129,8 +131,18 @@ def make_dispatcher(
     if name == "auto" and num_ranks > 1:
         assert group is not None
         mover = _mover(group, device)
+        peers = max_tokens is not None and device.type == "cuda" and backend == "triton" and not trainable
         name, reason = choose_dispatcher(
-            Situation(num_ranks, mover, max_tokens, hidden_size, top_k, dtype.itemsize, trainable, _HAS_SYMM_MEM)
+            Situation(
+                num_ranks,
+                mover,
+                max_tokens,
+                hidden_size,
+                top_k,
+                dtype.itemsize,
+                trainable,
+                peers and why_not(device, over_group(group)) is None,
+            )
         )
         _say(f"dispatcher='auto' is {name!r} for {num_ranks} ranks over {mover}: {reason}")
     if name in ("auto", "local"):
@@ -139,12 +151,21 @@ def make_dispatcher(
         raise ValueError(f"dispatcher={name!r} needs a process_group, got None")
     if name == "all_to_all":
         return AllToAllDispatcher(group, num_lanes)
-    assert name == "all_gather", name
     if max_tokens is None:
         raise ValueError(
             f"dispatcher={name!r} needs max_tokens, an integer of at least 1 and equal on all ranks, got None"
         )
-    return AllGatherDispatcher(group, num_lanes, max_tokens)
+    if name == "all_gather":
+        return AllGatherDispatcher(group, num_lanes, max_tokens)
+    assert name == "symm_mem", name
+    if backend != "triton":
+        raise ValueError(f"dispatcher='symm_mem' needs the Triton kernels, but backend is {backend!r}")
+    if trainable:
+        raise ValueError("dispatcher='symm_mem' does not go with trainable=True: it moves no gradients of experts")
+    if device.type == "meta":
+        raise ValueError("dispatcher='symm_mem' needs its device when the layer is built, got 'meta'")
+    sizes = (num_lanes, num_experts, max_tokens, hidden_size, top_k, dtype, device)
+    return one_sided_of(group, *sizes)
 
 
 def _mover(group: dist.ProcessGroup, device: torch.device) -> str:

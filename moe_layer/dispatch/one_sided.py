@@ -4,7 +4,8 @@ Legend: T tokens of this rank, K top-k, H hidden, W ranks, S lanes of a rank, B 
 """
 
 from dataclasses import dataclass
-from typing import NoReturn
+from typing import Any, NoReturn
+from weakref import WeakValueDictionary
 
 import torch
 import torch.distributed as dist
@@ -19,7 +20,8 @@ from moe_kernels.receive_rows import receive_rows
 from moe_kernels.return_rows import combine_sums, return_rows, return_sums
 from moe_kernels.send_rows import send_rows
 from moe_layer.arguments import check_choice
-from moe_layer.dispatch.base import Dispatched
+from moe_layer.dispatch.all_to_all import AllToAllDispatcher
+from moe_layer.dispatch.base import Dispatched, Dispatcher
 
 # Of the sender's order only rows and where lanes begin are used: its tiles may be as large as they like.
 _ANY_BLOCK_M = 128
@@ -39,7 +41,8 @@ class OneSidedDispatcher:
     to the rank of their token, where they are summed over K in fixed order: the same bits as on one rank.
 
     All layers of a model share one, and run one after the other, on every rank in the same order. What it holds is sized by
-    `max_tokens`; see `PeerLayout`. Forwards that need a gradient are refused.
+    `max_tokens`; see `PeerLayout`. Forwards that need a gradient go another way, if there is one: their batches are large, and
+    their backward repeats them.
 
     A rank that waits in vain for a peer goes on after `timeout`, with outputs that mean nothing; from then on no forward waits.
     The next eager forward and `raise_if_failed()` raise it. A dispatcher that failed stays so: make a new one.
@@ -50,13 +53,19 @@ class OneSidedDispatcher:
         timeout: seconds that the device waits for a peer.
         sums: "fixed_order", or "by_rank": what a rank has computed for a token travels summed, which is less, but the output
             then depends on the placement, to rounding.
+        with_gradients: moves what needs a gradient; None: that is refused.
 
     Raises:
         ValueError: an argument breaks one of these rules.
     """
 
     def __init__(
-        self, memory: PeerMemory, layout: PeerLayout, timeout: float = 30.0, sums: str = "fixed_order"
+        self,
+        memory: PeerMemory,
+        layout: PeerLayout,
+        timeout: float = 30.0,
+        sums: str = "fixed_order",
+        with_gradients: Dispatcher | None = None,
     ) -> None:
         check_choice("sums", sums, ("fixed_order", "by_rank"))
         if memory.size != layout.num_ranks or memory.own.numel() < layout.num_bytes:
@@ -69,6 +78,7 @@ class OneSidedDispatcher:
         self._layout = layout
         self._timeout = timeout
         self._by_rank = sums == "by_rank"
+        self._with_gradients = with_gradients
         self.area = PeerArea(memory.addresses_W, memory.own, memory.rank, layout, timeout)
 
     @classmethod
@@ -100,7 +110,7 @@ class OneSidedDispatcher:
         layout = PeerLayout(dist.get_world_size(group), num_lanes, num_experts, max_tokens, top_k, hidden_size, dtype)
         rank, exchange = dist.get_rank(group), over_group(group)
         memory = connect_peers(layout.num_bytes, device, rank, exchange, source, group)
-        return cls(memory, layout, timeout, sums)
+        return cls(memory, layout, timeout, sums, AllToAllDispatcher(group, num_lanes))
 
     def backend(self, device: torch.device) -> str:
         """What moves rows."""
@@ -136,8 +146,10 @@ class OneSidedDispatcher:
         max_tokens: int | None = None,
     ) -> Dispatched:
         """See `Dispatcher`. `max_tokens`: most tokens that any rank has in this forward; None: as many as there may be."""
-        if torch.is_grad_enabled() and (x_TH.requires_grad or weights_TK.requires_grad):
-            _refuse_gradients()
+        if x_TH.requires_grad or weights_TK.requires_grad:
+            if self._with_gradients is None:
+                _refuse_gradients()
+            return self._with_gradients.dispatch(x_TH, weights_TK, lanes_TK, counts_L, backend)
         self.raise_if_failed()
         layout, area = self._layout, self.area
         bound = layout.max_tokens if max_tokens is None else max_tokens
@@ -168,6 +180,9 @@ class OneSidedDispatcher:
         self, rows_NH: torch.Tensor | None, dispatched: Dispatched, lanes_TK: torch.Tensor, backend: str
     ) -> torch.Tensor:
         """See `Dispatcher`. rows_NH: None if they are home already."""
+        if not isinstance(dispatched.route, _Route):
+            assert self._with_gradients is not None
+            return self._with_gradients.combine(rows_NH, dispatched, lanes_TK, backend)
         self.send_back(rows_NH, dispatched)
         meet_peers(self.area)
         return self.sum_up(dispatched, lanes_TK)
@@ -192,6 +207,18 @@ class OneSidedDispatcher:
 
 def _refuse_gradients() -> NoReturn:
     raise ValueError(
-        "dispatcher='symm_mem' moves no gradients, but x or expert_weights requires one: build the layer with "
-        "dispatcher='all_to_all', or run it in torch.no_grad()"
+        "this dispatcher moves no gradients, but x or expert_weights requires one: run the layer in torch.no_grad(), or "
+        "connect the dispatcher over a process group"
     )
+
+
+_shared: WeakValueDictionary[tuple[object, ...], OneSidedDispatcher] = WeakValueDictionary()
+
+
+def one_sided_of(group: dist.ProcessGroup, *sizes: Any) -> OneSidedDispatcher:
+    """`OneSidedDispatcher.connect(group, *sizes)`, the same one for all layers of the same sizes. Collective."""
+    key = (id(group), *sizes)
+    found = _shared.get(key)
+    if found is None:
+        found = _shared[key] = OneSidedDispatcher.connect(group, *sizes)
+    return found
