@@ -1,7 +1,7 @@
 """``python -m bench.ep_ranks``: dispatch and combine, and whole layers, on several GPUs, one process for each.
 
-The median over rounds of the longest time over the ranks, µs; an all-reduce of one number lines the ranks up before each. Parts
-as in `bench.ep_layer`; "local" is as many tokens on each rank's own experts. Peers: NCCL all-to-all of one row per (token,
+Times are medians of the longest time over the ranks, µs. `lined_up_us`: an all-reduce of one number lines the ranks up before
+each call, and what it leaves of their lead counts too. `median_us`: calls back to back, as layers follow each other. Parts as in `bench.ep_layer`; "local" is as many tokens on each rank's own experts. Peers: NCCL all-to-all of one row per (token,
 expert) with splits that the host knows; NCCL all-gather of all tokens and reduce-scatter of sums. A peer's whole layer has our
 experts in the middle.
 
@@ -28,6 +28,7 @@ from moe_layer import MoELayer
 from moe_layer.dispatch.one_sided import OneSidedDispatcher
 
 ROUNDS, WARM_UPS = 60, 5
+BLOCKS, BLOCK = 15, 10  # back to back
 
 
 @dataclass(frozen=True)
@@ -61,7 +62,7 @@ def _rank(rank: int, num_ranks: int, store: str, options: Any) -> None:
     rows = []
     for shape in options.shapes:
         for num_tokens in options.tokens:
-            for timed, median_us in _case(shape, num_tokens, options.zipf, dist.group.WORLD, device):
+            for timed, median_us, lined_up_us in _case(shape, num_tokens, options.zipf, dist.group.WORLD, device):
                 row = {
                     "case": f"{shape}{'~zipf' if options.zipf else ''}/T{num_tokens}",
                     "ranks": num_ranks,
@@ -70,6 +71,7 @@ def _rank(rank: int, num_ranks: int, store: str, options: Any) -> None:
                     "part": timed.part,
                     "mode": timed.mode,
                     "median_us": f"{median_us:.2f}",
+                    "lined_up_us": f"{lined_up_us:.2f}",
                 }
                 if rank == 0:
                     print(" ".join(f"{value:>18}" for value in row.values()), flush=True)
@@ -81,7 +83,7 @@ def _rank(rank: int, num_ranks: int, store: str, options: Any) -> None:
 
 def _case(
     shape: str, num_tokens: int, is_skewed: bool, group: dist.ProcessGroup, device: torch.device
-) -> list[tuple[Timed, float]]:
+) -> list[tuple[Timed, float, float]]:
     num_experts, top_k, hidden_size, intermediate_size = SHAPES[shape]
     rank, num_ranks = dist.get_rank(group), dist.get_world_size(group)
     generator = torch.Generator(device).manual_seed(rank)
@@ -137,7 +139,7 @@ def _case(
     alone = layer("local", num_experts // num_ranks, None)
     own_TK = scores[:, : num_experts // num_ranks].topk(top_k, dim=1).indices.int()
     timed.append(Timed("local", "moe_layer", "graph", _forward(alone, x_TH, own_TK, weights_TK)))
-    times = [(one, _time(one, group)) for one in timed]
+    times = [(one, *_time(one, group)) for one in timed]
     for check in failed:
         check()
     return times
@@ -199,7 +201,8 @@ def _nccl(x_TH: torch.Tensor, ids_TK: torch.Tensor, num_experts: int, group: dis
     ]
 
 
-def _time(timed: Timed, group: dist.ProcessGroup) -> float:
+def _time(timed: Timed, group: dist.ProcessGroup) -> tuple[float, float]:
+    """Back to back, and lined up."""
     side = torch.cuda.Stream()
     side.wait_stream(torch.cuda.current_stream())
     with torch.cuda.stream(side):
@@ -215,17 +218,23 @@ def _time(timed: Timed, group: dist.ProcessGroup) -> float:
             timed.run()
         replay = graph.replay
     one = torch.zeros(1, device=torch.cuda.current_device())
-    events = [[torch.cuda.Event(enable_timing=True) for _ in range(2)] for _ in range(ROUNDS + WARM_UPS)]
-    dist.barrier(group)
-    for begin, end in events:
-        dist.all_reduce(one, group=group)
-        begin.record()
-        replay()
-        end.record()
-    torch.cuda.synchronize()
-    times = torch.tensor([1e3 * begin.elapsed_time(end) for begin, end in events[WARM_UPS:]], device=one.device)
-    dist.all_reduce(times, dist.ReduceOp.MAX, group)
-    return float(times.median())
+
+    def median(count: int, skip: int, calls: int, line_up: bool) -> float:
+        events = [[torch.cuda.Event(enable_timing=True) for _ in range(2)] for _ in range(count + skip)]
+        dist.barrier(group)
+        for begin, end in events:
+            if line_up:
+                dist.all_reduce(one, group=group)
+            begin.record()
+            for _ in range(calls):
+                replay()
+            end.record()
+        torch.cuda.synchronize()
+        times = torch.tensor([1e3 * begin.elapsed_time(end) / calls for begin, end in events[skip:]], device=one.device)
+        dist.all_reduce(times, dist.ReduceOp.MAX, group)
+        return float(times.median())
+
+    return median(BLOCKS, 1, BLOCK, False), median(ROUNDS, WARM_UPS, 1, True)
 
 
 if __name__ == "__main__":
