@@ -1,9 +1,11 @@
 """``python -m bench.ep_ranks``: dispatch and combine, and whole layers, on several GPUs, one process for each.
 
 Times are medians of the longest time over the ranks, µs. `lined_up_us`: an all-reduce of one number lines the ranks up before
-each call, and what it leaves of their lead counts too. `median_us`: calls back to back, as layers follow each other. Parts as in `bench.ep_layer`; "local" is as many tokens on each rank's own experts. Peers: NCCL all-to-all of one row per (token,
-expert) with splits that the host knows; NCCL all-gather of all tokens and reduce-scatter of sums. A peer's whole layer has our
-experts in the middle.
+each call, and what it leaves of their lead counts too. `median_us`: calls back to back, as layers follow each other.
+
+Parts as in `bench.ep_layer`; "local" is as many tokens on each rank's own experts. Peers: NCCL all-to-all of one row per
+(token, expert) with splits that the host knows; NCCL all-gather of all tokens and reduce-scatter of sums. A peer's whole layer
+has our experts in the middle.
 
 Legend: T tokens of a rank, K top-k, H hidden, W ranks, E logical experts.
 """

@@ -82,22 +82,25 @@ def _return_sums_kernel(
         gdc_launch_dependents()
     epoch = tl.load(state_ptr + EPOCH) + 1
     blocks = tl.cdiv(hidden_size, BLOCK_H)
+    k = tl.arange(0, BLOCK_K)
+    program, programs = tl.program_id(0), tl.num_programs(0)
     for turn in tl.static_range(W):
         home = (rank + 1 + turn) % W  # each rank begins with another, or all would crowd one's links
-        num_tokens = tl.load(counts_ptr + home * (num_lanes + 2) + num_lanes)
+        items = tl.load(counts_ptr + home * (num_lanes + 2) + num_lanes) * blocks
         at = tl.multiple_of(tl.load(homes_ptr + home).to(rows_ptr.dtype), 16)
-        for item in range(tl.program_id(0), num_tokens * blocks, tl.num_programs(0)):
+        here_at = here_ptr + home * bound * TOP_K + k
+        seen = tl.load(here_at + program // blocks * TOP_K, mask=(program < items) & (k < TOP_K), other=0)
+        for item in range(program, items, programs):
             token = item // blocks
             column = item % blocks * BLOCK_H + tl.arange(0, BLOCK_H)
             inside = column < hidden_size
-            first = (home * bound + token) * TOP_K
-            k = tl.arange(0, BLOCK_K)
-            here = tl.load(here_ptr + first + k, mask=k < TOP_K, other=0) == epoch
-            total = tl.zeros((BLOCK_H,), dtype=tl.float32)
-            for one in tl.static_range(TOP_K):
-                mine = tl.load(here_ptr + first + one) == epoch
-                row = rows_ptr + (first + one).to(tl.int64) * hidden_size + column
-                total += widen(tl.load(row, mask=inside & mine, other=0.0))
+            here = seen == epoch
+            row = (home * bound + token) * TOP_K + k
+            rows = rows_ptr + row.to(tl.int64)[:, None] * hidden_size + column[None, :]
+            rows = tl.load(rows, mask=here[:, None] & inside[None, :], other=0.0)
+            later = item + programs  # ahead of the stores
+            seen = tl.load(here_at + later // blocks * TOP_K, mask=(later < items) & (k < TOP_K), other=0)
+            total = tl.sum(widen(rows), axis=0)
             wanted = tl.max(here.to(tl.int32), axis=0) > 0
             to = at + (token.to(tl.int64) * W + rank) * hidden_size + column
             tl.store(to, narrow(total, rows_ptr.dtype.element_ty), mask=inside & wanted)
@@ -159,7 +162,7 @@ def return_rows(rows_NH: torch.Tensor, schedule: TileSchedule, area: PeerArea, b
 
 
 def return_sums(rows_NH: torch.Tensor, area: PeerArea, bound: int, num_lanes: int) -> None:
-    """Sum what this rank has computed for a token, over k in order, in float32, rounded once, and write it home: [B, W, H].
+    """Sum what this rank has computed for a token, in float32, rounded once, and write it home: [B, W, H].
 
     Fewer bytes travel, but the result depends on which experts share a rank, to rounding.
 
