@@ -26,13 +26,13 @@ _AFTERMATH = 3.0
 
 
 def distributed(
-    num_ranks: int, backend: str = "gloo", timeout: float = 120.0
+    num_ranks: int, backend: str = "gloo", timeout: float = 120.0, on_cpu: bool = True
 ) -> Callable[[Callable[..., None]], Callable[..., None]]:
     """Make a test of a top-level function ``fn(rank, num_ranks, group, device, ...)``, run by `num_ranks` processes.
 
     With gloo there are two tests: on CPUs, and (marked `gpu`) with all ranks on one GPU. With NCCL every rank has a GPU
-    of its own (marked `multigpu`, skipped where there are fewer). Further parameters of `fn` are the test's own; what
-    `pytest.mark.parametrize` gives them must be picklable.
+    of its own (marked `multigpu`, skipped where there are fewer). Without `on_cpu` only on GPUs. Further parameters of `fn`
+    are the test's own; what `pytest.mark.parametrize` gives them must be picklable.
 
     The test fails with the traceback of the child that raised first and the errors of the others; after `timeout` seconds
     with the stacks of all threads of the children. A child that leaves through `os._exit(0)` did not fail.
@@ -54,7 +54,7 @@ def distributed(
         signature = inspect.Signature([positional("tmp_path"), positional("device_type"), *own])
         test.__signature__ = signature  # type: ignore[attr-defined]
         on_gpu = pytest.param("cuda", marks=pytest.mark.gpu if backend == "gloo" else pytest.mark.multigpu)
-        devices = ["cpu", on_gpu] if backend == "gloo" else [on_gpu]
+        devices = ["cpu", on_gpu] if backend == "gloo" and on_cpu else [on_gpu]
         return pytest.mark.parametrize("device_type", devices)(pytest.mark.timeout(timeout + 60)(test))
 
     return decorate

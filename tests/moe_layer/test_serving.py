@@ -29,8 +29,11 @@ from tests.moe_layer.reference import give_unit_scale
 from tests.moe_layer.relocation import as_is, checkpointed, checkpointed_reentrant
 
 
-def make_service(rank, group, device, dtype=torch.float32, controller_group=None, redundant=None, **options) -> Service:
-    """Two layers of a model that share a pool, and one with a pool of its own."""
+def make_service(
+    rank, group, device, dtype=torch.float32, controller_group=None, redundant=None, ours=None, **options
+) -> Service:
+    """Two layers of a model that share a pool, and one with a pool of its own. `ours`: arguments of layers that move alone."""
+    ours = ours or {}
     num_ranks = dist.get_world_size(group)
     redundant = num_ranks if redundant is None else redundant
     pool = make_pool(
@@ -46,9 +49,9 @@ def make_service(rank, group, device, dtype=torch.float32, controller_group=None
     )
     common = {"num_redundant_experts": redundant, "dtype": dtype}
     layers = [
-        make_layer(group, device, seed=1, pool=pool, **common),
-        make_layer(group, device, seed=2, pool=pool, **common),
-        make_layer(group, device, seed=3, num_shadow_slots=2, **common),
+        make_layer(group, device, seed=1, pool=pool, **common, **ours),
+        make_layer(group, device, seed=2, pool=pool, **common, **ours),
+        make_layer(group, device, seed=3, num_shadow_slots=2, **common, **ours),
     ]
     twins = [make_layer(group, device, seed=seed, **common) for seed in (1, 2, 3)]
     # Two models, one of them with a dense module too, and a third that is dense.
@@ -120,6 +123,28 @@ def test_i5_four_ranks(rank, num_ranks, group, device):
     check_no_redundant_experts(rank, group, device)
 
 
+ONE_SIDED = {"dispatcher": "symm_mem", "max_tokens": 11}
+
+
+@distributed(num_ranks=4, timeout=200, on_cpu=False)
+def test_i5_one_sided_dispatch_over_ipc(rank, num_ranks, group, device):
+    """Four processes on one GPU."""
+    service = make_service(rank, group, device, dtype=torch.bfloat16, ours=ONE_SIDED)
+    service.serve_until(moved_by(service, 5), "relocations", seconds=100)
+    check_replays(service, flips=20)
+    drained(service)
+    service.controller.close()
+
+
+@distributed(num_ranks=2, backend="nccl", timeout=200)
+def test_i5_one_sided_dispatch_over_symmetric_memory(rank, num_ranks, group, device):
+    service = make_service(rank, group, device, dtype=torch.bfloat16, ours=ONE_SIDED)
+    service.serve_until(moved_by(service, 12), "relocations")
+    check_replays(service, flips=1000)
+    drained(service)
+    service.controller.close()
+
+
 @distributed(num_ranks=2, timeout=150)
 def test_i6_ranks_that_leave_or_die(rank, num_ranks, group, device):
     check_one_rank_closes(rank, group, device)
@@ -155,6 +180,32 @@ def test_i5_gloo_dispatch_with_nccl_relocation(rank, num_ranks, group, device):
 
 
 # ---- the checks; all are collective
+
+
+@torch.no_grad()
+def check_replays(service: Service, flips: int) -> None:
+    """A graph of all layers, replayed while their tables flip: the bits of twins that never move."""
+    x = tokens(service.rank, 1, service.device, torch.bfloat16)
+    wanted = [twin(x) for twin in service.twins]
+    side = torch.cuda.Stream()
+    side.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(side):
+        for layer in service.layers:
+            layer(x)
+    torch.cuda.current_stream().wait_stream(side)
+    torch.cuda.synchronize()
+    dist.barrier(service.group)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        outputs = [layer(x) for layer in service.layers]
+    start, deadline = service.controller.metrics().flips, time.monotonic() + 100
+    while not everybody(service.controller.metrics().flips >= start + flips, service.group, service.device):
+        for _ in range(10):
+            graph.replay()
+            service.controller.step()
+        assert all(torch.equal(y, one) for y, one in zip(outputs, wanted, strict=True))
+        service.layers[0].executor.dispatcher.raise_if_failed()
+        assert time.monotonic() < deadline, service.controller.health()
 
 
 def check_different_step_rates(service: Service) -> None:
