@@ -44,6 +44,7 @@ class Sizes:
     num_redundant_experts: int = 0
     num_shadow_slots: int = 1
     dtype: torch.dtype = torch.bfloat16
+    fp8: bool = False
 
 
 @dataclass
@@ -79,6 +80,7 @@ class VirtualRanks:
             top_k=sizes.top_k,
             hidden_size=sizes.hidden_size,
             dtype=sizes.dtype,
+            fp8=sizes.fp8,
         )
         memories = virtual_peers(sizes.num_ranks, self.layout.num_bytes, device)
         self.dispatchers = [OneSidedDispatcher(memory, self.layout, self.timeout, self.sums) for memory in memories]

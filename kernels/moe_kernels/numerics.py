@@ -35,6 +35,17 @@ def narrow(value, dtype: tl.constexpr):
 
 
 @triton.jit
+def to_e4m3(value):
+    """float32 of at most 448 → e4m3, to nearest. (The interpreter loses carries into the exponent: it rounds nothing.)"""
+    if _INTERPRETED:
+        bits = value.to(tl.uint32, bitcast=True)
+        normal = ((bits + 0x7FFFF + ((bits >> 20) & 1)) & 0xFFF00000).to(tl.float32, bitcast=True)
+        small = tl.floor(value * 512.0 + 0.5) / 512.0
+        value = tl.where(tl.abs(value) < 0.015625, small, normal)
+    return value.to(tl.float8e4nv)
+
+
+@triton.jit
 def dot(a, b, accumulator):
     """`accumulator + a @ b` in float32; float32 operands are not shortened to TF32.
 

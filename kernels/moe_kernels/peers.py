@@ -15,10 +15,10 @@ import triton.language as tl
 from triton.language.extra.cuda import globaltimer
 
 from moe_kernels.backend import INTERPRETED
-from moe_kernels.integers import next_power_of_2
-from moe_kernels.tiles import TileSchedule
+from moe_kernels.integers import cdiv, next_power_of_2
 
 _ALIGNMENT = 128  # bytes, of each part
+FP8_GROUP = 128  # channels that share a scale
 # Numbers of flags, W of each: a rank's rows have arrived; its results have; its counts have.
 ARRIVED, RETURNED, COUNTED = tl.constexpr(0), tl.constexpr(1), tl.constexpr(2)
 _NUM_FLAGS = 3
@@ -35,6 +35,7 @@ class PeerLayout:
     Attributes:
         num_ranks, num_lanes, num_experts, max_tokens, top_k, hidden_size: W, S, E, the largest B, K, H.
         dtype: of the hidden states.
+        fp8: whether hidden states travel as e4m3 with a float32 scale for each `FP8_GROUP` channels.
     """
 
     num_ranks: int
@@ -44,6 +45,7 @@ class PeerLayout:
     top_k: int
     hidden_size: int
     dtype: torch.dtype
+    fp8: bool = False
 
     @cached_property
     def offsets(self) -> dict[str, int]:
@@ -56,7 +58,8 @@ class PeerLayout:
             "experts": 4 * self.num_ranks * self.num_experts,  # int32 [W, E]: tokens of each expert
             "weights": 4 * flat,  # float32, by flat row
             "lists": 4 * flat,  # int32 [W, B * K]: the flat rows that a rank has sent, by lane
-            "rows": self.num_ranks * self.max_tokens * row,  # [W, B, H]
+            "rows": self.num_ranks * self.max_tokens * (self.hidden_size if self.fp8 else row),  # [W, B, H]
+            "scales": 4 * self.num_ranks * self.max_tokens * self.num_groups if self.fp8 else 0,  # [W, B, groups]
             # [B, K, H]: what this rank's tokens get back; or, summed by rank, [B, W, H]
             "results": self.max_tokens * max(self.top_k, self.num_ranks) * row,
         }
@@ -65,6 +68,11 @@ class PeerLayout:
             offsets[name] = end
             end += -(-size // _ALIGNMENT) * _ALIGNMENT
         return offsets | {"end": end}
+
+    @property
+    def num_groups(self) -> int:
+        """Of channels that share a scale."""
+        return cdiv(self.hidden_size, FP8_GROUP)
 
     @property
     def num_bytes(self) -> int:
@@ -109,14 +117,6 @@ class PeerArea:
         """The first rank that some wait was given up for, `NO_RANK` if bounds differ, None if all is well. No sync."""
         found = int(self._error_on_host[0])
         return found - 1 if found else None
-
-
-@dataclass(frozen=True)
-class Arrived:
-    """What `receive_rows` has found, besides the schedule."""
-
-    schedule: TileSchedule
-    counts_S: torch.Tensor
 
 
 @triton.jit

@@ -12,7 +12,8 @@ import triton.language as tl
 from moe_kernels.checks import FLOATS, check_tensor
 from moe_kernels.integers import cdiv, next_power_of_2
 from moe_kernels.launch import Launcher, gdc_launch_dependents, gdc_wait
-from moe_kernels.peers import ARRIVED, EPOCH, SENT, PeerArea, peer_at, raise_flags, sync_options
+from moe_kernels.numerics import to_e4m3, widen
+from moe_kernels.peers import ARRIVED, EPOCH, FP8_GROUP, SENT, PeerArea, peer_at, raise_flags, sync_options
 from moe_kernels.tiles import TileSchedule
 
 _BLOCK = 128  # of list entries, or of lanes, that a program takes at once
@@ -32,24 +33,40 @@ def _load_columns(
     column = item % blocks * BLOCK_H + tl.arange(0, BLOCK_H)
     exists = item < num_items
     lane = tl.load(lanes_ptr + token * TOP_K + k, mask=exists & (k < TOP_K), other=-1)
-    x = tl.load(x_ptr + token * hidden_size + column, mask=exists & (column < hidden_size))
+    x = tl.load(x_ptr + token * hidden_size + column, mask=exists & (column < hidden_size), other=0.0)
     return x, tl.where(lane >= 0, lane // num_lanes, -1)
 
 
 @triton.jit
+def _quantised(x, GROUP: tl.constexpr):
+    """e4m3 values of x and a scale for each group of columns: the largest of it is 448, as far as e4m3 reaches."""
+    groups = widen(x).reshape(x.shape[0] // GROUP, GROUP)
+    scale = tl.maximum(tl.max(tl.abs(groups), axis=1), 1e-30) / 448.0
+    return to_e4m3(groups / scale[:, None]).reshape(x.shape[0]), scale
+
+
+@triton.jit
 def _send_columns(
-    x, target, like_ptr, addresses_ptr, item, rank, bound, hidden_size, rows_at,
-    BLOCK_H: tl.constexpr, W: tl.constexpr,
+    x, target, like_ptr, scales_ptr, addresses_ptr, item, rank, bound, hidden_size, rows_at, scales_at,
+    BLOCK_H: tl.constexpr, W: tl.constexpr, GROUP: tl.constexpr,
 ):  # fmt: skip
     """To every rank that is a target."""
     blocks = tl.cdiv(hidden_size, BLOCK_H)
+    row = rank.to(tl.int64) * bound + item // blocks
+    if scales_ptr is not None:
+        x, scale = _quantised(x, GROUP)
+        group = item % blocks * (BLOCK_H // GROUP) + tl.arange(0, BLOCK_H // GROUP)
+        num_groups = tl.cdiv(hidden_size, GROUP)
     column = item % blocks * BLOCK_H + tl.arange(0, BLOCK_H)
-    place = (rank.to(tl.int64) * bound + item // blocks) * hidden_size + column
+    place = row * hidden_size + column
     for turn in tl.static_range(W):
         peer = (rank + 1 + turn) % W  # each rank begins with another, or all would crowd one's links
         wanted = tl.max((target == peer).to(tl.int32), axis=0) > 0
         at = peer_at(addresses_ptr, peer, rows_at, like_ptr) + place
         tl.store(at, x, mask=(column < hidden_size) & wanted)
+        if scales_ptr is not None:
+            scale_at = peer_at(addresses_ptr, peer, scales_at, scales_ptr) + row * num_groups + group
+            tl.store(scale_at, scale, mask=(group < num_groups) & wanted)
 
 
 @triton.jit
@@ -107,6 +124,8 @@ def _send_rows_kernel(
     offsets_ptr,
     addresses_ptr,
     flags_ptr,
+    rows_ptr,  # this rank's; only their type is used, as with the next one
+    scales_ptr,  # None: rows travel as they are
     # input and output
     state_ptr,
     # shapes
@@ -121,6 +140,7 @@ def _send_rows_kernel(
     weights_at,
     lists_at,
     rows_at,
+    scales_at,
     # constants
     TOP_K: tl.constexpr,
     PDL: tl.constexpr,
@@ -130,6 +150,7 @@ def _send_rows_kernel(
     BLOCK: tl.constexpr,
     BLOCK_K: tl.constexpr,
     BLOCK_H: tl.constexpr,
+    GROUP: tl.constexpr,
 ):
     """Programs share the work; the last to have done its part raises this rank's flag on every rank."""
     if PDL:  # see `Launcher`
@@ -152,7 +173,10 @@ def _send_rows_kernel(
         later, later_target = _load_columns(  # ahead of the stores
             x_ptr, lanes_ptr, item + programs, items, num_lanes, hidden_size, TOP_K, BLOCK_K, BLOCK_H
         )  # fmt: skip
-        _send_columns(x, target, x_ptr, addresses_ptr, item, rank, bound, hidden_size, rows_at, BLOCK_H, W)
+        _send_columns(
+            x, target, rows_ptr, scales_ptr, addresses_ptr, item, rank, bound, hidden_size, rows_at, scales_at,
+            BLOCK_H, W, GROUP,
+        )  # fmt: skip
         x, target = later, later_target
     tl.debug_barrier()
     before = tl.atomic_add(state_ptr + SENT, 1, sem="acq_rel", scope="sys")
@@ -201,7 +225,7 @@ def send_rows(
     if not num_tokens <= bound <= layout.max_tokens:
         raise ValueError(f"bound={bound}: must be in [{num_tokens}, {layout.max_tokens}], the tokens and their maximum")
     assert layout.dtype in FLOATS
-    block_h = min(1024, next_power_of_2(layout.hidden_size))
+    block_h = max(FP8_GROUP if layout.fp8 else 1, min(1024, next_power_of_2(layout.hidden_size)))
     items = num_tokens * cdiv(layout.hidden_size, block_h)
     items += cdiv(num_tokens * top_k, _BLOCK) + cdiv(layout.num_ranks * (num_lanes + 2), _BLOCK)
     at = layout.offsets
@@ -209,13 +233,18 @@ def send_rows(
     del constants["TIMED"]
     _send_rows_kernel[(min(items, _MOST_THREADS // (32 * _NUM_WARPS)),)](
         *(x_TH, weights_TK, lanes_TK, by_lane.order_N, by_lane.offsets_L1, area.addresses_W),
-        *(area.part("flags", torch.int64, 1), area.state),
+        *(
+            area.part("flags", torch.int64, 1),
+            area.part("rows", torch.float8_e4m3fn if layout.fp8 else layout.dtype, 1),
+        ),
+        *(area.part("scales", torch.float32, 1) if layout.fp8 else None, area.state),
         *(area.rank, num_tokens, bound, layout.hidden_size, num_lanes),
-        *(at["flags"], at["counts"], at["weights"], at["lists"], at["rows"]),
+        *(at["flags"], at["counts"], at["weights"], at["lists"], at["rows"], at["scales"]),
         TOP_K=top_k,
         **constants,
         BLOCK=_BLOCK,
         BLOCK_K=next_power_of_2(top_k),
         BLOCK_H=block_h,
+        GROUP=FP8_GROUP,
         num_warps=_NUM_WARPS,
     )

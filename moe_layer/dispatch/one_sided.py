@@ -12,6 +12,7 @@ import torch.distributed as dist
 
 from eplb.peer_memory import PeerMemory, connect_peers, over_group
 from moe_kernels import TileSchedule, build_schedule, combine
+from moe_kernels.expand_rows import expand_rows
 from moe_kernels.gather_counts import gather_counts
 from moe_kernels.homes import RowHomes
 from moe_kernels.meet_peers import meet_peers
@@ -95,6 +96,7 @@ class OneSidedDispatcher:
         *,
         timeout: float = 30.0,
         sums: str = "fixed_order",
+        payload: str = "exact",
         source: str = "auto",
     ) -> "OneSidedDispatcher":
         """One for the ranks of a group. Collective.
@@ -102,12 +104,20 @@ class OneSidedDispatcher:
         Args:
             num_lanes, num_experts, max_tokens, hidden_size, top_k, dtype: S, E, the largest B, K, H; equal on all ranks.
             device: of this rank's buffer.
+            payload: "exact", or "fp8": hidden states travel as e4m3 with a float32 scale for each 128 channels, which is half
+                the bytes; for the error see `moe_kernels.expand_rows`. It is the same wherever a row goes, so the output does
+                not depend on the placement. From Ada and Hopper on.
             source: of the peer memory, see `eplb.peer_memory.connect_peers`.
 
         Raises:
             ValueError, RuntimeError: the ranks have no peer memory (as `connect_peers`).
         """
-        layout = PeerLayout(dist.get_world_size(group), num_lanes, num_experts, max_tokens, top_k, hidden_size, dtype)
+        check_choice("payload", payload, ("exact", "fp8"))
+        if payload == "fp8" and device.type == "cuda" and torch.cuda.get_device_capability(device) < (8, 9):
+            raise ValueError(f"payload='fp8' needs a GPU that converts to e4m3, from Ada on; {device} does not")
+        num_ranks = dist.get_world_size(group)
+        sizes = (num_ranks, num_lanes, num_experts, max_tokens, top_k, hidden_size)
+        layout = PeerLayout(*sizes, dtype, payload == "fp8")
         rank, exchange = dist.get_rank(group), over_group(group)
         memory = connect_peers(layout.num_bytes, device, rank, exchange, source, group)
         return cls(memory, layout, timeout, sums, AllToAllDispatcher(group, num_lanes))
@@ -158,16 +168,23 @@ class OneSidedDispatcher:
         send_rows(x_TH, weights_TK, lanes_TK, by_lane, area, bound)
         schedules: list[TileSchedule] = []
 
+        num_rows = layout.num_ranks * bound
+        if layout.fp8:
+            rows_RH = torch.empty((num_rows, layout.hidden_size), dtype=layout.dtype, device=area.own.device)
+        else:
+            rows_RH = area.part("rows", layout.dtype, num_rows, layout.hidden_size)
+
         def schedule(block_m: int, extra_m: int) -> TileSchedule:
             schedules.append(
                 receive_rows(area, bound, num_lanes, block_m=block_m, extra_m=extra_m, note_here=self._by_rank)
             )
+            if layout.fp8:
+                expand_rows(rows_RH, area, bound, num_lanes)
             return schedules[0]
 
-        num_rows = layout.num_ranks * bound
         homes = RowHomes(area.results_W, area.part("results", layout.dtype, bound * layout.top_k), bound * layout.top_k)
         return Dispatched(
-            rows_RH=area.part("rows", layout.dtype, num_rows, layout.hidden_size),
+            rows_RH=rows_RH,
             fanout=layout.top_k,
             row_weights_N=area.part("weights", torch.float32, num_rows * layout.top_k),
             schedule=schedule,

@@ -17,6 +17,7 @@ from triton.compiler import ASTSource
 
 from moe_kernels import (  # noqa: F401
     GemmConfig,
+    expand_rows,
     gather_counts,
     gemm_config,
     local_forward,
@@ -33,6 +34,7 @@ MODULES = {
     name: sys.modules[f"moe_kernels.{name}"]
     for name in (
         "combine",
+        "expand_rows",
         "expert_down_tma",
         "expert_down_triton",
         "expert_up_tma",
@@ -190,11 +192,17 @@ def compile_peers(arch: int, dtype: torch.dtype, num_ranks: int) -> None:
     ranks = {"W": num_ranks}
     waits = ranks | {"BLOCK_W": triton.next_power_of_2(num_ranks), "TIMED": True}
     columns = {"TOP_K": 8, "BLOCK_K": 8, "BLOCK_H": 1024}
-    sends = columns | ranks | {"BLOCK_W": waits["BLOCK_W"], "BLOCK": 128}
+    sends = columns | ranks | {"BLOCK_W": waits["BLOCK_W"], "BLOCK": 128, "GROUP": 128}
+    expands = ranks | {"GROUP": 128, "BLOCK_H": 1024}
     receives = waits | {"BLOCK_M": 16, "EXTRA_M": 0, "BLOCK": 512, "BLOCK_L": 128}
     meets = waits | {"SAYS": True, "WAITS": True}
     for module, name, constants, num_warps in (
-        ("send_rows", "_send_rows_kernel", sends, 4),
+        ("send_rows", "_send_rows_kernel", sends | {"scales_ptr": None}, 4),
+        *(
+            [("send_rows", "_send_rows_kernel", sends, 4), ("expand_rows", "_expand_rows_kernel", expands, 4)]
+            if arch >= 89
+            else []
+        ),
         ("receive_rows", "_receive_rows_kernel", receives, 4),
         ("receive_rows", "_receive_rows_kernel", receives | {"here_ptr": None}, 4),
         ("meet_peers", "_meet_peers_kernel", meets, 1),
@@ -203,7 +211,9 @@ def compile_peers(arch: int, dtype: torch.dtype, num_ranks: int) -> None:
         ("return_rows", "_return_sums_kernel", columns | ranks, 4),
         ("return_rows", "_combine_sums_kernel", columns | ranks, 4),
     ):
-        compiled = compile_small_one(module, name, types, constants, arch, num_warps)
+        fp8 = module == "expand_rows" or (module == "send_rows" and "scales_ptr" not in constants)
+        own = types | ({"rows_ptr": "*fp8e4nv", "scales_ptr": "*fp32", "expanded_ptr": element} if fp8 else {})
+        compiled = compile_small_one(module, name, own, constants, arch, num_warps)
         ptx = compiled.asm["ptx"]
         if "return" in name:
             assert re.search(r"st\.global\S*v4\.b32", ptx), "rows must be stored 16 bytes at a time"

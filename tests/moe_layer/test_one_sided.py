@@ -109,6 +109,31 @@ def test_no_bit_depends_on_the_placement(dtype, skewed, device):
     assert all(torch.equal(again, y) for again, y in zip(run(ranks, x, chosen, bound=6), first, strict=True))
 
 
+def test_fp8_rows(device):
+    """They arrive as near as e4m3 allows, the same on all ranks, and zeros as zeros; 300 channels are three groups."""
+    sizes = Sizes(2, 8, 2, 300, 16, 6, dtype=torch.float32, fp8=True)
+    ranks = VirtualRanks(sizes, torch.device(device))
+    x, chosen = batch(sizes, [5, 3], device)
+    x[0][1] = 0
+    x[1][2] *= 1e4
+    chosen = [
+        (weights, torch.tensor([[0, 4]], dtype=torch.int32, device=device).expand(len(weights), 2).contiguous())
+        for weights, _ in chosen
+    ]
+    sent = [send(ranks, rank, x[rank], chosen[rank]) for rank in range(2)]
+    for one in sent:
+        one.schedule(16, 0)
+    arrived = [one.rows_RH.view(2, 6, 300) for one in sent]
+    for source, x_TH in enumerate(x):
+        for rows in arrived:
+            y = rows[source, : len(x_TH)]
+            assert torch.equal(y, arrived[0][source, : len(x_TH)])
+            groups = torch.nn.functional.pad(x_TH.abs(), (0, 84)).view(len(x_TH), 3, 128).amax(2)
+            scale = groups.repeat_interleave(128, 1)[:, :300] / 448
+            assert ((y - x_TH).abs() <= torch.maximum(x_TH.abs() / 16, scale * 2**-10) * 1.0001).all()
+            assert not torch.equal(y, x_TH)
+
+
 def test_a_rank_that_does_not_come_ends_the_wait(device):
     """And from then on nobody waits; the error names the rank."""
     sizes = Sizes(num_ranks=2, dtype=torch.float32, **SMALL)
