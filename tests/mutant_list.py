@@ -493,6 +493,48 @@ LAYER = (
         "lane_WS = torch.arange(num_lanes, dtype=torch.int32, device=lanes.device).flip(0).repeat(num_ranks)",
         (f"{L}expert_parallel.py",),
     ),
+    # Results come from the rank of another row's expert.
+    Mutant(
+        "moe_layer/dispatch/ways.py",
+        "return came.view(num_ranks, self.num_padded, *came.shape[1:])[self.owners_N, place_N]",
+        "return came.view(num_ranks, self.num_padded, *came.shape[1:])[self.owners_N.flip(0), place_N]",
+        (f"{L}all_gather.py",),
+    ),
+    # Padding has lanes: whatever the memory held is computed.
+    Mutant(
+        "moe_layer/dispatch/packed.py",
+        "integers[num_tokens:, :top_k] = -1",
+        "pass",
+        (f"{L}packed.py",),
+    ),
+    # With static shapes a rank whose backward the others will not take part in is not told.
+    Mutant(
+        "moe_layer/dispatch/all_gather.py",
+        "looks = not static or (needs_grad and not _is_capturing(x_TH))",
+        "looks = not static",
+        (f"{L}all_gather.py",),
+    ),
+    # A rank takes as many turns as its own tokens need.
+    Mutant(
+        "moe_layer/executors.py",
+        "for first in range(0, max_tokens, most):",
+        "for first in range(0, len(x_TH), most):",
+        (f"{L}max_tokens.py", f"{L}all_gather.py"),
+    ),
+    # A choice that pays only without padding is made with any.
+    Mutant(
+        "moe_layer/dispatch/choose.py",
+        "if extra <= most:",
+        "if extra <= most or it.max_tokens:",
+        (f"{L}choose.py",),
+    ),
+    # Gradients of a token's rows are those of one expert.
+    Mutant(
+        "moe_layer/dispatch/all_gather.py",
+        "grad_x_TH += grad_TKH[:, k]",
+        "grad_x_TH = grad_TKH[:, k].float()",
+        (f"{L}all_gather.py",),
+    ),
     # The backward goes by the lanes of the newest table.
     Mutant(
         "moe_layer/recomputed.py",
