@@ -1,7 +1,8 @@
 """The bugs that `tests/mutants.py` plants: a line, what to make of it, and the tests that must notice.
 
 Last run with the tests as they are beside this list (2026-11-28, CPU): 72 on the code of 4ee85ce, the other 14 on that of
-2624016; all 86 were caught. Those that had survived at first have tests now.
+2624016; all 86 were caught. Those that had survived at first have tests now. The six of turns and of dispatch by all-gather
+came later; all were caught on the code that they came with.
 """
 
 from tests.mutants import Mutant
@@ -492,6 +493,48 @@ LAYER = (
         "lane_WS = torch.arange(num_lanes, dtype=torch.int32, device=lanes.device).repeat(num_ranks)",
         "lane_WS = torch.arange(num_lanes, dtype=torch.int32, device=lanes.device).flip(0).repeat(num_ranks)",
         (f"{L}expert_parallel.py",),
+    ),
+    # Results come from the rank of another row's expert.
+    Mutant(
+        "moe_layer/dispatch/ways.py",
+        "return came.view(num_ranks, self.num_padded, *came.shape[1:])[self.owners_N, place_N]",
+        "return came.view(num_ranks, self.num_padded, *came.shape[1:])[self.owners_N.flip(0), place_N]",
+        (f"{L}all_gather.py",),
+    ),
+    # Padding has lanes: whatever the memory held is computed.
+    Mutant(
+        "moe_layer/dispatch/packed.py",
+        "integers[num_tokens:, :top_k] = -1",
+        "pass",
+        (f"{L}packed.py",),
+    ),
+    # With static shapes a rank whose backward the others will not take part in is not told.
+    Mutant(
+        "moe_layer/dispatch/all_gather.py",
+        "looks = not static or (needs_grad and not _is_capturing(x_TH))",
+        "looks = not static",
+        (f"{L}all_gather.py",),
+    ),
+    # A rank takes as many turns as its own tokens need.
+    Mutant(
+        "moe_layer/executors.py",
+        "for first in range(0, max_tokens, most):",
+        "for first in range(0, len(x_TH), most):",
+        (f"{L}max_tokens.py", f"{L}all_gather.py"),
+    ),
+    # A choice that pays only without padding is made with any.
+    Mutant(
+        "moe_layer/dispatch/choose.py",
+        "if extra <= most:",
+        "if extra <= most or it.max_tokens:",
+        (f"{L}choose.py",),
+    ),
+    # Gradients of a token's rows are those of one expert.
+    Mutant(
+        "moe_layer/dispatch/all_gather.py",
+        "grad_x_TH += grad_TKH[:, k]",
+        "grad_x_TH = grad_TKH[:, k].float()",
+        (f"{L}all_gather.py",),
     ),
     # The backward goes by the lanes of the newest table.
     Mutant(

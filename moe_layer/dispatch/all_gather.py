@@ -15,9 +15,12 @@ from moe_layer.arguments import check_choice, check_integer
 from moe_layer.collectives import all_gather_rows, backend_of
 from moe_layer.dispatch.base import Dispatched
 from moe_layer.dispatch.gradients import check_gradients
-from moe_layer.dispatch.lanes import count_lanes
+from moe_layer.dispatch.lanes import LaneTables, count_bins
 from moe_layer.dispatch.packed import Tokens, pack_rows, pack_tokens, unpack_rows, unpack_tokens
 from moe_layer.dispatch.ways import ExactSplits, FixedSplits, PartialSums, Return, Way
+
+_Rows = tuple[tuple[torch.Tensor, torch.Tensor], torch.Tensor, torch.Tensor, Way, torch.Tensor]
+"""(rows and their weights, own lane of each row, how many rows each lane has, the way back, own lanes_RK)."""
 
 
 @dataclass(frozen=True)
@@ -69,6 +72,7 @@ class AllGatherDispatcher:
         self._group = group
         self._rank, self._num_ranks = dist.get_rank(group), dist.get_world_size(group)
         self._num_lanes = num_lanes
+        self._tables: dict[torch.device, LaneTables] = {}
         self._partial = combine == "partial"
         self._static = True if self._partial else static
 
@@ -87,99 +91,71 @@ class AllGatherDispatcher:
         del counts_L  # the receiver counts
         bound = max_tokens or self.max_tokens
         assert bound is not None and self.max_tokens is not None and bound <= self.max_tokens
-        by_gloo = self.backend(x_TH.device) == "gloo"
+        static = self._static if self._static is not None else self.backend(x_TH.device) != "gloo"
         needs_grad = x_TH.requires_grad or weights_TK.requires_grad
         with torch.no_grad():
-            packed = pack_tokens(x_TH, weights_TK, lanes_TK, bound, needs_grad)
-            came = all_gather_rows(packed, self._group)
-            tokens = unpack_tokens(came, x_TH.shape[1], x_TH.dtype, lanes_TK.shape[1])
-            own_RK = self._own(tokens.lanes_RK)
-        static = self._static if self._static is not None else not by_gloo
-        looks = needs_grad and not (x_TH.is_cuda and torch.cuda.is_current_stream_capturing())
-        flags = [bool(flag) for flag in tokens.needs_grad_R[::bound].tolist()] if looks or not static else None
-        if static:
-            return self._all_rows(x_TH, weights_TK, lanes_TK, tokens, own_RK, bound, flags, backend)
-        return self._own_rows(x_TH, weights_TK, lanes_TK, tokens, own_RK, bound, flags, backend)
+            came = all_gather_rows(pack_tokens(x_TH, weights_TK, lanes_TK, bound, needs_grad), self._group)
+        tokens = unpack_tokens(came, x_TH.shape[1], x_TH.dtype, lanes_TK.shape[1])
+        looks = not static or (needs_grad and not _is_capturing(x_TH))
+        flags = [bool(flag) for flag in tokens.needs_grad_R[::bound].tolist()] if looks else None
+        rows_of = self._all_rows if static else self._own_rows
+        rows, lanes_N, counts_S, way, own_RK = rows_of(x_TH, weights_TK, lanes_TK, tokens, bound)
 
-    def _own(self, lanes: torch.Tensor) -> torch.Tensor:
-        """This rank's number of each of its lanes, -1 for others'; contiguous."""
-        own = lanes - self._rank * self._num_lanes
-        return torch.where((own >= 0) & (own < self._num_lanes), own, -1)
-
-    def _all_rows(
-        self,
-        x_TH: torch.Tensor,
-        weights_TK: torch.Tensor,
-        lanes_TK: torch.Tensor,
-        tokens: Tokens,
-        own_RK: torch.Tensor,
-        bound: int,
-        needs_grad: list[bool] | None,
-        backend: str,
-    ) -> Dispatched:
-        """A row for each token and k of all ranks; those of other ranks are in no tile."""
-        top_k = lanes_TK.shape[1]
-        owners_N = torch.div(lanes_TK.reshape(-1).clamp(min=0), self._num_lanes, rounding_mode="floor").long()
-        exact = FixedSplits(self._group, owners_N, bound * top_k)
-        way = PartialSums(self._group, lanes_TK.shape[0], bound) if self._partial else exact
-        rows, weights, fanout = tokens.rows_RH, tokens.weights_RK.reshape(-1), top_k
-        if x_TH.requires_grad or weights_TK.requires_grad:
-            every_N = torch.arange(own_RK.numel(), device=x_TH.device)
-            rows, weights = _Arrive.apply(x_TH, weights_TK, lanes_TK, tokens, every_N, exact)
-            fanout = 1
-        lanes_N = own_RK.view(-1)
-        counts_S = count_lanes(lanes_N, self._num_lanes)
-        return self._dispatched(
-            rows, fanout, weights, lanes_N, counts_S, bound, _Route(way, own_RK, needs_grad), backend
-        )
-
-    def _own_rows(
-        self,
-        x_TH: torch.Tensor,
-        weights_TK: torch.Tensor,
-        lanes_TK: torch.Tensor,
-        tokens: Tokens,
-        own_RK: torch.Tensor,
-        bound: int,
-        needs_grad: list[bool] | None,
-        backend: str,
-    ) -> Dispatched:
-        """The rows that this rank computes and no others, by rank, token and k: how many of each rank the host knows."""
-        num_ranks, lanes = self._num_ranks, lanes_TK.reshape(-1)
-        owners = torch.where(lanes >= 0, torch.div(lanes, self._num_lanes, rounding_mode="floor"), num_ranks)
-        own_N = own_RK.view(-1)
-        counts = [count_lanes(owners, num_ranks), (own_N.view(num_ranks, -1) >= 0).sum(dim=1, dtype=torch.int32)]
-        receive_splits, send_splits = torch.stack(counts).tolist()
-        order = torch.sort(owners, stable=True).indices[: sum(receive_splits)]
-        way = ExactSplits(self._group, order, send_splits, receive_splits, lanes.numel())
-        rows_N = torch.nonzero(own_N >= 0).view(-1)
-        rows, weights = _Arrive.apply(x_TH, weights_TK, lanes_TK, tokens, rows_N, way)
-        lanes_N = own_N[rows_N]
-        counts_S = count_lanes(lanes_N, self._num_lanes)
-        return self._dispatched(rows, 1, weights, lanes_N, counts_S, bound, _Route(way, own_RK, needs_grad), backend)
-
-    def _dispatched(
-        self,
-        rows: torch.Tensor,
-        fanout: int,
-        weights: torch.Tensor,
-        lanes_N: torch.Tensor,
-        counts_S: torch.Tensor,
-        bound: int,
-        route: _Route,
-        backend: str,
-    ) -> Dispatched:
         def schedule(block_m: int, extra_m: int) -> TileSchedule:
             return build_schedule(lanes_N, counts_S, block_m=block_m, extra_m=extra_m, backend=backend)
 
         return Dispatched(
-            rows_RH=rows,
-            fanout=fanout,
-            row_weights_N=weights,
+            rows_RH=rows[0],
+            fanout=lanes_N.numel() // rows[0].shape[0] if static else 1,
+            row_weights_N=rows[1],
             schedule=schedule,
             num_tokens=self._num_ranks * bound,
-            route=route,
+            route=_Route(way, own_RK, flags),
         )
+
+    def _all_rows(
+        self, x_TH: torch.Tensor, weights_TK: torch.Tensor, lanes_TK: torch.Tensor, tokens: Tokens, bound: int
+    ) -> _Rows:
+        """A row for each token and k of all ranks; those of other ranks are in no tile. No host sync."""
+        tables = self._tables_on(x_TH.device)
+        exact = FixedSplits(self._group, tables.owners[lanes_TK.view(-1).long()], bound * lanes_TK.shape[1])
+        way = PartialSums(self._group, lanes_TK.shape[0], bound) if self._partial else exact
+        numbers_RK = tokens.lanes_RK.long()
+        own_RK = tables.own[numbers_RK]
+        counts_S = count_bins(tables.bins[numbers_RK.view(-1)], self._num_lanes)
+        rows = tokens.rows_RH, tokens.weights_RK.contiguous().view(-1)
+        if x_TH.requires_grad or weights_TK.requires_grad:
+            every_N = torch.arange(own_RK.numel(), device=x_TH.device)
+            rows = _Arrive.apply(x_TH, weights_TK, lanes_TK, tokens, every_N, exact)
+        return rows, own_RK.view(-1), counts_S, way, own_RK
+
+    def _own_rows(
+        self, x_TH: torch.Tensor, weights_TK: torch.Tensor, lanes_TK: torch.Tensor, tokens: Tokens, bound: int
+    ) -> _Rows:
+        """The rows that this rank computes and no others, by rank, token and k: how many of each rank the host knows."""
+        tables, num_ranks = self._tables_on(x_TH.device), self._num_ranks
+        owners_N = tables.owners_or_none[lanes_TK.view(-1).long()]
+        own_RK = tables.own[tokens.lanes_RK.long()]
+        is_own_N = own_RK.view(-1) >= 0
+        sent_W = is_own_N.view(num_ranks, -1).sum(dim=1, dtype=torch.int32)
+        receive_splits, send_splits = torch.stack([count_bins(owners_N, num_ranks), sent_W]).tolist()
+        order = torch.sort(owners_N, stable=True).indices[: sum(receive_splits)]
+        way = ExactSplits(self._group, order, send_splits, receive_splits, lanes_TK.numel())
+        rows_N = torch.nonzero(is_own_N).view(-1)
+        lanes_N = own_RK.view(-1)[rows_N]
+        rows = _Arrive.apply(x_TH, weights_TK, lanes_TK, tokens, rows_N, way)
+        return rows, lanes_N, count_bins(lanes_N.long(), self._num_lanes), way, own_RK
+
+    @torch.inference_mode(False)  # or forwards with gradients could not use them
+    def _tables_on(self, device: torch.device) -> LaneTables:
+        tables = self._tables.get(device)
+        if tables is None:
+            tables = LaneTables.build(self._rank, self._num_ranks, self._num_lanes, device)
+            if not _is_capturing(tables.own):  # or they would be the graph's
+                if device.type == "cuda":
+                    torch.cuda.current_stream(device).synchronize()  # once: any stream may read them from now on
+                self._tables[device] = tables
+        return tables
 
     def combine(
         self, rows_NH: torch.Tensor | None, dispatched: Dispatched, lanes_TK: torch.Tensor, backend: str
@@ -194,6 +170,10 @@ class AllGatherDispatcher:
             # Only now: ranks that have not looked wait for this one in the collective above.
             check_gradients(route.needs_grad)
         return y_TH
+
+
+def _is_capturing(x: torch.Tensor) -> bool:
+    return x.is_cuda and torch.cuda.is_current_stream_capturing()
 
 
 class _Arrive(torch.autograd.Function):

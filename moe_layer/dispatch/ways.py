@@ -66,10 +66,11 @@ class FixedSplits:
     num_padded: int
 
     def back(self, rows_R: torch.Tensor) -> torch.Tensor:
-        splits = [self.num_padded] * dist.get_world_size(self.group)
+        num_ranks = dist.get_world_size(self.group)
+        splits = [self.num_padded] * num_ranks
         came = all_to_all_rows(rows_R, splits, splits, self.group)
         place_N = torch.arange(self.owners_N.numel(), device=came.device)
-        return came[self.owners_N * self.num_padded + place_N]
+        return came.view(num_ranks, self.num_padded, *came.shape[1:])[self.owners_N, place_N]
 
     def forth(self, rows: torch.Tensor) -> torch.Tensor:
         return all_gather_rows(padded(rows, self.num_padded), self.group)

@@ -50,6 +50,10 @@ REFUSED = {
     "unknown dispatcher": ({"dispatcher": "nvlink"}, ("dispatcher", "'nvlink'", "'auto', 'local', 'all_to_all'")),
     "no dispatcher": ({"dispatcher": 7}, ("dispatcher", "7", "'auto', 'local', 'all_to_all'")),
     "all_to_all on its own": ({"dispatcher": "all_to_all"}, ("dispatcher='all_to_all'", "process_group", "None")),
+    "all_gather on its own": (
+        {"dispatcher": "all_gather", "max_tokens": 8},
+        ("dispatcher='all_gather'", "process_group", "None"),
+    ),
     "redundant experts on one rank": (
         {"num_redundant_experts": 1},
         ("num_redundant_experts=1", "at most num_experts * (ranks - 1) = 0"),
