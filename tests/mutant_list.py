@@ -559,7 +559,7 @@ LAYER = (
     ),
     # Masked tokens are computed for ids given from outside.
     Mutant(
-        "moe_layer/layer.py",
+        "moe_layer/arguments.py",
         "is_none = is_none | ~mask_T[:, None]",
         "pass",
         (f"{L}forward.py",),
@@ -669,4 +669,49 @@ KERNELS = (
     ),
 )
 
-MUTANTS = (*RELOCATION, *LOAD, *ROUNDS, *WORKER, *CONTROLLER, *PLANNING, *LAYER, *KERNELS)
+ONE_SIDED = (
+    # A rank's rows of a lane overwrite those of the ranks before.
+    Mutant(
+        "kernels/moe_kernels/receive_rows.py",
+        "start += count",
+        "start += 0",
+        (f"{L}one_sided.py",),
+    ),
+    # Rows go home to the next rank.
+    Mutant(
+        "kernels/moe_kernels/homes.py",
+        "home = tl.load(homes_ptr + flat // rows_per_home)",
+        "home = tl.load(homes_ptr)",
+        (f"{L}one_sided.py",),
+    ),
+    # A peer that does not come is no error.
+    Mutant(
+        "kernels/moe_kernels/peers.py",
+        "if (missing > 0) & (failed == 0):",
+        "if (missing > 100) & (failed == 0):",
+        (f"{L}one_sided.py",),
+    ),
+    # Ranks with different bounds are not told.
+    Mutant(
+        "kernels/moe_kernels/receive_rows.py",
+        "if tl.max((theirs != bound).to(tl.int32), axis=0) > 0:",
+        "if tl.max((theirs != theirs).to(tl.int32), axis=0) > 0:",
+        (f"{L}one_sided.py",),
+    ),
+    # Marks of an earlier forward count as rows that are here.
+    Mutant(
+        "kernels/moe_kernels/return_rows.py",
+        "here = seen == epoch",
+        "here = seen > 0",
+        (f"{L}one_sided.py",),
+    ),
+    # Gradients of x are lost on the way.
+    Mutant(
+        "moe_layer/dispatch/one_sided.py",
+        "return self._with_gradients.dispatch(x_TH, weights_TK, lanes_TK, counts_L, backend)",
+        "return self._with_gradients.dispatch(x_TH.detach(), weights_TK, lanes_TK, counts_L, backend)",
+        (f"{L}one_sided_ranks.py",),
+    ),
+)
+
+MUTANTS = (*RELOCATION, *LOAD, *ROUNDS, *WORKER, *CONTROLLER, *PLANNING, *LAYER, *KERNELS, *ONE_SIDED)
