@@ -670,11 +670,11 @@ KERNELS = (
 )
 
 ONE_SIDED = (
-    # A rank's rows of a lane overwrite those of the ranks before.
+    # A lane's rows begin with those of the lane before.
     Mutant(
         "kernels/moe_kernels/receive_rows.py",
-        "start += count",
-        "start += 0",
+        "listed = lists_ptr + peer * per_rank + first",
+        "listed = lists_ptr + peer * per_rank",
         (f"{L}one_sided.py",),
     ),
     # Rows go home to the next rank.
