@@ -2,7 +2,7 @@
 
 By default with virtual ranks on one GPU (`bench.virtual_ranks`): the kernels' own cost, without links. Parts:
 "dispatch+combine" (all but the experts; a kernel of its own returns the results), "layer" (replica choice, dispatch, experts,
-combine) and "local": as many tokens on each rank's own experts, all ranks at once, which is what the layer would take if
+combine) and "local": the rows that each rank gets, by the same experts and tiles, which is what the layer would take if
 nothing travelled.
 
 Device time of CUDA graphs that run all ranks; the providers of a case take turns.
@@ -21,9 +21,9 @@ from bench.command import make_parser
 from bench.environment import environment
 from bench.timing import Function, Timing, capture, time_captured
 from bench.virtual_ranks import Sizes, VirtualRanks
-from moe_kernels import LoadCounter, ReplicaTable, local_experts
+from moe_kernels import TileSchedule, build_schedule, combine
 from moe_layer.dispatch import Dispatched
-from moe_layer.executors import choose_replicas
+from moe_layer.executors import choose_replicas, compute_rows
 
 SHAPES = {"dsv3": (256, 8, 7168, 2048), "qwen3": (128, 8, 2048, 768)}
 """Of all ranks together: experts, top-k, hidden, intermediate."""
@@ -89,7 +89,7 @@ def time_virtual(shape: str, num_tokens: int, options: argparse.Namespace) -> li
         for part, function in (("dispatch+combine", _travel(ranks, x, chosen)), ("layer", _layer(ranks, x, chosen))):
             timed.append((part, provider, capture(function, device)))
             kept.append((ranks, function))  # a graph does not keep what it reads
-    local = _local(first, x, logits)
+    local = _local(first, x, chosen)
     timed.append(("local", "moe_layer", capture(local, device)))
     times = time_captured([graph for _, _, graph in timed], device)
     for ranks, _ in kept:
@@ -129,26 +129,39 @@ def _travel(ranks: VirtualRanks, x: list[torch.Tensor], chosen: Any) -> Function
     return run
 
 
-def _local(ranks: VirtualRanks, x: list[torch.Tensor], logits: list[torch.Tensor]) -> Function:
-    """As many rows on each rank as come in the mean, all of its own experts and tokens."""
-    calls = []
-    for rank, experts in enumerate(ranks.experts):
-        count = ranks.sizes.num_experts // ranks.sizes.num_ranks
-        weights_TK, ids_TK = ranks.router.choose(logits[rank], None)
-        own = logits[rank][:, rank * count : (rank + 1) * count].contiguous()
-        ids_TK = own.topk(ranks.sizes.top_k, dim=1).indices.int()
-        lanes = experts.resident.current.placement.lanes_WS[rank].tolist()
-        table = ReplicaTable(
-            torch.tensor([lanes.index(rank * count + one) for one in range(count)], dtype=torch.int32, device="cuda"),
-            experts.table.lane_to_slot_L,
-        )
-        load = LoadCounter(torch.zeros(count, dtype=torch.int64, device="cuda"))
-        calls.append((x[rank], ids_TK, weights_TK, experts.matrices(), table, load))
+def _local(ranks: VirtualRanks, x: list[torch.Tensor], chosen: Any) -> Function:
+    """The rows that each rank gets in a layer, by the same experts and tiles, but they need not travel."""
+    sizes = ranks.sizes
+    x_NH = torch.cat(x)
+    weights_NK = torch.cat([weights_TK for weights_TK, _ in chosen])
+    lanes = [choose_replicas(experts, ids_TK)[0] for experts, (_, ids_TK) in zip(ranks.experts, chosen, strict=True)]
+    lanes_NK = torch.cat(lanes)
+    work = []
+    for rank in range(sizes.num_ranks):
+        num_lanes = ranks.layout.num_lanes
+        own_NK = lanes_NK - rank * num_lanes
+        own_NK = own_NK.masked_fill((own_NK < 0) | (own_NK >= num_lanes), -1)
+        counts_S = torch.bincount(own_NK[own_NK >= 0], minlength=num_lanes).int()
+        work.append((own_NK, counts_S))
     torch.cuda.synchronize()
+
+    def one(rank: int) -> torch.Tensor:
+        own_NK, counts_S = work[rank]
+        choose_replicas(ranks.experts[rank], chosen[rank][1])
+
+        def schedule(block_m: int, extra_m: int) -> TileSchedule:
+            return build_schedule(own_NK.view(-1), counts_S, block_m=block_m, extra_m=extra_m, backend="triton")
+
+        came = Dispatched(x_NH, sizes.top_k, weights_NK.view(-1), schedule, len(x_NH))
+        rows = compute_rows(ranks.experts[rank], came, sizes.top_k)
+        assert rows is not None
+        first = rank * sizes.max_tokens * sizes.top_k
+        own_rows = rows[first : first + lanes[rank].numel()]  # as many as a rank's own tokens have
+        return combine(own_rows, lanes[rank], backend="triton")
 
     def run() -> None:
         ranks.fork()
-        ranks.all(lambda rank: local_experts(*calls[rank], backend="triton"))
+        ranks.all(one)
         ranks.join()
 
     return run

@@ -21,6 +21,9 @@ import pytest
 import torch
 import torch.distributed as dist
 
+INTERPRETED = not torch.cuda.is_available()
+"""Whether Triton's kernels run on CPUs (see conftest.py): `on_cpu` of a test that needs them."""
+
 _AFTERMATH = 3.0
 """Seconds that the other ranks get to say what they make of one rank's failure."""
 

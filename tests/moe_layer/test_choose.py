@@ -66,11 +66,12 @@ def test_what_a_layer_gets(rank, num_ranks, group, device):
     logger = logging.getLogger("moe_layer.dispatch.choose")
     logger.addHandler(handler)
     logger.setLevel(logging.INFO)
+    backend = {"backend": "torch"}  # with the Triton kernels a GPU's choice is "symm_mem"
     for options, kind in (
-        ({"max_tokens": 8}, AllGatherDispatcher),
-        ({"max_tokens": 8}, AllGatherDispatcher),
+        ({"max_tokens": 8, **backend}, AllGatherDispatcher),
+        ({"max_tokens": 8, **backend}, AllGatherDispatcher),
         ({"max_tokens": 8, "trainable": True}, AllToAllDispatcher),
-        ({"max_tokens": 1 << 20, "top_k": 1}, AllToAllDispatcher),
+        ({"max_tokens": 1 << 20, "top_k": 1, **backend}, AllToAllDispatcher),
         ({"max_tokens": 1 << 20, "top_k": 1, "dispatcher": "all_gather"}, AllGatherDispatcher),
         ({}, AllToAllDispatcher),
         ({"max_tokens": 8, "dispatcher": "all_to_all"}, AllToAllDispatcher),
@@ -81,6 +82,9 @@ def test_what_a_layer_gets(rank, num_ranks, group, device):
     assert len(lines) == 4, lines
     assert "dispatcher='auto' is 'all_gather' for 2 ranks over gloo: with max_tokens=8 it moves" in lines[0]
     assert all("dispatcher='auto' is 'all_to_all' for 2 ranks over gloo" in line for line in lines[1:])
+    if device.type == "cuda":
+        assert make_layer(group, device, max_tokens=8).dispatch_backend == "symm_mem"
+        assert "dispatcher='auto' is 'symm_mem' for 2 ranks over gloo: every rank reaches" in lines[-1]
     x = torch.ones(9, layer.hidden_size, device=device)
     with torch.no_grad(), pytest.raises(ValueError, match="x has 9 tokens, more than max_tokens=8"):
         layer(x)

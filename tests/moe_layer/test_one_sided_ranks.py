@@ -9,7 +9,7 @@ import torch.distributed as dist
 
 from moe_layer import MoELayer
 from moe_layer.dispatch.one_sided import OneSidedDispatcher
-from tests.distributed import distributed
+from tests.distributed import INTERPRETED, distributed
 from tests.moe_layer.ranks import EXPERTS, HIDDEN, TOP_K, make_layer, tokens
 
 MOST = 8
@@ -20,7 +20,7 @@ def connect(group, device, **options) -> OneSidedDispatcher:
     return OneSidedDispatcher.connect(group, lanes, EXPERTS, MOST, HIDDEN, TOP_K, torch.float32, device, **options)
 
 
-@distributed(num_ranks=2)
+@distributed(num_ranks=2, on_cpu=INTERPRETED)
 def test_two_ranks(rank, num_ranks, group, device):
     check_refusals(group, device)
     check_outputs(rank, group, device)
@@ -28,7 +28,7 @@ def test_two_ranks(rank, num_ranks, group, device):
     check_absence(rank, group, device)
 
 
-@distributed(num_ranks=4)
+@distributed(num_ranks=4, on_cpu=INTERPRETED)
 def test_four_ranks(rank, num_ranks, group, device):
     check_outputs(rank, group, device)
 
