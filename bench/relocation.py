@@ -52,6 +52,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         plot(results, options)
     failed = [f"{name}: {sum(one.wrong for one in of)} outputs differ" for name, of in results.items() if _wrong(of)]
     if options.trace:
+        if not options.trace.exists():
+            raise RuntimeError(f"--trace {options.trace}: no rebalance began within --steps {options.steps}")
         found = forbidden_in_step(json.loads(options.trace.read_text()))
         print(f"trace: {found or 'no collective and no wait inside step()'}")
         failed += [f"trace: {name} inside step(), {count} times" for name, count in found.items()]
@@ -81,7 +83,9 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     add_device(parser)
     parser.add_argument("--csv", type=Path, metavar="FILE", help="a row per protocol")
     parser.add_argument("--plot", type=Path, metavar="FILE", help="picture of all steps (needs matplotlib)")
-    parser.add_argument("--trace", type=Path, metavar="FILE", help="rank 0's profile of `ours`; needs --protocols ours")
+    parser.add_argument(
+        "--trace", type=Path, metavar="FILE", help="rank 0's profile of a rebalance, alone; needs --protocols ours"
+    )
     options = parser.parse_args(arguments)
     on_gpu = options.device.type == "cuda"
     options.ranks = options.ranks or (torch.cuda.device_count() if on_gpu else 2)
@@ -127,14 +131,14 @@ def run(protocol: str, options: argparse.Namespace) -> list[Recording]:
 
 
 def rebalances(recording: Recording, num_tables: int) -> list[tuple[int, int]]:
-    """First and last step of each complete rebalance: runs of relocating steps in which each table was switched."""
+    """First and last step of each complete rebalance: runs of moving steps in which each table was switched."""
     runs: list[list[int]] = []
-    for number, relocating in enumerate(recording.relocating):
-        if relocating and runs and runs[-1][1] == number - 1:
+    for number, moving in enumerate(recording.moving):
+        if moving and runs and runs[-1][1] == number - 1:
             runs[-1][1] = number
-        elif relocating:
+        elif moving:
             runs.append([number, number])
-    ended = [(first, last) for first, last in runs if last + 1 < len(recording.relocating)]
+    ended = [(first, last) for first, last in runs if last + 1 < len(recording.moving)]
     return [(first, last) for first, last in ended if sum(recording.flips[first : last + 1]) >= num_tables]
 
 

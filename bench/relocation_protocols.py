@@ -6,7 +6,6 @@ every expert to the next rank.
 
 import threading
 import time
-from collections.abc import Sequence
 from types import TracebackType
 from typing import Any, Protocol
 
@@ -28,10 +27,6 @@ CONNECT_SECONDS = 60.0
 TRANSFER_SECONDS = 60.0
 
 
-class ModelLike(Protocol):
-    moe_layers: Sequence[Any]
-
-
 class Relocating(Protocol):
     """One protocol on one rank."""
 
@@ -44,6 +39,11 @@ class Relocating(Protocol):
     @property
     def is_relocating(self) -> bool:
         """Whether a rebalance is under way, as this rank knows."""
+        ...
+
+    @property
+    def is_moving(self) -> bool:
+        """The same without planning, which the other protocols do in no time here."""
         ...
 
     @property
@@ -78,6 +78,10 @@ class Ours:
     @property
     def is_relocating(self) -> bool:
         return self.controller.health().phase != "IDLE"
+
+    @property
+    def is_moving(self) -> bool:
+        return self.controller.health().phase in ("PREPARE", "FILL", "GRACE")
 
     @property
     def num_flips(self) -> int:
@@ -159,7 +163,7 @@ class _WithBuffer:
 class Pause(_WithBuffer):
     """Stops serving, moves everything, goes on: vLLM's and SGLang's synchronous rebalance."""
 
-    is_relocating = False  # between steps
+    is_relocating = is_moving = False  # between steps
 
     def step(self) -> None:
         self.num_steps += 1
@@ -209,6 +213,8 @@ class Lockstep(_WithBuffer):
     @property
     def is_relocating(self) -> bool:
         return self._layer is not None
+
+    is_moving = is_relocating
 
     def step(self) -> None:
         self.num_steps += 1

@@ -3,7 +3,6 @@
 import argparse
 import time
 from collections.abc import Callable
-from contextlib import nullcontext
 from dataclasses import dataclass, field
 from datetime import timedelta
 from pathlib import Path
@@ -19,6 +18,7 @@ from eplb.relocation.pool import SlotPool
 from moe_layer import MoELayer, make_pool
 
 NUM_BATCHES = 4
+TRACED_STEPS = 100
 DEADLINE = timedelta(seconds=300)
 STEP_RANGE = "eplb.step"
 """What the trace calls the calls of `step()`."""
@@ -32,6 +32,7 @@ class Recording:
         step_ms: the forward, the protocol's `step()`, and the wait for the compute stream.
         call_us: the protocol's `step()` alone, host time.
         relocating: whether a rebalance was under way before or after it, or began in it.
+        moving: the same without planning.
         flips: tables that were switched in it.
         wrong: outputs that were not the reference's, bit for bit.
         bytes_per_rebalance: that this rank receives.
@@ -40,6 +41,7 @@ class Recording:
     step_ms: list[float] = field(default_factory=list)
     call_us: list[float] = field(default_factory=list)
     relocating: list[bool] = field(default_factory=list)
+    moving: list[bool] = field(default_factory=list)
     flips: list[int] = field(default_factory=list)
     wrong: int = 0
     bytes_per_rebalance: int = 0
@@ -145,6 +147,32 @@ class Serving:
         return int(self._wrong)
 
 
+class Profile:
+    """Traces the first steps of the first rebalance, from the step after the one in which it is seen on."""
+
+    def __init__(self, path: Path | None) -> None:
+        self._path = path
+        self._profiler: Any = None
+        self._end = 0
+
+    def look(self, recording: Recording) -> None:
+        """After each step."""
+        number = len(recording.step_ms)
+        if self._path is not None and self._profiler is None and recording.relocating[-1]:
+            self._profiler = torch.profiler.profile()
+            self._profiler.start()
+            self._end = number + TRACED_STEPS
+        elif number == self._end:
+            self.end()
+
+    def end(self) -> None:
+        """Write the trace, if there is one."""
+        if self._path is not None and self._profiler is not None:
+            self._profiler.stop()
+            self._profiler.export_chrome_trace(str(self._path))
+            self._path = None
+
+
 def wait(device: torch.device) -> None:
     """For the compute stream alone: a device-wide wait would wait for relocations too."""
     if device.type == "cuda":
@@ -176,14 +204,11 @@ def serve(rank: int, options: argparse.Namespace, folder: str) -> Recording:
     recording = Recording(bytes_per_rebalance=model.received_bytes)
     with PROTOCOLS[options.protocol](model, group, options.interval, options.communicator) as protocol:
         _connect(protocol, serving, device, group)
-        profiler: Any = nullcontext()
-        if options.trace and rank == 0:
-            profiler = torch.profiler.profile()
-        with profiler:
-            for number in range(options.steps):
-                _step(protocol, serving, number, device, recording)
-        if options.trace and rank == 0:
-            profiler.export_chrome_trace(str(options.trace))
+        profile = Profile(options.trace if rank == 0 else None)
+        for number in range(options.steps):
+            _step(protocol, serving, number, device, recording)
+            profile.look(recording)
+        profile.end()
         dist.barrier(group)
         if options.protocol == "ours":
             recording.health = str(protocol.controller.health())
@@ -217,7 +242,7 @@ def _connect(protocol: Any, serving: Serving, device: torch.device, group: dist.
 
 
 def _step(protocol: Any, serving: Serving, number: int, device: torch.device, recording: Recording) -> None:
-    flips, before = protocol.num_flips, protocol.is_relocating
+    flips, before, moving = protocol.num_flips, protocol.is_relocating, protocol.is_moving
     began = time.perf_counter_ns()
     serving.step(number)
     with torch.profiler.record_function(STEP_RANGE):
@@ -231,6 +256,7 @@ def _step(protocol: Any, serving: Serving, number: int, device: torch.device, re
     recording.call_us.append((returned - called) / 1e3)
     recording.flips.append(flipped)
     recording.relocating.append(bool(before or protocol.is_relocating or flipped))
+    recording.moving.append(bool(moving or protocol.is_moving or flipped))
 
 
 def run_rank(rank: int, options: argparse.Namespace, folder: str) -> None:

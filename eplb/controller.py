@@ -54,7 +54,7 @@ class EplbController:
         self._transport = transport or TorchTransport(process_group)
         self._clock = clock
         self._policy = self.config.make_policy()
-        self._plans_in_a_process = plans_in_a_process(self.config, self._policy)
+        self._plans_aside = plans_in_a_process(self.config, self._policy)
         self._topology = Topology(
             max(1, len(self._transport.ranks)), self.config.ranks_per_node, self.config.num_groups
         )
@@ -117,9 +117,8 @@ class EplbController:
                 residents, streams, interval=interval, window_size=interval, num_samples=1
             )
         earlier = streams.gate.events()
-        process = None
-        if self._plans_in_a_process and residents[0].rank == 0:
-            process = PlanProcess(self._policy, self._topology)
+        is_child_needed = self._plans_aside and residents[0].rank == 0
+        process = PlanProcess(self._policy, self._topology) if is_child_needed else None
         planner = Planner(residents, self._policy, self._topology, config.max_bytes_in_flight, process)
         # Last, as the other ranks count on what has begun to connect.
         connection = self._transport.connect(config, streams, backends, self._wake.set)

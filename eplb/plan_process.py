@@ -121,11 +121,13 @@ class PlanProcess:
         try:
             _write(child.stdin, pickle.dumps(request, protocol=5))
             answer = _read(child.stdout)
-        except OSError:
+        except (OSError, ValueError):  # its pipes are broken, or closed by `close()`
             answer = None
         if answer is None:
             self._end(child)
-            raise RuntimeError(f"the planning process {child.pid} ended with status {child.wait(_EXIT_SECONDS)}")
+            status = child.wait(_EXIT_SECONDS)
+            _close_pipes(child)
+            raise RuntimeError(f"the planning process {child.pid} ended with status {status}")
         made = pickle.loads(answer)
         if isinstance(made, BaseException):
             raise made
@@ -147,6 +149,7 @@ class PlanProcess:
             self._end(child)
             with contextlib.suppress(subprocess.TimeoutExpired):
                 child.wait(_EXIT_SECONDS)
+            _close_pipes(child)
 
     def _end(self, child: subprocess.Popen[bytes]) -> None:
         """Kill this child, and not one that has been started since; does not wait for its end."""
@@ -165,6 +168,12 @@ class PlanProcess:
                 # Far less than a pipe holds, so this does not wait for the child.
                 _write(self._child.stdin, self._start_message)
             return self._child
+
+
+def _close_pipes(child: subprocess.Popen[bytes]) -> None:
+    for pipe in (child.stdin, child.stdout):
+        assert pipe is not None
+        pipe.close()
 
 
 def why_not_sent(policy: Policy) -> str | None:

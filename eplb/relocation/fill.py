@@ -110,6 +110,7 @@ class WaveFill:
                 raise ValueError(f"{move} of layer {update.layer} reads a lane that does not hold the expert")
             if any(one.placement.lanes_WS[move.dst_rank, move.dst_lane] != -1 for one in layer.versions.ungraced):
                 raise ValueError(f"{move} of layer {update.layer} writes a lane that a table names")
+            self._breathe()
             self.num_moves += 1
             self.num_bytes += layer.pool.slot_bytes
             source = target = None

@@ -3,7 +3,7 @@
 Legend: E logical experts, P physical experts over all ranks, S lanes of a rank.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import numpy as np
 import torch
@@ -104,7 +104,14 @@ def flip(tables: list[ExpertTable], stream: StreamLike) -> None:
 
     Kernels enqueued before it see the old tables from end to end, kernels after it the new ones (I3).
     """
-    if not tables:
-        return
+    prepared_flip(tables)(stream)
+
+
+def prepared_flip(tables: list[ExpertTable]) -> Callable[[StreamLike], None]:
+    """`flip()` of these tables, with all that can be done before done now."""
     current, staged = [table._current for table in tables], [table._staged for table in tables]
-    tables[0]._streams.run(stream, lambda: torch._foreach_copy_(current, staged))
+
+    def write() -> None:
+        torch._foreach_copy_(current, staged)
+
+    return lambda stream: tables[0]._streams.run(stream, write) if tables else None

@@ -158,12 +158,18 @@ class Worker:
                 self.fail(error)
         self._look_for_missing()
         self.ticked_at = now = self._clock()
-        seen = self.rounds.agreed, self.rounds.is_connected, self.relocation.stage_of_wave(), self.report.num_failures
+        seen = self._what_health_shows()
         if seen != self._seen:
             self._seen, self._changed_at = seen, now
         elif now - self._published_at < self._config.round_interval:
             return  # health would say the same, and takes longer than the rest of a tick in which nothing happens
         self._publish_health()
+
+    def _what_health_shows(self) -> object:
+        """All of it but times, which pass, and numbers of rounds."""
+        agreed = self.rounds.agreed
+        place = _place(agreed), agreed.version, agreed.abandoned, agreed.departed
+        return place, self.rounds.is_connected, self.relocation.stage_of_wave(), self.report.num_failures
 
     def seconds_to_next_tick(self) -> float:
         """How long a thread may sleep if nobody notifies it.
