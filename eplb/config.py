@@ -1,6 +1,6 @@
 """`EplbConfig`: every knob of the rebalancer, its unit and its rule. All steps of a rebalance read it."""
 
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
@@ -18,8 +18,11 @@ class EplbConfig(BaseModel):
         window_size: steps before each look whose load counts; at most `step_interval`, 1000 by default.
         window_samples: sub-windows that the policy sees of each window, to tell drift from noise; at most `window_size`.
         use_async: relocate in the background; False does the same inside `step()`, which is then collective.
-        policy: name of a registered policy, or an object with its `propose()`, which is called on a thread of its own.
+        policy: name of a registered policy, or an object with its `propose()`, which is called where `planning` says.
         policy_options: keyword arguments of the named policy.
+        planning: where rank 0 plans. "process": in a process of its own, to which the policy is pickled, so that planning never
+            holds this process's interpreter. "thread": beside the forwards; the policy object is the caller's own. "auto": a
+            process for a policy that is named, a thread for an object, whose owner may look at it, and inside `step()`.
         communicator: how experts travel: "torch_gloo", "torch_nccl", or "auto".
         min_gain: of the policy "adaptive": how far a layer's largest rank load may be above the best that there is, as
             a fraction of it, before experts move.
@@ -31,7 +34,8 @@ class EplbConfig(BaseModel):
             8 bytes for each sub-window, layer and expert.
         log_balancedness: whether rank 0 logs the balancedness (mean/max of the ranks' loads, averaged over layers).
         log_balancedness_interval: steps between two such lines.
-        round_interval: seconds between two rounds of the workers while a relocation is under way.
+        round_interval: seconds between two rounds of the workers while a relocation is under way and no rank has news. No
+            relocation waits for it: what a rank has done it says at once.
         heartbeat_interval: seconds between two rounds while none is; at least `round_interval`.
         connect_timeout: seconds after which a rank that has not come to its first `step()` is shown as unreachable, and
             which connecting may take once all have come.
@@ -58,6 +62,7 @@ class EplbConfig(BaseModel):
     use_async: bool = True
     policy: Any = "adaptive"
     policy_options: dict[str, Any] = Field(default_factory=dict)
+    planning: Literal["auto", "process", "thread"] = "auto"
     communicator: str = "auto"
     min_gain: float = Field(default=0.003, ge=0, allow_inf_nan=False)
     max_bytes_in_flight: int | None = Field(default=None, gt=0)
@@ -67,7 +72,7 @@ class EplbConfig(BaseModel):
     load_trace_windows: int = Field(default=16, ge=0)
     log_balancedness: bool = False
     log_balancedness_interval: int = Field(default=1000, ge=1)
-    round_interval: PositiveSeconds = 0.005
+    round_interval: PositiveSeconds = 0.02
     heartbeat_interval: PositiveSeconds = 0.2
     connect_timeout: PositiveSeconds = 60.0
     planning_timeout: PositiveSeconds = 60.0

@@ -17,7 +17,8 @@ from eplb.config import EplbConfig
 from eplb.connect import TorchTransport, Transport
 from eplb.health import Health, HealthState, Metrics
 from eplb.load_window import LoadWindowRecorder
-from eplb.planner import Planner
+from eplb.plan_process import PlanProcess
+from eplb.planner import Planner, plans_in_a_process
 from eplb.planning.policy import Topology
 from eplb.registration import RelocatableLayer, check_layer, find_layers
 from eplb.rounds.protocol import Work
@@ -53,6 +54,7 @@ class EplbController:
         self._transport = transport or TorchTransport(process_group)
         self._clock = clock
         self._policy = self.config.make_policy()
+        self._plans_aside = plans_in_a_process(self.config, self._policy)
         self._topology = Topology(
             max(1, len(self._transport.ranks)), self.config.ranks_per_node, self.config.num_groups
         )
@@ -86,8 +88,8 @@ class EplbController:
             check_layer(layer, (self._layers or found)[0].resident, self._transport.ranks, self.config)
         together = self._layers + found
         if together:
-            backends = {layer.dispatch_backend for layer in together}
-            self._transport.check(self.config, together[0].resident.streams.device, backends)
+            device = together[0].resident.streams.device
+            self._transport.check(self.config, device, {layer.dispatch_backend for layer in together})
         for layer in found:
             layer.resident.controller = self
             layer.resident.quiesced = self.quiesced
@@ -115,7 +117,9 @@ class EplbController:
                 residents, streams, interval=interval, window_size=interval, num_samples=1
             )
         earlier = streams.gate.events()
-        planner = Planner(residents, self._policy, self._topology, config.max_bytes_in_flight)
+        is_child_needed = self._plans_aside and residents[0].rank == 0
+        process = PlanProcess(self._policy, self._topology) if is_child_needed else None
+        planner = Planner(residents, self._policy, self._topology, config.max_bytes_in_flight, process)
         # Last, as the other ranks count on what has begun to connect.
         connection = self._transport.connect(config, streams, backends, self._wake.set)
         worker = self._worker = Worker(
@@ -187,7 +191,8 @@ class EplbController:
         """Flip a published version in, if there is one."""
         assert self._streams is not None
         try:
-            worker.inbox.flip(self._streams)
+            if worker.inbox.flip(self._streams):
+                self._wake.set()  # grace has begun here; nothing else tells the worker
         except Exception as error:
             # The old tables stay in force, the slots that they name too, and the next step tries again (I6).
             worker.note_failure("a flip could not be enqueued", error)

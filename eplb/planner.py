@@ -1,16 +1,16 @@
 """Rebalance, plan: `Planner` makes the plan from the ranks' summed load and the layers' newest placements."""
 
 import logging
-import time
 from collections.abc import Sequence
 
 import numpy as np
 
+from eplb.config import EplbConfig
+from eplb.plan_process import MadePlan, PlanProcess, PlanRequest, make, why_not_sent
 from eplb.planning.balance import layer_balancedness
 from eplb.planning.placement import Placement
-from eplb.planning.plan import Plan
 from eplb.planning.policy import Policy, Topology
-from eplb.planning.rebalance import LayerFacts, plan_rebalance
+from eplb.planning.rebalance import LayerFacts
 from eplb.relocation.pool import SlotPool, SlotState
 from eplb.relocation.resident import ResidentExperts
 from eplb.rounds.messages import Loads, decode_loads
@@ -24,9 +24,11 @@ class Planner:
     Args:
         layers: all registered layers, in the same order on every rank.
         max_bytes_in_flight: bytes that all ranks together move in one wave; None for no bound.
+        process: plans, if it is not to be done here. Belongs to this from now on.
 
     Attributes:
         pools: of the layers, each once.
+        process: see above; None if planning is done here.
     """
 
     def __init__(
@@ -35,7 +37,9 @@ class Planner:
         policy: Policy,
         topology: Topology,
         max_bytes_in_flight: int | None,
+        process: PlanProcess | None = None,
     ) -> None:
+        self.process = process
         self._layers = list(layers)
         self._policy = policy
         self._topology = topology
@@ -80,31 +84,39 @@ class Planner:
         """What the ranks' messages of loads (`encode_loads`) say together."""
         return decode_loads(messages, len(self.pools), sum(f.num_experts for f in self._facts))
 
-    def plan(self, loads: Loads) -> tuple[Plan, float]:
-        """What to move, by the policy; and the seconds that it took to plan."""
-        started_at = time.perf_counter()
-        plan = plan_rebalance(
-            self._facts,
-            self.placements,
-            self._shares,
-            loads.load_NA,
-            loads.free_slots_GW,
-            self._policy,
-            self._topology,
-            self._max_bytes_in_flight,
+    def request(self, loads: Loads) -> PlanRequest:
+        """What a plan is made from now."""
+        return PlanRequest(
+            self._facts, self.placements, self._shares, loads.load_NA, loads.free_slots_GW, self._max_bytes_in_flight
         )
-        seconds = time.perf_counter() - started_at
-        if plan.waves:
-            updates = [update for wave in plan.waves for update in wave.updates]
-            moved = [self._facts[update.layer].slot_bytes for update in updates for _ in update.moves]
+
+    def plan(self, request: PlanRequest) -> MadePlan:
+        """What to move, by the policy. Blocks while the policy thinks; on a thread of its own.
+
+        Raises:
+            Exception: of the policy, or of `PlanProcess.plan()`.
+        """
+        process = self.process
+        made = process.plan(request) if process is not None else make(request, self._policy, self._topology)
+        if made.num_waves:
             logger.info(
                 "plan: %d experts move (%.1f MB) in %d waves, after %.1f ms of planning",
-                len(moved),
-                sum(moved) / 1e6,
-                len(plan.waves),
-                1e3 * seconds,
+                made.num_moves,
+                made.num_bytes / 1e6,
+                made.num_waves,
+                1e3 * made.seconds,
             )
-        return plan, seconds
+        return made
+
+    def give_up(self) -> None:
+        """Nobody waits for the plan under way any more: end it, if that can be done."""
+        if self.process is not None:
+            self.process.kill()
+
+    def close(self) -> None:
+        """Nothing is planned any more."""
+        if self.process is not None:
+            self.process.close()
 
     def balancedness(self, loads: Loads) -> float:
         """Mean over the largest of the ranks' loads under what is published, averaged over the layers."""
@@ -112,3 +124,24 @@ class Planner:
         loads_E = np.split(loads.load_NA.sum(axis=0), ends[:-1])
         layers = zip(loads_E, self.placements, self._shares, strict=True)
         return float(np.mean([layer_balancedness(*layer) for layer in layers]))
+
+
+def plans_in_a_process(config: EplbConfig, policy: Policy) -> bool:
+    """Whether rank 0 plans in a process of its own; see `EplbConfig.planning`.
+
+    Raises:
+        ValueError: it is asked for, and the policy cannot be sent there.
+    """
+    if config.planning == "thread" or (
+        config.planning == "auto" and not (config.use_async and isinstance(config.policy, str))
+    ):
+        return False
+    reason = why_not_sent(policy)
+    if reason is None:
+        return True
+    if config.planning == "process":
+        raise ValueError(
+            f"planning='process' needs a policy that can be sent there, got policy={config.policy!r}: {reason}"
+        )
+    logger.warning("policy=%r plans on a thread, beside the forwards: %s", config.policy, reason)
+    return False

@@ -18,6 +18,7 @@ from itertools import islice
 import numpy as np
 
 from eplb.planning.placement import EMPTY, Placement
+from eplb.planning.shares import table_words
 from eplb.planning.waves import Move
 
 __all__ = ["LayerUpdate", "Move", "Plan", "PlanSummary", "Wave"]
@@ -32,12 +33,19 @@ class LayerUpdate:
         moves: copies to make; empty for new shares alone.
         placement: after the wave; filled lanes included, dropped lanes empty.
         shares_WS: float64 [W, S], aligned with `placement.lanes_WS`; 0 at empty lanes.
+        table: int32, `table_words()` of these, if somebody has made them already: a plan is sent with them, so that no rank
+            has to, beside its forwards.
     """
 
     layer: int
     moves: tuple[Move, ...]
     placement: Placement
     shares_WS: np.ndarray
+    table: np.ndarray | None = None
+
+    def table_words(self) -> np.ndarray:
+        """`table`, made now if need be."""
+        return table_words(self.placement, self.shares_WS) if self.table is None else self.table
 
     def __eq__(self, other: object) -> bool:
         if not isinstance(other, LayerUpdate):

@@ -63,6 +63,19 @@ def balanced_shares(load_LE: np.ndarray, physical_LWP: np.ndarray, gap: float = 
     return shares_LWP
 
 
+def table_words(placement: Placement, shares_WS: np.ndarray) -> np.ndarray:
+    """What the device's table of a placement holds, as one array.
+
+    Returns:
+        int32 [E + 1 + 2 * num_physical]: offsets and lanes of `placement.logical_to_lanes()`, then `cumulative_shares()`.
+
+    Raises:
+        ValueError: as `cumulative_shares()`.
+    """
+    offsets_E1, lanes = placement.logical_to_lanes()
+    return np.concatenate([offsets_E1, lanes, cumulative_shares(placement, shares_WS)]).astype(np.int32)
+
+
 def cumulative_shares(placement: Placement, shares_WS: np.ndarray) -> np.ndarray:
     """The shares as the table holds them: running sums inside each expert, in units of 2**-SHARE_BITS.
 

@@ -1,6 +1,8 @@
 """Rebalance, fill → publish → grace: `WaveFill`, one wave on one rank, from taking its slots to their release."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
+
+import numpy as np
 
 from eplb.gate import EventLike
 from eplb.planning.plan import LayerUpdate, Wave
@@ -8,6 +10,7 @@ from eplb.relocation.communicator.base import Communicator, Transfer, TransferBa
 from eplb.relocation.handoff import Handoff
 from eplb.relocation.pool import SlotHold, SlotPool
 from eplb.relocation.resident import ResidentExperts
+from eplb.relocation.table import map_lanes, stage
 from eplb.relocation.versions import Version
 from eplb.streams import DeviceStreams
 
@@ -22,6 +25,7 @@ class WaveFill:
         version: that it will be published as.
         attempt: proposal and wave index; unlike the version, no other wave has them.
         layers: all registered layers; the wave's updates name them by index.
+        breathe: called between pieces of work that each hold the interpreter for a moment.
 
     Raises:
         NoFreeSlot: no slot is free for a move now.
@@ -36,7 +40,9 @@ class WaveFill:
         layers: Sequence[ResidentExperts],
         communicator: Communicator,
         streams: DeviceStreams,
+        breathe: Callable[[], None] = lambda: None,
     ) -> None:
+        self._breathe = breathe
         self.version = version
         self.attempt = attempt
         self.is_filled = False
@@ -51,29 +57,60 @@ class WaveFill:
         self.num_bytes = 0
         try:
             transfers: list[Transfer] = []
+            taken = self._take_slots(layers)
             self._versions = [
-                (layers[update.layer], self._next_version(update, layers[update.layer], transfers))
+                (layers[update.layer], self._next_version(update, layers[update.layer], taken, transfers))
                 for update in self.updates
             ]
             self._batch: TransferBatch = communicator.prepare(transfers)
-            for layer, new in self._versions:
-                for lane, (before, slot) in enumerate(zip(layer.newest.slots_S, new.slots_S, strict=True)):
-                    if slot not in (before, -1):
-                        layer.table.map_lane(lane, slot, streams.side)
+            breathe()
+            map_lanes(
+                [
+                    (layers[update.layer].table, move.dst_lane, new.slots_S[move.dst_lane])
+                    for update, (layer, new) in zip(self.updates, self._versions, strict=True)
+                    for move in update.moves
+                    if move.dst_rank == layer.rank
+                ],
+                streams.side,
+            )
         except BaseException:
             self._end_holds()
             raise
 
-    def _next_version(self, update: LayerUpdate, layer: ResidentExperts, transfers: list[Transfer]) -> Version:
+    def _take_slots(self, layers: Sequence[ResidentExperts]) -> dict[SlotPool, Iterator[int]]:
+        """All that this rank needs of each pool at once: a look at a pool costs as much as its slots."""
+        needed: dict[SlotPool, int] = {}
+        for update in self.updates:
+            layer = layers[update.layer]
+            count = sum(move.dst_rank == layer.rank for move in update.moves)
+            needed[layer.pool] = needed.get(layer.pool, 0) + count
+        self._holds = {pool: pool.hold() for pool in needed}
+        taken = {}
+        for pool, count in needed.items():
+            taken[pool] = iter(self._holds[pool].take_many(count))
+            self._breathe()
+        return taken
+
+    def _next_version(
+        self,
+        update: LayerUpdate,
+        layer: ResidentExperts,
+        taken: dict[SlotPool, Iterator[int]],
+        transfers: list[Transfer],
+    ) -> Version:
+        self._breathe()
+        if update.placement.num_experts != layer.num_experts:
+            raise ValueError(
+                f"the placement of layer {update.layer} has {update.placement.num_experts} experts: must be {layer.num_experts}"
+            )
         old, slots = layer.newest, list(layer.newest.slots_S)
-        hold = self._holds.get(layer.pool)
-        if hold is None:
-            hold = self._holds[layer.pool] = layer.pool.hold()
+        hold = self._holds[layer.pool]
         for move in update.moves:
             if old.placement.lanes_WS[move.src_rank, move.src_lane] != move.expert:
                 raise ValueError(f"{move} of layer {update.layer} reads a lane that does not hold the expert")
             if any(one.placement.lanes_WS[move.dst_rank, move.dst_lane] != -1 for one in layer.versions.ungraced):
                 raise ValueError(f"{move} of layer {update.layer} writes a lane that a table names")
+            self._breathe()
             self.num_moves += 1
             self.num_bytes += layer.pool.slot_bytes
             source = target = None
@@ -81,7 +118,7 @@ class WaveFill:
                 hold.read(old.slots_S[move.src_lane])
                 source = layer.pool.slab(old.slots_S[move.src_lane])
             if move.dst_rank == layer.rank:
-                slots[move.dst_lane] = hold.take()
+                slots[move.dst_lane] = next(taken[layer.pool])
                 target = layer.pool.slab(slots[move.dst_lane])
             if source is not None or target is not None:
                 peer = move.src_rank if source is None else move.dst_rank
@@ -103,6 +140,9 @@ class WaveFill:
         """Begin the transfers."""
         self._started = True
         self._batch.start()
+        self._breathe()
+        # Before they are needed: `stage()` comes when every rank waits for the next table.
+        self._words = [self._words_of(update) for update in self.updates]
 
     @property
     def is_started(self) -> bool:
@@ -123,8 +163,7 @@ class WaveFill:
     def stage(self) -> Handoff:
         """Upload the new tables beside the current ones. May be called again if it raised."""
         handoff = Handoff(self.version, self._versions)
-        for layer, new in self._versions:
-            layer.table.stage(new.placement, new.shares_WS, self._streams.side)
+        stage([layer.table for layer, _ in self._versions], self._words, self._streams.side)
         handoff.staged.record(self._streams.side)
         return handoff
 
@@ -156,6 +195,11 @@ class WaveFill:
             return False
         self._end_holds()
         return True
+
+    def _words_of(self, update: LayerUpdate) -> np.ndarray:
+        if update.table is None:
+            self._breathe()
+        return update.table_words()
 
     def _end_holds(self) -> None:
         for hold in self._holds.values():

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from eplb.gate import EventLike
 from eplb.relocation.events import CpuGpuEvent
 from eplb.relocation.resident import ResidentExperts
-from eplb.relocation.table import flip
+from eplb.relocation.table import prepared_flip
 from eplb.relocation.versions import Version
 from eplb.streams import DeviceStreams
 
@@ -19,6 +19,7 @@ class Handoff:
         layers: whose tables to flip, and to which version each.
 
     Attributes:
+        layers: those above, without their versions.
         staged: recorded on the side stream behind the upload of the tables.
         flipped: the compute stream's event behind the flip, once a thread has enqueued it.
     """
@@ -28,10 +29,9 @@ class Handoff:
         self.staged = CpuGpuEvent()
         self.flipped: EventLike | None = None
         self._versions = list(layers)
-
-    @property
-    def layers(self) -> list[ResidentExperts]:
-        return [layer for layer, _ in self._versions]
+        # Listed here, by the worker: the thread that flips has a forward to run.
+        self.layers = [layer for layer, _ in self._versions]
+        self._flip = prepared_flip([layer.table for layer in self.layers])
 
     def flip(self, streams: DeviceStreams) -> None:
         """Enqueue the flip on the calling thread's stream, between all forwards before and all after it.
@@ -48,7 +48,7 @@ class Handoff:
                 return
             stream, captured = gate.begin_flip()
             self.staged.wait(stream, timeout=0, consume=False)
-            flip([layer.table for layer in self.layers], stream)
+            self._flip(stream)
             flipped = gate.end_flip(stream)
             for layer, version in self._versions:
                 if captured:

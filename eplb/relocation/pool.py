@@ -73,13 +73,24 @@ class SlotHold:
         Raises:
             NoFreeSlot: there is none.
         """
+        return self.take_many(1)[0]
+
+    def take_many(self, count: int) -> list[int]:
+        """Take `count` free slots, the lowest ones: one look at the pool, however many.
+
+        Raises:
+            NoFreeSlot: there are fewer. None was taken.
+        """
+        if not count:
+            return []
         pool = self._pool
         with pool._lock:
             free = pool._free()
-            if not free:
-                raise NoFreeSlot(f"no free slot among {pool.num_slots}: {pool._census()}")
-            self.writes.append(free[0])
-            return free[0]
+            if len(free) < count:
+                few = "no free slot" if count == 1 else f"{len(free)} free slots, not {count},"
+                raise NoFreeSlot(f"{few} among {pool.num_slots}: {pool._census()}")
+            self.writes += free[:count]
+            return free[:count]
 
     def end(self) -> None:
         """The transfer touches nothing any more. A second call does nothing."""
@@ -172,6 +183,19 @@ class SlotPool:
     def count(self, state: SlotState) -> int:
         """How many slots are in `state`."""
         return self.states().count(state)
+
+    def num_quarantined(self) -> int:
+        """As `count(SlotState.QUARANTINED)`, at a cost of the slots under transfer and not of all: each tick asks."""
+        with self._lock:
+            suspects = {slot for hold in self._holds for slot in hold.reads}
+            suspects |= {slot for hold in self._holds if hold.is_abandoned for slot in hold.writes}
+            if not suspects:
+                return 0
+            suspects -= {slot for hold in self._holds if not hold.is_abandoned for slot in hold.writes}
+            for layer in self._versions():
+                for version in layer.ungraced:
+                    suspects.difference_update(version.slots_S)
+            return len(suspects)
 
     def state(self, slot: int) -> SlotState:
         return self.states()[slot]

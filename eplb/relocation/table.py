@@ -3,11 +3,13 @@
 Legend: E logical experts, P physical experts over all ranks, S lanes of a rank.
 """
 
+from collections.abc import Callable, Sequence
+
 import numpy as np
 import torch
 
 from eplb.planning.placement import Placement
-from eplb.planning.shares import cumulative_shares
+from eplb.planning.shares import table_words
 from eplb.streams import DeviceStreams, StreamLike
 
 
@@ -33,6 +35,7 @@ class ExpertTable:
         self._staged = torch.empty_like(self._current)
         # Pinned where that matters, so that the upload is asynchronous; reused, as at most one version is staged.
         self._host = torch.empty(size, dtype=torch.int32, device="cpu", pin_memory=device.type == "cuda")
+        self._host_words = self._host.numpy()
         ends = (self.num_experts + 1, self.num_experts + 1 + self.num_physical)
         self.offsets_E1 = self._current[: ends[0]]
         self.lanes_P = self._current[ends[0] : ends[1]]
@@ -41,31 +44,59 @@ class ExpertTable:
         # `.data`: the same memory with a version counter of its own. Autograd keeps it for a backward, and an entry that
         # is written meanwhile is one that no pending backward reads (I1, I3).
         self.lane_to_slot_S = self._lane_to_slot.data
-        self._write_host(placement, shares_WS)
+        self._write_host(table_words(placement, shares_WS))
         self._staged.copy_(self._host)
         # As `flip()` does it: the first use of a CUDA kernel loads it, which waits for the device.
         torch._foreach_copy_([self._current], [self._staged])
 
-    def map_lane(self, lane: int, slot: int, stream: StreamLike) -> None:
-        """Enqueue on `stream`: rows sent to `lane` of this rank will find their weights in `slot`."""
-        self._streams.run(stream, lambda: self._lane_to_slot[lane : lane + 1].fill_(slot))
-
     def stage(self, placement: Placement, shares_WS: np.ndarray, stream: StreamLike) -> None:
-        """Enqueue on `stream` the upload of the next version beside the current one.
+        """`stage()` of this table alone."""
+        stage([self], [table_words(placement, shares_WS)], stream)
 
-        The caller must know that the last flip has completed (grace says so): the staging buffers are its source.
-        """
-        self._write_host(placement, shares_WS)
-        self._streams.run(stream, lambda: self._staged.copy_(self._host, non_blocking=True))
-
-    def _write_host(self, placement: Placement, shares_WS: np.ndarray) -> None:
-        offsets, lanes = placement.logical_to_lanes()
-        if len(lanes) != self.num_physical or placement.num_experts != self.num_experts:
+    def _write_host(self, words: np.ndarray) -> None:
+        if len(words) != len(self._host_words) or words[self.num_experts] != self.num_physical:
             raise ValueError(
-                f"placement has {len(lanes)} physical experts of {placement.num_experts}; "
-                f"the table is made for {self.num_physical} of {self.num_experts}"
+                f"a placement whose table has {len(words)} words does not fit: "
+                f"it is made for {self.num_physical} physical experts of {self.num_experts}, {len(self._host_words)} words"
             )
-        self._host.numpy()[:] = np.concatenate([offsets, lanes, cumulative_shares(placement, shares_WS)])
+        self._host_words[:] = words
+
+
+def map_lanes(entries: Sequence[tuple[ExpertTable, int, int]], stream: StreamLike) -> None:
+    """Enqueue on `stream`: rows sent to a lane of this rank will find their weights in a slot.
+
+    Args:
+        entries: table, lane and slot of each.
+    """
+
+    def write() -> None:
+        for table, lane, slot in entries:
+            table._lane_to_slot[lane].fill_(slot)
+
+    if entries:
+        entries[0][0]._streams.run(stream, write)
+
+
+def stage(tables: Sequence[ExpertTable], words: Sequence[np.ndarray], stream: StreamLike) -> None:
+    """Enqueue on `stream` the upload of the tables' next versions beside the current ones.
+
+    The caller must know that the last flip has completed (grace says so): the staging buffers are its source.
+
+    Args:
+        words: `eplb.planning.shares.table_words()` of each.
+
+    Raises:
+        ValueError: words of a table of other sizes. Nothing was enqueued.
+    """
+    for table, new in zip(tables, words, strict=True):
+        table._write_host(new)
+
+    def upload() -> None:
+        for table in tables:
+            table._staged.copy_(table._host, non_blocking=True)
+
+    if tables:
+        tables[0]._streams.run(stream, upload)
 
 
 def flip(tables: list[ExpertTable], stream: StreamLike) -> None:
@@ -73,7 +104,14 @@ def flip(tables: list[ExpertTable], stream: StreamLike) -> None:
 
     Kernels enqueued before it see the old tables from end to end, kernels after it the new ones (I3).
     """
-    if not tables:
-        return
+    prepared_flip(tables)(stream)
+
+
+def prepared_flip(tables: list[ExpertTable]) -> Callable[[StreamLike], None]:
+    """`flip()` of these tables, with all that can be done before done now."""
     current, staged = [table._current for table in tables], [table._staged for table in tables]
-    tables[0]._streams.run(stream, lambda: torch._foreach_copy_(current, staged))
+
+    def write() -> None:
+        torch._foreach_copy_(current, staged)
+
+    return lambda stream: tables[0]._streams.run(stream, write) if tables else None

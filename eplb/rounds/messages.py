@@ -4,13 +4,17 @@ Legend: N sub-windows of a window, A all layers' logical experts side by side, G
 """
 
 import hashlib
+import zlib
+from collections.abc import Callable
 from dataclasses import dataclass
+from itertools import islice
 
 import numpy as np
 
-from eplb.planning.plan import Plan
+from eplb.planning.placement import Placement
+from eplb.planning.plan import LayerUpdate, Move, Plan, Wave
 
-_HEADER_WORDS = 3  # of a plan: number of waves, hash, bytes of JSON
+_HEADER_WORDS = 3  # of a plan: number of waves, hash, bytes of the rest
 
 
 @dataclass(frozen=True)
@@ -34,18 +38,81 @@ def decode_loads(messages: list[np.ndarray], num_pools: int, num_columns: int) -
 
 
 def encode_plan(plan: Plan) -> np.ndarray:
-    text = plan.to_json().encode()
-    header = np.array([len(plan.waves), _hash(text), len(text)], dtype=np.int64)
-    return np.concatenate([header, np.frombuffer(text + bytes(-len(text) % 8), dtype="<i8")])
+    """A plan for all ranks, wave by wave: a rank reads each when it comes to it. Tables are made here, once for all."""
+    waves = [zlib.compress(_encode_wave(wave), level=1) for wave in plan.waves]
+    body = b"".join([np.cumsum([0, *map(len, waves)]).astype("<i8").tobytes(), *waves])
+    header = np.array([len(waves), _hash(body), len(body)], dtype=np.int64)
+    return np.concatenate([header, np.frombuffer(body + bytes(-len(body) % 8), dtype="<i8")])
 
 
-def decode_plan(words: np.ndarray) -> tuple[Plan, int]:
-    _, expected_hash, num_bytes = words[:_HEADER_WORDS].tolist()
-    text = words[_HEADER_WORDS:].astype("<i8").tobytes()[:num_bytes]
-    if _hash(text) != expected_hash:
-        raise ValueError("the plan that was broadcast does not have the hash in its header")
-    return Plan.from_json(text.decode()), expected_hash
+class PlanReader:
+    """A plan that was heard.
+
+    Args:
+        words: as `encode_plan()` made them.
+
+    Attributes:
+        num_waves: how many it has.
+        plan_hash: of all of it.
+
+    Raises:
+        ValueError: the words are not those that were sent.
+    """
+
+    def __init__(self, words: np.ndarray) -> None:
+        self.num_waves, self.plan_hash, num_bytes = words[:_HEADER_WORDS].tolist()
+        self._body = words[_HEADER_WORDS:].astype("<i8", copy=False).view(np.uint8)[:num_bytes]
+        if _hash(self._body.data) != self.plan_hash:
+            raise ValueError("the plan that was broadcast does not have the hash in its header")
+        self._waves_at = (self.num_waves + 1) * 8
+        self._ends = self._body[: self._waves_at].view("<i8").tolist()
+
+    def wave(self, number: int, breathe: Callable[[], None] = lambda: None) -> Wave:
+        """One of the waves. `breathe` is called between its layers."""
+        first, end = (self._waves_at + at for at in self._ends[number : number + 2])
+        return _decode_wave(zlib.decompress(self._body[first:end].data), breathe)
 
 
-def _hash(text: bytes) -> int:
-    return int.from_bytes(hashlib.blake2b(text, digest_size=7).digest(), "little")
+_NUM_SIZES = 6  # of an update: layer, experts, ranks, lanes, moves, words of its table
+
+
+def _encode_wave(wave: Wave) -> bytes:
+    """int64: number of updates, sizes of each, all moves. Then of each: shares (float64), lanes and table (int32)."""
+    tables = [update.table_words() for update in wave.updates]
+    sizes = [
+        (u.layer, u.placement.num_experts, *u.placement.lanes_WS.shape, len(u.moves), len(table))
+        for u, table in zip(wave.updates, tables, strict=True)
+    ]
+    moves = [(m.expert, m.src_rank, m.src_lane, m.dst_rank, m.dst_lane) for u in wave.updates for m in u.moves]
+    parts = [np.array([len(sizes), *sum(sizes, ()), *sum(moves, ())], dtype="<i8").tobytes()]
+    for update, table in zip(wave.updates, tables, strict=True):
+        parts += [
+            update.shares_WS.astype("<f8").tobytes(),
+            update.placement.lanes_WS.astype("<i4").tobytes(),
+            table.astype("<i4").tobytes(),
+        ]
+    return b"".join(parts)
+
+
+def _decode_wave(data: bytes, breathe: Callable[[], None]) -> Wave:
+    num_updates = int(np.frombuffer(data, "<i8", 1)[0])
+    sizes = np.frombuffer(data, "<i8", num_updates * _NUM_SIZES, 8).reshape(-1, _NUM_SIZES)
+    at = 8 + sizes.nbytes
+    num_moves = int(sizes[:, 4].sum())
+    moves = iter(np.frombuffer(data, "<i8", 5 * num_moves, at).reshape(-1, 5).tolist())
+    at += 5 * 8 * num_moves
+    updates = []
+    for layer, num_experts, num_ranks, num_lanes, of_layer, num_words in sizes.tolist():
+        breathe()
+        lanes = num_ranks * num_lanes
+        shares_WS = np.frombuffer(data, "<f8", lanes, at).reshape(num_ranks, num_lanes)
+        lanes_WS = np.frombuffer(data, "<i4", lanes, at + 8 * lanes).reshape(num_ranks, num_lanes)
+        table = np.frombuffer(data, "<i4", num_words, at + 12 * lanes)
+        at += 12 * lanes + 4 * num_words
+        own = tuple(Move(*move) for move in islice(moves, of_layer))
+        updates.append(LayerUpdate(layer, own, Placement(lanes_WS, num_experts), shares_WS, table))
+    return Wave(tuple(updates))
+
+
+def _hash(body: bytes | memoryview) -> int:
+    return int.from_bytes(hashlib.blake2b(body, digest_size=7).digest(), "little")

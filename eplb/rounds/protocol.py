@@ -152,6 +152,20 @@ def advance(agreed: Agreed, records: Sequence[Record]) -> Agreed:
     return agreed
 
 
+def is_through(agreed: Agreed, record: Record, rank: int) -> bool:
+    """Whether a rank that says `record` has done its part of the phase: only other ranks can end it."""
+    match agreed.phase:
+        case Phase.PLANNING:
+            return rank != 0
+        case Phase.PREPARE:
+            return record.prepared == agreed.version + 1
+        case Phase.FILL:
+            return record.filled == agreed.version + 1
+        case Phase.GRACE:
+            return record.graced == agreed.version
+    return False
+
+
 def is_held(records: Sequence[Record]) -> bool:
     """Whether a rank wants no new wave, or has completed a hold that another has not."""
     return any(record.hold or record.holds_completed != records[0].holds_completed for record in records)

@@ -10,6 +10,8 @@ from eplb.rounds.protocol import Work
 from eplb.worker.rounds import Clock
 from eplb.worker.worker import Worker
 
+_INTERVAL = 0.0005  # seconds between two looks at the device, while the main thread waits anyway
+
 
 class InsideStep:
     """Runs what is due from end to end on the calling thread; all ranks do so in the same step.
@@ -69,7 +71,7 @@ class InsideStep:
             now = self._clock()
             if any(now - max(began_at, wait.since) > wait.limit * patience for wait in worker.waits()):
                 return False
-            self._wake.wait(self._config.round_interval / 10)
+            self._wake.wait(_INTERVAL)
         return True
 
     def _wait_for_windows(self) -> None:
@@ -87,6 +89,6 @@ class InsideStep:
             while not self._worker.is_done and time.monotonic() < deadline:
                 self._wake.clear()
                 self._worker.tick()
-                self._wake.wait(self._config.round_interval / 10)
+                self._wake.wait(_INTERVAL)
         finally:
             self._worker.close()

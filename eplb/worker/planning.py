@@ -7,9 +7,10 @@ import numpy as np
 
 from eplb.config import EplbConfig
 from eplb.load_window import LoadWindowRecorder
+from eplb.plan_process import MadePlan
 from eplb.planner import Planner
-from eplb.planning.plan import Plan
-from eplb.rounds.messages import Loads, decode_plan, encode_loads, encode_plan
+from eplb.planning.plan import Wave
+from eplb.rounds.messages import Loads, PlanReader, encode_loads
 from eplb.rounds.protocol import RECORD_WORDS, Agreed, Phase, Work
 from eplb.worker.job import Job, Pending, Start
 from eplb.worker.rounds import Clock, Heard
@@ -22,14 +23,14 @@ class Planning:
 
     Args:
         rank: rank 0 plans.
-        start: how the policy is called; on a thread of its own, because it may never return.
+        start: how the planner is called; on a thread of its own, because the policy may never return.
         notify: called, on any thread, when it has returned.
 
     Attributes:
         proposal, work: rank 0's number of the work that it wants begun, or began last, and what it is.
         loads: of the proposal under way, summed over ranks; None before they were heard.
         plan_words: length of rank 0's encoded plan; 0 while it is planning, -1 if there is nothing to do.
-        plan, plan_hash: as heard from rank 0; None and 0 before `read_plan()`.
+        plan, plan_hash: as heard from rank 0; None and 0 before `read_wave()`.
         num_windows: how many windows this rank has brought to the host.
         planning_seconds: of the last plan.
     """
@@ -55,8 +56,8 @@ class Planning:
         self._unsent: dict[Work, np.ndarray] = {}
         self._propose_after = 0.0
         self._consecutive_failures = 0
-        self._job: Pending[tuple[Plan, float]] | None = None
-        self._abandoned_job: Pending[tuple[Plan, float]] | None = None
+        self._job: Pending[MadePlan] | None = None
+        self._abandoned_job: Pending[MadePlan] | None = None
         self._job_began_at = 0.0
         self._message = NOTHING
         self._load_trace: deque[np.ndarray] = deque(maxlen=config.load_trace_windows)
@@ -64,7 +65,7 @@ class Planning:
         self.work = Work.NONE
         self.loads: Loads | None = None
         self.plan_words = 0
-        self.plan: Plan | None = None
+        self.plan: PlanReader | None = None
         self.plan_hash = 0
         self.num_windows = 0
         self.planning_seconds = 0.0
@@ -132,7 +133,8 @@ class Planning:
             assert loads is not None
             self._abandoned_job = None
             self._job_began_at = self._clock()
-            self._job = self.start(lambda: self._planner.plan(loads), self._notify)
+            request = self._planner.request(loads)
+            self._job = self.start(lambda: self._planner.plan(request), self._notify)
         if not self._job.done():
             if self._clock() - self._job_began_at > self._config.planning_timeout:
                 self._give_up_job()
@@ -141,27 +143,33 @@ class Planning:
                 )
             return
         job, self._job = self._job, None
-        plan, self.planning_seconds = job.result()
-        self._message = encode_plan(plan)
-        self.plan_words = len(self._message) if plan.waves else -1
+        made = job.result()
+        self.planning_seconds = made.seconds
+        self._message = made.words
+        self.plan_words = len(made.words) if made.num_waves else -1
 
     def _give_up_job(self) -> None:
-        self._job, self._abandoned_job = None, self._job or self._abandoned_job
+        job, self._job = self._job, None
+        if job is not None:
+            self._abandoned_job = job
+            if not job.done():
+                self._planner.give_up()
 
     @property
     def plan_message(self) -> np.ndarray | None:
         """Rank 0's encoded plan, for its round; None on other ranks."""
         return self._message if self._rank == 0 else None
 
-    def read_plan(self) -> Plan:
-        """The plan that was heard.
+    def read_wave(self, number: int, breathe: Callable[[], None]) -> Wave:
+        """A wave of the plan that was heard.
 
         Raises:
             ValueError: it does not arrive as it was sent.
         """
         if self.plan is None:
-            self.plan, self.plan_hash = decode_plan(self._message)
-        return self.plan
+            self.plan = PlanReader(self._message)
+            self.plan_hash = self.plan.plan_hash
+        return self.plan.wave(number, breathe)
 
     # ---- what a round changes
 

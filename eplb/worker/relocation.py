@@ -12,7 +12,7 @@ from eplb.planning.plan import Wave
 from eplb.relocation.communicator.base import Communicator
 from eplb.relocation.fill import WaveFill
 from eplb.relocation.handoff import Handoff
-from eplb.relocation.pool import NoFreeSlot, SlotState
+from eplb.relocation.pool import NoFreeSlot
 from eplb.relocation.resident import ResidentExperts
 from eplb.rounds.protocol import Agreed, Phase
 from eplb.streams import DeviceStreams, EventLike
@@ -28,6 +28,7 @@ class Relocation:
         jitter: numbers in [0, 1): two controllers that wait for each other's slots must not give up at the same time.
 
     Attributes:
+        breathe: called between pieces of work that each hold the interpreter for a moment.
         fill: the wave under way.
         zombies: waves given up whose transfers may still touch their slots.
         handoff: the version that was published last, until it is graced here.
@@ -55,6 +56,7 @@ class Relocation:
         self._config = config
         self._clock = clock
         self._jitter = jitter
+        self.breathe: Callable[[], None] = lambda: None
         self._patience = 0.0
         self._fill_began_at = 0.0
         self.fill: WaveFill | None = None
@@ -73,12 +75,24 @@ class Relocation:
 
     def num_quarantined(self) -> int:
         """Slots of this rank that a transfer given up may still touch."""
-        return sum(pool.count(SlotState.QUARANTINED) for pool in self._planner.pools)
+        return sum(pool.num_quarantined() for pool in self._planner.pools)
 
     @property
     def is_at_rest(self) -> bool:
         """Whether no wave is under way, in grace or waiting to be buried."""
         return self.fill is None and self.handoff is None and not self.zombies
+
+    def stage_of_wave(self) -> tuple[object, ...]:
+        """Changes whenever something about the wave does, that this rank can see without asking the device."""
+        fill, handoff = self.fill, self.handoff
+        filling = None if fill is None else (fill.version, fill.is_started, fill.is_filled)
+        flipping = None if handoff is None else (handoff.version, handoff.flipped is not None)
+        return filling, flipping, len(self.zombies), self.graced
+
+    def waits_for_flip(self) -> bool:
+        """Whether nothing goes on here before the main thread's next step, which wakes the worker."""
+        handoff = self.handoff
+        return handoff is not None and handoff.flipped is None and not self.zombies
 
     def is_filling(self, agreed: Agreed) -> bool:
         """Whether a wave is under way that was not published."""
@@ -103,6 +117,7 @@ class Relocation:
                 self._layers,
                 communicator,
                 self._streams,
+                self.breathe,
             )
         except NoFreeSlot:
             now = self._clock()

@@ -140,9 +140,14 @@ class Rounds:
         """Whether this rank may begin a round."""
         return self.is_connected and not self.is_over and self._exchange is None
 
-    def is_worth_saying(self, record: Record) -> bool:
-        """Whether it is news, or this rank has been silent for long enough."""
-        if self.agreed.phase not in _THROTTLED or record != self._spoken:
+    def is_worth_saying(self, record: Record, is_through: bool = False) -> bool:
+        """Whether it is news, or this rank has been silent for long enough.
+
+        Args:
+            is_through: nothing that this rank still has to do can end the phase. Then it speaks at once: the round is over when
+                the ranks that the others wait for have spoken, and costs nobody a round of their own before.
+        """
+        if self.agreed.phase not in _THROTTLED or record != self._spoken or is_through:
             return True
         idle = self.agreed.phase is Phase.IDLE
         interval = self._config.heartbeat_interval if idle else self._config.round_interval

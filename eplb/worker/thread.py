@@ -7,6 +7,9 @@ from eplb.config import EplbConfig
 from eplb.streams import DeviceStreams
 from eplb.worker.worker import Worker
 
+_LONGEST = 1e-4  # seconds that a piece of work may hold the interpreter
+_BREATH = 2e-5
+
 
 class WorkerThread(threading.Thread):
     """Calls `tick()` until it is closed, whatever a tick raises."""
@@ -24,6 +27,8 @@ class WorkerThread(threading.Thread):
         self._num_adoptions = 0
         self._num_failures = 0
         self._ended_by: str | None = None
+        self._breathed_at = 0.0
+        worker.relocation.breathe = self._breathe
 
     def run(self) -> None:
         try:
@@ -38,6 +43,7 @@ class WorkerThread(threading.Thread):
 
     def _tick(self) -> float:
         """Tick once; returns how long to sleep."""
+        self._breathed_at = time.perf_counter()
         try:
             if not self._adopted and time.monotonic() >= self._adopt_at:
                 self._adopt()
@@ -48,6 +54,17 @@ class WorkerThread(threading.Thread):
             self._num_failures += 1
             self._note(error)
             return self._delay(self._num_failures)
+
+    def _breathe(self) -> None:
+        """Let other threads have the interpreter, if this one has had it for long.
+
+        A thread that comes out of a call without the interpreter's lock waits for as long as another has it, up to Python's
+        switch interval of 5 ms. The sleep is for real: a sleep of 0 mostly takes the lock again at once.
+        """
+        now = time.perf_counter()
+        if now - self._breathed_at > _LONGEST:
+            time.sleep(_BREATH)
+            self._breathed_at = time.perf_counter()
 
     def _adopt(self) -> None:
         """Prepare this thread for the device; without that it ticks all the same, as the other ranks wait for it."""

@@ -11,13 +11,16 @@ from eplb.load_window import LoadWindowRecorder
 from eplb.planner import Planner
 from eplb.relocation.handoff import Handoff, Inbox
 from eplb.relocation.resident import ResidentExperts
-from eplb.rounds.protocol import Agreed, Phase, Record, Work
+from eplb.rounds.protocol import Agreed, Phase, Record, Work, is_through
 from eplb.streams import DeviceStreams, EventLike
 from eplb.worker.mailbox import Mailbox
 from eplb.worker.planning import NOTHING, Planning
 from eplb.worker.relocation import Relocation
 from eplb.worker.report import Report, Wait, make_health, waits
 from eplb.worker.rounds import Clock, Heard, Rounds
+
+_SHORTEST = 0.0005
+"""Seconds between two looks at the device; a look takes some tens of microseconds of the interpreter."""
 
 Place = tuple[Phase, int, int]
 """Where in the protocol something happens: phase, proposal, wave."""
@@ -59,7 +62,7 @@ class Worker:
         self._planner = planner
         self._clock = clock
         self._num_layers = len(layers)
-        rank = layers[0].rank
+        rank = self._rank = layers[0].rank
         version = max(layer.newest.number for layer in layers)
         recorded = [word for work, recorder in windows.items() for word in (int(work), recorder.message_words)]
         # Python's hash of integers is the same in every process.
@@ -75,6 +78,9 @@ class Worker:
         self._stuck_at: Place | None = None
         self._retry_at = 0.0
         self._told_of_missing = False
+        self._seen: object = None
+        self._changed_at = clock()
+        self._published_at = clock()
         self.ticked_at = clock()
         self.metrics = Metrics()
         self.health = self._health()
@@ -151,18 +157,35 @@ class Worker:
             except Exception as error:
                 self.fail(error)
         self._look_for_missing()
-        self.ticked_at = self._clock()
+        self.ticked_at = now = self._clock()
+        seen = self._what_health_shows()
+        if seen != self._seen:
+            self._seen, self._changed_at = seen, now
+        elif now - self._published_at < self._config.round_interval:
+            return  # health would say the same, and takes longer than the rest of a tick in which nothing happens
         self._publish_health()
 
+    def _what_health_shows(self) -> object:
+        """All of it but times, which pass, and numbers of rounds."""
+        agreed = self.rounds.agreed
+        place = _place(agreed), agreed.version, agreed.abandoned, agreed.departed
+        return place, self.rounds.is_connected, self.relocation.stage_of_wave(), self.report.num_failures
+
     def seconds_to_next_tick(self) -> float:
-        """How long a thread may sleep if nobody notifies it."""
-        if not self.relocation.is_at_rest:
-            return min(self._config.round_interval, 0.001)
+        """How long a thread may sleep if nobody notifies it.
+
+        Rounds, the main thread and the policy notify. Only the device must be asked: more rarely the longer it takes, so that
+        a transfer of any length costs few ticks and is seen at most an eighth of its time late.
+        """
+        interval = self._config.round_interval
+        if not self.relocation.is_at_rest and not self.relocation.waits_for_flip():
+            return min(interval, max(_SHORTEST, (self._clock() - self._changed_at) / 8))
         at_rest = self.is_idle or not self.rounds.is_connected
-        return self._config.heartbeat_interval if at_rest else self._config.round_interval
+        return self._config.heartbeat_interval if at_rest else interval
 
     def close(self) -> None:
-        """Give everything back that reaches the other ranks; nothing ticks any more."""
+        """Give everything back that reaches the other ranks, and the planner; nothing ticks any more."""
+        self._planner.close()
         self.relocation.close()
         self.rounds.close()
 
@@ -237,7 +260,7 @@ class Worker:
     def _prepare(self, agreed: Agreed) -> None:
         if self.relocation.fill is None:
             assert self.rounds.communicator is not None
-            wave = self.planning.read_plan().waves[agreed.wave]
+            wave = self.planning.read_wave(agreed.wave, self.relocation.breathe)
             if not self.relocation.prepare(wave, agreed, self.rounds.communicator):
                 self._give_up_here()
 
@@ -251,7 +274,7 @@ class Worker:
         if not rounds.is_my_turn or not may_speak():
             return
         record = self._record()
-        if not rounds.is_worth_saying(record):
+        if not rounds.is_worth_saying(record, is_through(agreed, record, self._rank)):
             return
         if agreed.phase is Phase.PLAN:
             rounds.say_plan(self.planning.plan_message)
@@ -306,6 +329,7 @@ class Worker:
         return make_health(self.rounds, self.relocation, self._config, self._clock(), self.report.last_error)
 
     def _publish_health(self) -> None:
+        self._published_at = self._clock()
         relocation = self.relocation
         self.metrics = replace(
             self.metrics,

@@ -72,7 +72,7 @@ def test_an_interrupt_at_any_point_of_a_flip_loses_no_version():
         inbox.post(handoff)
         assert inbox.flip(streams)
 
-    assert at_every_point(check) > 20
+    assert at_every_point(check) > 15
 
 
 def test_an_interrupt_at_any_point_of_a_choice_leaves_nothing_behind():

@@ -5,8 +5,8 @@ import pytest
 
 from eplb.planning.placement import Placement
 from eplb.planning.plan import LayerUpdate, Move, Plan, Wave
-from eplb.planning.shares import equal_shares
-from eplb.rounds.messages import decode_loads, decode_plan, encode_loads, encode_plan
+from eplb.planning.shares import equal_shares, table_words
+from eplb.rounds.messages import PlanReader, decode_loads, encode_loads, encode_plan
 
 
 def test_loads_are_summed_over_ranks_and_free_slots_kept_apart():
@@ -27,19 +27,50 @@ def test_counts_beyond_32_bits():
 
 
 def make_plan() -> Plan:
-    placement = Placement(np.array([[0, 1], [1, -1]]), 2)
-    return Plan((Wave((LayerUpdate(0, (Move(1, 0, 1, 1, 0),), placement, equal_shares(placement)),)),))
+    """Two waves; in the first two layers of different sizes, of which one only gets shares."""
+    one, two = Placement(np.array([[0, 1], [1, -1]]), 2), Placement(np.array([[0, 2, -1], [1, 0, -1]]), 3)
+    after = Placement(np.array([[0, -1], [1, 1]]), 2)
+    shares = np.array([[0.3, 1.0, 0.0], [1.0, 0.7, 0.0]])
+    first = (
+        LayerUpdate(0, (Move(1, 0, 1, 1, 0), Move(0, 0, 0, 1, 1)), one, equal_shares(one)),
+        LayerUpdate(4, (), two, shares),
+    )
+    return Plan((Wave(first), Wave((LayerUpdate(0, (Move(1, 1, 0, 1, 1),), after, equal_shares(after)),))))
 
 
 def test_a_plan_arrives_as_it_was_sent():
     plan = make_plan()
     words = encode_plan(plan)
-    decoded, plan_hash = decode_plan(words)
-    assert decoded.to_json() == plan.to_json() and words[0] == 1 and words[1] == plan_hash
+    reader = PlanReader(words)
+    assert words.dtype == np.int64 and words[0] == reader.num_waves == 2 and words[1] == reader.plan_hash
+    for number in (1, 0, 1):  # in any order
+        wave, expected = reader.wave(number), plan.waves[number]
+        assert wave == expected
+        for update, sent in zip(wave.updates, expected.updates, strict=True):
+            assert sent.table is None and update.table.dtype == np.int32
+            assert update.table.tolist() == table_words(sent.placement, sent.shares_WS).tolist()
+            assert update.shares_WS.dtype == np.float64
 
 
-def test_a_plan_that_is_torn_is_refused():
+def test_a_plan_without_waves():
+    assert PlanReader(encode_plan(Plan(()))).num_waves == 0
+
+
+def test_other_threads_get_a_turn_between_the_layers_of_a_wave():
+    breaths = []
+    PlanReader(encode_plan(make_plan())).wave(0, lambda: breaths.append(1))
+    assert len(breaths) == 2
+
+
+@pytest.mark.parametrize("at", [1, 5, -1])
+def test_a_plan_that_is_torn_is_refused(at):
     words = encode_plan(make_plan())
-    words[5] ^= 1
+    words[at] ^= 1
     with pytest.raises(ValueError, match="does not have the hash"):
-        decode_plan(words)
+        PlanReader(words)
+
+
+def test_shares_that_make_no_table_are_refused_where_the_plan_is_made():
+    placement = Placement(np.array([[0], [0]]), 1)
+    with pytest.raises(ValueError, match="must sum to 1"):
+        encode_plan(Plan((Wave((LayerUpdate(0, (), placement, np.array([[0.5], [0.4]])),)),)))

@@ -188,6 +188,9 @@ def test_i1_free_is_named_by_nobody_and_touched_by_nobody(seed):
         touched = {slot for hold, _, _ in holds for slot in (*hold.reads, *hold.writes)}
         free = [slot for slot, state in enumerate(pool.states()) if state is SlotState.FREE]
         assert free == sorted(set(range(12)) - named - touched)
+        if holds and random.random() < 0.2:
+            holds[-1][0].is_abandoned = not holds[-1][0].is_abandoned
+        assert pool.num_quarantined() == pool.count(SlotState.QUARANTINED)
 
 
 def test_placing_takes_the_lowest_free_slots_or_none():
@@ -199,6 +202,17 @@ def test_placing_takes_the_lowest_free_slots_or_none():
         place(pool, 3)
     assert pool.count(SlotState.FREE) == 2, "a refused layer took slots"
     assert place(pool, 2).newest.slots_S == (3, 4)
+
+
+def test_several_slots_are_taken_together_or_none():
+    pool = make_pool(4)
+    layer = place(pool, 1)
+    hold = pool.hold()
+    with pytest.raises(NoFreeSlot, match=r"3 free slots, not 4, among 4"):
+        hold.take_many(4)
+    assert hold.writes == []
+    assert hold.take_many(0) == [] and hold.take_many(2) == [1, 2] and hold.writes == [1, 2]
+    assert pool.states() == [SlotState.LIVE, SlotState.FILLING, SlotState.FILLING, SlotState.FREE] and layer
 
 
 def test_no_free_slot_names_the_states():

@@ -6,7 +6,7 @@ import torch
 
 from eplb.planning.placement import Placement
 from eplb.planning.shares import equal_shares
-from eplb.relocation.table import ExpertTable, flip
+from eplb.relocation.table import ExpertTable, flip, map_lanes
 from eplb.streams import HostStreams, streams_of
 
 ONE = 1 << 30
@@ -50,7 +50,7 @@ def test_host_buffers_are_on_the_host_whatever_the_default_device(default):
         table = make_table()
         stream = table._streams.current()
         table.stage(AFTER, AFTER_SHARES, stream)
-        table.map_lane(0, 2, stream)
+        map_lanes([(table, 0, 2)], stream)
         flip([table], stream)
     assert numbers(table) == AFTER_NUMBERS and table.lane_to_slot_S.tolist() == [2, -1, -1]
 
@@ -117,17 +117,23 @@ def test_lanes_are_mapped_one_by_one(device):
     table = make_table(device)
     stream = table._streams.current()
     address = table.lane_to_slot_S.data_ptr()
-    table.map_lane(2, 17, stream)
+    map_lanes([(table, 2, 17)], stream)
     assert table.lane_to_slot_S.tolist() == [-1, -1, 17]
-    table.map_lane(0, 3, stream)
+    map_lanes([(table, 0, 3)], stream)
     assert table.lane_to_slot_S.tolist() == [3, -1, 17] and table.lane_to_slot_S.data_ptr() == address
 
 
 @pytest.mark.parametrize(
     ("placement", "message"),
     [
-        (Placement(np.array([[0, 1, 2], [2, 0, -1]]), 3), "placement has 5 physical experts of 3; .* 4 of 3"),
-        (Placement(np.array([[0, 1, -1], [2, 3, -1]]), 4), "placement has 4 physical experts of 4; .* 4 of 3"),
+        (
+            Placement(np.array([[0, 1, 2], [2, 0, -1]]), 3),
+            "has 14 words does not fit: .* for 4 physical experts of 3, 12 words",
+        ),
+        (
+            Placement(np.array([[0, 1, -1], [2, 3, -1]]), 4),
+            "has 13 words does not fit: .* for 4 physical experts of 3, 12 words",
+        ),
     ],
     ids=["another number of replicas", "another number of experts"],
 )

@@ -1,0 +1,264 @@
+"""One rank of `bench.relocation`: a stack of expert-parallel layers that serves while its experts move."""
+
+import argparse
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from datetime import timedelta
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import nn
+
+from bench.relocation_protocols import PROTOCOLS
+from bench.report import DTYPES
+from eplb.relocation.pool import SlotPool
+from moe_layer import MoELayer, make_pool
+
+NUM_BATCHES = 4
+TRACED_STEPS = 100
+DEADLINE = timedelta(seconds=300)
+STEP_RANGE = "eplb.step"
+"""What the trace calls the calls of `step()`."""
+
+
+@dataclass
+class Recording:
+    """What one rank saw of one protocol, by step.
+
+    Attributes:
+        step_ms: the forward, the protocol's `step()`, and the wait for the compute stream.
+        call_us: the protocol's `step()` alone, host time.
+        relocating: whether a rebalance was under way before or after it, or began in it.
+        moving: the same without planning.
+        flips: tables that were switched in it.
+        wrong: outputs that were not the reference's, bit for bit.
+        bytes_per_rebalance: that this rank receives.
+    """
+
+    step_ms: list[float] = field(default_factory=list)
+    call_us: list[float] = field(default_factory=list)
+    relocating: list[bool] = field(default_factory=list)
+    moving: list[bool] = field(default_factory=list)
+    flips: list[int] = field(default_factory=list)
+    wrong: int = 0
+    bytes_per_rebalance: int = 0
+    health: str = ""
+
+
+class Stack(nn.Module):
+    """Norm, MoE layer, residual; layer after layer."""
+
+    def __init__(self, options: argparse.Namespace, group: dist.ProcessGroup, device: torch.device) -> None:
+        super().__init__()
+        shape, num_ranks = options.shape, dist.get_world_size(group)
+        per_rank = shape.num_experts // num_ranks
+        dtype = DTYPES[options.dtype]
+        sizes = (shape.hidden_size, shape.intermediate_size, shape.num_experts)
+        self.pool: SlotPool = make_pool(
+            options.layers,
+            *sizes,
+            num_shadow_slots=options.free or per_rank,
+            num_ranks=num_ranks,
+            device=device,
+            dtype=dtype,
+        )
+        self.moe_layers = [
+            MoELayer(
+                *sizes,
+                shape.top_k,
+                num_shadow_slots=per_rank,
+                pool=self.pool,
+                process_group=group,
+                dispatcher=options.dispatcher,
+                device=device,
+                dtype=dtype,
+            )
+            for _ in range(options.layers)
+        ]
+        self.blocks = nn.ModuleList(self.moe_layers)  # what a controller finds
+        self.norms = nn.ModuleList(
+            nn.RMSNorm(shape.hidden_size, device=device, dtype=dtype) for _ in range(options.layers)
+        )
+
+    @property
+    def received_bytes(self) -> int:
+        """Of a rebalance that moves every expert."""
+        return sum(layer.resident.num_physical_per_rank for layer in self.moe_layers) * self.pool.slot_bytes
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        for norm, layer in zip(self.norms, self.moe_layers, strict=True):
+            x = x + layer(norm(x))
+        return x
+
+
+class Serving:
+    """The forward of a step, eager or as a replay of a CUDA graph, and whether its outputs are right."""
+
+    def __init__(self, model: Stack, options: argparse.Namespace, rank: int, device: torch.device) -> None:
+        generator = torch.Generator().manual_seed(1 + rank)
+        shape = (NUM_BATCHES, options.tokens, options.shape.hidden_size)
+        dtype = DTYPES[options.dtype]
+        self._batches = torch.randn(shape, generator=generator).to(device, dtype)
+        self._x = self._batches[0].clone()
+        self._y = self._x
+        self._wrong = torch.zeros((), dtype=torch.int64, device=device)
+        self._replay: Callable[[], Any] | None = None
+        self._model = model
+        for batch in self._batches:
+            self._eager(batch)
+        if options.graph:
+            self._capture(device)
+        self._expected = [self._forward(number).clone() for number in range(NUM_BATCHES)]
+
+    def _eager(self, x: torch.Tensor) -> None:
+        self._y = self._model(x)
+
+    def _capture(self, device: torch.device) -> None:
+        if device.type != "cuda":
+            raise ValueError(f"--graph needs a CUDA device, got {device}")
+        graph = torch.cuda.CUDAGraph()
+        try:
+            with torch.cuda.graph(graph, capture_error_mode="thread_local"):
+                self._eager(self._x)
+        except RuntimeError as error:
+            name = type(self._model.moe_layers[0].executor.dispatcher).__name__
+            raise ValueError(f"--graph: a forward through {name} cannot be captured: {error}") from error
+        self._replay = graph.replay
+
+    def _forward(self, number: int) -> torch.Tensor:
+        batch = self._batches[number % NUM_BATCHES]
+        if self._replay is None:
+            self._eager(batch)
+        else:
+            self._x.copy_(batch)
+            self._replay()
+        return self._y
+
+    def step(self, number: int) -> None:
+        """A forward; its output is compared on the device, as bytes, so that equal NaNs would be equal."""
+        output, expected = self._forward(number), self._expected[number % NUM_BATCHES]
+        self._wrong += (output.view(torch.uint8) != expected.view(torch.uint8)).any()
+
+    @property
+    def wrong(self) -> int:
+        return int(self._wrong)
+
+
+class Profile:
+    """Traces the first steps of the first rebalance, from the step after the one in which it is seen on."""
+
+    def __init__(self, path: Path | None) -> None:
+        self._path = path
+        self._profiler: Any = None
+        self._end = 0
+
+    def look(self, recording: Recording) -> None:
+        """After each step."""
+        number = len(recording.step_ms)
+        if self._path is not None and self._profiler is None and recording.relocating[-1]:
+            self._profiler = torch.profiler.profile()
+            self._profiler.start()
+            self._end = number + TRACED_STEPS
+        elif number == self._end:
+            self.end()
+
+    def end(self) -> None:
+        """Write the trace, if there is one."""
+        if self._path is not None and self._profiler is not None:
+            self._profiler.stop()
+            self._profiler.export_chrome_trace(str(self._path))
+            self._path = None
+
+
+def wait(device: torch.device) -> None:
+    """For the compute stream alone: a device-wide wait would wait for relocations too."""
+    if device.type == "cuda":
+        torch.cuda.current_stream(device).synchronize()
+
+
+@torch.no_grad()
+def serve(rank: int, options: argparse.Namespace, folder: str) -> Recording:
+    """Serve all steps on one rank, in this process, which is its own."""
+    device = torch.device("cpu")
+    if options.device.type == "cuda":
+        device = torch.device("cuda", rank % torch.cuda.device_count())
+        torch.cuda.set_device(device)
+    else:
+        torch.set_num_threads(1)
+    dist.init_process_group(
+        options.backend,
+        store=dist.FileStore(f"{folder}/{options.protocol}", options.ranks),
+        rank=rank,
+        world_size=options.ranks,
+        timeout=DEADLINE,
+        device_id=device if options.backend == "nccl" else None,
+    )
+    group = dist.group.WORLD
+    assert group is not None
+    torch.manual_seed(0)
+    model = Stack(options, group, device)
+    serving = Serving(model, options, rank, device)
+    recording = Recording(bytes_per_rebalance=model.received_bytes)
+    with PROTOCOLS[options.protocol](model, group, options.interval, options.communicator) as protocol:
+        _connect(protocol, serving, device, group)
+        profile = Profile(options.trace if rank == 0 else None)
+        for number in range(options.steps):
+            _step(protocol, serving, number, device, recording)
+            profile.look(recording)
+        profile.end()
+        dist.barrier(group)
+        if options.protocol == "ours":
+            recording.health = str(protocol.controller.health())
+    recording.wrong = serving.wrong
+    dist.barrier(group)
+    dist.destroy_process_group()
+    return recording
+
+
+def _connect(protocol: Any, serving: Serving, device: torch.device, group: dist.ProcessGroup) -> None:
+    """Steps until the ranks are connected, which only ours does beside the forwards. None of them is recorded."""
+    if not hasattr(protocol, "controller"):
+        return
+    deadline = time.monotonic() + DEADLINE.total_seconds()
+    interval = protocol.controller.config.step_interval
+    ready = torch.zeros(1, device=device)
+    for number in range(interval - 1):  # fewer than would begin a rebalance
+        serving.step(number)
+        protocol.step()
+        wait(device)
+        ready.fill_(protocol.controller.health().state == "idle")
+        dist.all_reduce(ready, dist.ReduceOp.MIN, group)
+        if ready.item():
+            return
+        if time.monotonic() > deadline:
+            break
+        time.sleep(0.02)
+    raise TimeoutError(
+        f"the ranks did not connect within {interval - 1} steps (--interval): {protocol.controller.health()}"
+    )
+
+
+def _step(protocol: Any, serving: Serving, number: int, device: torch.device, recording: Recording) -> None:
+    flips, before, moving = protocol.num_flips, protocol.is_relocating, protocol.is_moving
+    began = time.perf_counter_ns()
+    serving.step(number)
+    with torch.profiler.record_function(STEP_RANGE):
+        called = time.perf_counter_ns()
+        protocol.step()
+        returned = time.perf_counter_ns()
+    wait(device)
+    ended = time.perf_counter_ns()
+    flipped = protocol.num_flips - flips
+    recording.step_ms.append((ended - began) / 1e6)
+    recording.call_us.append((returned - called) / 1e3)
+    recording.flips.append(flipped)
+    recording.relocating.append(bool(before or protocol.is_relocating or flipped))
+    recording.moving.append(bool(moving or protocol.is_moving or flipped))
+
+
+def run_rank(rank: int, options: argparse.Namespace, folder: str) -> None:
+    """What a spawned process runs; leaves its recording in the folder."""
+    torch.save(serve(rank, options, folder), Path(folder) / f"{options.protocol}-{rank}.pt")

@@ -1,0 +1,186 @@
+"""How often a worker looks after its work, what wakes it, and that no look holds the interpreter for long."""
+
+import numpy as np
+import pytest
+
+from eplb import EplbConfig, EplbController
+from eplb.planning.plan import Wave
+from eplb.relocation.communicator import LocalCommunicator
+from eplb.rounds.protocol import Agreed, Phase, Record, is_through
+from eplb.streams import HostStreams
+from eplb.worker import Worker, thread
+from tests.eplb.by_hand import filled, make_layer, published, sim_streams
+from tests.eplb.stub import QUICK, StubLayer
+from tests.eplb.test_worker_pieces import Clock, ready
+
+
+class ByHand(EplbController):
+    """Its worker ticks when the test says so."""
+
+    def _run_in_background(self, worker, streams):
+        del worker, streams
+
+    @property
+    def worker(self) -> Worker:
+        assert self._worker is not None
+        return self._worker
+
+
+@pytest.fixture
+def by_hand():
+    clock = Clock()
+    config = EplbConfig(**{**QUICK, "round_interval": 0.02, "heartbeat_interval": 0.2}, planning="thread")
+    controller = ByHand(config, clock=clock)
+    controller.register(StubLayer())
+    controller.step()
+    for _ in range(4):
+        controller.worker.tick()
+    assert controller.health().phase == "IDLE"
+    return controller, controller.worker, clock
+
+
+# ---- when
+
+
+def test_looks_at_the_device_become_rarer_the_longer_it_takes(by_hand):
+    _, worker, clock = by_hand
+    assert worker.seconds_to_next_tick() == 0.2  # at rest
+    worker.relocation.zombies = [Unending()]
+    worker.tick()
+    began, seen = clock.now, []
+    while clock.now < began + 1.0:
+        seen.append(worker.seconds_to_next_tick())
+        clock.now += seen[-1]
+        worker.tick()
+    assert seen[0] == 0.0005 and seen[-1] == 0.02 and seen == sorted(seen)
+    # An eighth of the time that it has taken: of a transfer of 0.16 s 40 looks, not 160.
+    assert sum(np.cumsum(seen) < 0.16) < 45
+
+
+class Unending:
+    def bury(self) -> bool:
+        return False
+
+
+def test_a_change_brings_quick_looks_back(by_hand):
+    _, worker, clock = by_hand
+    worker.relocation.zombies = [Unending()]
+    worker.tick()
+    clock.now += 1.0
+    worker.tick()
+    assert worker.seconds_to_next_tick() == 0.02
+    worker.relocation.zombies = [Unending(), Unending()]
+    worker.tick()
+    assert worker.seconds_to_next_tick() == 0.0005
+
+
+def test_nobody_looks_for_a_flip_that_the_main_thread_will_tell_of():
+    streams = sim_streams()
+    layer = make_layer(streams)
+    relocation, _, agreed = ready(layer, Clock())
+    assert not relocation.waits_for_flip()
+    relocation.publish(Agreed(phase=Phase.GRACE, proposal=agreed.proposal, num_waves=2, version=1))
+    while streams.side.advance():
+        pass
+    assert relocation.waits_for_flip() and relocation.stage_of_wave()[1] == (1, False)
+    relocation.handoff.flip(streams)
+    assert not relocation.waits_for_flip() and relocation.stage_of_wave()[1] == (1, True)
+
+
+def test_a_step_that_flips_wakes_the_worker(by_hand):
+    controller, worker, _ = by_hand
+    layer = controller._layers[0].resident
+    controller._wake.clear()
+    controller.step()
+    assert not controller._wake.is_set()
+    _, handoff = published(layer, 0)
+    worker.inbox.post(handoff)
+    controller.step()
+    assert handoff.flipped is not None and controller._wake.is_set()
+
+
+# ---- what they say
+
+
+@pytest.mark.parametrize(
+    ("phase", "record", "expected"),
+    [
+        (Phase.IDLE, Record(graced=5), (False, False)),
+        (Phase.LOAD, Record(), (False, False)),
+        (Phase.PLANNING, Record(), (False, True)),  # rank 0 plans, the others have nothing to do
+        (Phase.PREPARE, Record(prepared=5), (False, False)),
+        (Phase.PREPARE, Record(prepared=6), (True, True)),
+        (Phase.FILL, Record(prepared=6), (False, False)),
+        (Phase.FILL, Record(prepared=6, filled=6), (True, True)),
+        (Phase.GRACE, Record(filled=5, graced=4), (False, False)),
+        (Phase.GRACE, Record(filled=5, graced=5), (True, True)),
+    ],
+    ids=str,
+)
+def test_who_has_done_its_part_of_a_phase(phase, record, expected):
+    agreed = Agreed(phase=phase, version=5)
+    assert tuple(is_through(agreed, record, rank) for rank in (0, 1)) == expected
+
+
+def test_a_rank_that_is_through_waits_in_the_round_and_not_before_it(by_hand):
+    """Or the others' news would wait for its next turn; one that is not through is silent until it has news."""
+    _, worker, clock = by_hand
+    rounds = worker.rounds
+    rounds.agreed, rounds._spoken = Agreed(phase=Phase.FILL, version=1), Record(prepared=2)
+    rounds.spoke_at = clock.now
+    assert not rounds.is_worth_saying(Record(prepared=2))
+    assert rounds.is_worth_saying(Record(prepared=2), is_through=True)
+    assert rounds.is_worth_saying(Record(prepared=2, filled=2))
+    clock.now += 0.02
+    assert rounds.is_worth_saying(Record(prepared=2))
+
+
+# ---- what they cost
+
+
+def test_health_is_made_anew_when_something_has_changed_or_some_time_has_passed(by_hand):
+    _, worker, clock = by_hand
+    clock.now += 1.0
+    worker.tick()
+    before = worker.health
+    worker.tick()
+    assert worker.health is before
+    worker.note_failure("a test", ValueError("news"))
+    worker.tick()
+    assert worker.health is not before and worker.health.last_error == "ValueError: news"
+    before = worker.health
+    clock.now += 0.02
+    worker.tick()
+    assert worker.health is not before
+
+
+def test_a_thread_breathes_only_after_it_has_held_the_interpreter_for_some_time(by_hand, monkeypatch):
+    controller, worker, _ = by_hand
+    slept, now = [], [0.0]
+    worker_thread = thread.WorkerThread(worker, HostStreams(), controller._wake, controller.config)
+    assert worker.relocation.breathe == worker_thread._breathe
+    monkeypatch.setattr(thread.time, "sleep", slept.append)
+    monkeypatch.setattr(thread.time, "perf_counter", lambda: now[0])
+    worker_thread._tick()
+    worker_thread._breathe()
+    assert slept == []
+    now[0] += 1.5e-4
+    worker_thread._breathe()
+    worker_thread._breathe()
+    assert slept == [thread._BREATH] and 0 < thread._BREATH < 1e-3
+
+
+def test_a_wave_is_prepared_in_pieces():
+    """Between layers and moves other threads can have the interpreter."""
+    breaths, streams = [], sim_streams()
+    relocation, _, _ = ready(make_layer(streams, num_experts=4), Clock())
+    relocation.fill = None
+    relocation.breathe = lambda: breaths.append(1)
+    wave = Wave(filled(make_layer(streams), 0).updates)
+    layer = make_layer(streams)
+    relocation._layers = [layer]
+    assert relocation.prepare(wave, Agreed(phase=Phase.PREPARE), LocalCommunicator(streams))
+    assert len(breaths) >= 3 and layer.table.lane_to_slot_S.tolist() == [0, 1, -1]
+    while streams.side.advance():
+        pass
+    assert layer.table.lane_to_slot_S.tolist() == [0, 1, 2]
