@@ -117,7 +117,7 @@ class EplbController:
         earlier = streams.gate.events()
         planner = Planner(residents, self._policy, self._topology, config.max_bytes_in_flight)
         # Last, as the other ranks count on what has begun to connect.
-        connection = self._transport.connect(config, streams, backends, self._wake.set)
+        connection = self._transport.connect(config, streams, backends, planner.pools, self._wake.set)
         worker = self._worker = Worker(
             layers=residents,
             config=config,

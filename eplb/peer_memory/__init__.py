@@ -5,7 +5,6 @@ from eplb.peer_memory.connect import connect_peers, why_not
 from eplb.peer_memory.cuda_ipc import share
 from eplb.peer_memory.exchange import Exchange, over_group, over_store
 from eplb.peer_memory.host_memory import HostMemory, share_host
-from eplb.peer_memory.shared_memory import shared_memory
 from eplb.peer_memory.together import together
 from eplb.peer_memory.virtual import virtual_peers
 
@@ -18,7 +17,6 @@ __all__ = [
     "over_store",
     "share",
     "share_host",
-    "shared_memory",
     "together",
     "virtual_peers",
     "why_not",

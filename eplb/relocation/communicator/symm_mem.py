@@ -199,7 +199,11 @@ class SymmMemBatch(TransferBatch):
                 fetch.num_copied += granted
         if pieces:
             self._has_copied, self._copied = True, None
-            self._streams.run(self._communicator.stream, lambda: _copy(pieces))
+            try:
+                self._streams.run(self._communicator.stream, lambda: _copy(pieces))
+            except BaseException:
+                self._given_up = True  # some of the pieces are missing
+                raise
             self._copied = self._communicator.stream.record_event()
         self._fetches = [fetch for fetch in self._fetches if fetch.num_copied < fetch.target.numel()]
 
