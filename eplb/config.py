@@ -23,10 +23,14 @@ class EplbConfig(BaseModel):
         planning: where rank 0 plans. "process": in a process of its own, to which the policy is pickled, so that planning never
             holds this process's interpreter. "thread": beside the forwards; the policy object is the caller's own. "auto": a
             process for a policy that is named, a thread for an object, whose owner may look at it, and inside `step()`.
-        communicator: how experts travel: "torch_gloo", "torch_nccl", or "auto".
+        communicator: how experts travel: "symm_mem" (each rank fetches from the others' memory; one host), "torch_nccl" (not
+            beside NCCL dispatch), "torch_gloo" (through host memory; always works), or "auto": the first of these that can be
+            used; which one and why is logged.
         min_gain: of the policy "adaptive": how far a layer's largest rank load may be above the best that there is, as
             a fraction of it, before experts move.
         max_bytes_in_flight: bytes that all ranks together move in one wave; None for no bound but the free slots.
+        max_bytes_per_second: that each rank copies to its slots at most, so that forwards keep the rest of the links; needs
+            "symm_mem", as a communicator or by "auto". None for no bound: as fast as the copy engines are.
         ranks_per_node: for policies that prefer to stay inside a node; None if all ranks are on one.
         num_groups: groups of experts for node-limited routing; 1 if there are none.
         num_redundant_experts: asserts what the registered layers were built with; None asserts nothing.
@@ -66,6 +70,7 @@ class EplbConfig(BaseModel):
     communicator: str = "auto"
     min_gain: float = Field(default=0.003, ge=0, allow_inf_nan=False)
     max_bytes_in_flight: int | None = Field(default=None, gt=0)
+    max_bytes_per_second: int | None = Field(default=None, gt=0)
     ranks_per_node: int | None = Field(default=None, ge=1)
     num_groups: int = Field(default=1, ge=1)
     num_redundant_experts: int | None = Field(default=None, ge=0)
@@ -108,6 +113,11 @@ class EplbConfig(BaseModel):
         _require(self, "backoff", "<=", "max_backoff", "the first delay is the shortest")
         if self.communicator not in COMMUNICATORS:
             raise ValueError(f"communicator must be one of {', '.join(COMMUNICATORS)}, got {self.communicator!r}")
+        if self.max_bytes_per_second is not None and self.communicator not in ("auto", "symm_mem"):
+            raise ValueError(
+                f"max_bytes_per_second={self.max_bytes_per_second} needs communicator='symm_mem' or 'auto', "
+                f"got communicator={self.communicator!r}: the others cannot keep it"
+            )
         # By value, not by whether it was given: what is dumped and read again has everything given.
         if _differs_from_default(self, "min_gain") and self.policy != "adaptive":
             raise ValueError(

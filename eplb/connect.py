@@ -1,7 +1,7 @@
 """Before the first rebalance: connects the ranks of a controller, from the first `step()` on."""
 
 import threading
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from typing import Protocol
 
 import torch
@@ -11,6 +11,7 @@ from eplb.config import EplbConfig
 from eplb.gloo import GlooGroup
 from eplb.groups import Peers, check_member, peers_of, ranks_of
 from eplb.relocation.communicator import Communicator, LocalCommunicator, choose_communicator, make_communicator
+from eplb.relocation.pool import SlotPool
 from eplb.rounds.exchange import Agreement, GlooAgreement, LocalAgreement
 from eplb.streams import DeviceStreams
 
@@ -51,13 +52,15 @@ class Transport(Protocol):
         config: EplbConfig,
         streams: DeviceStreams,
         dispatch_backends: Iterable[str],
+        pools: Sequence[SlotPool],
         notify: Callable[[], None],
     ) -> Connection:
         """Begin to connect this rank. Every rank does so, in the same order of its controllers; returns at once.
 
         Args:
             streams: of the device that the slots are on.
-            dispatch_backends: what the forwards of the registered layers use: "local", "gloo", "nccl".
+            dispatch_backends: what the forwards of the registered layers use: "local", "gloo", "nccl", "symm_mem".
+            pools: in whose slots they hold experts, in the same order on every rank.
             notify: called, on any thread, when `poll()` has an answer.
         """
         ...
@@ -96,21 +99,29 @@ class TorchTransport:
     def check(self, config: EplbConfig, device: torch.device, dispatch_backends: Iterable[str]) -> None:
         self._choose(config, device, dispatch_backends)
 
-    def _choose(self, config: EplbConfig, device: torch.device, dispatch_backends: Iterable[str]) -> str:
+    def _choose(self, config: EplbConfig, device: torch.device, dispatch_backends: Iterable[str]) -> tuple[str, ...]:
         group_backend = str(dist.get_backend(self._group)) if self._group is not None else "gloo"
-        return choose_communicator(config.communicator, device, group_backend, set(dispatch_backends))
+        return choose_communicator(
+            config.communicator, device, group_backend, set(dispatch_backends), config.max_bytes_per_second
+        )
 
     def connect(
         self,
         config: EplbConfig,
         streams: DeviceStreams,
         dispatch_backends: Iterable[str],
+        pools: Sequence[SlotPool],
         notify: Callable[[], None],
     ) -> Connection:
         if self._group is None or not self.ranks:
             return Connected(LocalAgreement(), LocalCommunicator(streams))
-        name = self._choose(config, streams.device, dispatch_backends)
-        return ConnectionThread(peers_of(self._group), name, config.connect_timeout, streams, notify)
+        names = self._choose(config, streams.device, dispatch_backends)
+        peers, timeout = peers_of(self._group), config.connect_timeout
+
+        def connect() -> Communicator:
+            return make_communicator(names, peers, streams, timeout, pools, config.max_bytes_per_second)
+
+        return ConnectionThread(peers, connect, timeout, notify)
 
 
 class ConnectionThread(threading.Thread):
@@ -120,18 +131,17 @@ class ConnectionThread(threading.Thread):
     the store and is stopped.
 
     Args:
-        name: of the communicator.
+        make: the communicator, when all ranks have come; collective.
         timeout: seconds that connecting may take once all ranks have come.
     """
 
     def __init__(
-        self, peers: Peers, name: str, timeout: float, streams: DeviceStreams, notify: Callable[[], None]
+        self, peers: Peers, make: Callable[[], Communicator], timeout: float, notify: Callable[[], None]
     ) -> None:
         super().__init__(name="eplb-connect", daemon=True)
         self._peers = peers
-        self._communicator = name
+        self._make = make
         self._timeout = timeout
-        self._streams = streams
         self._notify = notify
         self._lock = threading.Lock()
         self._cancelled = threading.Event()
@@ -156,7 +166,7 @@ class ConnectionThread(threading.Thread):
         peers = self._peers
         group = GlooGroup(peers.part("rounds"), peers.rank, len(peers.ranks), self._timeout)
         try:
-            communicator = make_communicator(self._communicator, peers, self._streams, self._timeout)
+            communicator = self._make()
         except BaseException:
             group.close()
             raise

@@ -121,7 +121,7 @@ class EplbController:
         process = PlanProcess(self._policy, self._topology) if is_child_needed else None
         planner = Planner(residents, self._policy, self._topology, config.max_bytes_in_flight, process)
         # Last, as the other ranks count on what has begun to connect.
-        connection = self._transport.connect(config, streams, backends, self._wake.set)
+        connection = self._transport.connect(config, streams, backends, planner.pools, self._wake.set)
         worker = self._worker = Worker(
             layers=residents,
             config=config,

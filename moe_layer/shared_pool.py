@@ -20,10 +20,14 @@ def make_pool(
     num_ranks: int = 1,
     device: torch.device | str | None = None,
     dtype: torch.dtype | None = None,
+    shared: bool = False,
 ) -> SlotPool:
     """A pool for `num_layers` like layers of one rank that share `num_shadow_slots` free slots.
 
     The price of relocation is then a few experts of memory for the whole model, not for each layer.
+
+    Args:
+        shared: put a CPU's memory where other processes of the host can open it, as the communicator "symm_mem" needs it.
 
     Raises:
         ValueError: a count that is not positive, or experts that do not divide by the ranks.
@@ -32,7 +36,8 @@ def make_pool(
         check_integer(name, value, 1)
     num_physical = physical_per_rank(hidden_size, intermediate_size, num_experts, num_redundant_experts, num_ranks)
     format = gated_format(hidden_size, intermediate_size, resolve_dtype(dtype), "silu")
-    return SlotPool(format.specs, num_layers * num_physical + num_shadow_slots, resolve_device(device))
+    num_slots = num_layers * num_physical + num_shadow_slots
+    return SlotPool(format.specs, num_slots, resolve_device(device), shared=shared)
 
 
 def resolve_pool(pool: Any, format: ExpertFormat, num_slots: int, device: torch.device) -> SlotPool:

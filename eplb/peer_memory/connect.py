@@ -78,7 +78,7 @@ def connect_peers(
             memory = symmetric(num_bytes, device, group, exchange)
     except (OSError, RuntimeError) as error:
         problem = f"{type(error).__name__}: {error}"
-        if chosen != "symmetric":
+        if chosen == "shared_memory":
             exchange(b"")  # the others are in the second exchange of their source
     problems = [one.decode() for one in exchange(problem.encode())]
     for other, one in enumerate(problems):

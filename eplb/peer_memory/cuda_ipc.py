@@ -8,6 +8,7 @@ from torch.multiprocessing.reductions import reduce_tensor
 
 from eplb.peer_memory.base import PeerMemory, view_of
 from eplb.peer_memory.exchange import Exchange
+from eplb.peer_memory.together import together
 
 
 def share(tensors: Sequence[torch.Tensor], rank: int, exchange: Exchange) -> list[list[torch.Tensor]]:
@@ -18,28 +19,34 @@ def share(tensors: Sequence[torch.Tensor], rank: int, exchange: Exchange) -> lis
             uses them.
 
     Raises:
-        RuntimeError: CUDA cannot share the memory, or this device cannot reach a peer's.
+        RuntimeError: CUDA cannot share a rank's memory, or a device cannot reach a peer's; on all ranks.
     """
-    said = exchange(pickle.dumps([reduce_tensor(tensor) for tensor in tensors]))
-    theirs = []
-    for other, handles in enumerate(said):
-        if other == rank:
-            theirs.append(list(tensors))
-            continue
-        opened = [rebuild(*arguments) for rebuild, arguments in pickle.loads(handles)]
-        for one, own in zip(opened, tensors, strict=True):
-            _reach(one, own.device)
-        theirs.append(opened)
-    exchange(b"")  # all have opened all
+    # Pickled inside the step: torch refuses some memory only there.
+    _, said = together(exchange, lambda: pickle.dumps([reduce_tensor(tensor) for tensor in tensors]), lambda mine: mine)
+    theirs, _ = together(exchange, lambda: [_opened(tensors, one, other == rank) for other, one in enumerate(said)])
     return theirs
 
 
 def cuda_ipc(num_bytes: int, device: torch.device, rank: int, exchange: Exchange) -> PeerMemory:
     """Buffers of all ranks, zero. Collective. Raises as `share`."""
-    own = torch.zeros(num_bytes, dtype=torch.uint8, device=device)
-    torch.cuda.synchronize(device)
+
+    def allocate() -> torch.Tensor:
+        zeros = torch.zeros(num_bytes, dtype=torch.uint8, device=device)
+        torch.cuda.current_stream(device).synchronize()
+        return zeros
+
+    own, _ = together(exchange, allocate)
     buffers = tuple(tensors[0] for tensors in share([own], rank, exchange))
     return view_of(rank, buffers, "cuda_ipc")
+
+
+def _opened(tensors: Sequence[torch.Tensor], handles: bytes, is_own: bool) -> list[torch.Tensor]:
+    if is_own:
+        return list(tensors)
+    opened = [rebuild(*arguments) for rebuild, arguments in pickle.loads(handles)]
+    for one, own in zip(opened, tensors, strict=True):
+        _reach(one, own.device)
+    return opened
 
 
 def _reach(theirs: torch.Tensor, device: torch.device) -> None:
@@ -49,4 +56,4 @@ def _reach(theirs: torch.Tensor, device: torch.device) -> None:
     if not torch.cuda.can_device_access_peer(device, theirs.device):
         raise RuntimeError(f"{device} cannot reach the memory of {theirs.device}")
     torch.empty(1, dtype=theirs.dtype, device=device).copy_(theirs.view(-1)[:1])
-    torch.cuda.synchronize(device)
+    torch.cuda.current_stream(device).synchronize()

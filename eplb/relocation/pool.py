@@ -10,6 +10,7 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 
+from eplb.peer_memory.host_memory import HostMemory
 from eplb.planning.placement import Placement
 from eplb.relocation.versions import Version, Versions
 
@@ -108,13 +109,25 @@ class SlotPool:
 
     On the device "meta" it has no memory; `ResidentExperts.copied_to()` gives a layer that of another pool.
 
+    Args:
+        shared: put a CPU's memory where other processes of the host can open it, as the communicator "symm_mem" needs it. A
+            GPU's memory can always be opened, and "meta" has none.
+
     Attributes:
         slab_SB: the memory, uint8 ``[num_slots, slot_bytes]``. Its address never changes.
         tensors: by name, a view ``[num_slots, *shape]`` of the slab; dense inside a slot, padded between slots.
+        host_memory: what other processes can open of a CPU's memory; None if it is not shared.
         has_dropped_layers: forwards of layers that are gone may still read slots that are free, on their own streams.
     """
 
-    def __init__(self, specs: Sequence[TensorSpec], num_slots: int, device: torch.device | str = "cpu") -> None:
+    def __init__(
+        self,
+        specs: Sequence[TensorSpec],
+        num_slots: int,
+        device: torch.device | str = "cpu",
+        *,
+        shared: bool = False,
+    ) -> None:
         if not specs:
             raise ValueError("specs must name at least one tensor")
         if len({spec.name for spec in specs}) != len(specs):
@@ -126,7 +139,12 @@ class SlotPool:
         self.specs = tuple(specs)
         self.num_slots = num_slots
         self.slot_bytes = sum(_aligned(spec.num_bytes) for spec in specs)
-        self.slab_SB = torch.zeros(num_slots, self.slot_bytes, dtype=torch.uint8, device=device)
+        on_host = torch.device(device).type == "cpu"
+        self.host_memory = HostMemory(num_slots * self.slot_bytes) if shared and on_host else None
+        if self.host_memory is not None:
+            self.slab_SB = self.host_memory.tensor.view(num_slots, self.slot_bytes)
+        else:
+            self.slab_SB = torch.zeros(num_slots, self.slot_bytes, dtype=torch.uint8, device=device)
         self.tensors: dict[str, torch.Tensor] = {}
         offset = 0
         for spec in specs:

@@ -15,6 +15,7 @@ from eplb.connect import Connected
 from eplb.controller import EplbController
 from eplb.gate import Gate
 from eplb.relocation.communicator import Communicator, Transfer, TransferBatch
+from eplb.relocation.pool import SlotPool
 from eplb.rounds.protocol import Work
 from eplb.streams import DeviceStreams
 from eplb.worker import Worker
@@ -303,6 +304,7 @@ class SimTransport:
         config: EplbConfig,
         streams: DeviceStreams,
         dispatch_backends: Iterable[str],
+        pools: Sequence[SlotPool],
         notify: Callable[[], None],
     ) -> Connected:
         return Connected(SimAgreement(self._rank, self._world), SimCommunicator(self._rank, self._world))

@@ -27,6 +27,8 @@ def test_what_works():
         {"policy": Policy()},
         {"policy": "deepseek"},
         {"communicator": "torch_nccl"},
+        {"communicator": "symm_mem", "max_bytes_per_second": 1},
+        {"max_bytes_per_second": 10**12},
         {"max_bytes_in_flight": 1},
         {"round_interval": 0.2, "heartbeat_interval": 0.2},
         {"backoff": 60.0, "max_backoff": 60.0},
@@ -85,7 +87,11 @@ REFUSED = {
     # Names.
     "unknown communicator": (
         {"communicator": "nixl"},
-        "communicator must be one of auto, torch_gloo, torch_nccl.*, got 'nixl'",
+        "communicator must be one of auto, symm_mem, torch_gloo, torch_nccl, got 'nixl'",
+    ),
+    "a bound that the communicator cannot keep": (
+        {"communicator": "torch_gloo", "max_bytes_per_second": 1},
+        "max_bytes_per_second=1 needs communicator='symm_mem' or 'auto', got communicator='torch_gloo'",
     ),
     "unknown policy": ({"policy": "greedy"}, "policy='greedy': unknown; known policies: adaptive, deepseek, static"),
     "no policy": ({"policy": 7}, "policy.*7.*propose"),

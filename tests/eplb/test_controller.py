@@ -275,7 +275,7 @@ class OtherModels(TorchTransport):
             said.result().append(Record(models=1).encode())
             return said
 
-    def connect(self, config, streams, dispatch_backends, notify):
+    def connect(self, config, streams, dispatch_backends, pools, notify):
         return Connected(self.Two(), LocalCommunicator(streams))
 
 
@@ -313,7 +313,7 @@ class SilentPeers(TorchTransport):
         def done(self) -> bool:
             return False
 
-    def connect(self, config, streams, dispatch_backends, notify):
+    def connect(self, config, streams, dispatch_backends, pools, notify):
         return Connected(self.Never(), LocalCommunicator(streams))
 
 

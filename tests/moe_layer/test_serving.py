@@ -30,28 +30,35 @@ from tests.moe_layer.relocation import as_is, checkpointed, checkpointed_reentra
 
 
 def make_service(
-    rank, group, device, dtype=torch.float32, controller_group=None, redundant=None, ours=None, **options
+    rank, group, device, dtype=torch.float32, controller_group=None, redundant=None, shared=False, ours=None, **options
 ) -> Service:
-    """Two layers of a model that share a pool, and one with a pool of its own. `ours`: arguments of layers that move alone."""
+    """Two layers of a model that share a pool, and one with a pool of its own; CPU processes can open both if `shared`.
+
+    ours: arguments of the layers that move alone.
+    """
     ours = ours or {}
     num_ranks = dist.get_world_size(group)
     redundant = num_ranks if redundant is None else redundant
-    pool = make_pool(
-        2,
-        HIDDEN,
-        INTERMEDIATE,
-        EXPERTS,
-        num_redundant_experts=redundant,
-        num_ranks=num_ranks,
-        num_shadow_slots=2,
-        device=device,
-        dtype=dtype,
+    pool, own = (
+        make_pool(
+            num_layers,
+            HIDDEN,
+            INTERMEDIATE,
+            EXPERTS,
+            num_redundant_experts=redundant,
+            num_ranks=num_ranks,
+            num_shadow_slots=2,
+            device=device,
+            dtype=dtype,
+            shared=shared,
+        )
+        for num_layers in (2, 1)
     )
     common = {"num_redundant_experts": redundant, "dtype": dtype}
     layers = [
         make_layer(group, device, seed=1, pool=pool, **common, **ours),
         make_layer(group, device, seed=2, pool=pool, **common, **ours),
-        make_layer(group, device, seed=3, num_shadow_slots=2, **common, **ours),
+        make_layer(group, device, seed=3, pool=own, num_shadow_slots=2, **common, **ours),
     ]
     twins = [make_layer(group, device, seed=seed, **common) for seed in (1, 2, 3)]
     # Two models, one of them with a dense module too, and a third that is dense.
@@ -153,30 +160,24 @@ def test_i6_ranks_that_leave_or_die(rank, num_ranks, group, device):
 
 @distributed(num_ranks=2, backend="nccl", timeout=150)
 def test_i5_nccl_dispatch_with_gloo_relocation(rank, num_ranks, group, device):
-    service = make_service(rank, group, device, dtype=torch.bfloat16)
-    service.serve_until(moved_by(service, 12), "relocations")
-    assert service.controller._worker.rounds.communicator.name == "torch_gloo", (
-        "the automatic choice beside NCCL dispatch"
-    )
-    drained(service)
-    check_different_step_rates(service)
-    check_state_dicts_while_moving(service)
-    service.controller.close()
+    check_pair(rank, group, device, group, "torch_gloo")
+    check_gradients_across_flips(rank, group, device)
+
+
+@distributed(num_ranks=2, backend="nccl", timeout=150)
+def test_i5_nccl_dispatch_with_relocation_over_peer_memory(rank, num_ranks, group, device):
+    check_pair(rank, group, device, group, "auto", "symm_mem")
     check_gradients_across_flips(rank, group, device)
 
 
 @distributed(num_ranks=2, backend="nccl", timeout=150)
 def test_i5_gloo_dispatch_with_nccl_relocation(rank, num_ranks, group, device):
-    by_gloo = dist.new_group(backend="gloo")
-    for communicator in ("auto", "torch_nccl"):
-        service = make_service(
-            rank, by_gloo, device, dtype=torch.bfloat16, controller_group=group, communicator=communicator
-        )
-        service.serve_until(moved_by(service, 8), "relocations")
-        assert service.controller._worker.rounds.communicator.name == "torch_nccl"
-        drained(service)
-        check_different_step_rates(service)
-        service.controller.close()
+    check_pair(rank, dist.new_group(backend="gloo"), device, group, "torch_nccl")
+
+
+@distributed(num_ranks=2, timeout=150)
+def test_i5_gloo_dispatch_with_relocation_over_peer_memory(rank, num_ranks, group, device):
+    check_pair(rank, group, device, group, "auto", "symm_mem")
 
 
 # ---- the checks; all are collective
@@ -206,6 +207,27 @@ def check_replays(service: Service, flips: int) -> None:
         assert all(torch.equal(y, one) for y, one in zip(outputs, wanted, strict=True))
         service.layers[0].executor.dispatcher.raise_if_failed()
         assert time.monotonic() < deadline, service.controller.health()
+
+
+def check_pair(
+    rank: int,
+    group: dist.ProcessGroup,
+    device: torch.device,
+    controller_group: dist.ProcessGroup,
+    communicator: str,
+    expected: str | None = None,
+) -> None:
+    """Forwards in `group` beside relocation by a communicator; by `expected`, if "auto" is asked for."""
+    dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
+    service = make_service(
+        rank, group, device, dtype, controller_group, shared=expected == "symm_mem", communicator=communicator
+    )
+    service.serve_until(moved_by(service, 12), "relocations")
+    assert service.controller._worker.rounds.communicator.name == (expected or communicator)
+    drained(service)
+    check_different_step_rates(service)
+    check_state_dicts_while_moving(service)
+    service.controller.close()
 
 
 def check_different_step_rates(service: Service) -> None:

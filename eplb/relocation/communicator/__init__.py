@@ -1,80 +1,141 @@
 """Rebalance, fill: communicators by name."""
 
-import warnings
+import logging
+from collections.abc import Sequence
 
 import torch
 import torch.distributed as dist
 
 from eplb.gloo import GlooGroup
 from eplb.groups import Peers
+from eplb.peer_memory import over_store, together
 from eplb.relocation.communicator.base import Communicator, Transfer, TransferBatch
 from eplb.relocation.communicator.local import LocalCommunicator
+from eplb.relocation.communicator.open_pools import open_pools, why_closed
+from eplb.relocation.communicator.symm_mem import SymmMemCommunicator
 from eplb.relocation.communicator.torch_gloo import TorchGlooCommunicator
 from eplb.relocation.communicator.torch_nccl import TorchNcclCommunicator
+from eplb.relocation.pool import SlotPool
 from eplb.streams import DeviceStreams
 
-COMMUNICATORS = ("auto", "torch_gloo", "torch_nccl")
+COMMUNICATORS = ("auto", "symm_mem", "torch_gloo", "torch_nccl")
+
+_log = logging.getLogger(__name__)
 
 
-def choose_communicator(name: str, device: torch.device, group_backend: str, dispatch_backends: set[str]) -> str:
-    """The name behind "auto", and the rules for a name that was asked for.
+def choose_communicator(
+    name: str,
+    device: torch.device,
+    group_backend: str,
+    dispatch_backends: set[str],
+    max_bytes_per_second: int | None = None,
+) -> tuple[str, ...]:
+    """The names behind "auto", the best first; the ranks take the first that all of them can use.
 
-    "auto" is NCCL only where the group has it and no forward uses it: elsewhere gloo, staged through the host.
+    A name that was asked for stands alone: nothing is taken in its place.
 
     Args:
         name: one of `COMMUNICATORS`.
         device: of the slots.
         group_backend: of the group whose ranks exchange experts ("nccl", "gloo", "cpu:gloo,cuda:nccl", …).
-        dispatch_backends: "nccl", "gloo" or "local": what the forwards of the registered layers dispatch with.
+        dispatch_backends: "nccl", "gloo", "symm_mem" or "local": what the forwards of the registered layers dispatch with.
+        max_bytes_per_second: the bound that is asked for, which "symm_mem" alone keeps.
 
     Raises:
-        ValueError: unknown name; NCCL without a CUDA device.
+        ValueError: unknown name; NCCL without a CUDA device, or beside forwards that use it; a bound that cannot be kept.
     """
     if name not in COMMUNICATORS:
         raise ValueError(f"communicator must be one of {', '.join(COMMUNICATORS)}, got {name!r}")
+    if max_bytes_per_second is not None:
+        if name not in ("auto", "symm_mem"):
+            raise ValueError(
+                f"max_bytes_per_second={max_bytes_per_second} needs communicator='symm_mem' or 'auto', got {name!r}"
+            )
+        return ("symm_mem",)
     nccl_works = device.type == "cuda" and dist.is_nccl_available()
+    beside_nccl = "nccl" in dispatch_backends
     if name == "auto":
-        return (
-            "torch_nccl" if nccl_works and "nccl" in group_backend and "nccl" not in dispatch_backends else "torch_gloo"
-        )
+        nccl_is_safe = nccl_works and "nccl" in group_backend and not beside_nccl
+        return ("symm_mem", "torch_nccl" if nccl_is_safe else "torch_gloo")
     if name == "torch_nccl" and not nccl_works:
         raise ValueError(f"communicator='torch_nccl' needs experts on CUDA devices and NCCL, got device {device}")
-    if name == "torch_nccl" and "nccl" in dispatch_backends:
-        warnings.warn(
-            "communicator='torch_nccl' beside NCCL dispatch can hang: two threads drive two NCCL communicators, and the "
-            "ranks may enqueue them in different orders. 'auto' avoids it.",
-            stacklevel=2,
+    if name == "torch_nccl" and beside_nccl:
+        raise ValueError(
+            "communicator='torch_nccl' cannot be used beside NCCL dispatch: two threads drive two NCCL communicators, the "
+            "ranks may enqueue them in different orders, and then both hang. Use 'auto', 'symm_mem' or 'torch_gloo'"
         )
-    return name
+    return (name,)
 
 
-def make_communicator(name: str, peers: Peers | None, streams: DeviceStreams, timeout: float) -> Communicator:
-    """The communicator that `choose_communicator()` named, on a group of its own. Collective; blocks until it is connected.
+def make_communicator(
+    names: Sequence[str],
+    peers: Peers | None,
+    streams: DeviceStreams,
+    timeout: float,
+    pools: Sequence[SlotPool] = (),
+    max_bytes_per_second: int | None = None,
+) -> Communicator:
+    """The first of the communicators that all ranks can use, on a group of its own. Collective; blocks until it is connected.
 
     Args:
-        name: "torch_gloo" or "torch_nccl".
-        peers: the ranks that exchange experts, after they met; None for one rank, whatever the name.
+        names: from `choose_communicator()`.
+        peers: the ranks that exchange experts, after they met; None for one rank, whatever the names.
         streams: of the device that the slots are on.
-        timeout: seconds to connect.
+        timeout: seconds of each step of connecting.
+        pools: all that slots are moved in, in the same order on every rank; for "symm_mem".
+        max_bytes_per_second: that this rank may copy to its slots; for "symm_mem".
 
     Raises:
-        ValueError: another name.
-        RuntimeError: the ranks did not connect in time.
+        ValueError: the ranks chose differently, or cannot use the only one.
+        RuntimeError, TimeoutError: the ranks did not connect in time.
     """
     if peers is None:
         return LocalCommunicator(streams)
+    rank, size = peers.rank, len(peers.ranks)
+    exchange = over_store(peers.part("choice"), rank, size, timeout)
+    _, chosen = together(exchange, lambda: None, lambda _: tuple(names))
+    for other, theirs in enumerate(chosen):
+        if theirs != chosen[0]:
+            raise ValueError(f"rank 0 would use {chosen[0]} as communicators, but rank {other} {theirs}")
+    reason = "it was asked for" if len(names) == 1 else "the ranks can open each other's pools"
+    made: Communicator
+    for name in names:
+        if name == "symm_mem":
+            problem = why_closed(pools, streams.device, exchange)
+            if problem is None:
+                try:
+                    made = open_pools(pools, rank, exchange, streams, max_bytes_per_second)
+                except RuntimeError as error:  # on all ranks
+                    if len(names) == 1:
+                        raise
+                    problem = str(error)
+                    _log.warning("communicator 'symm_mem' should work, but does not: %s", problem)
+                else:
+                    break
+            if len(names) == 1:
+                raise ValueError(f"communicator='symm_mem' cannot be used: {problem}")
+            reason = f"'symm_mem' cannot be used: {problem}"
+        else:
+            made = _over_network(name, peers, streams, timeout)
+            break
+    _log.info("experts travel by %s between %d ranks, because %s", made.name, size, reason)
+    return made
+
+
+def _over_network(name: str, peers: Peers, streams: DeviceStreams, timeout: float) -> Communicator:
     store, rank, size = peers.part(name), peers.rank, len(peers.ranks)
     if name == "torch_gloo":
         return TorchGlooCommunicator(GlooGroup(store, rank, size, timeout), streams)
     if name == "torch_nccl":
         return TorchNcclCommunicator(store, rank, size, streams, timeout)
-    raise ValueError(f"communicator must be 'torch_gloo' or 'torch_nccl' here, got {name!r}")
+    raise ValueError(f"communicator must be one of {', '.join(COMMUNICATORS[1:])} here, got {name!r}")
 
 
 __all__ = [
     "COMMUNICATORS",
     "Communicator",
     "LocalCommunicator",
+    "SymmMemCommunicator",
     "TorchGlooCommunicator",
     "TorchNcclCommunicator",
     "Transfer",
