@@ -136,7 +136,7 @@ RELOCATION = (
     # The receiver's rows go to the slot that the lane had before.
     Mutant(
         "eplb/relocation/table.py",
-        "self._streams.run(stream, lambda: self._lane_to_slot[lane : lane + 1].fill_(slot))",
+        "table._lane_to_slot[lane].fill_(slot)",
         "pass",
         (f"{E}fill.py", f"{E}table.py", f"{L}flips.py"),
     ),
@@ -207,7 +207,7 @@ ROUNDS = (
     # A plan that was damaged on its way is used.
     Mutant(
         "eplb/rounds/messages.py",
-        "if _hash(text) != expected_hash:",
+        "if _hash(self._body.data) != self.plan_hash:",
         "if False:",
         (f"{E}messages.py",),
     ),

@@ -178,7 +178,7 @@ def test_it_dies_with_its_parent_while_a_policy_thinks(tmp_path, other):
         ({"policy": Rotating(), "planning": "process"}, True),
         ({"use_async": False, "planning": "process"}, True),
     ],
-    ids=str,
+    ids=["default", "inside step", "an object", "thread", "an object in a process", "inside step in a process"],
 )
 def test_where_it_is_planned(options, expected):
     config = EplbConfig(**options)

@@ -9,7 +9,7 @@ import torch
 from bench.virtual_ranks import Sizes, VirtualRanks
 from eplb.planning.placement import Placement
 from eplb.planning.shares import equal_shares
-from eplb.relocation.table import flip
+from eplb.relocation.table import flip, map_lanes
 from moe_kernels.peers import NO_RANK
 from moe_layer.executors import choose_replicas
 
@@ -203,7 +203,7 @@ class Mover:
         slot = next(one for one in range(pools[target].num_slots) if one not in used)
         resident = self.ranks.experts[target].resident
         pools[target].slab(slot).copy_(pools[source].slab(int(self.slots[source][lane])))
-        resident.table.map_lane(to, slot, resident.streams.current())
+        map_lanes([(resident.table, to, slot)], resident.streams.current())
         self.lanes[target][to], self.slots[target][to] = expert, slot
         self.lanes[source][lane] = -1
         return source, lane
