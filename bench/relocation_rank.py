@@ -73,6 +73,7 @@ class Stack(nn.Module):
                 pool=self.pool,
                 process_group=group,
                 dispatcher=options.dispatcher,
+                max_tokens=options.tokens,
                 device=device,
                 dtype=dtype,
             )
