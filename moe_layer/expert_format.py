@@ -34,10 +34,27 @@ class ExpertTensor:
 
 @dataclass(frozen=True)
 class Activation:
-    """Between the two matrices: `name(gate) * up` if gated, else `name(up)`."""
+    """Between the two matrices.
+
+    With a gate: ``name(min(gate, limit)) * (clamp(up, -limit, limit) + up_offset)``; without: ``name(up)``.
+
+    Attributes:
+        name: "silu" (``g * sigmoid(alpha * g)``), "gelu" (exact, with erf), "gelu_tanh", "relu", "relu2" (relu squared).
+        limit: of the clamps, positive; None for no clamps. Only with a gate.
+        alpha: of "silu".
+        up_offset: 1 in GPT-OSS.
+    """
 
     name: str
     gated: bool = True
+    limit: float | None = None
+    alpha: float = 1.0
+    up_offset: float = 0.0
+
+    @property
+    def is_plain(self) -> bool:
+        """Whether it is ``name(gate) * up``."""
+        return self == Activation(self.name)
 
 
 @dataclass(frozen=True)
@@ -53,6 +70,25 @@ class ExpertFormat:
     def specs(self) -> tuple[TensorSpec, ...]:
         """What a slot holds."""
         return tuple(TensorSpec(tensor.name, tensor.shape, tensor.dtype) for tensor in self.tensors)
+
+    @property
+    def hidden_size(self) -> int:
+        """H."""
+        return next(tensor.shape[0] for tensor in self.tensors if tensor.name == "down_proj")
+
+    @property
+    def intermediate_size(self) -> int:
+        """I."""
+        return next(tensor.shape[1] for tensor in self.tensors if tensor.name == "down_proj")
+
+    def describe(self) -> str:
+        """In a few words."""
+        act = self.activation
+        parts = [f"{act.name}{' gated' if act.gated else ''}"]
+        parts += [f"{name} {value:g}" for name, value in vars(act).items() if name in ("limit", "up_offset") and value]
+        if len(self.tensors) > 2:
+            parts.append("biases")
+        return f"{', '.join(parts)}, {self.hidden_size} × {self.intermediate_size}, {str(self.dtype)[6:]}"
 
     def cast(self, dtype: torch.dtype) -> "ExpertFormat":
         """The format after `layer.to(dtype)`.
@@ -85,9 +121,24 @@ def gated_format(hidden_size: int, intermediate_size: int, dtype: torch.dtype, a
         ValueError: an unknown activation, or a dtype that no kernel computes in.
     """
     check_choice("activation", activation, ACTIVATIONS)
+    return expert_format(hidden_size, intermediate_size, dtype, Activation(activation))
+
+
+def expert_format(
+    hidden_size: int, intermediate_size: int, dtype: torch.dtype, activation: Activation, *, has_bias: bool = False
+) -> ExpertFormat:
+    """Experts of two matrices in one dtype, under Hugging Face's names.
+
+    Raises:
+        ValueError: no kernel computes these.
+    """
     resolve_dtype(dtype)
+    if has_bias:
+        raise ValueError("the experts have biases, for which the kernels have no code")
+    if not activation.is_plain or activation.name not in ACTIVATIONS:
+        raise ValueError(f"the kernels have the activations {ACTIVATIONS}, each as act(gate) * up; not {activation}")
     tensors = (
         ExpertTensor("gate_up_proj", (2 * intermediate_size, hidden_size), dtype),
         ExpertTensor("down_proj", (hidden_size, intermediate_size), dtype),
     )
-    return ExpertFormat("gated", tensors, Activation(activation), dtype)
+    return ExpertFormat("gated", tensors, activation, dtype)

@@ -13,7 +13,7 @@ import torch
 import torch.distributed as dist
 from torch import nn
 
-from eplb.groups import check_member, ranks_of
+from eplb.groups import check_member
 from eplb.relocation.pool import SlotPool
 from eplb.relocation.resident import ResidentExperts
 from eplb.streams import streams_of
@@ -41,13 +41,14 @@ from moe_layer.executors import Executor, ExpertParallelExecutor, LocalExecutor
 from moe_layer.expert_format import gated_format
 from moe_layer.experts import Experts, NewWeights, refuse_pickling
 from moe_layer.fixed import FixedExperts
+from moe_layer.relocatable import Relocatable
 from moe_layer.router import Router, RouterRule
 from moe_layer.shared_pool import resolve_pool
 from moe_layer.slot_experts import SlotExperts
 from moe_layer.trainable import TrainableExperts
 
 
-class MoELayer(nn.Module):
+class MoELayer(Relocatable, nn.Module):
     """A mixture-of-experts layer whose experts can move between ranks while it serves.
 
     In place of a decoder block's MLP. On its own it is a plain layer; registered with an `EplbController`, its experts
@@ -179,33 +180,10 @@ class MoELayer(nn.Module):
         if device.type != "meta":
             self.reset_parameters()
 
-    # ---- what a controller reads
-
     @property
     def resident(self) -> ResidentExperts:
         """Slots, table and load counters on this rank: what a controller registers. (`FixedExperts` if trainable.)"""
         return cast(ResidentExperts, self.experts.resident)
-
-    @property
-    def expert_ranks(self) -> tuple[int, ...]:
-        """The global ranks that share the experts; empty for one rank alone."""
-        return ranks_of(self.process_group)
-
-    @property
-    def dispatch_backend(self) -> str:
-        """What moves rows between ranks: "local", "gloo", "nccl" or "symm_mem"."""
-        dispatcher = self.executor.dispatcher
-        return "local" if dispatcher is None else dispatcher.backend(self.experts.device)
-
-    def why_not_relocatable(self) -> str | None:
-        """Why the experts must not move, None if they may."""
-        if self.experts.trainable:
-            return "its experts are parameters (trainable=True), whose gradients and optimizer state would stay behind"
-        if self.experts.device.type == "meta":
-            return "it is on the meta device: give it memory with to_empty() first"
-        if self.resident.num_shadow_slots == 0:
-            return "it was built with num_shadow_slots=0"
-        return None
 
     # ---- weights
 

@@ -1,0 +1,158 @@
+"""Swap: which modules of a model are experts, and what each is: by what the module is and does, not by its name.
+
+Legend: E experts, H hidden, I intermediate.
+"""
+
+from dataclasses import dataclass
+
+import torch
+from torch import nn
+
+from moe_kernels.checks import FLOATS
+from moe_layer.expert_format import ExpertFormat, expert_format
+from moe_layer.hf.activation import find_activation
+from moe_layer.hf.layout import Layout
+
+# What transformers' decorator `use_experts_implementation` writes into a module. They say how its `forward` uses its tensors;
+# `has_post_expert_norm` came after 5.17.
+FLAGS = ("has_gate", "has_bias", "is_transposed", "is_concatenated")
+
+SUPPORTED = (
+    "supported are modules on transformers' experts interface with plain parameters in float32, float16 or bfloat16, on a "
+    "CPU or CUDA device, and an activation that the kernels have"
+)
+
+
+class NotUnderstoodError(ValueError):
+    """Why a module cannot be swapped."""
+
+
+@dataclass(frozen=True)
+class Understood:
+    """What a module of experts is.
+
+    Attributes:
+        format: as our kernels take it.
+        layout: how the model stores it.
+        num_experts: E.
+        device: of its weights.
+        parameters: names of its parameters, those of `format`.
+    """
+
+    format: ExpertFormat
+    layout: Layout
+    num_experts: int
+    device: torch.device
+
+    @property
+    def parameters(self) -> tuple[str, ...]:
+        return tuple(tensor.name for tensor in self.format.tensors)
+
+
+def find_experts(model: nn.Module) -> dict[str, nn.Module]:
+    """Modules of `model` that hold experts, by name: those on transformers' interface, and those that look like experts."""
+    found: dict[str, nn.Module] = {}
+    for name, module in model.named_modules():
+        is_inside = any(name.startswith(f"{other}.") for other in found)
+        if not is_inside and (_is_on_interface(module) or _looks_like_experts(name, module)):
+            found[name] = module
+    return found
+
+
+def _is_on_interface(module: nn.Module) -> bool:
+    return all(isinstance(getattr(module, flag, None), bool) for flag in FLAGS)
+
+
+def _looks_like_experts(name: str, module: nn.Module) -> bool:
+    if name.rpartition(".")[2] == "experts":
+        return True
+    num_experts = getattr(module, "num_experts", None)
+    return any(
+        parameter is not None and parameter.dim() == 3 and parameter.shape[0] == num_experts
+        for parameter in module._parameters.values()
+    )
+
+
+def understand(module: nn.Module) -> Understood:
+    """What `module` is.
+
+    Raises:
+        NotUnderstoodError: it is not what we can compute; says why.
+    """
+    if not _is_on_interface(module):
+        raise NotUnderstoodError(
+            f"a {type(module).__name__} is not on transformers' experts interface, so what its forward expects is not known"
+        )
+    _check_untouched(module)
+    flags = {flag: getattr(module, flag) for flag in FLAGS}
+    if getattr(module, "has_post_expert_norm", False):
+        raise NotUnderstoodError("has_post_expert_norm=True: a norm between down projection and routing weight")
+    names = [("gate_up_proj" if flags["has_gate"] else "up_proj"), "down_proj"]
+    if flags["has_bias"]:
+        names = [one for name in names for one in (name, f"{name}_bias")]
+    tensors = _tensors(module, names)
+    layout = Layout(flags["is_transposed"], flags["has_gate"] and not flags["is_concatenated"])
+    hidden_size, intermediate_size = layout.shape_of("down_proj", tensors["down_proj"])
+    first = tensors["down_proj"]
+    what = "_apply_gate" if flags["has_gate"] else "act_fn"
+    try:
+        activation = find_activation(
+            module, intermediate_size, flags["has_gate"], flags["is_concatenated"], first.device
+        )
+    except Exception as error:  # the model's own code
+        raise NotUnderstoodError(f"its {what} raised {error!r} for numbers of the right shape") from error
+    if activation is None:
+        raise NotUnderstoodError(f"its {what} computes none of the activations that we know ({_activation_of(module)})")
+    try:
+        format = expert_format(hidden_size, intermediate_size, first.dtype, activation, has_bias=flags["has_bias"])
+    except ValueError as error:
+        raise NotUnderstoodError(str(error)) from error
+    for tensor in format.tensors:
+        shape, wanted = layout.shape_of(tensor.name, tensors[tensor.name]), tensor.shape
+        if shape != wanted:
+            raise NotUnderstoodError(f"{tensor.name} of one expert must have the shape {wanted}, has {shape}")
+    return Understood(format, layout, first.shape[0], first.device)
+
+
+def _check_untouched(module: nn.Module) -> None:
+    """Raises NotUnderstoodError if something else than the class decides what the module computes."""
+    if "forward" in vars(module):
+        raise NotUnderstoodError("its forward was replaced on the instance (by offloading or another library)")
+    hooks = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
+    if any(getattr(module, name) for name in hooks):
+        raise NotUnderstoodError("it has hooks, which a swapped module would not call")
+    if getattr(module, "_is_expert_parallel", False):
+        raise NotUnderstoodError(
+            "transformers' own expert parallelism manages it: give swap_experts a process_group instead"
+        )
+
+
+def _tensors(module: nn.Module, names: list[str]) -> dict[str, nn.Parameter]:
+    """Its parameters, by name: `names` and no others."""
+    held = {name for name, _ in [*module.named_parameters(), *module.named_buffers()]}
+    if held != set(names):
+        raise NotUnderstoodError(f"its parameters and buffers must be {sorted(names)}, are {sorted(held)}")
+    num_experts, tensors = getattr(module, "num_experts", None), {name: module._parameters[name] for name in names}
+    found = {}
+    for name, tensor in tensors.items():
+        if type(tensor) is not nn.Parameter or type(tensor.data) is not torch.Tensor:
+            raise NotUnderstoodError(f"{name} must be a plain parameter, is a {type(tensor).__name__}")
+        if tensor.dim() != (2 if name.endswith("_bias") else 3) or tensor.shape[0] != num_experts:
+            raise NotUnderstoodError(
+                f"{name} must have num_experts={num_experts} rows, has the shape {tuple(tensor.shape)}"
+            )
+        if tensor.dtype not in FLOATS:
+            raise NotUnderstoodError(f"{name} must be float32, float16 or bfloat16, is {tensor.dtype}")
+        if tensor.device.type not in ("cpu", "cuda"):
+            raise NotUnderstoodError(f"{name} is on the device {tensor.device}: load the weights before the swap")
+        found[name] = tensor
+    for what, values in (("dtype", {t.dtype for t in found.values()}), ("device", {t.device for t in found.values()})):
+        if len(values) > 1:
+            raise NotUnderstoodError(f"its parameters must have one {what}, have {sorted(map(str, values))}")
+    return found
+
+
+def _activation_of(module: nn.Module) -> str:
+    act_fn = getattr(module, "act_fn", None)
+    name = type(act_fn).__name__ if isinstance(act_fn, nn.Module) else getattr(act_fn, "__name__", repr(act_fn))
+    return f"act_fn: {name}"

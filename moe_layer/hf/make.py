@@ -1,0 +1,160 @@
+"""Swap: makes the modules that take the places of the model's, and moves the weights without holding them twice.
+
+Legend: E experts.
+"""
+
+from collections.abc import Mapping
+
+import torch
+import torch.distributed as dist
+from torch import nn
+
+from eplb.planning.placement import Placement
+from eplb.relocation.pool import SlotPool, TensorSpec
+from eplb.relocation.resident import ResidentExperts
+from eplb.streams import streams_of
+from moe_kernels import resolve_backend
+from moe_layer.dispatch import Dispatcher, make_dispatcher
+from moe_layer.executors import Executor, ExpertParallelExecutor, LocalExecutor
+from moe_layer.fixed import FixedExperts
+from moe_layer.hf.inspect import Understood
+from moe_layer.hf.swapped import Swapped, SwappedParameters, SwappedSlots
+from moe_layer.shared_pool import resolve_pool
+
+_Kind = tuple[tuple[TensorSpec, ...], torch.device]
+_Weights = dict[int, dict[str, torch.Tensor]]
+"""{expert: {name: tensor}}, as our kernels read them."""
+
+
+class Maker:
+    """Makes one swapped module after the other; the caller puts it in the original's place.
+
+    Args:
+        pool: a pool for all blocks; "shared": one for all blocks of a kind; "own": one for each block.
+    """
+
+    def __init__(
+        self,
+        process_group: dist.ProcessGroup | None,
+        *,
+        trainable: bool,
+        num_redundant_experts: int,
+        num_shadow_slots: int,
+        pool: str | SlotPool,
+        dispatcher: str | Dispatcher,
+        backend: str,
+    ) -> None:
+        self.group = process_group
+        self.num_ranks = 1 if process_group is None else dist.get_world_size(process_group)
+        self.rank = 0 if process_group is None else dist.get_rank(process_group)
+        self.trainable = trainable
+        self.num_redundant_experts = num_redundant_experts
+        self.num_shadow_slots = num_shadow_slots
+        self.dispatcher = dispatcher
+        self.backend = backend
+        self._pool = pool
+        self._pools: dict[_Kind, SlotPool] = {}
+        self._staged: dict[int, _Weights] = {}
+
+    def prepare(self, blocks: Mapping[nn.Module, Understood]) -> None:
+        """Make the shared pools. Of the blocks on a GPU this moves the weights to host memory first, and frees them.
+
+        So the GPU never holds them twice. On a CPU a new pool has no memory before it is written.
+
+        Raises:
+            ValueError: the pool that was given does not fit.
+        """
+        if self.trainable or not self._is_shared:
+            return
+        kinds: dict[_Kind, list[nn.Module]] = {}
+        for module, one in blocks.items():
+            kinds.setdefault((one.format.specs, one.device), []).append(module)
+        if isinstance(self._pool, SlotPool):
+            for one in blocks.values():
+                resolve_pool(self._pool, one.format, 0, one.device)
+            self._pools = dict.fromkeys(kinds, self._pool)
+            return
+        for (specs, device), modules in kinds.items():
+            num_slots = self.num_shadow_slots
+            for module in modules:
+                one = blocks[module]
+                num_slots += (one.num_experts + self.num_redundant_experts) // self.num_ranks
+                if device.type == "cuda":
+                    self._staged[id(module)] = self._on_host(module, one)
+                    free(module)
+            self._pools[specs, device] = SlotPool(specs, num_slots, device)
+
+    @property
+    def _is_shared(self) -> bool:
+        """Whether blocks share a pool. Without free slots they would share nothing but the time when memory is freed."""
+        return isinstance(self._pool, SlotPool) or (self._pool == "shared" and self.num_shadow_slots > 0)
+
+    def make(self, original: nn.Module, one: Understood) -> Swapped:
+        """What takes the place of `original`, with its weights. Frees those of the original."""
+        num_physical = (one.num_experts + self.num_redundant_experts) // self.num_ranks
+        executor = self._executor(one, num_physical + self.num_shadow_slots)
+        if self.trainable:
+            fixed = FixedExperts(one.num_experts, self.rank, self.num_ranks, one.device)
+            swapped = SwappedParameters(original, one, fixed, self.group, executor, self.backend)
+            if all(parameter is not getattr(swapped, name) for name, parameter in original.named_parameters()):
+                free(original)
+            return swapped
+        pool = self._pools.get((one.format.specs, one.device))
+        if pool is None:
+            pool = SlotPool(one.format.specs, num_physical + self.num_shadow_slots, one.device)
+        resident = ResidentExperts(
+            num_experts=one.num_experts,
+            num_redundant_experts=self.num_redundant_experts,
+            num_shadow_slots=self.num_shadow_slots,
+            rank=self.rank,
+            num_ranks=self.num_ranks,
+            pool=pool,
+            streams=streams_of(one.device),
+        )
+        slots = SwappedSlots(original, one, resident, self.group, executor, self.backend)
+        staged = self._staged.pop(id(original), None)
+        with torch.no_grad():
+            for expert, places in resident.live_slots().items():
+                tensors = expert_of(one, original, expert) if staged is None else staged.pop(expert)
+                for name, value in tensors.items():
+                    for slot in places:
+                        pool.tensors[name][slot].copy_(value)
+        free(original)
+        return slots
+
+    def _executor(self, one: Understood, num_lanes: int) -> Executor:
+        sender = make_dispatcher(
+            self.dispatcher,
+            self.group,
+            self.num_ranks,
+            num_lanes,
+            num_experts=one.num_experts,
+            backend=resolve_backend(self.backend, one.device),
+            max_tokens=None,
+            hidden_size=one.format.hidden_size,
+            top_k=1,  # not asked for without `max_tokens`; the router of the model knows it
+            dtype=one.format.dtype,
+            device=one.device,
+            trainable=self.trainable,
+        )
+        return LocalExecutor() if sender is None else ExpertParallelExecutor(sender)
+
+    def _on_host(self, module: nn.Module, one: Understood) -> _Weights:
+        """The experts of `module` that this rank begins with."""
+        num_lanes = (one.num_experts + self.num_redundant_experts) // self.num_ranks + self.num_shadow_slots
+        placement = Placement.initial(one.num_experts, self.num_redundant_experts, self.num_ranks, num_lanes=num_lanes)
+        mine = sorted({expert for expert in placement.lanes_WS[self.rank].tolist() if expert >= 0})
+        host = torch.device("cpu")
+        return {e: {name: t.to(host) for name, t in expert_of(one, module, e).items()} for e in mine}
+
+
+def expert_of(one: Understood, module: nn.Module, expert: int) -> dict[str, torch.Tensor]:
+    """One expert of the model's module, as our kernels read it; views where possible."""
+    return {name: one.layout.to_ours(name, getattr(module, name).detach()[expert]) for name in one.parameters}
+
+
+def free(original: nn.Module) -> None:
+    """Give the memory of its parameters back. The parameters themselves stay, for `unswap_experts`."""
+    for parameter in original.parameters():
+        parameter.grad = None
+        parameter.data = parameter.data.new_empty(0)

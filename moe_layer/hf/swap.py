@@ -1,0 +1,195 @@
+"""`swap_experts`: puts our experts in the place of a transformers model's; `unswap_experts`: puts them back.
+
+Legend: E experts, W ranks.
+"""
+
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+
+import torch.distributed as dist
+from torch import nn
+
+from eplb.groups import check_member
+from eplb.relocation.pool import SlotPool
+from moe_kernels import resolve_backend
+from moe_layer.arguments import check_choice, check_integer, physical_per_rank
+from moe_layer.dispatch import Dispatcher
+from moe_layer.hf.inspect import SUPPORTED, NotUnderstoodError, Understood, find_experts, understand
+from moe_layer.hf.make import Maker
+from moe_layer.hf.swapped import Swapped
+
+_SHADOW_SLOTS = 4  # of all layers together, where experts may move and the caller does not say
+
+
+@dataclass(frozen=True)
+class SwapReport:
+    """What `swap_experts` did.
+
+    Attributes:
+        swapped: names of the modules that are ours now, with what they are.
+        left: names of the modules that were left alone, with the reason.
+    """
+
+    swapped: dict[str, Understood] = field(default_factory=dict)
+    left: dict[str, str] = field(default_factory=dict)
+
+    def __str__(self) -> str:
+        total = len(self.swapped) + len(self.left)
+        lines = [f"swapped {len(self.swapped)} of {total} blocks of experts"]
+        kinds = [f"{one.num_experts} experts, {one.format.describe()}" for one in self.swapped.values()]
+        lines += [f"  {kinds.count(kind)} of {kind}" for kind in dict.fromkeys(kinds)]
+        lines += [f"  left alone: {name}: {reason}" for name, reason in self.left.items()]
+        return "\n".join(lines)
+
+
+def swap_experts(
+    model: nn.Module,
+    process_group: dist.ProcessGroup | None = None,
+    *,
+    trainable: bool = False,
+    num_redundant_experts: int = 0,
+    num_shadow_slots: int | None = None,
+    pool: str | SlotPool = "shared",
+    strict: bool = True,
+    dispatcher: str | Dispatcher = "auto",
+    backend: str = "auto",
+) -> SwapReport:
+    """Put our experts in the place of every block's `experts` in a transformers model; print and return what was done.
+
+    The model's routers, shared experts and blocks stay as they are, so router logits, the auxiliary loss and every routing
+    rule stay right. `state_dict()` and `save_pretrained()` keep the original names and layout. A module is judged by its
+    flags, parameters and by what its activation computes, not by its name. Each block's old weights are freed before the
+    next block is touched.
+
+    Args:
+        model: on its devices and with its weights. Each rank of `process_group` has all experts, until the swap leaves it
+            its part.
+        process_group: the ranks that share the experts, each with tokens of its own; None: all experts are on this rank.
+        trainable: whether the experts stay parameters. Otherwise they live in slots, get no gradients, and may move.
+            Gradients flow through them in either case.
+        num_redundant_experts: of each block, as of `MoELayer`.
+        num_shadow_slots: experts that may be replaced at once on a rank: of all blocks together if they share a pool.
+            None: 4 if there are several ranks, else 0, as nothing moves on one.
+        pool: "shared": blocks of like experts share one pool and its free slots; "own": each has its own; or one
+            made with `moe_layer.make_pool()`.
+        strict: whether to refuse the model if one block is not understood. Otherwise such blocks are left alone.
+        dispatcher, backend: as of `MoELayer`.
+
+    Returns:
+        Which blocks were swapped, and which were not and why. (`print(report)` says it in lines; rank 0 does.)
+
+    Raises:
+        ValueError: an argument out of range; or, with `strict`, blocks that are not understood, or none at all. The model
+            is unchanged then.
+    """
+    check_member(process_group)
+    num_ranks, rank = 1, 0
+    if process_group is not None:
+        num_ranks, rank = dist.get_world_size(process_group), dist.get_rank(process_group)
+    if num_shadow_slots is None:
+        num_shadow_slots = _SHADOW_SLOTS if num_ranks > 1 and not trainable else 0
+    check_integer("num_shadow_slots", num_shadow_slots, 0)
+    if not isinstance(pool, SlotPool):
+        check_choice("pool", pool, ("shared", "own"), " or a SlotPool")
+    for name, is_given in (
+        ("num_redundant_experts", num_redundant_experts),
+        ("num_shadow_slots", num_shadow_slots),
+        ("pool", isinstance(pool, SlotPool)),
+    ):
+        if trainable and is_given:
+            raise ValueError(f"{name} does not go with trainable=True: such experts do not move")
+    understood, left = _understand_all(model)
+    if strict and (left or not understood):
+        reasons = "".join(f"\n  {name}: {reason}" for name, reason in left.items()) or " it has no experts."
+        raise ValueError(
+            f"model must consist of blocks of experts that can be swapped; nothing was changed.{reasons}\n"
+            f"({SUPPORTED}. strict=False leaves other blocks alone.)"
+        )
+    for one in understood.values():
+        physical_per_rank(one.format.hidden_size, 1, one.num_experts, num_redundant_experts, num_ranks)
+        resolve_backend(backend, one.device)
+    maker = Maker(
+        process_group,
+        trainable=trainable,
+        num_redundant_experts=num_redundant_experts,
+        num_shadow_slots=num_shadow_slots,
+        pool=pool,
+        dispatcher=dispatcher,
+        backend=backend,
+    )
+    blocks = {model.get_submodule(name): one for name, one in understood.items()}
+    maker.prepare(blocks)
+    for original, one in blocks.items():
+        _replace(model, original, maker.make(original, one))
+    report = SwapReport(understood, left)
+    if rank == 0:
+        print(report)
+    return report
+
+
+def unswap_experts(model: nn.Module) -> int:
+    """Put the original modules back, with the weights that the swapped ones have now. Collective over several ranks.
+
+    Returns:
+        How many modules were put back.
+
+    Raises:
+        RuntimeError: a module is registered with a controller: close that first.
+        TimeoutError: other ranks did not call it.
+    """
+    swapped = [module for module in model.modules() if isinstance(module, Swapped)]
+    for module in swapped:
+        if module.trainable and module.resident.num_ranks > 1:
+            raise RuntimeError("unswap_experts() is refused: no rank has all parameters of the trainable experts")
+        if getattr(module.resident, "controller", None) is not None and not module.resident.controller.is_over:
+            raise RuntimeError(
+                "unswap_experts() is refused: the model is registered with an EplbController; close() it first"
+            )
+    for module in swapped:
+        _give_back(module)
+        _replace(model, module, module.original)
+    return len(swapped)
+
+
+def _understand_all(model: nn.Module) -> tuple[dict[str, Understood], dict[str, str]]:
+    """What each module of experts is, or why it is not understood."""
+    understood: dict[str, Understood] = {}
+    left: dict[str, str] = {}
+    uses: dict[int, int] = {}
+    for other in model.modules():
+        for parameter in other._parameters.values():
+            uses[id(parameter)] = uses.get(id(parameter), 0) + 1
+    for name, module in find_experts(model).items():
+        try:
+            if isinstance(module, Swapped):
+                raise NotUnderstoodError("it is swapped already")
+            if any(uses[id(parameter)] > 1 for parameter in module.parameters(recurse=False)):
+                raise NotUnderstoodError("its parameters are also those of another module")
+            understood[name] = understand(module)
+        except NotUnderstoodError as error:
+            left[name] = str(error)
+    return understood, left
+
+
+def _places(model: nn.Module, module: nn.Module) -> Iterator[tuple[nn.Module, str]]:
+    """Every (parent, name) under which `model` holds `module`."""
+    for parent in model.modules():
+        for name, child in parent._modules.items():
+            if child is module:
+                yield parent, name
+
+
+def _replace(model: nn.Module, old: nn.Module, new: nn.Module) -> None:
+    for parent, name in list(_places(model, old)):
+        parent._modules[name] = new
+
+
+def _give_back(module: Swapped) -> None:
+    """Fill the original's parameters with the experts that `module` has. Collective over several ranks."""
+    original = module.original
+    if any(parameter is module._parameters.get(name) for name, parameter in original.named_parameters()):
+        return  # they were never taken
+    tensors = module.state_dict()
+    for name, parameter in original.named_parameters():
+        parameter.data = tensors[name].to(module.device)
+    original.train(module.training)

@@ -1,0 +1,79 @@
+"""A swap changes nothing that a user of the model sees, in every family of transformers that can be made tiny."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+pytest.importorskip("transformers")
+
+from moe_layer.hf import swap_experts
+from tests.moe_layer.hf.models import FAMILIES, NO_CACHE, REFUSED, make_model, make_tokens
+
+# Of the largest logit, in float32: only the order of sums differs.
+TOLERANCE = 1e-5
+ON_INTERFACE_SINCE = {"aria_text": (5, 18)}  # not in 5.17; in 5.24 it is
+
+
+def families(names: list[str]) -> list:
+    import transformers
+
+    version = tuple(map(int, transformers.__version__.split(".")[:2]))
+    old = pytest.mark.skip(reason="this version of transformers does not have it, or not on the experts interface")
+    known = [
+        one.partition(":")[0] in transformers.CONFIG_MAPPING and ON_INTERFACE_SINCE.get(one, (5, 0)) <= version
+        for one in names
+    ]
+    return [pytest.param(one, marks=[] if is_known else [old]) for one, is_known in zip(names, known, strict=True)]
+
+
+def relative(found: torch.Tensor, expected: torch.Tensor) -> float:
+    return float((found - expected).abs().max() / expected.abs().max())
+
+
+@pytest.mark.parametrize("family", families([one for one in FAMILIES if one not in REFUSED]))
+def test_all_stays_as_it_was(family, tmp_path, device):
+    model, tokens = make_model(family, device=device), make_tokens(device)
+    options = {"use_cache": False}
+    if getattr(model.config, "output_router_logits", None) is not None:
+        options["output_router_logits"] = True
+    with torch.no_grad():
+        before = model(tokens, **options)
+        greedy = {"max_new_tokens": 5, "do_sample": False, "use_cache": family not in NO_CACHE}
+        told = model.generate(tokens[:1], **greedy)
+        weights = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+        report = swap_experts(model)
+        after = model(tokens, **options)
+        assert report.swapped and not report.left
+        assert relative(after.logits, before.logits) <= TOLERANCE
+        router_logits = getattr(before, "router_logits", None) or ()
+        assert len(getattr(after, "router_logits", None) or ()) == len(router_logits)
+        for one, other in zip(getattr(after, "router_logits", None) or (), router_logits, strict=True):
+            assert relative(one, other) <= TOLERANCE
+        if getattr(before, "aux_loss", None) is not None:
+            torch.testing.assert_close(after.aux_loss, before.aux_loss)
+        assert torch.equal(model.generate(tokens[:1], **greedy), told)
+
+        saved = model.state_dict()
+        assert saved.keys() == weights.keys()
+        assert all(torch.equal(saved[name], tensor) for name, tensor in weights.items())
+        model.save_pretrained(tmp_path)
+        again = type(model).from_pretrained(tmp_path).eval().to(device)
+        assert relative(again(tokens, **options).logits, before.logits) <= TOLERANCE
+        swap_experts(again)
+        assert relative(again(tokens, **options).logits, before.logits) <= TOLERANCE
+
+
+@pytest.mark.parametrize("family", families(list(REFUSED)))
+def test_what_is_not_understood_is_refused_before_anything_changes(family, device):
+    model, tokens = make_model(family, device=device), make_tokens(device)
+    modules = list(model.modules())
+    with pytest.raises(ValueError, match=REFUSED[family]) as raised:
+        swap_experts(model)
+    assert "nothing was changed" in str(raised.value) and "strict=False" in str(raised.value)
+    assert all(one is other for one, other in zip(model.modules(), modules, strict=True))
+    with torch.no_grad():
+        before = model(tokens, use_cache=False).logits
+        report = swap_experts(model, strict=False)
+        assert report.left and any(REFUSED[family] in reason for reason in report.left.values())
+        assert relative(model(tokens, use_cache=False).logits, before) <= TOLERANCE
