@@ -80,7 +80,7 @@ def make(request: PlanRequest, policy: Policy, topology: Topology) -> MadePlan:
 
 
 class PlanProcess:
-    """A child that plans; started at once, and again by the next plan if it has ended.
+    """A child that plans; started by `start()`, and again by the next plan if it has ended.
 
     `plan()` blocks and is called on one thread at a time; everything else may be called from any thread and does not.
 
@@ -100,13 +100,16 @@ class PlanProcess:
         self._lock = threading.Lock()
         self._child: subprocess.Popen[bytes] | None = None
         self._closed = False
-        with contextlib.suppress(OSError):  # the first plan tries again, and its error is told
-            self._running()
 
     @property
     def pid(self) -> int | None:
         child = self._child
         return child.pid if child is not None and child.poll() is None else None
+
+    def start(self) -> None:
+        """Start the child, so that the first plan need not wait for it. Takes a millisecond."""
+        with contextlib.suppress(OSError):  # the first plan tries again, and its error is told
+            self._running()
 
     def plan(self, request: PlanRequest) -> MadePlan:
         """The plan.

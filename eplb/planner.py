@@ -108,6 +108,11 @@ class Planner:
             )
         return made
 
+    def start(self) -> None:
+        """Get ready to plan. To be called when somebody is there to call `close()`."""
+        if self.process is not None:
+            self.process.start()
+
     def give_up(self) -> None:
         """Nobody waits for the plan under way any more: end it, if that can be done."""
         if self.process is not None:

@@ -263,6 +263,48 @@ ROUNDS = (
 )
 
 WORKER = (
+    # The planning process outlives its parent where another process holds the pipe open.
+    Mutant(
+        "eplb/plan_process.py",
+        "while os.getppid() == self._parent:",
+        "while True:",
+        (f"{E}plan_process.py",),
+    ),
+    # A policy that hangs in the planning process is left there.
+    Mutant(
+        "eplb/worker/planning.py",
+        "self._planner.give_up()",
+        "pass",
+        (f"{E}plan_process.py",),
+    ),
+    # A rank that has filled its slots waits with its next word for its next turn.
+    Mutant(
+        "eplb/rounds/protocol.py",
+        "return record.filled == agreed.version + 1",
+        "return record.filled == agreed.version + 2",
+        (f"{E}ticks.py",),
+    ),
+    # Nothing tells the worker of a flip.
+    Mutant(
+        "eplb/controller.py",
+        "self._wake.set()  # grace has begun here; nothing else tells the worker",
+        "pass",
+        (f"{E}ticks.py",),
+    ),
+    # A long transfer is looked at every half millisecond.
+    Mutant(
+        "eplb/worker/worker.py",
+        "return min(interval, max(_SHORTEST, (self._clock() - self._changed_at) / 8))",
+        "return min(interval, _SHORTEST)",
+        (f"{E}ticks.py",),
+    ),
+    # A wave is told the sums of another layer's table.
+    Mutant(
+        "eplb/rounds/messages.py",
+        "at += 12 * lanes + 4 * num_words",
+        "at += 12 * lanes",
+        (f"{E}messages.py",),
+    ),
     # The worker spins.
     Mutant(
         "eplb/worker/thread.py",

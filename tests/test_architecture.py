@@ -89,6 +89,19 @@ def test_what_is_pure_leads_to_nothing_that_acts(part):
         waiting += [(*way, one) for one in new]
 
 
+def test_the_planning_process_leads_to_no_pytorch():
+    """It would take seconds and hundreds of megabytes to start."""
+    found, waiting, seen = modules("eplb"), ["eplb.plan_process"], set()
+    while waiting:
+        name = waiting.pop()
+        all_imports = imports(name, found[name])
+        assert not [one for one in all_imports if within(one, "torch") or within(one, "pydantic")], name
+        new = {one for one in all_imports if one in found and one != "eplb"} - seen
+        seen |= new
+        waiting += new
+    assert "eplb.planning.policy.adaptive" in seen and "eplb.rounds.messages" in seen
+
+
 @pytest.mark.parametrize("acting", ["relocation", "rounds.exchange", "worker", "controller", "connect"])
 def test_what_acts_would_be_found(acting):
     """The scan sees threads and devices where they are."""

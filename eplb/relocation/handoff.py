@@ -28,9 +28,9 @@ class Handoff:
         self.version = version
         self.staged = CpuGpuEvent()
         self.flipped: EventLike | None = None
-        self._versions = list(layers)
+        self._versions = [(layer.versions, version) for layer, version in layers]
         # Listed here, by the worker: the thread that flips has a forward to run.
-        self.layers = [layer for layer, _ in self._versions]
+        self.layers = [layer for layer, _ in layers]
         self._flip = prepared_flip([layer.table for layer in self.layers])
 
     def flip(self, streams: DeviceStreams) -> None:
@@ -50,10 +50,11 @@ class Handoff:
             self.staged.wait(stream, timeout=0, consume=False)
             self._flip(stream)
             flipped = gate.end_flip(stream)
-            for layer, version in self._versions:
-                if captured:
+            if captured:
+                for layer in self.layers:
                     layer.pins.used_on(layer.current.number, *captured)
-                layer.versions.flip(version)
+            for versions, version in self._versions:
+                versions.flip(version)
             self.flipped = flipped  # last: it is what grace asks for
 
 

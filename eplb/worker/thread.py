@@ -59,7 +59,7 @@ class WorkerThread(threading.Thread):
         """Let other threads have the interpreter, if this one has had it for long.
 
         A thread that comes out of a call without the interpreter's lock waits for as long as another has it, up to Python's
-        switch interval of 5 ms. The sleep is for real: a sleep of 0 mostly takes the lock again at once.
+        switch interval of 5 ms. A sleep of 0 would do nearly as well (docs/log.md).
         """
         now = time.perf_counter()
         if now - self._breathed_at > _LONGEST:

@@ -84,6 +84,7 @@ class Worker:
         self.ticked_at = clock()
         self.metrics = Metrics()
         self.health = self._health()
+        planner.start()
 
     # ---- the main thread's side
 

@@ -45,6 +45,7 @@ def start():
 
     def make_one(policy, topology=Topology(2)):  # noqa: B008 - immutable
         made.append(PlanProcess(policy, topology))
+        made[-1].start()
         return made[-1]
 
     yield make_one
@@ -166,6 +167,23 @@ def test_it_dies_with_its_parent_while_a_policy_thinks(tmp_path, other):
 
 
 # ---- where a controller plans
+
+
+def test_a_controller_that_could_not_start_leaves_no_process(monkeypatch):
+    """Its worker would have ended it. The next step starts another."""
+    started, start = [], PlanProcess.start
+    monkeypatch.setattr(PlanProcess, "start", lambda process: started.append(process) or start(process))
+    controller = controller_of(policy=Rotating(), planning="process")
+    connect, controller._transport.connect = controller._transport.connect, None
+    with pytest.raises(TypeError):
+        controller.step()
+    assert started == []
+    controller._transport.connect = connect
+    with controller:
+        controller.step()
+        assert [process.pid is not None for process in started] == [True], "it starts with the controller"
+        pid = started[0].pid
+    eventually(lambda: not is_alive(pid), "it ends with the controller")
 
 
 @pytest.mark.parametrize(
