@@ -119,7 +119,9 @@ class TorchTransport:
         peers, timeout = peers_of(self._group), config.connect_timeout
 
         def connect() -> Communicator:
-            return make_communicator(names, peers, streams, timeout, pools, config.max_bytes_per_second)
+            return make_communicator(
+                names, peers, streams, timeout, pools, config.max_bytes_per_second, config.max_bytes_in_flight
+            )
 
         return ConnectionThread(peers, connect, timeout, notify)
 

@@ -16,6 +16,7 @@ from eplb.relocation.communicator import (
     COMMUNICATORS,
     Communicator,
     LocalCommunicator,
+    TorchGlooCommunicator,
     Transfer,
     TransferBatch,
     choose_communicator,
@@ -75,6 +76,17 @@ def test_gloo(rank, num_ranks, group, device):
     for begun in (True, False):
         check_given_up(communicator, rank, num_ranks, device, begun)
     communicator.close()
+    # What a wave may bring to four free slots is there from the start, and stays.
+    for bound, slots in ((None, 4), (2 * 1024, 2)):
+        communicator = make_communicator(
+            ["torch_gloo"], met(group), streams, 30.0, [SlotPool(SPECS, 4, device)], max_bytes_in_flight=bound
+        )
+        assert isinstance(communicator, TorchGlooCommunicator)
+        assert [buffer.numel() for buffer in communicator.staging._free] == [slots * 1024] * 2
+        for _ in range(3):
+            check_moves(communicator, rank, num_ranks, device, [(0, 1), (1, 2), (2, 1), (2, 0)][:slots])
+        assert communicator.staging.num_allocated == 2
+        communicator.close()
 
 
 @distributed(num_ranks=2, backend="nccl")

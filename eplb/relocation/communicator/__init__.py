@@ -15,7 +15,7 @@ from eplb.relocation.communicator.open_pools import open_pools, why_closed
 from eplb.relocation.communicator.symm_mem import SymmMemCommunicator
 from eplb.relocation.communicator.torch_gloo import TorchGlooCommunicator
 from eplb.relocation.communicator.torch_nccl import TorchNcclCommunicator
-from eplb.relocation.pool import SlotPool
+from eplb.relocation.pool import SlotPool, SlotState
 from eplb.streams import DeviceStreams
 
 COMMUNICATORS = ("auto", "symm_mem", "torch_gloo", "torch_nccl")
@@ -74,6 +74,7 @@ def make_communicator(
     timeout: float,
     pools: Sequence[SlotPool] = (),
     max_bytes_per_second: int | None = None,
+    max_bytes_in_flight: int | None = None,
 ) -> Communicator:
     """The first of the communicators that all ranks can use, on a group of its own. Collective; blocks until it is connected.
 
@@ -82,8 +83,10 @@ def make_communicator(
         peers: the ranks that exchange experts, after they met; None for one rank, whatever the names.
         streams: of the device that the slots are on.
         timeout: seconds of each step of connecting.
-        pools: all that slots are moved in, in the same order on every rank; for "symm_mem".
+        pools: all that slots are moved in, in the same order on every rank; for "symm_mem", and for the host memory of
+            "torch_gloo", as much as their free slots.
         max_bytes_per_second: that this rank may copy to its slots; for "symm_mem".
+        max_bytes_in_flight: bytes that a wave moves at most; for the host memory of "torch_gloo".
 
     Raises:
         ValueError: the ranks chose differently, or cannot use the only one.
@@ -116,16 +119,22 @@ def make_communicator(
                 raise ValueError(f"communicator='symm_mem' cannot be used: {problem}")
             reason = f"'symm_mem' cannot be used: {problem}"
         else:
-            made = _over_network(name, peers, streams, timeout)
+            made = _over_network(name, peers, streams, timeout, _wave_bytes(pools, max_bytes_in_flight))
             break
     _log.info("experts travel by %s between %d ranks, because %s", made.name, size, reason)
     return made
 
 
-def _over_network(name: str, peers: Peers, streams: DeviceStreams, timeout: float) -> Communicator:
+def _wave_bytes(pools: Sequence[SlotPool], max_bytes_in_flight: int | None) -> int:
+    """What a wave can bring to this rank: its free slots, if no bound is lower."""
+    free = sum(pool.count(SlotState.FREE) * pool.slot_bytes for pool in pools)
+    return free if max_bytes_in_flight is None else min(free, max_bytes_in_flight)
+
+
+def _over_network(name: str, peers: Peers, streams: DeviceStreams, timeout: float, wave_bytes: int) -> Communicator:
     store, rank, size = peers.part(name), peers.rank, len(peers.ranks)
     if name == "torch_gloo":
-        return TorchGlooCommunicator(GlooGroup(store, rank, size, timeout), streams)
+        return TorchGlooCommunicator(GlooGroup(store, rank, size, timeout), streams, wave_bytes)
     if name == "torch_nccl":
         return TorchNcclCommunicator(store, rank, size, streams, timeout)
     raise ValueError(f"communicator must be one of {', '.join(COMMUNICATORS[1:])} here, got {name!r}")

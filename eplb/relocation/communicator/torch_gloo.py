@@ -8,6 +8,7 @@ import torch.distributed as dist
 from eplb.gloo import GlooGroup
 from eplb.relocation.communicator.base import Communicator, Transfer, TransferBatch
 from eplb.relocation.communicator.local import LocalCommunicator
+from eplb.relocation.communicator.staging import Staging
 from eplb.streams import DeviceStreams, EventLike
 
 
@@ -20,13 +21,19 @@ class TorchGlooCommunicator(Communicator):
     Args:
         group: a gloo group of the controller's own; nothing else may use it.
         streams: of the device that the slots are on.
+        wave_bytes: the bytes that a wave is expected to bring here and to take from here, at most: the host memory for them
+            is kept from the start. Larger waves get more.
     """
 
     name = "torch_gloo"
 
-    def __init__(self, group: GlooGroup, streams: DeviceStreams) -> None:
+    def __init__(self, group: GlooGroup, streams: DeviceStreams, wave_bytes: int = 0) -> None:
         self.group = group
         self.streams = streams
+        on_gpu = streams.device.type != "cpu"
+        if on_gpu:
+            streams.adopt_thread()  # to pin memory must not break a graph that another thread captures
+        self.staging = Staging(wave_bytes, pinned=on_gpu)
         self.local = LocalCommunicator(streams)
 
     def prepare(self, transfers: Sequence[Transfer]) -> "GlooBatch":
@@ -42,26 +49,24 @@ class GlooBatch(TransferBatch):
     def __init__(self, transfers: Sequence[Transfer], communicator: TorchGlooCommunicator) -> None:
         self._group = communicator.group
         self._streams = communicator.streams
+        self._staging = communicator.staging
         num_ranks = self._group.size
         here = [transfer for transfer in transfers if transfer.source is not None and transfer.target is not None]
         self._local = communicator.local.prepare(here)
-        self._sources, self._outgoing, self._send_splits = _side_by_peer(
-            [(t.peer, t.source) for t in transfers if t.source is not None and t.target is None],
-            num_ranks,
-            self._pinned,
+        self._sources, self._send_splits = _by_peer(
+            [(t.peer, t.source) for t in transfers if t.source is not None and t.target is None], num_ranks
         )
-        self._targets, self._incoming, self._receive_splits = _side_by_peer(
-            [(t.peer, t.target) for t in transfers if t.target is not None and t.source is None],
-            num_ranks,
-            self._pinned,
+        self._targets, self._receive_splits = _by_peer(
+            [(t.peer, t.target) for t in transfers if t.target is not None and t.source is None], num_ranks
+        )
+        num_bytes = [sum(self._send_splits), sum(self._receive_splits)]
+        self._buffers = [self._staging.take(number) for number in num_bytes]
+        self._outgoing, self._incoming = (
+            buffer[:number] for buffer, number in zip(self._buffers, num_bytes, strict=True)
         )
         self._downloaded: EventLike | None = None
         self._exchange: dist.Work | None = None
         self._uploaded: EventLike | None = None
-
-    @property
-    def _pinned(self) -> bool:
-        return self._streams.device.type != "cpu"
 
     def start(self) -> None:
         self._local.start()
@@ -78,15 +83,26 @@ class GlooBatch(TransferBatch):
             exchange.wait()  # does not block: it raises what went wrong, if anything did
             self._streams.run(self._streams.side, self._upload)
             self._uploaded = self._streams.side.record_event()
-        return self._uploaded.query() and self._local.poll()
+        if not self._uploaded.query():
+            return False
+        self._give_back()
+        return self._local.poll()
 
     def is_dead(self) -> bool:
         # Collectives pair up by their order on each rank: also a wave that was given up must take part in its own, or the
         # next one would meet it. gloo touches the staging buffers alone, so what may still reach a slot is what was
         # enqueued on the side stream; a batch given up is polled, and so uploaded, no more.
-        self._posted()
+        exchange = self._posted()
         enqueued = (self._downloaded, self._uploaded)
-        return all(event is None or event.query() for event in enqueued) and self._local.is_dead()
+        if not all(event is None or event.query() for event in enqueued):
+            return False
+        if exchange.is_completed():
+            self._give_back()  # else gloo keeps them until it is, and they are not used again
+        return self._local.is_dead()
+
+    def _give_back(self) -> None:
+        while self._buffers:
+            self._staging.give(self._buffers.pop())
 
     def _posted(self) -> dist.Work:
         if self._exchange is None:
@@ -104,18 +120,14 @@ class GlooBatch(TransferBatch):
             target.copy_(buffer, non_blocking=True)
 
 
-def _side_by_peer(
-    ends: list[tuple[int, torch.Tensor | None]], num_ranks: int, pinned: bool
-) -> tuple[list[torch.Tensor], torch.Tensor, list[int]]:
-    """The slabs of one direction in the order of the peers, a host buffer for all of them, and each peer's bytes."""
+def _by_peer(ends: list[tuple[int, torch.Tensor | None]], num_ranks: int) -> tuple[list[torch.Tensor], list[int]]:
+    """The slabs of one direction in the order of the peers, and each peer's bytes."""
     ordered = sorted(ends, key=lambda end: end[0])
-    slabs = [slab for _, slab in ordered if slab is not None]
     splits = [0] * num_ranks
     for peer, slab in ordered:
         assert slab is not None
         splits[peer] += slab.numel()
-    pin_memory = pinned and sum(splits) > 0
-    return slabs, torch.empty(sum(splits), dtype=torch.uint8, device="cpu", pin_memory=pin_memory), splits
+    return [slab for _, slab in ordered if slab is not None], splits
 
 
 def _split(buffer: torch.Tensor, slabs: list[torch.Tensor]) -> tuple[torch.Tensor, ...]:
