@@ -49,7 +49,7 @@ def solve_shares_torch(
         for expert in split:
             old = list(quotas[expert])
             num = len(old)
-            stride = 1 + round % (num - 1)
+            stride = round + 1 if round + 1 < num else 1
             for a in range(num if num > 2 else 1):
                 _level_pair(loads, quotas[expert], ranks_of[expert], a, (a + stride) % num, expert_cost)
             moved |= quotas[expert] != old

@@ -68,8 +68,8 @@ def _start_kernel(
     # shapes
     num_ranks,
     num_experts,
-    lanes_per_rank,
     # constants
+    LANES: tl.constexpr,  # of a rank; a constant, as division by any number takes long
     EXPERT_COST: tl.constexpr,
     PDL: tl.constexpr,
     BLOCK_E: tl.constexpr,
@@ -103,7 +103,7 @@ def _start_kernel(
         for ahead in tl.static_range(_UNROLL):
             entry = first + replica + ahead
             lane = tl.load(table_lanes_ptr + entry, mask=entry < last, other=0)
-            ranks |= tl.where(entry < last, one << (lane // lanes_per_rank).to(tl.uint64), 0)
+            ranks |= tl.where(entry < last, one << (lane // LANES).to(tl.uint64), 0)
     num = _count_bits(ranks)
     bit = one << here.to(tl.uint64)
     ordinal = _count_bits(ranks & (bit - 1))
@@ -169,8 +169,8 @@ def _solve_shares_kernel(
     num_ranks,
     num_experts,
     num_entries,
-    lanes_per_rank,
     # constants
+    LANES: tl.constexpr,
     EXPERT_COST: tl.constexpr,
     PDL: tl.constexpr,
     BLOCK_W: tl.constexpr,
@@ -208,9 +208,11 @@ def _solve_shares_kernel(
             next_quota = tl.load(at + 1 + num_ranks + rank, mask=is_rank, other=0)
             old = quota
             # Around the circle of its replicas, in another stride in each round: in the end each meets each.
-            stride = 1 + round % (num - 1)
+            stride = tl.where(round + 1 < num, round + 1, 1)
             for a in range(0, tl.where(num > 2, num, 1)):
-                load, quota = _level_pair(load, quota, ordinal, a, (a + stride) % num, EXPERT_COST)
+                b = a + stride
+                b -= tl.where(b < num, 0, num)
+                load, quota = _level_pair(load, quota, ordinal, a, b, EXPERT_COST)
             moved |= (quota != old).to(tl.int32)
             tl.store(mine + 1 + num_ranks + rank, quota, mask=is_rank)
         round += 1
@@ -230,7 +232,7 @@ def _solve_shares_kernel(
         for ahead in tl.static_range(_UNROLL):
             entry = first + replica + ahead
             is_entry = entry < last
-            owner = tl.load(table_lanes_ptr + entry, mask=is_entry, other=0) // lanes_per_rank
+            owner = tl.load(table_lanes_ptr + entry, mask=is_entry, other=0) // LANES
             bit = one << owner.to(tl.uint64)
             # Of two replicas on one rank, the first has all: to split between them would gain nothing.
             counts = is_entry & (row >= 0) & ((seen & bit) == 0)
@@ -255,7 +257,8 @@ def solve_shares_triton(
     _start_kernel[(num_ranks,)](
         *(counts_WE, table.offsets_E1, table.lanes_P, rank),
         *(before_E, scratch),
-        *(num_ranks, num_experts, lanes_per_rank),
+        *(num_ranks, num_experts),
+        LANES=lanes_per_rank,
         EXPERT_COST=expert_cost,
         BLOCK_E=block_e,
         BLOCK_V=block_v,
@@ -263,7 +266,8 @@ def solve_shares_triton(
     )
     _solve_shares_kernel[(1,)](
         *(scratch, table.offsets_E1, table.lanes_P, quotas_P),
-        *(num_ranks, num_experts, num_entries, lanes_per_rank),
+        *(num_ranks, num_experts, num_entries),
+        LANES=lanes_per_rank,
         EXPERT_COST=expert_cost,
         BLOCK_W=max(32, next_power_of_2(num_ranks)),
         BLOCK_E=block_e,

@@ -202,7 +202,7 @@ def compile_small(arch: int) -> None:
     )
     for cost, block_e in ((0, 256), (40, 1024)):
         for absent in ({}, {"offsets_ptr": None}):
-            solve = {"EXPERT_COST": cost, "BLOCK_E": block_e} | absent
+            solve = {"LANES": 9, "EXPERT_COST": cost, "BLOCK_E": block_e} | absent
             compile_small_one("solve_shares_triton", "_start_kernel", {}, solve | {"BLOCK_V": 8192 // block_e}, arch, 8)
             compiled = compile_small_one(
                 "solve_shares_triton", "_solve_shares_kernel", {}, solve | {"BLOCK_W": 32}, arch, 1

@@ -97,6 +97,7 @@ def test_counts(device, backend, ids):
     assert counts.tolist() == [ids.count(expert) for expert in range(4)]
 
 
+@pytest.mark.gpu
 def test_many_are_counted(device):
     """As many as one launch no longer serves."""
     ids = torch.randint(-1, 6, (MANY_KEYS // 4 + 3, 4), dtype=torch.int32, device=device)
@@ -153,7 +154,7 @@ def test_of_two_replicas_on_a_rank_the_first_has_all(device, backend):
 @pytest.mark.parametrize("cost", [0, 40])
 @pytest.mark.parametrize("num_ranks", [1, 2, 5, 8, 33, 64])  # 33: more than a warp
 def test_kernels_equal_the_reference(device, num_ranks, cost):
-    for seed in range(3):
+    for seed in range(3 if num_ranks <= 8 else 1):
         rng = np.random.default_rng(seed)
         num_experts, lanes_per_rank = int(rng.integers(1, 50)), int(rng.integers(1, 4)) + 50 // num_ranks
         redundant = int(rng.integers(0, max(1, num_ranks * lanes_per_rank - num_experts)))
