@@ -38,9 +38,11 @@ def _entries_of(offsets_ptr, expert, num_experts):
     """First and last entry of each expert; none of what is past the last expert."""
     exists = expert < num_experts
     if offsets_ptr is None:
-        return expert, tl.where(exists, expert + 1, expert)
-    first = tl.load(offsets_ptr + expert, mask=exists, other=0)
-    return first, tl.load(offsets_ptr + expert + 1, mask=exists, other=0)
+        first, last = expert, tl.where(exists, expert + 1, expert)
+    else:
+        first = tl.load(offsets_ptr + expert, mask=exists, other=0)
+        last = tl.load(offsets_ptr + expert + 1, mask=exists, other=0)
+    return first, last
 
 
 @triton.jit
