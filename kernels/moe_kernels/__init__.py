@@ -5,6 +5,7 @@ They know slots, lanes and rows; neither which expert a slot holds nor what a ra
 
 1. `routing`: logits and a `rule` → weights and expert ids of each token;
 2. `replicas`: ids and a `table` → lanes, by shares of a `circle`; adds to the `load` counter;
+   or, by the counts of *this* batch: `count_experts`, `solve_shares` from the counts of all ranks, `select_by_quota`;
 3. `schedule`: lanes → rows sorted by lane (`scan`), in `tiles`;
 4. `expert_up`: rows and `matrices` → hidden; 5. `expert_down`: hidden → rows; `_tma`: on Hopper; tile sizes: `config`;
 6. `combine`: rows → the output of each token.
@@ -17,6 +18,7 @@ from moe_kernels.backend import resolve_backend
 from moe_kernels.circle import GOLDEN, SHARE_BITS
 from moe_kernels.combine import combine, combine_torch
 from moe_kernels.config import GemmConfig, gemm_config, gemm_configs, has_tma
+from moe_kernels.count_experts import count_experts, count_experts_torch
 from moe_kernels.expert_down import expert_down, expert_down_torch
 from moe_kernels.expert_up import expert_up, expert_up_torch
 from moe_kernels.load import LoadCounter
@@ -27,6 +29,8 @@ from moe_kernels.replicas import select_replicas, select_replicas_torch
 from moe_kernels.routing import topk_routing, topk_routing_torch
 from moe_kernels.rule import RoutingRule
 from moe_kernels.schedule import build_schedule, build_schedule_torch
+from moe_kernels.select_by_quota import select_by_quota, select_by_quota_torch
+from moe_kernels.solve_shares import solve_shares, solve_shares_torch
 from moe_kernels.table import ReplicaTable
 from moe_kernels.tiles import TileSchedule
 
@@ -43,6 +47,8 @@ __all__ = [
     "build_schedule_torch",
     "combine",
     "combine_torch",
+    "count_experts",
+    "count_experts_torch",
     "expert_down",
     "expert_down_torch",
     "expert_up",
@@ -55,8 +61,12 @@ __all__ = [
     "local_forward",
     "local_forward_torch",
     "resolve_backend",
+    "select_by_quota",
+    "select_by_quota_torch",
     "select_replicas",
     "select_replicas_torch",
+    "solve_shares",
+    "solve_shares_torch",
     "topk_routing",
     "topk_routing_torch",
 ]

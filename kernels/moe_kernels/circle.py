@@ -42,3 +42,25 @@ def ranks_between(begin, end, start, count):
     low = (begin - start) & _SHARE_MASK
     high = low + (end - begin)
     return ranks_below(low, count), ranks_below(high, count), ranks_below(high - _SHARE_MASK - 1, count)
+
+
+@triton.jit
+def start_of(starts, expert, is_expert, load, BY_QUOTA: tl.constexpr):
+    """Where this rank's elements of an expert begin. `starts`: `rank_start`, or by quota the address of before_E."""
+    if BY_QUOTA:
+        start = tl.load(starts + expert, mask=is_expert, other=0)
+    else:
+        start = circle_start(starts, load).to(tl.int32)
+    return start
+
+
+@triton.jit
+def ranks_of(begin, end, start, count, BY_QUOTA: tl.constexpr):
+    """As `ranks_between`; by quota (see `replicas_triton`), nothing goes around the end of the circle."""
+    if BY_QUOTA:
+        low = tl.minimum(tl.maximum(begin - start, 0), count)
+        high = tl.minimum(tl.maximum(end - start, 0), count)
+        around = 0
+    else:
+        low, high, around = ranks_between(begin, end, start, count)
+    return low, high, around

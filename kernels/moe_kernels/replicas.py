@@ -35,6 +35,21 @@ def select_replicas_torch(
     if table_offsets_E1 is None or table_cumulative_P is None:
         table_offsets_E1 = torch.arange(num_experts + 1, device=load_E.device)
         table_cumulative_P = torch.full_like(table_lanes_P, SHARE_ONE)
+    expert, valid, rank, counts_E1 = rank_in_experts(expert_ids_TK, num_experts)
+    start = rank_start + load_E[expert] * GOLDEN  # wraps modulo 2**64, which the mask below makes exact
+    step = (rank << SHARE_BITS) // counts_E1[expert].clamp(min=1)
+    position = (start + step) & (SHARE_ONE - 1)
+    # One search for all: the entries of expert e, shifted by e whole turns, are one ascending sequence.
+    entries = table_offsets_E1.long()
+    owner = torch.searchsorted(entries[1:], torch.arange(table_lanes_P.numel(), device=load_E.device), right=True)
+    boundaries = (owner << SHARE_BITS) + table_cumulative_P
+    entry = torch.searchsorted(boundaries, (expert << SHARE_BITS) + position, right=True)
+    found = valid & (entry < entries[expert + 1])
+    return lanes_of_entries(expert_ids_TK, table, load, num_lanes, entry, found, counts_E1)
+
+
+def rank_in_experts(expert_ids_TK: torch.Tensor, num_experts: int) -> tuple[torch.Tensor, ...]:
+    """Of each element, in flat order: its expert, whether that exists, how many before have it; and counts_E1 (last: none)."""
     ids = expert_ids_TK.flatten().long()
     valid = (ids >= 0) & (ids < num_experts)
     bins = torch.where(valid, ids, num_experts)
@@ -43,21 +58,25 @@ def select_replicas_torch(
     order = torch.argsort(bins, stable=True)
     rank = torch.empty_like(ids)
     rank[order] = torch.arange(ids.numel(), device=ids.device) - (counts_E1.cumsum(0) - counts_E1)[bins[order]]
-    expert = torch.where(valid, ids, 0)
-    start = rank_start + load_E[expert] * GOLDEN  # wraps modulo 2**64, which the mask below makes exact
-    step = (rank << SHARE_BITS) // counts_E1[expert].clamp(min=1)
-    position = (start + step) & (SHARE_ONE - 1)
-    # One search for all: the entries of expert e, shifted by e whole turns, are one ascending sequence.
-    entries = table_offsets_E1.long()
-    owner = torch.searchsorted(entries[1:], torch.arange(table_lanes_P.numel(), device=ids.device), right=True)
-    boundaries = (owner << SHARE_BITS) + table_cumulative_P
-    entry = torch.searchsorted(boundaries, (expert << SHARE_BITS) + position, right=True)
-    found = valid & (entry < entries[expert + 1])
-    lanes = torch.where(found, table_lanes_P[torch.where(found, entry, 0)] if table_lanes_P.numel() else -1, -1)
+    return torch.where(valid, ids, 0), valid, rank, counts_E1
+
+
+def lanes_of_entries(
+    expert_ids_TK: torch.Tensor,
+    table: ReplicaTable,
+    load: LoadCounter,
+    num_lanes: int,
+    entry: torch.Tensor,
+    found: torch.Tensor,
+    counts_E1: torch.Tensor,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """lanes_TK and counts_L of the entries of the table that were found for the elements; records the load."""
+    lanes_P = table.lanes_P
+    lanes = torch.where(found, lanes_P[torch.where(found, entry, 0)] if lanes_P.numel() else -1, -1)
     counts_L1 = _counts(torch.where(found, lanes, num_lanes), num_lanes + 1)
     if load.increment_1 is not None:
         with _RECORDING:
-            load_E.add_(counts_E1[:num_experts] * load.increment_1)
+            load.load_E.add_(counts_E1[:-1] * load.increment_1)
     return lanes.to(torch.int32).view(expert_ids_TK.shape), counts_L1[:num_lanes].to(torch.int32)
 
 

@@ -1,4 +1,7 @@
-"""Step 2 of a forward: the kernels of `select_replicas` and their launches.
+"""Step 2 of a forward: the kernels of `select_replicas` and of `select_by_quota`, and their launches.
+
+With BY_QUOTA the circle of an expert is its tokens on all ranks: `cumulative_ptr` is quotas_P, and this rank's elements begin
+at before_E, with one position each.
 
 T tokens, E logical experts, K experts per token, L lanes, P replicas of all experts together (entries of the table).
 """
@@ -9,7 +12,7 @@ import torch
 import triton
 import triton.language as tl
 
-from moe_kernels.circle import _SHARE_MASK, circle_start, ranks_below, ranks_between
+from moe_kernels.circle import _SHARE_MASK, ranks_below, ranks_of, start_of
 from moe_kernels.integers import next_power_of_2
 from moe_kernels.launch import Launcher, gdc_launch_dependents, gdc_wait
 from moe_kernels.load import LoadCounter
@@ -53,7 +56,9 @@ def _record(load_ptr, expert, is_expert, added):
 
 
 @triton.jit
-def _count_lanes(counts_ptr, table_lanes_ptr, cumulative_ptr, first_entry, last_entry, start, count):
+def _count_lanes(
+    counts_ptr, table_lanes_ptr, cumulative_ptr, first_entry, last_entry, start, count, BY_QUOTA: tl.constexpr
+):
     """Write how many of an expert's `count` elements each of its replicas has; returns the lane that has the start."""
     home = -1
     begin = 0
@@ -62,7 +67,7 @@ def _count_lanes(counts_ptr, table_lanes_ptr, cumulative_ptr, first_entry, last_
         end = _SHARE_MASK + 1
         if cumulative_ptr is not None:
             end = tl.load(cumulative_ptr + entry)
-        low, high, around = ranks_between(begin, end, start, count)
+        low, high, around = ranks_of(begin, end, start, count, BY_QUOTA)
         tl.store(counts_ptr + lane, high - low + around)
         home = tl.where((begin <= start) & (start < end), lane, home)
         begin = end
@@ -79,7 +84,7 @@ def _clear_lanes(counts_ptr, table_lanes, expert, num_experts, num_lanes):
 
 # Unspecialized, or serving would compile when one is a multiple of 16.
 @Launcher
-@triton.jit(do_not_specialize=["rank_start", "num_elements"])
+@triton.jit(do_not_specialize=["starts", "num_elements"])
 def _select_replicas_kernel(
     # inputs
     ids_ptr,
@@ -87,7 +92,7 @@ def _select_replicas_kernel(
     table_lanes_ptr,
     cumulative_ptr,  # None: likewise
     increment_ptr,  # None: nothing is recorded
-    rank_start,
+    starts,  # see `start_of`
     # outputs
     load_ptr,  # read, then added to
     lanes_ptr,
@@ -98,6 +103,7 @@ def _select_replicas_kernel(
     num_entries,
     num_lanes,
     # constants
+    BY_QUOTA: tl.constexpr,
     PDL: tl.constexpr,
     # tunables
     BLOCK: tl.constexpr,
@@ -139,8 +145,10 @@ def _select_replicas_kernel(
         _record(load_ptr, expert, is_expert, count * increment)
 
     if offsets_ptr is not None and several:
-        start = circle_start(rank_start, load).to(tl.int32)
-        home = _count_lanes(counts_ptr, table_lanes_ptr, cumulative_ptr, first_entry, last_entry, start, count)
+        start = start_of(starts, expert, is_expert, load, BY_QUOTA)
+        home = _count_lanes(
+            counts_ptr, table_lanes_ptr, cumulative_ptr, first_entry, last_entry, start, count, BY_QUOTA
+        )
         ends = row_ends(hits, 0)
         for back in range(steps):
             step = steps - 1 - back
@@ -153,7 +161,7 @@ def _select_replicas_kernel(
             for entry in range(first_entry, last_entry):
                 lane = tl.load(table_lanes_ptr + entry)
                 end = tl.load(cumulative_ptr + entry)
-                low, high, _ = ranks_between(begin, end, start, count)
+                low, high, _ = ranks_of(begin, end, start, count, BY_QUOTA)
                 lanes = tl.where((rank >= low) & (rank < high), lane, lanes)
                 begin = end
             tl.store(lanes_ptr + step * (BLOCK // ROWS) + index, lanes, mask=mine)
@@ -166,7 +174,7 @@ def _select_replicas_kernel(
 
 
 @Launcher
-@triton.jit(do_not_specialize=["rank_start", "num_chunks"])  # as above
+@triton.jit(do_not_specialize=["starts", "num_chunks"])  # as above
 def _count_replicas_kernel(
     # input and output
     chunks_ptr,  # of `count_chunks`, and what `start_chunks` makes of it
@@ -175,7 +183,7 @@ def _count_replicas_kernel(
     table_lanes_ptr,
     cumulative_ptr,
     increment_ptr,  # None: nothing is recorded
-    rank_start,
+    starts,  # see `start_of`
     # outputs
     load_ptr,  # read, then added to
     counts_ptr,
@@ -186,6 +194,7 @@ def _count_replicas_kernel(
     num_entries,
     num_lanes,
     # constants
+    BY_QUOTA: tl.constexpr,
     PDL: tl.constexpr,
     # tunables
     BLOCK: tl.constexpr,
@@ -205,8 +214,8 @@ def _count_replicas_kernel(
     count = start_chunks(chunks_ptr, expert, num_chunks, BLOCK)
     if increment_ptr is not None:
         _record(load_ptr, expert, is_expert, count * increment)
-    start = circle_start(rank_start, load).to(tl.int32)
-    _count_lanes(counts_ptr, table_lanes_ptr, cumulative_ptr, first_entry, last_entry, start, count)
+    start = start_of(starts, expert, is_expert, load, BY_QUOTA)
+    _count_lanes(counts_ptr, table_lanes_ptr, cumulative_ptr, first_entry, last_entry, start, count, BY_QUOTA)
     tl.store(circles_ptr + 2 * expert, start, mask=is_expert)
     tl.store(circles_ptr + 2 * expert + 1, count, mask=is_expert)
     if num_entries < num_lanes:  # as above
@@ -231,6 +240,7 @@ def _find_lanes_kernel(
     num_elements,
     num_experts,
     # constants
+    BY_QUOTA: tl.constexpr,
     PDL: tl.constexpr,
     # tunables
     CHUNK: tl.constexpr,
@@ -254,15 +264,17 @@ def _find_lanes_kernel(
         start = tl.load(circles_ptr + 2 * expert, mask=is_expert, other=0)
         count = tl.load(circles_ptr + 2 * expert + 1, mask=is_expert, other=1)
         rank = rank_in_bins(expert, starts_ptr, CHUNK)
-        turned = start - _SHARE_MASK - 1  # the start as those see it that have passed the end of the circle
-        start = tl.where(rank < ranks_below(-turned, count), start, turned)
+        if not BY_QUOTA:
+            turned = start - _SHARE_MASK - 1  # the start as those see it that have passed the end of the circle
+            start = tl.where(rank < ranks_below(-turned, count), start, turned)
         searching = is_expert
         for replica in range(0, tl.max(last_entry - first_entry, axis=0)):
             entry = first_entry + replica
             searching &= entry < last_entry
             candidate = tl.load(table_lanes_ptr + entry, mask=searching, other=-1)
             end = tl.load(cumulative_ptr + entry, mask=searching, other=0)
-            found = searching & (rank < ranks_below(end - start, count))
+            below = end - start if BY_QUOTA else ranks_below(end - start, count)
+            found = searching & (rank < below)
             lane = tl.where(found, candidate, lane)
             searching &= ~found
     tl.store(lanes_ptr + index, lane, mask=index < num_elements)
@@ -276,28 +288,41 @@ def select_replicas_triton(
     *,
     num_lanes: int,
 ) -> tuple[torch.Tensor, torch.Tensor]:
+    entries = (table.offsets_E1, table.lanes_P, table.cumulative_P)
+    return launch_selection(expert_ids_TK, entries, load, rank_start, num_lanes, False)
+
+
+def launch_selection(
+    expert_ids_TK: torch.Tensor,
+    entries: tuple[torch.Tensor | None, torch.Tensor, torch.Tensor | None],
+    load: LoadCounter,
+    starts: int | torch.Tensor,
+    num_lanes: int,
+    by_quota: bool,
+) -> tuple[torch.Tensor, torch.Tensor]:
     lanes_TK, counts_L = torch.empty_like(expert_ids_TK), expert_ids_TK.new_empty(num_lanes)
     load_E, increment_1 = load.load_E, load.increment_1
-    num_elements, num_experts, num_entries = expert_ids_TK.numel(), load_E.numel(), table.lanes_P.numel()
-    entries = (table.offsets_E1, table.lanes_P, table.cumulative_P)
+    num_elements, num_experts, num_entries = expert_ids_TK.numel(), load_E.numel(), entries[1].numel()
     sizes = (num_experts, num_entries, num_lanes)
     options = scan_options(num_elements)
     block_p = next_power_of_2(max(num_entries, 1))
     chunks_BC = count_chunks(expert_ids_TK, num_experts)
     if chunks_BC is None:
         _select_replicas_kernel[(num_experts + 1,)](
-            *(expert_ids_TK, *entries, increment_1, rank_start),
+            *(expert_ids_TK, *entries, increment_1, starts),
             *(load_E, lanes_TK, counts_L),
             *(num_elements, *sizes),
+            BY_QUOTA=by_quota,
             BLOCK_P=block_p,
             **options,
         )
         return lanes_TK, counts_L
     circles_E2, num_chunks = expert_ids_TK.new_empty((num_experts, 2)), chunks_BC.shape[1]
     _count_replicas_kernel[(num_experts + 1,)](
-        *(chunks_BC, *entries, increment_1, rank_start),
+        *(chunks_BC, *entries, increment_1, starts),
         *(load_E, counts_L, circles_E2),
         *(num_chunks, *sizes),
+        BY_QUOTA=by_quota,
         BLOCK=options["BLOCK"],
         BLOCK_P=block_p,
         num_warps=options["num_warps"],
@@ -306,6 +331,7 @@ def select_replicas_triton(
         *(expert_ids_TK, *entries, chunks_BC, circles_E2),
         lanes_TK,
         *(num_elements, num_experts),
+        BY_QUOTA=by_quota,
         **chunk_options(),
     )
     return lanes_TK, counts_L

@@ -34,6 +34,7 @@ MODULES = {
     name: sys.modules[f"moe_kernels.{name}"]
     for name in (
         "combine",
+        "count_experts",
         "expand_rows",
         "expert_down_tma",
         "expert_down_triton",
@@ -49,6 +50,7 @@ MODULES = {
         "scan",
         "schedule_triton",
         "send_rows",
+        "solve_shares_triton",
     )
 }
 ALIGNED = ("stride_row", "stride_slot", "hidden_size", "intermediate", "num_experts", "rows_at")
@@ -164,10 +166,26 @@ def compile_small(arch: int) -> None:
                 "replicas_triton",
                 "_select_replicas_kernel" if few else "_count_replicas_kernel",
                 {"load_ptr": "*i64", "increment_ptr": "*i64"},
-                block | (rows if few else {}) | {"BLOCK_P": 512} | absent,
+                block | (rows if few else {}) | {"BLOCK_P": 512, "BY_QUOTA": False} | absent,
                 arch,
                 options["num_warps"],
             )
+        compile_small_one(
+            "replicas_triton",
+            "_select_replicas_kernel" if few else "_count_replicas_kernel",
+            {"load_ptr": "*i64", "increment_ptr": "*i64", "starts": "*i32"},
+            block | (rows if few else {}) | {"BLOCK_P": 512, "BY_QUOTA": True},
+            arch,
+            options["num_warps"],
+        )
+        compile_small_one(
+            "count_experts",
+            "_count_experts_kernel" if few else "_add_chunks_kernel",
+            {},
+            block | (rows if few else {}),
+            arch,
+            options["num_warps"],
+        )
         for extra in (0, 64):
             tiles = {"BLOCK_M": 128, "EXTRA_M": extra, "BLOCK_L": 256} | ({"chunks_ptr": None} if few else {})
             compile_small_one(
@@ -179,7 +197,19 @@ def compile_small(arch: int) -> None:
         count = chunk | {"BLOCK_B": block}
         compile_small_one("scan", "_count_chunks_kernel", {}, count, arch, options["num_warps"])
     for absent in ({}, one_replica_each):
-        compile_small_one("replicas_triton", "_find_lanes_kernel", {}, chunk | absent, arch, options["num_warps"])
+        find = chunk | {"BY_QUOTA": False} | absent
+        compile_small_one("replicas_triton", "_find_lanes_kernel", {}, find, arch, options["num_warps"])
+    compile_small_one(
+        "replicas_triton", "_find_lanes_kernel", {}, chunk | {"BY_QUOTA": True}, arch, options["num_warps"]
+    )
+    for cost, block_e in ((0, 256), (40, 1024)):
+        for absent in ({}, {"offsets_ptr": None}):
+            solve = {"LANES": 9, "EXPERT_COST": cost, "BLOCK_E": block_e} | absent
+            compile_small_one("solve_shares_triton", "_start_kernel", {}, solve | {"BLOCK_V": 8192 // block_e}, arch, 8)
+            compiled = compile_small_one(
+                "solve_shares_triton", "_solve_shares_kernel", {}, solve | {"BLOCK_W": 32}, arch, 1
+            )
+            assert "redux.sync.add.s32" in compiled.asm["ptx"], "a sum over ranks must be one instruction"
     compile_small_one("schedule_triton", "_place_rows_kernel", {}, chunk, arch, options["num_warps"])
 
 
