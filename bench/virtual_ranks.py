@@ -21,6 +21,8 @@ from eplb.planning.placement import Placement
 from eplb.relocation.pool import SlotPool
 from eplb.relocation.resident import ResidentExperts
 from eplb.streams import streams_of
+from moe_kernels import count_experts
+from moe_kernels.gather_counts import gather_counts
 from moe_kernels.meet_peers import meet_peers
 from moe_kernels.peers import PeerLayout
 from moe_layer.dispatch import Dispatched
@@ -54,6 +56,7 @@ class VirtualRanks:
     Args:
         placement, shares_WS: where experts are, `Placement.initial()` if None.
         sums, timeout: as in `OneSidedDispatcher`.
+        batch_shares: None: those of the table.
         experts_of: other ranks whose experts and streams are shared.
     """
 
@@ -65,6 +68,7 @@ class VirtualRanks:
     sums: str = "fixed_order"
     timeout: float = 30.0
     experts_of: VirtualRanks | None = None
+    batch_shares: BatchShares | None = None
     experts: list[SlotExperts] = field(init=False)
     dispatchers: list[OneSidedDispatcher] = field(init=False)
 
@@ -156,7 +160,7 @@ class VirtualRanks:
             compute: False: the rows come back as they are, without experts.
         """
         sizes = self.sizes
-        lanes = self.all(lambda rank: choose_replicas(self.experts[rank], chosen[rank][1]))
+        lanes = self.choose_lanes([ids_TK for _, ids_TK in chosen])
 
         def send(rank: int) -> Dispatched:
             lanes_TK, counts_L = lanes[rank]  # type: ignore[misc]
@@ -172,6 +176,24 @@ class VirtualRanks:
 
         rows: list[torch.Tensor | None] = self.all(work)  # type: ignore[assignment]
         return self.finish(rows, sent, [lanes_TK for lanes_TK, _ in lanes])  # type: ignore[misc]
+
+    def choose_lanes(self, ids: Sequence[torch.Tensor]) -> list[tuple[torch.Tensor, torch.Tensor]]:
+        """lanes_TK and counts_L of each rank."""
+        shares = self.batch_shares
+        if shares is None:
+            return self.all(lambda rank: choose_replicas(self.experts[rank], ids[rank]))  # type: ignore[return-value]
+        areas = [dispatcher.area for dispatcher in self.dispatchers]
+        counts: list[torch.Tensor] = self.all(  # type: ignore[assignment]
+            lambda rank: count_experts(ids[rank], self.sizes.num_experts, backend="triton")
+        )
+        if self.device.type == "cuda":
+            told = self.all(lambda rank: gather_counts(counts[rank], areas[rank]))
+        else:
+            self.all(lambda rank: gather_counts(counts[rank], areas[rank], waits=False))
+            told = self.all(lambda rank: gather_counts(counts[rank], areas[rank], says=False))
+        return self.all(  # type: ignore[return-value]
+            lambda rank: shares.choose(self.experts[rank], ids[rank], told[rank])  # type: ignore[arg-type]
+        )
 
     def finish(
         self, rows: Sequence[torch.Tensor | None], sent: Sequence[Dispatched], lanes: Sequence[torch.Tensor]

@@ -4,6 +4,7 @@ The way of a forward: check and route (`layer`, `router`) → choose replicas (`
 schedule → GEMMs (`moe_kernels`) → combine (`dispatch`). On one rank all of it is one op.
 """
 
+from moe_layer.batch_shares import BatchShares
 from moe_layer.ddp import ignore_in_ddp
 from moe_layer.dispatch import AllGatherDispatcher, AllToAllDispatcher, Dispatched, Dispatcher
 from moe_layer.expert_format import Activation, ExpertFormat, ExpertTensor
@@ -16,6 +17,7 @@ __all__ = [
     "Activation",
     "AllGatherDispatcher",
     "AllToAllDispatcher",
+    "BatchShares",
     "Dispatched",
     "Dispatcher",
     "ExpertFormat",

@@ -19,6 +19,7 @@ from moe_kernels import (
     select_replicas,
 )
 from moe_kernels.expert_down import expert_down_home
+from moe_layer.batch_shares import BatchShares
 from moe_layer.dispatch import Dispatched, Dispatcher
 from moe_layer.dispatch.lanes import count_lanes
 from moe_layer.experts import Experts
@@ -122,8 +123,11 @@ class LocalExecutor:
 class ExpertParallelExecutor:
     """Experts are spread over ranks: choose replica → dispatch → compute rows → combine."""
 
-    def __init__(self, dispatcher: Dispatcher) -> None:
+    def __init__(self, dispatcher: Dispatcher, batch_shares: BatchShares | None = None) -> None:
+        if batch_shares is not None and not callable(getattr(dispatcher, "gather_counts", None)):
+            raise ValueError(f"shares='batch' needs a dispatcher with gather_counts(), which {dispatcher!r} lacks")
         self.dispatcher: Dispatcher | None = dispatcher
+        self._batch_shares = batch_shares
 
     def from_logits(
         self,
@@ -152,9 +156,16 @@ class ExpertParallelExecutor:
         Args:
             max_tokens: no rank has more tokens; equal on all ranks. None: the dispatcher's own bound.
         """
-        resident = experts.resident
-        with resident.choice() as pin:
-            lanes_TK, counts_L = choose_replicas(experts, ids_TK)
+        resident, shares = experts.resident, self._batch_shares
+        if shares is None:
+            with resident.choice() as pin:
+                lanes_TK, counts_L = choose_replicas(experts, ids_TK)
+        else:
+            assert self.dispatcher is not None
+            needs = torch.is_grad_enabled() and (x_TH.requires_grad or weights_TK.requires_grad)
+            counts_WE = shares.counts(experts, ids_TK, self.dispatcher, needs)  # waits for ranks, which no flip must
+            with resident.choice() as pin:
+                lanes_TK, counts_L = shares.choose(experts, ids_TK, counts_WE)
 
         def compute(
             x_TH: torch.Tensor, weights_TK: torch.Tensor, lanes_TK: torch.Tensor, counts_L: torch.Tensor

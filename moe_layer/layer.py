@@ -34,6 +34,7 @@ from moe_layer.arguments import (
     resolve_device,
     resolve_dtype,
 )
+from moe_layer.batch_shares import BatchShares, resolve_shares
 from moe_layer.collectives import broadcast_
 from moe_layer.ddp import check_ddp
 from moe_layer.dispatch import Dispatcher, make_dispatcher
@@ -82,6 +83,8 @@ class MoELayer(Relocatable, nn.Module):
             latter GPUs, or CPUs, of one host), or a `Dispatcher`. "auto" logs what it has chosen.
         max_tokens: most tokens of any rank in one forward, equal on all ranks: buffers of a static size are made for so
             many. A forward may set another bound. None: any number.
+        shares: how an expert's tokens are divided among its replicas: "window" (as planned from the last load window), "batch"
+            or `BatchShares(expert_cost)` (solved anew in each batch, from the counts of all ranks).
         backend: of the kernels: "auto" (Triton on CUDA, PyTorch references on a CPU), "triton", "torch".
         device: of the weights: a CPU or CUDA device, or "meta", which takes no memory until `to_empty()`.
         dtype: of weights and hidden states: float32, float16 or bfloat16.
@@ -108,6 +111,7 @@ class MoELayer(Relocatable, nn.Module):
         process_group: dist.ProcessGroup | None = None,
         dispatcher: str | Dispatcher = "auto",
         max_tokens: int | None = None,
+        shares: str | BatchShares = "window",
         backend: str = "auto",
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
@@ -129,6 +133,7 @@ class MoELayer(Relocatable, nn.Module):
         router_dtype = None if router_dtype is None else resolve_dtype(router_dtype, "router_dtype")
         format = gated_format(hidden_size, intermediate_size, dtype, activation)
         kernels = resolve_backend(backend, home_of(device))
+        batch_shares = resolve_shares(shares, num_ranks, num_experts)
         num_lanes = num_physical if trainable else num_physical + num_shadow_slots
         sender = make_dispatcher(
             dispatcher,
@@ -152,7 +157,7 @@ class MoELayer(Relocatable, nn.Module):
         self.process_group = process_group
         self.executor: Executor = LocalExecutor()
         if sender is not None:
-            self.executor = ExpertParallelExecutor(sender)
+            self.executor = ExpertParallelExecutor(sender, batch_shares)
         sizes = (hidden_size, num_experts, top_k)
         options: dict[str, Any] = {"device": device, "layer_dtype": dtype, "dtype": router_dtype}
         gate = None if router is None else Router(*sizes, router, backend, trainable=trainable, **options)

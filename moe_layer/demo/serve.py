@@ -70,6 +70,9 @@ class CountingDispatcher:
     def backend(self, device: torch.device) -> str:
         return self._dispatcher.backend(device)
 
+    def gather_counts(self, *arguments: Any) -> torch.Tensor:
+        return self._dispatcher.gather_counts(*arguments)
+
     def dispatch(self, *arguments: Any) -> Dispatched:
         dispatched = self._dispatcher.dispatch(*arguments)
 

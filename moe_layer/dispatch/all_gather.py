@@ -79,6 +79,10 @@ class AllGatherDispatcher:
     def backend(self, device: torch.device) -> str:
         return backend_of(self._group, device)
 
+    def gather_counts(self, counts_E: torch.Tensor, needs_grad: bool) -> torch.Tensor:
+        """One collective more."""
+        return all_gather_rows(counts_E[None], self._group)
+
     def dispatch(
         self,
         x_TH: torch.Tensor,

@@ -11,7 +11,7 @@ import torch.distributed as dist
 import torch.nn.functional as F
 
 from moe_kernels import TileSchedule, build_schedule, combine
-from moe_layer.collectives import all_to_all_rows, backend_of
+from moe_layer.collectives import all_gather_rows, all_to_all_rows, backend_of
 from moe_layer.dispatch.base import Dispatched
 from moe_layer.dispatch.gradients import check_gradients
 from moe_layer.dispatch.packed import pack_rows, unpack_rows
@@ -49,6 +49,10 @@ class AllToAllDispatcher:
 
     def backend(self, device: torch.device) -> str:
         return backend_of(self._group, device)
+
+    def gather_counts(self, counts_E: torch.Tensor, needs_grad: bool) -> torch.Tensor:
+        """One collective more."""
+        return all_gather_rows(counts_E[None], self._group)
 
     def dispatch(
         self,

@@ -52,6 +52,13 @@ class Dispatcher(Protocol):
         """What moves rows of `device`: "gloo" or "nccl"."""
         ...
 
+    def gather_counts(self, counts_E: torch.Tensor, needs_grad: bool) -> torch.Tensor:
+        """Every rank's int32 counts, counts_WE. Asked for before a `dispatch`, once for all its turns, or never.
+
+        needs_grad: whether inputs of that dispatch require a gradient.
+        """
+        ...
+
     def dispatch(
         self,
         x_TH: torch.Tensor,

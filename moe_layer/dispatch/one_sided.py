@@ -142,8 +142,11 @@ class OneSidedDispatcher:
                 "Outputs since then mean nothing; make the layers anew once all ranks are there"
             )
 
-    def gather_counts(self, counts_E: torch.Tensor) -> torch.Tensor:
-        """Every rank's tokens of each expert, counts_WE; it lasts until the forward is over."""
+    def gather_counts(self, counts_E: torch.Tensor, needs_grad: bool) -> torch.Tensor:
+        """See `Dispatcher`. The result lasts until the forward is over."""
+        if needs_grad and self._with_gradients is not None:
+            return self._with_gradients.gather_counts(counts_E, needs_grad)
+        self.raise_if_failed()
         return gather_counts(counts_E, self.area)
 
     def dispatch(
