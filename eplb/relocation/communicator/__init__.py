@@ -11,7 +11,7 @@ from eplb.groups import Peers
 from eplb.peer_memory import over_store, together
 from eplb.relocation.communicator.base import Communicator, Transfer, TransferBatch
 from eplb.relocation.communicator.local import LocalCommunicator
-from eplb.relocation.communicator.open_pools import open_pools, why_closed
+from eplb.relocation.communicator.open_pools import num_closed, open_pools, why_closed
 from eplb.relocation.communicator.symm_mem import SymmMemCommunicator
 from eplb.relocation.communicator.torch_gloo import TorchGlooCommunicator
 from eplb.relocation.communicator.torch_nccl import TorchNcclCommunicator
@@ -96,15 +96,15 @@ def make_communicator(
         return LocalCommunicator(streams)
     rank, size = peers.rank, len(peers.ranks)
     exchange = over_store(peers.part("choice"), rank, size, timeout)
-    _, chosen = together(exchange, lambda: None, lambda _: tuple(names))
-    for other, theirs in enumerate(chosen):
-        if theirs != chosen[0]:
-            raise ValueError(f"rank 0 would use {chosen[0]} as communicators, but rank {other} {theirs}")
+    _, said = together(exchange, lambda: (tuple(names), num_closed(pools)), lambda mine: mine)
+    for other, (theirs, _) in enumerate(said):
+        if theirs != said[0][0]:
+            raise ValueError(f"rank 0 would use {said[0][0]} as communicators, but rank {other} {theirs}")
     reason = "it was asked for" if len(names) == 1 else "the ranks can open each other's pools"
     made: Communicator
     for name in names:
         if name == "symm_mem":
-            problem = why_closed(pools, streams.device, exchange)
+            problem = why_closed([closed for _, closed in said], streams.device, exchange)
             if problem is None:
                 try:
                     made = open_pools(pools, rank, exchange, streams, max_bytes_per_second)

@@ -13,15 +13,18 @@ from eplb.relocation.pool import SlotPool
 from eplb.streams import DeviceStreams
 
 
-def why_closed(pools: Sequence[SlotPool], device: torch.device, exchange: Exchange) -> str | None:
+def num_closed(pools: Sequence[SlotPool]) -> int:
+    """How many of this rank's pools are in CPU memory that other processes cannot open."""
+    return sum(pool.device.type == "cpu" and pool.host_memory is None for pool in pools)
+
+
+def why_closed(nums_closed: Sequence[int], device: torch.device, exchange: Exchange) -> str | None:
     """Why the ranks cannot open each other's pools; None if they can, as far as is known. Collective, equal on all ranks.
 
-    Raises:
-        RuntimeError: a rank did not say.
+    Args:
+        nums_closed: every rank's `num_closed()`.
     """
-    closed = sum(pool.device.type == "cpu" and pool.host_memory is None for pool in pools)
-    _, said = together(exchange, lambda: None, lambda _: closed)
-    for rank, number in enumerate(said):
+    for rank, number in enumerate(nums_closed):
         if number:
             return (
                 f"{number} pools of rank {rank} are in CPU memory that other processes cannot open: "
