@@ -109,7 +109,7 @@ class _WithBuffer:
         name = choose_communicator(communicator, first.pool.device, str(dist.get_backend(group)), backends)
         peers = peers_of(group)
         peers.meet(threading.Event())
-        self.communicator = make_communicator(name, peers, self.streams, CONNECT_SECONDS)
+        self.communicator = make_communicator(name, peers, self.streams, CONNECT_SECONDS, [first.pool])
         self.cpu_group = dist.new_group(dist.get_process_group_ranks(group), backend="gloo")
         self.num_steps = self.num_flips = 0
 
