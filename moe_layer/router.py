@@ -12,8 +12,9 @@ import torch.nn.functional as F
 from torch import nn
 
 from moe_kernels import RoutingRule, topk_routing
-from moe_kernels.rule import SCORE_FUNCTIONS
-from moe_layer.arguments import check_choice
+from moe_kernels.checks import FLOATS
+from moe_kernels.rule import GROUP_SCORES, SCORE_FUNCTIONS
+from moe_layer.arguments import check_choice, check_integer
 
 
 @dataclass(frozen=True)
@@ -21,31 +22,72 @@ class RouterRule:
     """A routing rule.
 
     Attributes:
-        score_function: "softmax" over all experts, or "sigmoid" of each.
+        score_function: "softmax" over all experts, or "sigmoid" or "sqrtsoftplus" (DeepSeek-V4) of each.
         renormalize: whether the chosen experts' weights are divided by their sum.
         scale: what the weights are multiplied with last (DeepSeek-V3's `routed_scaling_factor`).
         correction_bias: whether a learned bias per expert, `e_score_correction_bias`, is added to the scores for the
             choice, but not to the weights (DeepSeek-V3, arXiv:2412.19437, section 2.1.2).
+        epsilon: added to the sum that the weights are divided by: 1e-20 in DeepSeek-V3's code, 1e-6 in LFM2's.
+        num_groups: groups of neighbouring experts, of which a token first chooses `top_groups` (DeepSeek-V3's `n_group` and
+            `topk_group`).
+        group_score: "sum_of_best_two" scores of a group (DeepSeek-V3) or its "max" (DeepSeek-V2), with the bias.
+        weights_dtype: what the weights are rounded to, for models that do so; None: not rounded.
 
     Raises:
-        ValueError: a value of another type, an unknown score function, or a scale that is not finite.
+        ValueError: a value of another type, or out of range.
     """
 
     score_function: str = "softmax"
     renormalize: bool = True
     scale: float = 1.0
     correction_bias: bool = False
+    epsilon: float = 1e-20
+    num_groups: int = 1
+    top_groups: int = 1
+    group_score: str = "sum_of_best_two"
+    weights_dtype: torch.dtype | None = None
     for_kernels: RoutingRule = field(init=False, repr=False, compare=False)
 
     def __post_init__(self) -> None:
         check_choice("RouterRule.score_function", self.score_function, SCORE_FUNCTIONS)
+        check_choice("RouterRule.group_score", self.group_score, GROUP_SCORES)
         for name in ("renormalize", "correction_bias"):
             if not isinstance(getattr(self, name), bool):
                 raise ValueError(f"RouterRule.{name} must be True or False, got {getattr(self, name)!r}")
-        is_number = isinstance(self.scale, (int, float)) and not isinstance(self.scale, bool)
-        if not is_number or not math.isfinite(self.scale):
-            raise ValueError(f"RouterRule.scale must be a finite number, got {self.scale!r}")
-        object.__setattr__(self, "for_kernels", RoutingRule(self.score_function, self.renormalize, float(self.scale)))
+        for name in ("scale", "epsilon"):
+            value = getattr(self, name)
+            is_number = isinstance(value, (int, float)) and not isinstance(value, bool)
+            if not is_number or not math.isfinite(value) or (name == "epsilon" and value < 0):
+                rule = "a finite number" if name == "scale" else "a finite number of at least 0"
+                raise ValueError(f"RouterRule.{name} must be {rule}, got {value!r}")
+        check_integer("RouterRule.num_groups", self.num_groups, 1)
+        check_integer("RouterRule.top_groups", self.top_groups, 1)
+        if self.top_groups > self.num_groups:
+            raise ValueError(
+                f"RouterRule.top_groups must be at most num_groups={self.num_groups}, got {self.top_groups}"
+            )
+        if self.weights_dtype is not None and self.weights_dtype not in FLOATS:
+            raise ValueError(
+                f"RouterRule.weights_dtype must be float32, float16, bfloat16 or None, got {self.weights_dtype!r}"
+            )
+        for_kernels = RoutingRule(
+            self.score_function,
+            self.renormalize,
+            float(self.scale),
+            float(self.epsilon),
+            self.num_groups,
+            self.top_groups,
+            self.group_score,
+            str(self.weights_dtype or torch.float32).removeprefix("torch."),
+        )
+        object.__setattr__(self, "for_kernels", for_kernels)
+
+    @classmethod
+    def from_config(cls, config: Any) -> "RouterRule":
+        """The rule of a transformers model, given its config. See `moe_layer.hf.routing.rule_of_config`."""
+        from moe_layer.hf.routing import rule_of_config
+
+        return rule_of_config(config)
 
 
 ROUTER_RULES = {
@@ -54,9 +96,8 @@ ROUTER_RULES = {
     "sigmoid": RouterRule(score_function="sigmoid", renormalize=False),
     "sigmoid_renormalized": RouterRule(score_function="sigmoid"),
     # Softmax over the chosen logits, as Mixtral and gpt-oss do it, is the softmax over all of them, renormalised.
+    # (Families whose rule depends on their config have no name: see `RouterRule.from_config`.)
     "mixtral": RouterRule(),
-    "qwen3_moe": RouterRule(),
-    "olmoe": RouterRule(renormalize=False),
     "minimax_m2": RouterRule(score_function="sigmoid", correction_bias=True),
 }
 
@@ -100,6 +141,7 @@ class Router(nn.Module):
     ) -> None:
         super().__init__()
         self.rule = rule = resolve_rule(rule)
+        rule.for_kernels.check_experts(num_experts, top_k)
         self.top_k = top_k
         self.backend = backend
         self.dtype = dtype

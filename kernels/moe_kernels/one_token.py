@@ -16,6 +16,7 @@ from moe_kernels.launch import PreparedLaunch, on_device, raw_stream
 from moe_kernels.load import LoadCounter
 from moe_kernels.matrices import ExpertMatrices
 from moe_kernels.one_token_triton import _choice_kernel, _down_kernel, _up_kernel
+from moe_kernels.routing_triton import rule_constants
 from moe_kernels.rule import RoutingRule
 from moe_kernels.table import ReplicaTable
 
@@ -48,8 +49,7 @@ def _make_plan(
             device_index,
             SCRATCH=scratch,
             TOP_K=top_k,
-            SOFTMAX=rule.score_function == "softmax",
-            RENORMALIZE=rule.renormalize,
+            **rule_constants(rule),
             BLOCK_E=next_power_of_2(num_experts),
             BLOCK_K=block_k,
             num_warps=1,
@@ -103,7 +103,8 @@ def one_token_triton(
     key = (
         *(device_index, x_1H.dtype, logits_1E.dtype, gate_up_SNH.dtype, down_SHI.dtype),
         *(hidden_size, intermediate, stride_up, stride_down, num_experts, num_lanes, top_k),
-        *(rule.score_function, rule.renormalize, matrices.activation),
+        *(rule.score_function, rule.renormalize, rule.num_groups, rule.top_groups, rule.group_score, rule.round_to),
+        matrices.activation,
         *(None if bias_E is None else bias_E.dtype, token_mask_T is None, increment_1 is None),
     )
     aligned = not (x_1H.data_ptr() | gate_up_SNH.data_ptr() | down_SHI.data_ptr()) % 16
@@ -126,6 +127,7 @@ def one_token_triton(
             bias_E,
             token_mask_T,
             float(rule.scale),
+            float(rule.epsilon),
             table.lanes_P,
             lane_to_slot_L,
             increment_1,

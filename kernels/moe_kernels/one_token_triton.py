@@ -44,6 +44,7 @@ def _choice_kernel(
     bias_ptr,  # None: no bias
     mask_ptr,  # None: the token counts
     scale,
+    epsilon,
     table_lanes_ptr,
     lane_to_slot_ptr,
     increment_ptr,  # None: nothing is recorded
@@ -56,8 +57,12 @@ def _choice_kernel(
     SCRATCH: tl.constexpr,
     # constants
     TOP_K: tl.constexpr,
-    SOFTMAX: tl.constexpr,
+    SCORE_FUNCTION: tl.constexpr,
     RENORMALIZE: tl.constexpr,
+    GROUPS: tl.constexpr,
+    TOP_GROUPS: tl.constexpr,
+    GROUP_SUM: tl.constexpr,
+    ROUND_TO: tl.constexpr,
     PDL: tl.constexpr,
     # tunables
     BLOCK_E: tl.constexpr,
@@ -78,7 +83,9 @@ def _choice_kernel(
     lanes = tl.load(table_lanes_ptr + experts, mask=experts < num_experts, other=-1)
     slots = tl.load(lane_to_slot_ptr + lanes, mask=lanes >= 0, other=-1)
     weights, ids = choose_experts(
-        logits_ptr, bias_ptr, 1, num_experts, scale, TOP_K, SOFTMAX, RENORMALIZE, 1, BLOCK_E, BLOCK_K
+        *(logits_ptr, bias_ptr, 1, num_experts, scale, epsilon),
+        *(TOP_K, SCORE_FUNCTION, RENORMALIZE, GROUPS, TOP_GROUPS, GROUP_SUM, ROUND_TO),
+        *(1, BLOCK_E, BLOCK_K),
     )
     weights, ids = tl.reshape(weights, (BLOCK_K,)), tl.reshape(ids, (BLOCK_K,))
     k = tl.arange(0, BLOCK_K)

@@ -6,17 +6,29 @@ T tokens, E logical experts, K experts per token.
 from __future__ import annotations
 
 import torch
+import torch.nn.functional as F
 
 from moe_kernels.backend import resolve_backend
 from moe_kernels.checks import FLOATS, check_tensor
 from moe_kernels.registered import registered_op
-from moe_kernels.routing_triton import RENORMALIZE_EPSILON, topk_routing_triton
+from moe_kernels.routing_triton import topk_routing_triton
 from moe_kernels.rule import RoutingRule
 
 
 def _scores(logits_TE: torch.Tensor, score_function: str) -> torch.Tensor:
     logits = logits_TE.float()
-    return torch.softmax(logits, dim=-1) if score_function == "softmax" else torch.sigmoid(logits)
+    if score_function == "softmax":
+        return torch.softmax(logits, dim=-1)
+    return torch.sigmoid(logits) if score_function == "sigmoid" else F.softplus(logits).sqrt()
+
+
+def _in_kept_groups(choice_TE: torch.Tensor, rule: RoutingRule) -> torch.Tensor:
+    """Whether each expert is in one of its token's best groups; bool, like `choice_TE`, what they are chosen by."""
+    groups = choice_TE.unflatten(-1, (rule.num_groups, -1))
+    score = groups.topk(2, dim=-1).values.sum(-1) if rule.group_sum else groups.amax(-1)
+    kept = torch.sort(score, dim=-1, descending=True, stable=True).indices[:, : rule.top_groups]
+    is_kept = torch.zeros_like(score, dtype=torch.bool).scatter(-1, kept, True)
+    return is_kept[:, :, None].expand_as(groups).flatten(1)
 
 
 def topk_routing_torch(
@@ -30,14 +42,18 @@ def topk_routing_torch(
     scores = _scores(logits_TE, rule.score_function)
     key = logits_TE.float() if bias_E is None else scores + bias_E
     key = torch.where(torch.isnan(key), float("-inf"), key)
+    if rule.num_groups > 1:
+        choice = scores if bias_E is None else key
+        kept = _in_kept_groups(torch.where(torch.isnan(choice), float("-inf"), choice), rule)
+        key = torch.where(kept, key.clamp(min=torch.finfo(key.dtype).min), float("-inf"))
     ids = torch.sort(key, dim=-1, descending=True, stable=True).indices[:, :top_k]
     weights = scores.gather(-1, ids)
     if rule.renormalize:
         total = torch.zeros_like(weights[:, 0])
         for rank in range(top_k):
             total = total + weights[:, rank]
-        weights = weights / (total + RENORMALIZE_EPSILON)[:, None]
-    weights = weights * rule.scale
+        weights = weights / (total + rule.epsilon)[:, None]
+    weights = (weights * rule.scale).to(getattr(torch, rule.round_to)).float()
     if token_mask_T is not None:
         weights = torch.where(token_mask_T[:, None], weights, 0.0)
         ids = torch.where(token_mask_T[:, None], ids, -1)
@@ -57,6 +73,7 @@ def check_routing(
     if not 1 <= top_k <= num_experts:
         raise ValueError(f"top_k={top_k}: must be in [1, {num_experts}], the number of experts")
     rule.check()
+    rule.check_experts(num_experts, top_k)
     if bias_E is not None:
         check_tensor("bias_E", bias_E, (num_experts,), torch.float32, device)
     if token_mask_T is not None:
@@ -99,15 +116,17 @@ def _backward(ctx, needs, grad_weights_TK, _grad_ids):
     chosen = scores.gather(-1, ids)
     grad_chosen = grad_weights_TK * rule.scale
     if rule.renormalize:
-        total = chosen.sum(-1, keepdim=True) + RENORMALIZE_EPSILON
+        total = chosen.sum(-1, keepdim=True) + rule.epsilon
         shares = chosen / total
         grad_chosen = (grad_chosen - (grad_chosen * shares).sum(-1, keepdim=True)) / total
     # Ids are distinct within a row, but for masked rows (K times 0), which are cleared below.
     grad_scores = torch.zeros_like(scores).scatter(-1, ids, grad_chosen)
     if rule.score_function == "softmax":
         grad = scores * (grad_scores - (grad_scores * scores).sum(-1, keepdim=True))
-    else:
+    elif rule.score_function == "sigmoid":
         grad = grad_scores * scores * (1 - scores)
+    else:
+        grad = grad_scores * torch.sigmoid(logits_TE.float()) / (2 * scores).clamp(min=torch.finfo(torch.float32).tiny)
     grad = torch.where(kept[:, :1], grad, 0.0)
     return {"logits_TE": grad.to(logits_TE.dtype)}
 
@@ -126,8 +145,9 @@ def topk_routing(
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Choose `top_k` experts per token, in descending order; of equals, the one with the lowest id.
 
-    The scores are the softmax over all experts, or the sigmoid, in float32. With `bias_E` (DeepSeek-V3's correction
-    bias) the choice is by score + bias, and the weight is the score without it. Without it the choice is by the logit,
+    The scores are the rule's function of the logits, in float32. With `bias_E` (DeepSeek-V3's correction bias) the choice is
+    by score + bias, and the weight is the score without it. With groups only experts of the best groups are chosen; of
+    equal groups, the lowest. Without a bias the choice is by the logit,
     whose order is the scores': so it is exact, and the same on every backend. A NaN is chosen last. It makes all weights of
     its token NaN with the softmax; with the sigmoid only its own, if it is chosen (and by `renormalize` those chosen with
     it). Differentiable with respect to `logits_TE`.

@@ -5,19 +5,17 @@ T tokens, E logical experts, K experts per token.
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 import triton
 import triton.language as tl
 
 from moe_kernels.integers import cdiv, next_power_of_2
 from moe_kernels.launch import Launcher, gdc_launch_dependents, gdc_wait
-from moe_kernels.numerics import widen
+from moe_kernels.numerics import narrow, widen
 from moe_kernels.rule import RoutingRule
 
-# Added to the sum that the chosen scores are divided by, as in DeepSeek-V3's published modelling code: it changes no
-# bit of any sum above 1e-12, and keeps a row of vanishing scores from becoming NaN.
-RENORMALIZE_EPSILON = 1e-20
-_RENORMALIZE_EPSILON = tl.constexpr(RENORMALIZE_EPSILON)
 _TAKEN = tl.constexpr(-(2**31))
 
 
@@ -33,15 +31,68 @@ def _ordered(value):
 
 
 @triton.jit
+def _scored(logits, SCORE_FUNCTION: tl.constexpr):
+    """float32 scores [TOKENS, BLOCK_E]; logits are -inf where there is no expert."""
+    if SCORE_FUNCTION == "softmax":
+        scores = tl.exp(logits - tl.max(logits, axis=1, keep_dims=True))
+        return scores / tl.sum(scores, axis=1, keep_dims=True)
+    elif SCORE_FUNCTION == "sigmoid":
+        return 1.0 / (1.0 + tl.exp(-logits))
+    else:
+        tl.static_assert(SCORE_FUNCTION == "sqrtsoftplus")
+        small = tl.exp(-tl.abs(logits))  # softplus(x) = max(x, 0) + log(1 + exp(-|x|))
+        sum = 1.0 + small
+        # log(sum) without the digits that the sum has lost (W. Kahan): exact to a few units in the last place.
+        log = tl.where(sum == 1.0, small, tl.log(sum) * (small / tl.where(sum == 1.0, 1.0, sum - 1.0)))
+        return tl.sqrt(tl.maximum(logits, 0.0) + log)
+
+
+@triton.jit
+def _in_kept_groups(
+    choice, exists, expert, group_size, GROUPS: tl.constexpr, TOP_GROUPS: tl.constexpr, GROUP_SUM: tl.constexpr
+):
+    """Whether each expert is in one of its token's best TOP_GROUPS groups; of equal groups the lowest is better.
+
+    `choice`: float32 [TOKENS, BLOCK_E], what experts are chosen by. Groups need not be powers of two in size
+    (DeepSeek-V2 has 8 of 20), so each takes reductions of its own over all experts.
+    """
+    group = expert // group_size
+    choice = tl.where(choice == choice, choice, float("-inf"))
+    lowest = tl.full(choice.shape, float("-inf"), dtype=tl.float32)
+    score = lowest  # of each expert's group
+    for g in tl.static_range(GROUPS):
+        inside = exists & (group == g)
+        mine = tl.where(inside, choice, lowest)
+        best = tl.max(mine, axis=1, keep_dims=True)
+        if GROUP_SUM:
+            first = tl.min(tl.where(inside & (mine == best), expert, 2**30), axis=1, keep_dims=True)
+            best += tl.max(tl.where(expert == first, lowest, mine), axis=1, keep_dims=True)
+        score = tl.where(inside, best, score)
+    key = tl.where(exists, _ordered(score), _TAKEN)
+    kept = key != key
+    for _ in tl.static_range(TOP_GROUPS):
+        best_key = tl.max(key, axis=1, keep_dims=True)
+        chosen = tl.min(tl.where(key == best_key, group, 2**30), axis=1, keep_dims=True)
+        kept = kept | (exists & (group == chosen))
+        key = tl.where(group == chosen, _TAKEN, key)
+    return kept
+
+
+@triton.jit
 def choose_experts(
     logits_ptr,
     bias_ptr,
     num_tokens,
     num_experts,
     scale,
+    epsilon,
     TOP_K: tl.constexpr,
-    SOFTMAX: tl.constexpr,
+    SCORE_FUNCTION: tl.constexpr,
     RENORMALIZE: tl.constexpr,
+    GROUPS: tl.constexpr,
+    TOP_GROUPS: tl.constexpr,
+    GROUP_SUM: tl.constexpr,
+    ROUND_TO: tl.constexpr,
     TOKENS: tl.constexpr,
     BLOCK_E: tl.constexpr,
     BLOCK_K: tl.constexpr,
@@ -55,16 +106,16 @@ def choose_experts(
     exists = expert < num_experts
     logits = tl.load(logits_ptr + token * num_experts + expert, mask=(token < num_tokens) & exists, other=0.0)
     logits = tl.where(exists, widen(logits), float("-inf"))
-    if SOFTMAX:
-        scores = tl.exp(logits - tl.max(logits, axis=1, keep_dims=True))
-        scores = scores / tl.sum(scores, axis=1, keep_dims=True)
-    else:
-        scores = 1.0 / (1.0 + tl.exp(-logits))
+    scores = _scored(logits, SCORE_FUNCTION)
     key = logits
     if bias_ptr is not None:
         # For each token anew, or Triton would spread one load over all warps, and the tokens with it.
         key = scores + tl.load(bias_ptr + tl.broadcast_to(expert, key.shape), mask=exists, other=0.0)
-    key = tl.where(exists, _ordered(key), _TAKEN)
+    is_choice = exists
+    if GROUPS > 1:
+        choice = scores if bias_ptr is None else key
+        is_choice = _in_kept_groups(choice, exists, expert, num_experts // GROUPS, GROUPS, TOP_GROUPS, GROUP_SUM)
+    key = tl.where(is_choice, _ordered(key), _TAKEN)
     score_bits = scores.to(tl.int32, bitcast=True)
 
     slot = tl.arange(0, BLOCK_K)[None, :]
@@ -81,8 +132,13 @@ def choose_experts(
         weights = tl.where(slot == k, weight, weights)
         ids = tl.where(slot == k, chosen, ids)
     if RENORMALIZE:
-        weights = weights / (total + _RENORMALIZE_EPSILON)
-    return weights * scale, ids
+        weights = weights / (total + epsilon)
+    weights = weights * scale
+    if ROUND_TO == "bfloat16":
+        weights = widen(narrow(weights, tl.bfloat16))
+    elif ROUND_TO == "float16":
+        weights = widen(narrow(weights, tl.float16))
+    return weights, ids
 
 
 @Launcher
@@ -93,6 +149,7 @@ def _topk_routing_kernel(
     bias_ptr,  # None: no bias
     mask_ptr,  # None: every token counts
     scale,
+    epsilon,
     # outputs
     weights_ptr,
     ids_ptr,
@@ -101,8 +158,12 @@ def _topk_routing_kernel(
     num_experts,
     # constants
     TOP_K: tl.constexpr,
-    SOFTMAX: tl.constexpr,
+    SCORE_FUNCTION: tl.constexpr,
     RENORMALIZE: tl.constexpr,
+    GROUPS: tl.constexpr,
+    TOP_GROUPS: tl.constexpr,
+    GROUP_SUM: tl.constexpr,
+    ROUND_TO: tl.constexpr,
     PDL: tl.constexpr,
     # tunables
     TOKENS: tl.constexpr,
@@ -119,8 +180,9 @@ def _topk_routing_kernel(
     first = tl.program_id(0).to(tl.int64) * TOKENS
     logits_ptr += first * num_experts
     weights, ids = choose_experts(
-        *(logits_ptr, bias_ptr, num_tokens - first, num_experts, scale),
-        *(TOP_K, SOFTMAX, RENORMALIZE, TOKENS, BLOCK_E, BLOCK_K),
+        *(logits_ptr, bias_ptr, num_tokens - first, num_experts, scale, epsilon),
+        *(TOP_K, SCORE_FUNCTION, RENORMALIZE, GROUPS, TOP_GROUPS, GROUP_SUM, ROUND_TO),
+        *(TOKENS, BLOCK_E, BLOCK_K),
     )
     token, slot = first + tl.arange(0, TOKENS)[:, None], tl.arange(0, BLOCK_K)[None, :]
     if mask_ptr is not None:
@@ -130,6 +192,18 @@ def _topk_routing_kernel(
     inside = (token < num_tokens) & (slot < TOP_K)
     tl.store(weights_ptr + token * TOP_K + slot, weights, mask=inside)
     tl.store(ids_ptr + token * TOP_K + slot, ids, mask=inside)
+
+
+def rule_constants(rule: RoutingRule) -> dict[str, Any]:
+    """What a kernel that calls `choose_experts` is compiled for."""
+    return {
+        "SCORE_FUNCTION": rule.score_function,
+        "RENORMALIZE": rule.renormalize,
+        "GROUPS": rule.num_groups,
+        "TOP_GROUPS": rule.top_groups,
+        "GROUP_SUM": rule.group_sum,
+        "ROUND_TO": rule.round_to,
+    }
 
 
 def _tokens_per_program(num_experts: int) -> int:
@@ -158,13 +232,13 @@ def topk_routing_triton(
             bias_E,
             token_mask_T,
             float(rule.scale),
+            float(rule.epsilon),
             weights_TK,
             ids_TK,
             num_tokens,
             num_experts,
             TOP_K=top_k,
-            SOFTMAX=rule.score_function == "softmax",
-            RENORMALIZE=rule.renormalize,
+            **rule_constants(rule),
             TOKENS=tokens,
             BLOCK_E=next_power_of_2(num_experts),
             BLOCK_K=next_power_of_2(top_k),

@@ -5,6 +5,7 @@ Legend: E experts, W ranks.
 
 from collections.abc import Iterator
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch.distributed as dist
 from torch import nn
@@ -14,9 +15,12 @@ from eplb.relocation.pool import SlotPool
 from moe_kernels import resolve_backend
 from moe_layer.arguments import check_choice, check_integer, physical_per_rank
 from moe_layer.dispatch import Dispatcher
+from moe_layer.hf.fuse import find_routers, fuse, unfuse
 from moe_layer.hf.inspect import SUPPORTED, NotUnderstoodError, Understood, find_experts, understand
 from moe_layer.hf.make import Maker
+from moe_layer.hf.routing import Routing
 from moe_layer.hf.swapped import Swapped
+from moe_layer.router import RouterRule
 
 _SHADOW_SLOTS = 4  # of all layers together, where experts may move and the caller does not say
 
@@ -28,16 +32,24 @@ class SwapReport:
     Attributes:
         swapped: names of the modules that are ours now, with what they are.
         left: names of the modules that were left alone, with the reason.
+        fused: of swapped modules whose router chooses in our kernel, the rule.
+        not_fused: of the others, the reason; empty if it was not asked for.
     """
 
     swapped: dict[str, Understood] = field(default_factory=dict)
     left: dict[str, str] = field(default_factory=dict)
+    fused: dict[str, RouterRule] = field(default_factory=dict)
+    not_fused: dict[str, str] = field(default_factory=dict)
 
     def __str__(self) -> str:
         total = len(self.swapped) + len(self.left)
         lines = [f"swapped {len(self.swapped)} of {total} blocks of experts"]
         kinds = [f"{one.num_experts} experts, {one.format.describe()}" for one in self.swapped.values()]
         lines += [f"  {kinds.count(kind)} of {kind}" for kind in dict.fromkeys(kinds)]
+        reasons = list(self.not_fused.values())
+        if self.fused or reasons:
+            lines.append(f"  routing fused in {len(self.fused)} of them")
+        lines += [f"  not fused in {reasons.count(reason)}: {reason}" for reason in dict.fromkeys(reasons)]
         lines += [f"  left alone: {name}: {reason}" for name, reason in self.left.items()]
         return "\n".join(lines)
 
@@ -51,6 +63,7 @@ def swap_experts(
     num_shadow_slots: int | None = None,
     pool: str | SlotPool = "shared",
     strict: bool = True,
+    fuse_routing: bool | str = "auto",
     dispatcher: str | Dispatcher = "auto",
     backend: str = "auto",
 ) -> SwapReport:
@@ -73,6 +86,10 @@ def swap_experts(
         pool: "shared": blocks of like experts share one pool and its free slots; "own": each has its own; or one
             made with `moe_layer.make_pool()`.
         strict: whether to refuse the model if one block is not understood. Otherwise such blocks are left alone.
+        fuse_routing: whether the models' routers choose in our kernel, in evaluation mode: "auto": those whose rule is found
+            to be one of ours, by trying it, and that have float32 logits. Among equal scores, which are common in bfloat16,
+            the kernel takes the lowest id, while PyTorch's choice is open. True: such routers too, and refuse the model if
+            the rule of one is not ours. Their logits are recorded as before.
         dispatcher, backend: as of `MoELayer`.
 
     Returns:
@@ -89,6 +106,8 @@ def swap_experts(
     if num_shadow_slots is None:
         num_shadow_slots = _SHADOW_SLOTS if num_ranks > 1 and not trainable else 0
     check_integer("num_shadow_slots", num_shadow_slots, 0)
+    if fuse_routing not in (True, False, "auto"):
+        raise ValueError(f"fuse_routing must be True, False or 'auto', got {fuse_routing!r}")
     if not isinstance(pool, SlotPool):
         check_choice("pool", pool, ("shared", "own"), " or a SlotPool")
     for name, is_given in (
@@ -108,6 +127,7 @@ def swap_experts(
     for one in understood.values():
         physical_per_rank(one.format.hidden_size, 1, one.num_experts, num_redundant_experts, num_ranks)
         resolve_backend(backend, one.device)
+    routings, not_fused = _find_routings(model, understood, fuse_routing)
     maker = Maker(
         process_group,
         trainable=trainable,
@@ -119,9 +139,16 @@ def swap_experts(
     )
     blocks = {model.get_submodule(name): one for name, one in understood.items()}
     maker.prepare(blocks)
-    for original, one in blocks.items():
-        _replace(model, original, maker.make(original, one))
-    report = SwapReport(understood, left)
+    fused: dict[str, RouterRule] = {}
+    for name, (original, one) in zip(understood, blocks.items(), strict=True):
+        swapped = maker.make(original, one)
+        _replace(model, original, swapped)
+        if name in routings:
+            gate, routing = routings[name]
+            fuse(gate, routing, backend)
+            swapped.fused_gate = (gate,)
+            fused[name] = routing.rule
+    report = SwapReport(understood, left, fused, not_fused)
     if rank == 0:
         print(report)
     return report
@@ -147,6 +174,8 @@ def unswap_experts(model: nn.Module) -> int:
             )
     for module in swapped:
         _give_back(module)
+        for gate in module.fused_gate:
+            unfuse(gate)
         _replace(model, module, module.original)
     return len(swapped)
 
@@ -169,6 +198,34 @@ def _understand_all(model: nn.Module) -> tuple[dict[str, Understood], dict[str, 
         except NotUnderstoodError as error:
             left[name] = str(error)
     return understood, left
+
+
+def _find_routings(
+    model: nn.Module, understood: dict[str, Understood], fuse_routing: bool | str
+) -> tuple[dict[str, tuple[nn.Module, Routing]], dict[str, str]]:
+    """The routers that are to choose in our kernel, and why the others are not.
+
+    Raises:
+        ValueError: all of them must, and one cannot.
+    """
+    routings: dict[str, tuple[nn.Module, Routing]] = {}
+    not_fused: dict[str, str] = {}
+    known: dict[Any, Routing | str] = {}
+    for name, one in understood.items() if fuse_routing else ():
+        found = find_routers(model, model.get_submodule(name), one.format.dtype, known)
+        if isinstance(found, str):
+            not_fused[name] = found
+        elif fuse_routing == "auto" and found[1].has_ties:
+            not_fused[name] = (
+                f"its logits are {found[1].logits_dtype}, in which many are equal, and PyTorch's choice among those is open; "
+                "fuse_routing=True takes the lowest ids"
+            )
+        else:
+            routings[name] = found
+    if fuse_routing is True and not_fused:
+        reasons = "".join(f"\n  {name}: {reason}" for name, reason in not_fused.items())
+        raise ValueError(f"fuse_routing=True needs routers whose rule our kernel has; nothing was changed.{reasons}")
+    return routings, not_fused
 
 
 def _places(model: nn.Module, module: nn.Module) -> Iterator[tuple[nn.Module, str]]:

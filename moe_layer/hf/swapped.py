@@ -32,10 +32,12 @@ class Swapped(Relocatable, Experts):
         layout: how the model stores what our slots hold.
         executor: computes the experts.
         original: the module whose place this took. It has lost its weights.
+        fused_gate: the router that chooses in our kernel, if one does; in a tuple, as it is no part of this module.
     """
 
     layout: Layout
     executor: Executor
+    fused_gate: tuple[nn.Module, ...] = ()
 
     def _take_place_of(self, original: nn.Module, layout: Layout, executor: Executor) -> None:
         self.layout = layout

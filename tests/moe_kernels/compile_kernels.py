@@ -17,6 +17,7 @@ from triton.compiler import ASTSource
 
 from moe_kernels import (  # noqa: F401
     GemmConfig,
+    RoutingRule,
     expand_rows,
     gather_counts,
     gemm_config,
@@ -130,7 +131,14 @@ def compile_small(arch: int) -> None:
             {"TOP_K": 8, "BLOCK_H": 1024},
             arch,
         )
-        for softmax, bias in ((True, {"bias_ptr": None, "mask_ptr": None}), (False, {})):
+        absent = {"bias_ptr": None, "mask_ptr": None}
+        for rule, bias in (
+            (RoutingRule(), absent),
+            (RoutingRule("sigmoid", renormalize=False), {}),
+            (RoutingRule("sigmoid", num_groups=8, top_groups=4), {}),
+            (RoutingRule("softmax", num_groups=8, top_groups=3, group_score="max"), absent),
+            (RoutingRule("sqrtsoftplus", round_to="bfloat16"), {}),
+        ):
             for experts in (16, 48, 64, 128, 256):
                 tokens = routing_triton._tokens_per_program(experts)
                 compiled = compile_small_one(
@@ -141,15 +149,15 @@ def compile_small(arch: int) -> None:
                         "bias_ptr": "*fp32",
                         "mask_ptr": "*i1",
                         "scale": "fp32",
+                        "epsilon": "fp32",
                         "weights_ptr": "*fp32",
                     },
                     {
                         "TOP_K": 8,
-                        "SOFTMAX": softmax,
-                        "RENORMALIZE": softmax,
                         "BLOCK_E": triton.next_power_of_2(experts),
                         "BLOCK_K": 8,
                     }
+                    | routing_triton.rule_constants(rule)
                     | {"TOKENS": tokens}
                     | bias,
                     arch,
@@ -255,13 +263,12 @@ def compile_peers(arch: int, dtype: torch.dtype, num_ranks: int) -> None:
 
 def compile_one_token(arch: int, dtype: torch.dtype) -> None:
     element, pdl = f"*{DTYPES[dtype]}", arch >= 90
-    choice = {"logits_ptr": element, "bias_ptr": "*fp32", "mask_ptr": "*i1", "scale": "fp32"}
+    choice = {"logits_ptr": element, "bias_ptr": "*fp32", "mask_ptr": "*i1", "scale": "fp32", "epsilon": "fp32"}
     choice |= {"increment_ptr": "*i64", "load_ptr": "*i64"}
     choice["scratch_ptr"] = element
     constants = {
         "TOP_K": 8,
-        "SOFTMAX": True,
-        "RENORMALIZE": True,
+        **routing_triton.rule_constants(RoutingRule()),
         "PDL": pdl,
         "BLOCK_E": 128,
         "BLOCK_K": 8,

@@ -40,6 +40,75 @@ def test_kernel_matches_reference(device, assert_close, tokens, experts, top_k, 
         assert_close(weights, expected_weights)
 
 
+RULES = [
+    RoutingRule("sqrtsoftplus"),
+    RoutingRule("sigmoid", epsilon=1e-6, scale=2.5, round_to="bfloat16"),
+    RoutingRule("softmax", epsilon=0.0, round_to="float16"),
+    RoutingRule("sigmoid", num_groups=4, top_groups=2),
+    RoutingRule("sigmoid", num_groups=12, top_groups=5, renormalize=False),  # of 5 experts, no powers of two
+    RoutingRule("softmax", num_groups=6, top_groups=1, group_score="max", scale=16.0),
+    RoutingRule("sqrtsoftplus", num_groups=60, top_groups=9, group_score="max"),  # of one expert
+    RoutingRule("sigmoid", num_groups=3, top_groups=3),  # all of them
+]
+
+
+@pytest.mark.parametrize("rule", RULES, ids=str)
+@pytest.mark.parametrize("biased", [False, True])
+def test_rules(device, assert_close, rule, biased):
+    """Kernel and reference against a computation in float64 that goes over the tokens one by one."""
+    logits = 3 * logits_of(5, 60, device)
+    bias = logits_of(1, 60, device, seed=3)[0] if biased else None
+    for backend in ("torch", "triton"):
+        weights, ids = topk_routing(logits, 4, rule, bias_E=bias, backend=backend)
+        for token in range(5):
+            x = logits[token].double().cpu()
+            scores = {"softmax": x.softmax(-1), "sigmoid": x.sigmoid(), "sqrtsoftplus": (1 + x.exp()).log().sqrt()}[
+                rule.score_function
+            ].tolist()
+            choice = [score + (0.0 if bias is None else float(bias[expert])) for expert, score in enumerate(scores)]
+            size = 60 // rule.num_groups
+
+            def score_of(group, choice=choice, size=size):
+                best = sorted(choice[group * size : (group + 1) * size], reverse=True)
+                return sum(best[:2]) if rule.group_score == "sum_of_best_two" else best[0]
+
+            kept = sorted(range(rule.num_groups), key=score_of, reverse=True)[: rule.top_groups]
+            allowed = [expert for expert in range(60) if expert // size in kept]
+            expected = sorted(allowed, key=lambda expert: choice[expert], reverse=True)[:4]
+            assert ids[token].tolist() == expected, backend
+            total = sum(scores[expert] for expert in expected) + rule.epsilon if rule.renormalize else 1.0
+            exact = torch.tensor([scores[expert] / total * rule.scale for expert in expected])
+            dtype = getattr(torch, rule.round_to)
+            assert torch.equal(weights[token], weights[token].to(dtype).float()), "not rounded"
+            rtol = 2e-6 if dtype == torch.float32 else 2**-8
+            torch.testing.assert_close(weights[token].cpu(), exact.to(dtype).float(), rtol=rtol, atol=0)
+
+
+@pytest.mark.parametrize("backend", ["torch", "triton"])
+def test_groups_by_hand(device, backend):
+    """Groups [0, 1], [2, 3], [4, 5]. The best expert, 0, has the worst neighbour: by two it loses, by one it wins."""
+    logits = torch.tensor([[3.0, -9.0, 1.0, 1.0, 2.0, 0.5]], device=device)
+    by_two = RoutingRule("sigmoid", num_groups=3, top_groups=1)
+    by_one = RoutingRule("sigmoid", num_groups=3, top_groups=1, group_score="max")
+    assert topk_routing(logits, 2, by_two, backend=backend)[1].tolist() == [[4, 5]]
+    assert topk_routing(logits, 2, by_one, backend=backend)[1].tolist() == [[0, 1]]
+    ties = torch.zeros(1, 6, device=device)
+    assert topk_routing(ties, 3, RoutingRule("sigmoid", num_groups=3, top_groups=2), backend=backend)[1].tolist() == [
+        [0, 1, 2]
+    ]
+    inf, nan = float("inf"), float("nan")  # what is in no kept group is never chosen, whatever the others are
+    special = torch.tensor([[0.0, 0.0, 5.0, -inf, -1.0, nan]], device=device)
+    assert topk_routing(special, 2, by_one, backend=backend)[1].tolist() == [[2, 3]]
+
+
+@pytest.mark.parametrize("backend", ["torch", "triton"])
+def test_square_root_of_softplus_is_exact_far_out(device, backend):
+    logits = torch.tensor([[-60.0, -20.0, 0.0, 15.0, 80.0]], device=device)
+    weights, ids = topk_routing(logits, 5, RoutingRule("sqrtsoftplus", renormalize=False), backend=backend)
+    exact = torch.nn.functional.softplus(logits.double()).sqrt().gather(-1, ids.long())
+    torch.testing.assert_close(weights.double(), exact, rtol=1e-6, atol=0)
+
+
 @pytest.mark.parametrize("experts", [16, 128, 257])
 def test_a_token_has_the_same_bits_among_any(device, experts):
     """Also where a program has several tokens."""
@@ -117,7 +186,7 @@ def test_vanishing_scores_are_not_nan(device, backend):
     assert (weights == 0).all()
 
 
-@pytest.mark.parametrize("score_function", ["softmax", "sigmoid"])
+@pytest.mark.parametrize("score_function", ["softmax", "sigmoid", "sqrtsoftplus"])
 @pytest.mark.parametrize("renormalize", [True, False])
 @pytest.mark.parametrize("backend", ["torch", "triton"])
 def test_gradient(device, assert_close, backend, renormalize, score_function):
@@ -127,7 +196,8 @@ def test_gradient(device, assert_close, backend, renormalize, score_function):
     weights.backward(upstream)
 
     exact = logits.detach().double().requires_grad_()
-    scores = exact.softmax(-1) if score_function == "softmax" else exact.sigmoid()
+    softplus = torch.nn.functional.softplus(exact)
+    scores = {"softmax": exact.softmax(-1), "sigmoid": exact.sigmoid(), "sqrtsoftplus": softplus.sqrt()}[score_function]
     chosen = scores.gather(-1, ids.long())
     if renormalize:
         chosen = chosen / chosen.sum(-1, keepdim=True)
@@ -139,8 +209,9 @@ def test_gradient(device, assert_close, backend, renormalize, score_function):
 def test_opcheck(device, backend):
     logits = logits_of(3, 6, device).requires_grad_()
     mask, bias = torch.tensor([True, False, True], device=device), torch.zeros(6, device=device)
-    for extra in ((None, None), (bias, mask)):
-        flat = _topk_routing.flatten(logits, 2, RoutingRule(), *extra, backend)
+    grouped = RoutingRule("sigmoid", num_groups=3, top_groups=2, epsilon=1e-6, round_to="bfloat16")
+    for rule, *extra in ((RoutingRule(), None, None), (grouped, bias, mask)):
+        flat = _topk_routing.flatten(logits, 2, rule, *extra, backend)
         torch.library.opcheck(_topk_routing.registered, flat)
 
 
@@ -157,6 +228,14 @@ def test_opcheck(device, backend):
         ("rule.scale=None", {"rule": RoutingRule(scale=None)}),
         ("rule.scale=nan", {"rule": RoutingRule(scale=float("nan"))}),
         ("rule.scale=-inf", {"rule": RoutingRule(scale=-float("inf"))}),
+        ("rule.epsilon=-1", {"rule": RoutingRule(epsilon=-1)}),
+        ("rule.round_to='int8'", {"rule": RoutingRule(round_to="int8")}),
+        ("rule.group_score='mean'", {"rule": RoutingRule(group_score="mean")}),
+        ("rule.num_groups=0", {"rule": RoutingRule(num_groups=0)}),
+        ("rule.num_groups=3.*divide the 4", {"rule": RoutingRule(num_groups=3)}),
+        ("rule.num_groups=4.*needs two experts", {"rule": RoutingRule(num_groups=4)}),
+        ("rule.top_groups=3.*at most num_groups=2", {"rule": RoutingRule(num_groups=2, top_groups=3)}),
+        ("top_k=3.*at most 2", {"rule": RoutingRule(num_groups=2), "top_k": 3}),
         ("bias_E", {"bias_E": torch.zeros(3)}),
         ("token_mask_T", {"token_mask_T": torch.ones(3)}),
     ],

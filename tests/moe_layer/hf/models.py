@@ -51,7 +51,12 @@ FAMILIES: dict[str, dict[str, Any]] = {
     **{name: {} for name in PLAIN},
     "deepseek_v3:groups": GROUPS,
     "deepseek_v2": {"topk_method": "greedy", "n_routed_experts": 8, "num_experts_per_tok": 2},
-    "deepseek_v2:groups": {"topk_method": "group_limited_greedy", "num_experts_per_tok": 2, **GROUPS},
+    "deepseek_v2:groups": {
+        "topk_method": "group_limited_greedy",
+        "num_experts_per_tok": 3,
+        **GROUPS,
+        "num_experts": 16,
+    },
     "axk1": GROUPS,
     "beam": SPARSE,
     "flint": {"mlp_only_layers": []},
@@ -88,6 +93,14 @@ REFUSED: dict[str, str] = {
     "longcat_flash": "not on transformers' experts interface",
     "minimax_m3_vl_text": "limit=7",
     "nemotron_h": "relu2",
+}
+
+# Swapped families whose routers do not choose in our kernel, and a part of the reason.
+NOT_FUSED: dict[str, str] = {
+    "inkling_text": "no module of its block returns",
+    "kolibri1": "of no rule that the kernel has",
+    "phimoe": "of no rule that the kernel has",
+    "zaya": "no module with just one matrix",
 }
 
 

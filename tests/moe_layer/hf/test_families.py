@@ -8,7 +8,7 @@ import torch
 pytest.importorskip("transformers")
 
 from moe_layer.hf import swap_experts
-from tests.moe_layer.hf.models import FAMILIES, NO_CACHE, REFUSED, make_model, make_tokens
+from tests.moe_layer.hf.models import FAMILIES, NO_CACHE, NOT_FUSED, REFUSED, make_model, make_tokens
 
 # Of the largest logit, in float32: only the order of sums differs.
 TOLERANCE = 1e-5
@@ -45,6 +45,10 @@ def test_all_stays_as_it_was(family, tmp_path, device):
         report = swap_experts(model)
         after = model(tokens, **options)
         assert report.swapped and not report.left
+        if family in NOT_FUSED:
+            assert not report.fused and all(NOT_FUSED[family] in reason for reason in report.not_fused.values())
+        else:
+            assert report.fused.keys() == report.swapped.keys() and not report.not_fused
         assert relative(after.logits, before.logits) <= TOLERANCE
         router_logits = getattr(before, "router_logits", None) or ()
         assert len(getattr(after, "router_logits", None) or ()) == len(router_logits)

@@ -36,7 +36,9 @@ def assert_near(found: torch.Tensor, expected: torch.Tensor) -> None:
 def test_the_report(device, capsys):
     report = swap_experts(make_model("mixtral", device=device))
     assert list(report.swapped) == ["model.layers.0.mlp.experts", "model.layers.1.mlp.experts"] and not report.left
-    assert str(report) == "swapped 2 of 2 blocks of experts\n  2 of 8 experts, silu gated, 32 × 24, float32"
+    assert str(report) == (
+        "swapped 2 of 2 blocks of experts\n  2 of 8 experts, silu gated, 32 × 24, float32\n  routing fused in 2 of them"
+    )
     assert capsys.readouterr().out == f"{report}\n"
 
 
@@ -138,6 +140,7 @@ def test_other_refusals(device):
         "pool": {"pool": "mine"},
         "num_shadow_slots": {"num_shadow_slots": -1},
         "num_redundant_experts": {"num_redundant_experts": 1},  # on one rank
+        "fuse_routing": {"fuse_routing": "yes"},
         "backend": {"backend": "cublas"},
         "num_shadow_slots does not go with trainable": {"trainable": True, "num_shadow_slots": 1},
     }
