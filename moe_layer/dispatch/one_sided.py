@@ -41,9 +41,9 @@ class OneSidedDispatcher:
     A token's hidden state travels once to each rank that has one of its experts. The down projection writes its rows straight
     to the rank of their token, where they are summed over K in fixed order: the same bits as on one rank.
 
-    All layers of a model share one, and run one after the other, on every rank in the same order. What it holds is sized by
-    `max_tokens`; see `PeerLayout`. Forwards that need a gradient go another way, if there is one: their batches are large, and
-    their backward repeats them.
+    All layers of a model share one, and run one after the other, on every rank in the same order: on any streams, but graphs
+    are replayed on one. What it holds is sized by `max_tokens`; see `PeerLayout`. Forwards that need a gradient go another way,
+    if there is one: their batches are large, and their backward repeats them.
 
     A rank that waits in vain for a peer goes on after `timeout`, with outputs that mean nothing; from then on no forward waits.
     The next eager forward and `raise_if_failed()` raise it. A dispatcher that failed stays so: make a new one.
@@ -80,6 +80,7 @@ class OneSidedDispatcher:
         self._timeout = timeout
         self._by_rank = sums == "by_rank"
         self._with_gradients = with_gradients
+        self._stream: torch.cuda.Stream | None = None
         self.area = PeerArea(memory.addresses_W, memory.own, memory.rank, layout, timeout)
 
     @classmethod
@@ -147,7 +148,18 @@ class OneSidedDispatcher:
         if needs_grad and self._with_gradients is not None:
             return self._with_gradients.gather_counts(counts_E, needs_grad)
         self.raise_if_failed()
+        self._follow_stream()
         return gather_counts(counts_E, self.area)
+
+    def _follow_stream(self) -> None:
+        """Put the current stream behind the one of the forward before: they use the same buffers. (A capture cannot.)"""
+        device = self.area.own.device
+        if device.type != "cuda" or torch.cuda.is_current_stream_capturing():
+            return
+        stream = torch.cuda.current_stream(device)
+        if self._stream is not None and stream != self._stream:
+            stream.wait_stream(self._stream)
+        self._stream = stream
 
     def dispatch(
         self,
@@ -164,6 +176,7 @@ class OneSidedDispatcher:
                 _refuse_gradients()
             return self._with_gradients.dispatch(x_TH, weights_TK, lanes_TK, counts_L, backend)
         self.raise_if_failed()
+        self._follow_stream()
         layout, area = self._layout, self.area
         bound = layout.max_tokens if max_tokens is None else max_tokens
         num_lanes = counts_L.numel() // layout.num_ranks

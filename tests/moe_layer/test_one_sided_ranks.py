@@ -56,6 +56,16 @@ def check_outputs(rank, group, device, is_short=False):
         assert torch.equal(ours(x), theirs(x))
     if is_short:
         return
+    if device.type == "cuda":  # one forward after the other, whatever stream it is on
+        x = tokens(rank, 1, device)[:MOST]
+        wanted, streams = theirs(x), [torch.cuda.Stream() for _ in range(2)]
+        torch.cuda.synchronize()
+        results = []
+        for turn in range(10):
+            with torch.cuda.stream(streams[turn % 2]):
+                results.append(ours(x))
+        torch.cuda.synchronize()
+        assert all(torch.equal(y, wanted) for y in results)
     assert make_layer(group, device, dispatcher="symm_mem", max_tokens=MOST, **options).executor.dispatcher is (
         make_layer(group, device, dispatcher="symm_mem", max_tokens=MOST, **options).executor.dispatcher
     ), "layers share one"
