@@ -4,6 +4,7 @@ The way of a forward: check and route (`layer`, `router`) → choose replicas (`
 schedule → GEMMs (`moe_kernels`) → combine (`dispatch`). On one rank all of it is one op.
 """
 
+from moe_layer.batch_shares import BatchShares
 from moe_layer.ddp import ignore_in_ddp
 from moe_layer.dispatch import AllToAllDispatcher, Dispatched, Dispatcher
 from moe_layer.expert_format import Activation, ExpertFormat, ExpertTensor
@@ -15,6 +16,7 @@ __all__ = [
     "ROUTER_RULES",
     "Activation",
     "AllToAllDispatcher",
+    "BatchShares",
     "Dispatched",
     "Dispatcher",
     "ExpertFormat",

@@ -37,6 +37,19 @@ def all_to_all_rows(
     return received.to(rows.device).view(rows.dtype).view(-1, *rows.shape[1:])
 
 
+def all_gather_rows(rows: torch.Tensor, group: dist.ProcessGroup) -> torch.Tensor:
+    """Every rank's `rows`, in the order of the ranks; as many on each rank, at least one. No host sync over NCCL."""
+    num_ranks = dist.get_world_size(group)
+    if backend_of(group, rows.device) == "gloo":
+        # gloo's all-gather goes round in W - 1 steps, and on one host what counts is how often a process is waited for: at 4
+        # ranks 3.7 ms, and an all-to-all of W copies 2.7 ms (64 rows of 304 bytes, 2 cores).
+        splits = [rows.shape[0]] * num_ranks
+        return all_to_all_rows(torch.cat([rows] * num_ranks), splits, splits, group)
+    gathered = rows.new_empty(num_ranks * rows.shape[0], *rows.shape[1:])
+    dist.all_gather_into_tensor(gathered, rows.contiguous(), group=group)
+    return gathered
+
+
 def broadcast_(tensor: torch.Tensor, source: int, group: dist.ProcessGroup) -> None:
     """Overwrite `tensor` on all ranks with rank `source`'s (a rank within the group)."""
     if backend_of(group, tensor.device) == "gloo" and tensor.device.type != "cpu":

@@ -34,6 +34,7 @@ from moe_layer.arguments import (
     resolve_device,
     resolve_dtype,
 )
+from moe_layer.batch_shares import BatchShares, resolve_shares
 from moe_layer.collectives import broadcast_
 from moe_layer.ddp import check_ddp
 from moe_layer.dispatch import Dispatcher, make_dispatcher
@@ -78,6 +79,8 @@ class MoELayer(nn.Module):
         pool: slots shared with other layers, from `make_pool()`; the layer's own if None.
         process_group: the ranks that share the experts; None: all experts are on this rank.
         dispatcher: "auto", "local" (needs one rank), "all_to_all", or an object with `Dispatcher`'s methods.
+        shares: what splits an expert's tokens over its replicas: "window", the shares planned from the last window; "batch",
+            the counts of this batch on all ranks; or a `BatchShares`, which says what an expert costs.
         max_tokens: most tokens of any rank in one forward, equal on all ranks: buffers of a static size are made for so
             many. A forward may set another bound. None: any number.
         backend: of the kernels: "auto" (Triton on CUDA, PyTorch references on a CPU), "triton", "torch".
@@ -105,6 +108,7 @@ class MoELayer(nn.Module):
         pool: SlotPool | None = None,
         process_group: dist.ProcessGroup | None = None,
         dispatcher: str | Dispatcher = "auto",
+        shares: str | BatchShares = "window",
         max_tokens: int | None = None,
         backend: str = "auto",
         device: torch.device | str | None = None,
@@ -129,6 +133,7 @@ class MoELayer(nn.Module):
         resolve_backend(backend, home_of(device))
         num_lanes = num_physical if trainable else num_physical + num_shadow_slots
         sender = make_dispatcher(dispatcher, process_group, num_ranks, num_lanes)
+        batch_shares = resolve_shares(shares, num_ranks, num_experts, trainable, sender)
         self.hidden_size = hidden_size
         self.intermediate_size = intermediate_size
         self.top_k = top_k
@@ -137,7 +142,7 @@ class MoELayer(nn.Module):
         self.process_group = process_group
         self.executor: Executor = LocalExecutor()
         if sender is not None:
-            self.executor = ExpertParallelExecutor(sender)
+            self.executor = ExpertParallelExecutor(sender, batch_shares)
         sizes = (hidden_size, num_experts, top_k)
         options: dict[str, Any] = {"device": device, "layer_dtype": dtype, "dtype": router_dtype}
         gate = None if router is None else Router(*sizes, router, backend, trainable=trainable, **options)

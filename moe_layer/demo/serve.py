@@ -13,6 +13,7 @@ from torch import nn
 from eplb import EplbConfig, EplbController, step_eplb_after
 from moe_layer.demo.text import batches, token_stream
 from moe_layer.dispatch import AllToAllDispatcher, Dispatched
+from moe_layer.dispatch.base import Incoming
 from moe_layer.layer import MoELayer
 
 
@@ -73,8 +74,9 @@ class CountingDispatcher(AllToAllDispatcher):
         counts_L: torch.Tensor,
         backend: str,
         max_tokens: int | None = None,
+        incoming: Incoming | None = None,
     ) -> Dispatched:
-        dispatched = super().dispatch(x_TH, weights_TK, lanes_TK, counts_L, backend, max_tokens)
+        dispatched = super().dispatch(x_TH, weights_TK, lanes_TK, counts_L, backend, max_tokens, incoming)
         self.rows.append(dispatched.rows_RH.shape[0])
         return dispatched
 
