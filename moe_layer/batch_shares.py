@@ -8,8 +8,9 @@ from dataclasses import dataclass
 import torch
 import torch.nn.functional as F
 
-from eplb.planning.placement import Placement
+from eplb.planning.shares import cumulative_shares
 from eplb.relocation.resident import ResidentExperts
+from eplb.relocation.versions import Version
 from moe_kernels import ReplicaTable, count_experts, select_by_quota, solve_shares
 from moe_kernels.solve_shares import MOST_COST, MOST_EXPERTS, MOST_RANKS
 from moe_layer.arguments import check_choice, check_integer
@@ -65,7 +66,7 @@ class BatchShares:
         with resident.choice() as now:
             # Another thread may have flipped meanwhile. The others have been told of the pinned version.
             is_same = now.version.number == pin.version.number
-            table = experts.table if is_same else table_of(pin.version.placement, experts.table)
+            table = experts.table if is_same else table_of(pin.version, experts.table)
             quotas_P, before_E = solve_shares(
                 counts_WE,
                 table,
@@ -116,13 +117,12 @@ def resolve_shares(
     return shares
 
 
-def table_of(placement: Placement, like: ReplicaTable) -> ReplicaTable:
-    """The table of a version that is no longer current, for quotas: without its shares."""
-    offsets_E1, lanes_P = placement.logical_to_lanes()
-    device = like.lanes_P.device
-    lanes = torch.as_tensor(lanes_P, dtype=torch.int32).to(device)
-    offsets = torch.as_tensor(offsets_E1, dtype=torch.int32).to(device)
-    return ReplicaTable(lanes, like.lane_to_slot_L, offsets, torch.zeros_like(lanes))
+def table_of(version: Version, like: ReplicaTable) -> ReplicaTable:
+    """The table of a version that is no longer current."""
+    offsets_E1, lanes_P = version.placement.logical_to_lanes()
+    parts = (lanes_P, offsets_E1, cumulative_shares(version.placement, version.shares_WS))
+    lanes, offsets, cumulative = (torch.as_tensor(part, dtype=torch.int32).to(like.lanes_P.device) for part in parts)
+    return ReplicaTable(lanes, like.lane_to_slot_L, offsets, cumulative)
 
 
 def rows_by_lane(counts_WE: torch.Tensor, table: ReplicaTable, quotas_P: torch.Tensor, num_lanes: int) -> torch.Tensor:
