@@ -79,7 +79,7 @@ def _level_pair(loads: list[int], quotas: list[int], ranks: list[int], a: int, b
     rest_a = loads[ranks[a]] - _cost(quotas[a], expert_cost)
     rest_b = loads[ranks[b]] - _cost(quotas[b], expert_cost)
     quotas[a] = min(max((both + rest_b - rest_a + 1) // 2, 0), both)
-    if expert_cost and min(rest_a, rest_b) + both <= (both + rest_a + rest_b + 1) // 2 + expert_cost // 4:
+    if expert_cost and min(rest_a, rest_b) + both <= (both + rest_a + rest_b + 1) // 2 + expert_cost // 8:
         quotas[a] = both if rest_a <= rest_b else 0
     quotas[b] = both - quotas[a]
     loads[ranks[a]] = rest_a + _cost(quotas[a], expert_cost)
@@ -114,8 +114,9 @@ def solve_shares(
     counts and table get the same bits: it is all integers, in a fixed order.
 
     Each expert begins with the table's shares. Then each pair of its replicas levels its two ranks, expert by expert: up to
-    `ROUNDS` times, until nothing moves or no division could be better. A pair is split only if that saves a
-    quarter of `expert_cost`, because the second rank then pays it too.
+    `ROUNDS` times, until nothing moves or no division could be better. A pair is split only if that saves more than an
+    eighth of `expert_cost`, because the second rank then pays it too (simulated; without the eighth, other batches of long
+    decode steps lose half of the gain, and with a half of it those of 32 ranks lose most of theirs).
 
     Args:
         counts_WE: [W, E] int32, contiguous: the tokens that each rank has for each expert. At most 64 ranks, 1024

@@ -158,7 +158,7 @@ def _level_pair(load, quota, ordinal, a, b, EXPERT_COST: tl.constexpr):
     new = tl.minimum(tl.maximum(new, 0), both)
     if EXPERT_COST:
         least = tl.min(tl.where(is_pair, rest, 0x7FFFFFFF), axis=0)
-        is_whole = least + both <= ((both + sum_rest + 1) >> 1) + EXPERT_COST // 4
+        is_whole = least + both <= ((both + sum_rest + 1) >> 1) + EXPERT_COST // 8
         is_taker = (rest == least) & (is_a | (sum_rest != 2 * least))
         new = tl.where(is_whole, tl.where(is_taker, both, 0), new)
     after = rest + new

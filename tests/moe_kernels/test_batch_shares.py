@@ -126,7 +126,8 @@ def test_solve_example(device, backend):
     [
         (0, [5, 10]),  # half each
         (9, [5, 10]),  # 10 + 9 on one rank, or 5 + 9 on both
-        (20, [10, 10]),  # 5 less of 25 is no more than a quarter of 20: one rank reads the expert
+        (39, [5, 10]),  # 5 less is more than an eighth, 4
+        (40, [10, 10]),  # 5 less is no more than an eighth: one rank reads the expert
     ],
 )
 def test_a_split_must_pay(device, backend, cost, ends):
