@@ -192,9 +192,12 @@ class VirtualRanks:
         else:
             self.all(lambda rank: gather_counts(counts[rank], areas[rank], waits=False))
             told = self.all(lambda rank: gather_counts(counts[rank], areas[rank], says=False))
-        return self.all(  # type: ignore[return-value]
-            lambda rank: shares.choose(self.experts[rank], ids[rank], told[rank])  # type: ignore[arg-type]
-        )
+
+        def choose(rank: int) -> tuple[torch.Tensor, ...]:
+            experts = self.experts[rank]
+            return shares.lanes(experts, experts.table, ids[rank], told[rank])[:2]  # type: ignore[arg-type]
+
+        return self.all(choose)  # type: ignore[return-value]
 
     def finish(
         self, rows: Sequence[torch.Tensor | None], sent: Sequence[Dispatched], lanes: Sequence[torch.Tensor]

@@ -21,6 +21,7 @@ from moe_kernels import (
 from moe_kernels.expert_down import expert_down_home
 from moe_layer.batch_shares import BatchShares
 from moe_layer.dispatch import Dispatched, Dispatcher
+from moe_layer.dispatch.base import Incoming
 from moe_layer.dispatch.lanes import count_lanes
 from moe_layer.experts import Experts
 from moe_layer.recomputed import Recomputed
@@ -124,10 +125,8 @@ class ExpertParallelExecutor:
     """Experts are spread over ranks: choose replica → dispatch → compute rows → combine."""
 
     def __init__(self, dispatcher: Dispatcher, batch_shares: BatchShares | None = None) -> None:
-        if batch_shares is not None and not callable(getattr(dispatcher, "gather_counts", None)):
-            raise ValueError(f"shares='batch' needs a dispatcher with gather_counts(), which {dispatcher!r} lacks")
         self.dispatcher: Dispatcher | None = dispatcher
-        self._batch_shares = batch_shares
+        self.batch_shares = batch_shares
 
     def from_logits(
         self,
@@ -156,21 +155,19 @@ class ExpertParallelExecutor:
         Args:
             max_tokens: no rank has more tokens; equal on all ranks. None: the dispatcher's own bound.
         """
-        resident, shares = experts.resident, self._batch_shares
-        if shares is None:
-            with resident.choice() as pin:
-                lanes_TK, counts_L = choose_replicas(experts, ids_TK)
-        else:
+        incoming = None
+        if self.batch_shares is not None:
             assert self.dispatcher is not None
-            needs = torch.is_grad_enabled() and (x_TH.requires_grad or weights_TK.requires_grad)
-            counts_WE = shares.counts(experts, ids_TK, self.dispatcher, needs)  # waits for ranks, which no flip must
-            with resident.choice() as pin:
-                lanes_TK, counts_L = shares.choose(experts, ids_TK, counts_WE)
+            gradients = torch.is_grad_enabled() and (x_TH.requires_grad or weights_TK.requires_grad)
+            pin, lanes_TK, counts_L, incoming = self.batch_shares.choose(experts, self.dispatcher, ids_TK, gradients)
+        else:
+            with experts.resident.choice() as pin:
+                lanes_TK, counts_L = choose_replicas(experts, ids_TK)
 
         def compute(
             x_TH: torch.Tensor, weights_TK: torch.Tensor, lanes_TK: torch.Tensor, counts_L: torch.Tensor
         ) -> torch.Tensor:
-            return self._computed(experts, x_TH, weights_TK, lanes_TK, counts_L, max_tokens)
+            return self._computed(experts, x_TH, weights_TK, lanes_TK, counts_L, max_tokens, incoming)
 
         if needs_grad(experts, x_TH, weights_TK) and not experts.trainable:
             return Recomputed.apply(compute, pin, lanes_TK, counts_L, x_TH, weights_TK)
@@ -189,13 +186,15 @@ class ExpertParallelExecutor:
         lanes_TK: torch.Tensor,
         counts_L: torch.Tensor,
         max_tokens: int | None,
+        incoming: Incoming | None,
     ) -> torch.Tensor:
         """In one turn, or in as many as the dispatcher's bound asks for: that depends on nothing of this rank alone."""
         assert self.dispatcher is not None
         most = self.dispatcher.max_tokens
         if most is None or max_tokens is None or max_tokens <= most:
             bound = None if most is None else max_tokens or most
-            return self._one_turn(experts, x_TH, weights_TK, lanes_TK, counts_L, bound)
+            return self._one_turn(experts, x_TH, weights_TK, lanes_TK, counts_L, bound, incoming)
+        assert incoming is None, "known of the whole batch, not of a turn"
         parts = []
         for first in range(0, max_tokens, most):
             turn = slice(first, first + most)
@@ -213,9 +212,11 @@ class ExpertParallelExecutor:
         lanes_TK: torch.Tensor,
         counts_L: torch.Tensor,
         max_tokens: int | None,
+        incoming: Incoming | None = None,
     ) -> torch.Tensor:
         assert self.dispatcher is not None
-        sent = self.dispatcher.dispatch(x_TH, weights_TK, lanes_TK, counts_L, experts.backend, max_tokens)
+        known = {} if incoming is None else {"incoming": incoming}  # only where the dispatcher has asked for it
+        sent = self.dispatcher.dispatch(x_TH, weights_TK, lanes_TK, counts_L, experts.backend, max_tokens, **known)
         rows_NH = compute_rows(experts, sent, lanes_TK.shape[1])
         return self.dispatcher.combine(rows_NH, sent, lanes_TK, experts.backend)
 

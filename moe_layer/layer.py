@@ -133,7 +133,6 @@ class MoELayer(Relocatable, nn.Module):
         router_dtype = None if router_dtype is None else resolve_dtype(router_dtype, "router_dtype")
         format = gated_format(hidden_size, intermediate_size, dtype, activation)
         kernels = resolve_backend(backend, home_of(device))
-        batch_shares = resolve_shares(shares, num_ranks, num_experts)
         num_lanes = num_physical if trainable else num_physical + num_shadow_slots
         sender = make_dispatcher(
             dispatcher,
@@ -149,6 +148,7 @@ class MoELayer(Relocatable, nn.Module):
             device=device,
             trainable=trainable,
         )
+        batch_shares = resolve_shares(shares, num_ranks, num_experts, trainable, sender)
         self.hidden_size = hidden_size
         self.intermediate_size = intermediate_size
         self.top_k = top_k

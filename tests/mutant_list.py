@@ -636,6 +636,30 @@ LAYER = (
     ),
 )
 
+BATCH_SHARES = (
+    # After a flip on another thread, lanes are chosen by a table that the other ranks have not been told of.
+    Mutant(
+        "moe_layer/batch_shares.py",
+        "is_same = now.version.number == pin.version.number",
+        "is_same = True",
+        (f"{L}batch_shares.py",),
+    ),
+    # What comes is derived though ranks have different tables.
+    Mutant(
+        "moe_layer/dispatch/all_to_all.py",
+        "if versions is None or len(set(versions)) > 1:",
+        "if versions is None:",
+        (f"{L}batch_shares.py",),
+    ),
+    # The choice keeps its second pin, so that the version never ends.
+    Mutant(
+        "moe_layer/batch_shares.py",
+        "now.release()",
+        "self.__dict__.setdefault('kept', []).append(now)",
+        (f"{L}batch_shares.py",),
+    ),
+)
+
 KERNELS = (
     # A compiled kernel is used for addresses that it was not compiled for.
     Mutant(
@@ -677,8 +701,8 @@ KERNELS = (
     # Warm-up counts.
     Mutant(
         "kernels/moe_kernels/replicas.py",
-        "load_E.add_(counts_E1[:num_experts] * load.increment_1)",
-        "load_E.add_(counts_E1[:num_experts])",
+        "load.load_E.add_(counts_E1[:-1] * load.increment_1)",
+        "load.load_E.add_(counts_E1[:-1])",
         (f"{K}replicas.py",),
     ),
     # Rows that were skipped get a gradient.
@@ -701,6 +725,34 @@ KERNELS = (
         "table.check_local(load.load_E.shape[0], x_TH.device)",
         "table.check(load.load_E.shape[0], x_TH.device)",
         (f"{K}local_forward.py",),
+    ),
+    # Shares by batch: a rank splits an expert though that saves nothing.
+    Mutant(
+        "kernels/moe_kernels/solve_shares_triton.py",
+        "is_whole = least + both <= ((both + sum_rest + 1) >> 1) + EXPERT_COST // 8",
+        "is_whole = least + both <= ((both + sum_rest + 1) >> 1)",
+        (f"{K}batch_shares.py",),
+    ),
+    # One round is all.
+    Mutant(
+        "kernels/moe_kernels/solve_shares_triton.py",
+        "goes_on = (round < _ROUNDS) & (tl.max(moved, axis=0) > 0) & (tl.max(load, axis=0) > bound)",
+        "goes_on = round < 1",
+        (f"{K}batch_shares.py",),
+    ),
+    # A rank counts its own tokens among those before it.
+    Mutant(
+        "kernels/moe_kernels/solve_shares_triton.py",
+        "before += tl.sum(tl.where(peer < rank, counts, 0), axis=0)",
+        "before += tl.sum(tl.where(peer <= rank, counts, 0), axis=0)",
+        (f"{K}batch_shares.py",),
+    ),
+    # Of many elements, those of the ranks before are forgotten.
+    Mutant(
+        "kernels/moe_kernels/replicas_triton.py",
+        "below = end - start if BY_QUOTA else ranks_below(end - start, count)",
+        "below = end if BY_QUOTA else ranks_below(end - start, count)",
+        (f"{K}batch_shares.py",),
     ),
     # A schedule for other tiles is accepted.
     Mutant(
@@ -756,4 +808,4 @@ ONE_SIDED = (
     ),
 )
 
-MUTANTS = (*RELOCATION, *LOAD, *ROUNDS, *WORKER, *CONTROLLER, *PLANNING, *LAYER, *KERNELS, *ONE_SIDED)
+MUTANTS = (*RELOCATION, *LOAD, *ROUNDS, *WORKER, *CONTROLLER, *PLANNING, *LAYER, *BATCH_SHARES, *KERNELS, *ONE_SIDED)

@@ -47,10 +47,7 @@ def ranks_between(begin, end, start, count):
 @triton.jit
 def start_of(starts, expert, is_expert, load, BY_QUOTA: tl.constexpr):
     """Where this rank's elements of an expert begin. `starts`: `rank_start`, or by quota the address of before_E."""
-    if BY_QUOTA:  # noqa: SIM108 (only one of them compiles)
-        start = tl.load(starts + expert, mask=is_expert, other=0)
-    else:
-        start = circle_start(starts, load).to(tl.int32)
+    start = tl.load(starts + expert, mask=is_expert, other=0) if BY_QUOTA else circle_start(starts, load).to(tl.int32)
     return start
 
 

@@ -11,6 +11,7 @@ import torch
 
 from moe_kernels.backend import resolve_backend
 from moe_kernels.checks import check_tensor
+from moe_kernels.circle import SHARE_BITS, SHARE_ONE
 from moe_kernels.registered import registered_op
 from moe_kernels.solve_shares_triton import ROUNDS, solve_shares_triton
 from moe_kernels.table import ReplicaTable
@@ -31,10 +32,14 @@ def solve_shares_torch(
     ranks_of = [
         sorted({lane // lanes_per_rank for lane in lanes[first:last]}) for first, last in itertools.pairwise(offsets)
     ]
-    quotas = [
-        [total // len(ranks) + (ordinal < total % len(ranks)) for ordinal in range(len(ranks))]
-        for ranks, total in zip(ranks_of, totals, strict=True)
-    ]
+    cumulative = [SHARE_ONE] * num_experts if table.cumulative_P is None else table.cumulative_P.tolist()
+    quotas = [[0] * len(ranks) for ranks in ranks_of]
+    for expert, (ranks, total) in enumerate(zip(ranks_of, totals, strict=True)):
+        begin = 0
+        for entry in range(offsets[expert], offsets[expert + 1]):
+            end = (total * cumulative[entry]) >> SHARE_BITS
+            quotas[expert][ranks.index(lanes[entry] // lanes_per_rank)] += end - begin
+            begin = end
     loads = [0] * num_ranks
     for ranks, mine in zip(ranks_of, quotas, strict=True):
         for owner, quota in zip(ranks, mine, strict=True):
@@ -74,7 +79,7 @@ def _level_pair(loads: list[int], quotas: list[int], ranks: list[int], a: int, b
     rest_a = loads[ranks[a]] - _cost(quotas[a], expert_cost)
     rest_b = loads[ranks[b]] - _cost(quotas[b], expert_cost)
     quotas[a] = min(max((both + rest_b - rest_a + 1) // 2, 0), both)
-    if expert_cost and min(rest_a, rest_b) + both <= (both + rest_a + rest_b + 1) // 2 + expert_cost // 4:
+    if expert_cost and min(rest_a, rest_b) + both <= (both + rest_a + rest_b + 1) // 2 + expert_cost // 8:
         quotas[a] = both if rest_a <= rest_b else 0
     quotas[b] = both - quotas[a]
     loads[ranks[a]] = rest_a + _cost(quotas[a], expert_cost)
@@ -108,14 +113,15 @@ def solve_shares(
     The load of a rank is its tokens, and `expert_cost` for each expert of which it has any. All ranks that have the same
     counts and table get the same bits: it is all integers, in a fixed order.
 
-    Each expert begins with equal parts. Then each pair of an expert's replicas levels its two ranks, expert by expert: up to
-    `ROUNDS` times, until nothing moves or no division could be better. A pair is split only if that saves a
-    quarter of `expert_cost`, because the second rank then pays it too.
+    Each expert begins with the table's shares. Then each pair of its replicas levels its two ranks, expert by expert: up to
+    `ROUNDS` times, until nothing moves or no division could be better. A pair is split only if that saves more than an
+    eighth of `expert_cost`, because the second rank then pays it too (simulated; without the eighth, other batches of long
+    decode steps lose half of the gain, and with a half of it those of 32 ranks lose most of theirs).
 
     Args:
         counts_WE: [W, E] int32, contiguous: the tokens that each rank has for each expert. At most 64 ranks, 1024
             experts, and 2**29 in all; more is undefined behaviour.
-        table: the replicas of each expert; their shares are not used. Rank r has the lanes from r · lanes_per_rank.
+        table: the replicas of each expert; their shares are where it begins. Rank r has the lanes from r · lanes_per_rank.
         lanes_per_rank: S.
         rank: in [0, W), for `before_E`.
         expert_cost: in tokens, in [0, 2**20]. 0 where computing takes the time (many tokens for each expert); where reading

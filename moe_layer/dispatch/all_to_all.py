@@ -12,7 +12,7 @@ import torch.nn.functional as F
 
 from moe_kernels import TileSchedule, build_schedule, combine
 from moe_layer.collectives import all_gather_rows, all_to_all_rows, backend_of
-from moe_layer.dispatch.base import Dispatched
+from moe_layer.dispatch.base import Dispatched, Incoming
 from moe_layer.dispatch.gradients import check_gradients
 from moe_layer.dispatch.packed import pack_rows, unpack_rows
 
@@ -31,7 +31,8 @@ class AllToAllDispatcher:
     """One row per (token, expert) through `all_to_all_single` with true splits, which takes a host sync: eager only.
 
     Three collectives a forward: counts; rows with their weights; results. The first also finds ranks that differ in
-    whether a backward comes: ValueError on all of them.
+    whether a backward comes: ValueError on all of them. With `BatchShares` it comes before the choice of replicas, and what
+    arrives is derived from it; only where ranks have different versions of the table, for a moment, counts travel again.
 
     It pads nothing, so it takes any number of tokens in one turn, whatever `max_tokens` is.
 
@@ -41,6 +42,7 @@ class AllToAllDispatcher:
     """
 
     max_tokens: int | None = None
+    takes_incoming = True
 
     def __init__(self, group: dist.ProcessGroup, num_lanes: int) -> None:
         self._group = group
@@ -51,7 +53,7 @@ class AllToAllDispatcher:
         return backend_of(self._group, device)
 
     def gather_counts(self, counts_E: torch.Tensor, needs_grad: bool) -> torch.Tensor:
-        """One collective more."""
+        """See `Dispatcher`."""
         return all_gather_rows(counts_E[None], self._group)
 
     def dispatch(
@@ -62,17 +64,28 @@ class AllToAllDispatcher:
         counts_L: torch.Tensor,
         backend: str,
         max_tokens: int | None = None,
+        incoming: Incoming | None = None,
     ) -> Dispatched:
+        """See `Dispatcher`. `incoming`: what this rank knows; the same ranks give it that give it elsewhere."""
         del max_tokens
         num_tokens, top_k = lanes_TK.shape
         num_ranks, num_lanes = self._num_ranks, self._num_lanes
-        # To each rank: how many rows its lanes get, how many tokens there are, and in the last bit whether a backward comes.
-        needs_grad = x_TH.requires_grad or weights_TK.requires_grad
-        said = F.pad(counts_L.view(num_ranks, num_lanes), (0, 1), value=2 * num_tokens + needs_grad)
-        heard = all_to_all_rows(said, [1] * num_ranks, [1] * num_ranks, self._group)
-        counts_WS = heard[:, :num_lanes]
-        sums = [said[:, :num_lanes].sum(dim=1), counts_WS.sum(dim=1), heard[:, num_lanes]]
-        send_splits, receive_splits, last = torch.stack(sums).tolist()
+        send_W = counts_L.view(num_ranks, num_lanes).sum(dim=1)
+        versions = None
+        if incoming is not None:
+            counts_WS = incoming.counts_WS
+            facts = [send_W, counts_WS.sum(dim=1), *incoming.facts_W2.T]
+            send_splits, receive_splits, last, versions = torch.stack(facts).tolist()
+        if versions is None or len(set(versions)) > 1:
+            # To each rank: how many rows its lanes get, how many tokens there are, and in the last bit whether a backward
+            # comes.
+            needs_grad = x_TH.requires_grad or weights_TK.requires_grad
+            said = F.pad(counts_L.view(num_ranks, num_lanes), (0, 1), value=2 * num_tokens + needs_grad)
+            heard = all_to_all_rows(said, [1] * num_ranks, [1] * num_ranks, self._group)
+            counts_WS = heard[:, :num_lanes]
+            send_splits, receive_splits, last = torch.stack(
+                [send_W, counts_WS.sum(dim=1), heard[:, num_lanes]]
+            ).tolist()
         check_gradients([bool(one & 1) for one in last])
         # By lane, so that the counts tell the receiver the lane of each row. Rows without a lane sort last and stay here.
         lanes = lanes_TK.reshape(-1)

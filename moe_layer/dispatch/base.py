@@ -38,8 +38,24 @@ class Dispatched:
     route: Any = None
 
 
+@dataclass(frozen=True)
+class Incoming:
+    """What a rank knows of a batch before it is dispatched, where replicas are chosen by the counts of all ranks.
+
+    Attributes:
+        counts_WS: int32, the rows that each rank sends to each of the own lanes, if all ranks have the same version.
+        facts_W2: int32, what each rank has said: 2 · tokens + whether a backward comes; the number of its version.
+    """
+
+    counts_WS: torch.Tensor
+    facts_W2: torch.Tensor
+
+
 class Dispatcher(Protocol):
     """Moves rows between ranks.
+
+    One with an attribute `takes_incoming` that is true gets, with `BatchShares`, two more counts to gather, and what comes of
+    them as `dispatch`'s argument `incoming`.
 
     Attributes:
         max_tokens: most tokens of a rank in one `dispatch`, equal on all ranks: what static buffers are made for. None: any
@@ -53,9 +69,10 @@ class Dispatcher(Protocol):
         ...
 
     def gather_counts(self, counts_E: torch.Tensor, needs_grad: bool) -> torch.Tensor:
-        """Every rank's int32 counts, counts_WE. Asked for before a `dispatch`, once for all its turns, or never.
+        """Every rank's tokens of each expert, int32 [W, E]; needed for `BatchShares` only. Collective.
 
-        needs_grad: whether inputs of that dispatch require a gradient.
+        Called before `dispatch`, at most once a forward. The result lasts until the forward is over. `needs_grad`: whether
+        inputs of that dispatch require a gradient.
         """
         ...
 

@@ -19,6 +19,7 @@ from moe_kernels import (
     solve_shares,
     solve_shares_torch,
 )
+from moe_kernels.circle import SHARE_ONE
 from moe_kernels.scan import MANY_KEYS
 
 
@@ -26,11 +27,12 @@ def int32(values, device="cpu"):
     return torch.tensor(values, dtype=torch.int32, device=device)
 
 
-def table_of(lanes_by_expert, device="cpu"):
-    """Of these lanes for each expert. The shares and slots are not used."""
+def table_of(lanes_by_expert, device="cpu", shares=None):
+    """Of these lanes for each expert, with equal shares, or with `shares` in units of 2**-30. The slots are not used."""
     offsets = np.cumsum([0, *map(len, lanes_by_expert)]).tolist()
     lanes = int32([lane for lanes in lanes_by_expert for lane in lanes], device)
-    return ReplicaTable(lanes, lanes, int32(offsets, device), torch.zeros_like(lanes))
+    equal = [SHARE_ONE * (i + 1) // len(lanes) for lanes in lanes_by_expert for i in range(len(lanes))]
+    return ReplicaTable(lanes, lanes, int32(offsets, device), int32(shares or equal, device))
 
 
 def random_table(rng, num_experts, num_ranks, redundant, lanes_per_rank, device="cpu"):
@@ -38,7 +40,9 @@ def random_table(rng, num_experts, num_ranks, redundant, lanes_per_rank, device=
     lanes = rng.permutation(num_ranks * lanes_per_rank)[: num_experts + redundant]
     owner = np.concatenate([np.arange(num_experts), rng.choice(num_experts, redundant)])[: len(lanes)]
     owner = rng.permutation(owner) if rng.random() < 0.2 else owner
-    return table_of([lanes[owner == expert].tolist() for expert in range(num_experts)], device)
+    lanes_of = [lanes[owner == expert].tolist() for expert in range(num_experts)]
+    shares = [[*sorted(rng.integers(0, SHARE_ONE, len(of) - 1).tolist()), SHARE_ONE] for of in lanes_of if of]
+    return table_of(lanes_of, device, [share for of in shares for share in of])
 
 
 def rank_loads(quotas_P, table, num_ranks, lanes_per_rank, expert_cost=0):
@@ -122,7 +126,8 @@ def test_solve_example(device, backend):
     [
         (0, [5, 10]),  # half each
         (9, [5, 10]),  # 10 + 9 on one rank, or 5 + 9 on both
-        (20, [10, 10]),  # 5 less of 25 is no more than a quarter of 20: one rank reads the expert
+        (39, [5, 10]),  # 5 less is more than an eighth, 4
+        (40, [10, 10]),  # 5 less is no more than an eighth: one rank reads the expert
     ],
 )
 def test_a_split_must_pay(device, backend, cost, ends):
@@ -146,7 +151,7 @@ def test_of_one_replica_each_the_quotas_are_totals(device, backend):
 def test_of_two_replicas_on_a_rank_the_first_has_all(device, backend):
     """Lanes 0 and 1 are on rank 0; entries past the last expert are 0."""
     lanes = int32([1, 0, 2, 3], device)
-    table = ReplicaTable(lanes, lanes, int32([0, 3], device), torch.zeros_like(lanes))
+    table = ReplicaTable(lanes, lanes, int32([0, 3], device), int32([2**28, 2**29, SHARE_ONE, 0], device))
     quotas, _ = solve_shares(int32([[3], [3]], device), table, 2, 0, backend=backend)
     assert quotas.tolist() == [3, 3, 6, 0]
 
