@@ -115,8 +115,8 @@ def solve_shares(
 
     Each expert begins with the table's shares. Then each pair of its replicas levels its two ranks, expert by expert: up to
     `ROUNDS` times, until nothing moves or no division could be better. A pair is split only if that saves more than an
-    eighth of `expert_cost`, because the second rank then pays it too (simulated; without the eighth, other batches of long
-    decode steps lose half of the gain, and with a half of it those of 32 ranks lose most of theirs).
+    eighth of `expert_cost`, because the second rank then pays it too. The eighth is from a simulation: with none, 4 ranks with
+    64 tokens each keep half of the gain; with a half of the cost, 32 ranks with 16 tokens each keep a third.
 
     Args:
         counts_WE: [W, E] int32, contiguous: the tokens that each rank has for each expert. At most 64 ranks, 1024

@@ -11,7 +11,7 @@ import pytest
 import torch
 from triton.runtime.errors import OutOfResources
 
-from bench import moe_forward, providers, step_cost, table_cost, table_flip
+from bench import moe_forward, providers, skew, skew_simulated, step_cost, table_cost, table_flip
 from bench.environment import environment
 from bench.timing import Timing
 
@@ -199,3 +199,28 @@ def test_table_flip(tmp_path):
         ("1", "host", "116"),
         ("3", "host", "348"),
     ]
+
+
+def test_skew_simulated(tmp_path):
+    """Shares by batch are no worse than the window's, and no better than the optimum."""
+    path = tmp_path / "out.csv"
+    arguments = ["--experts", "32", "--layers", "1", "--batches", "2", "--ranks", "4", "--csv", str(path)]
+    assert skew_simulated.main(arguments) == 0
+    rows = rows_of(path)
+    assert len(rows) == 6
+    for row in rows:
+        least, batch, window = (float(row[name]) for name in ("least", "batch", "window"))
+        assert 1 <= least <= batch + 1e-4
+        assert batch <= window + 1e-4
+
+
+@pytest.mark.timeout(240)
+def test_skew(tmp_path):
+    """Two ranks; the ways choose the same experts, so the batch's shares are the most even."""
+    path = tmp_path / "out.csv"
+    sizes = ["--ranks", "2", "--layers", "1", "--experts", "16", "--steps", "60", "--interval", "10"]
+    assert skew.main(["--device", "cpu", *sizes, "--csv", str(path)]) == 0
+    rows = {row["way"]: row for row in rows_of(path)}
+    assert list(rows) == ["none", "static", "window", "batch"]
+    assert float(rows["batch"]["max_over_mean"]) < float(rows["window"]["max_over_mean"])
+    assert all(float(row["step_ms"]) > 0 for row in rows.values())

@@ -1,0 +1,217 @@
+"""``python -m bench.skew``: uneven, drifting traffic through a stack of layers on several ranks, served in four ways.
+
+Every rank is a process: on GPUs over NCCL (gloo if they share one), on a CPU over gloo. Token by token the same experts are
+chosen in all four, by popularities that are Zipf (exponent 1) and walk at random:
+
+* none: every expert once, where it was;
+* static: an eighth of redundant experts, where they were;
+* window: the same, moved by `EplbController`, split by the shares of the last window;
+* batch: the same, split by the counts of each batch.
+
+It prints max/mean of the ranks' rows (1 is perfectly even, the bound) over the second half of the steps, and the time of
+a step on the slowest rank. A step's times are comparable only where nothing else runs.
+"""
+
+from __future__ import annotations
+
+import csv
+import sys
+import tempfile
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+import torch.distributed as dist
+import torch.multiprocessing as mp
+
+from bench.command import make_parser
+from bench.environment import environment
+from eplb import EplbConfig, EplbController
+from moe_layer import MoELayer
+from moe_layer.demo.serve import CountingDispatcher
+
+WAYS = ("none", "static", "window", "batch")
+
+
+class Traffic:
+    """Which experts the tokens of a rank choose, step by step: [layers, T, K] int64, the same for equal arguments."""
+
+    def __init__(self, options: Any, rank: int, device: torch.device) -> None:
+        self._options, self._device = options, device
+        self._shared, self._own = np.random.default_rng(options.seed), np.random.default_rng((options.seed, rank + 1))
+        order = np.argsort(self._shared.random((options.layers, options.experts)), axis=1)
+        self._log = -np.log1p(order)  # Zipf
+
+    def step(self) -> torch.Tensor:
+        it = self._options
+        self._log = self._log + self._shared.normal(0.0, it.drift, self._log.shape)
+        # The K largest of log p + Gumbel noise: a draw without replacement.
+        scores = self._log[:, None] - np.log(self._own.exponential(size=(it.layers, it.tokens, it.experts)))
+        return torch.from_numpy(np.argpartition(-scores, it.top_k, axis=2)[:, :, : it.top_k].copy()).to(self._device)
+
+
+def stack(way: str, options: Any, group: dist.ProcessGroup, device: torch.device, dtype: torch.dtype) -> list[MoELayer]:
+    """The layers of one way, whose dispatchers count rows."""
+    ranks = dist.get_world_size(group)
+    redundant = 0 if way == "none" else -(-options.experts // 8 // ranks) * ranks
+    lanes = (options.experts + redundant) // ranks + 1
+    return [
+        MoELayer(
+            options.hidden,
+            options.intermediate,
+            options.experts,
+            options.top_k,
+            router=None,
+            num_redundant_experts=redundant,
+            process_group=group,
+            dispatcher=CountingDispatcher(group, lanes),
+            shares="batch" if way == "batch" else "window",
+            device=device,
+            dtype=dtype,
+        )
+        for _ in range(options.layers)
+    ]
+
+
+@torch.inference_mode()
+def serve(rank: int, options: Any, init_method: str, results: Any) -> None:
+    """One rank. Puts (rank, {way: rows [steps, layers]}, {way: seconds [steps]}, waves of each controller)."""
+    on_gpu = options.device == "cuda"
+    device = torch.device("cuda", rank % torch.cuda.device_count()) if on_gpu else torch.device("cpu")
+    if on_gpu:
+        torch.cuda.set_device(device)
+    else:
+        torch.set_num_threads(1)
+    backend = "nccl" if on_gpu and torch.cuda.device_count() >= options.ranks else "gloo"
+    dist.init_process_group(backend, init_method=init_method, rank=rank, world_size=options.ranks)
+    group = dist.group.WORLD
+    assert group is not None
+    dtype = torch.bfloat16 if on_gpu else torch.float32
+    stacks = {way: stack(way, options, group, device, dtype) for way in WAYS}
+    config = EplbConfig(step_interval=options.interval, window_size=options.interval, heartbeat_interval=0.02)
+    controllers = {way: EplbController(config, process_group=group) for way in ("window", "batch")}
+    for way, controller in controllers.items():
+        for layer in stacks[way]:
+            controller.register(layer)
+    x = torch.randn(options.tokens, options.hidden, device=device, dtype=dtype)
+    weights = torch.full((options.tokens, options.top_k), 1 / options.top_k, device=device)
+    traffic = Traffic(options, rank, device)
+
+    def forward(way: str, ids: torch.Tensor) -> list[int]:
+        rows = []
+        for layer, ids_TK in zip(stacks[way], ids, strict=True):
+            layer(x, expert_ids=ids_TK, expert_weights=weights)
+            dispatcher = layer.executor.dispatcher
+            assert isinstance(dispatcher, CountingDispatcher)
+            rows.append(dispatcher.rows.pop())
+        if on_gpu:
+            torch.cuda.synchronize(device)
+        return rows
+
+    for way in WAYS:  # kernels compile here; none of it counts as load
+        if way in controllers:
+            with controllers[way].warm_up():
+                forward(way, traffic.step())
+        else:
+            forward(way, traffic.step())
+    rows: dict[str, list[list[int]]] = {way: [] for way in WAYS}
+    seconds: dict[str, list[float]] = {way: [] for way in WAYS}
+    for _ in range(options.steps):
+        ids = traffic.step()
+        for way in WAYS:
+            begin = time.perf_counter()
+            rows[way].append(forward(way, ids))
+            if way in controllers:
+                controllers[way].step()
+            seconds[way].append(time.perf_counter() - begin)
+    waves = {way: controller.metrics().waves for way, controller in controllers.items()}
+    dist.barrier(group)
+    for controller in controllers.values():
+        controller.close()
+    results.put((rank, rows, seconds, waves))
+    dist.destroy_process_group()
+
+
+def run(options: Any) -> list[dict[str, Any]]:
+    """A record of each way."""
+    results = mp.get_context("spawn").SimpleQueue()
+    with tempfile.TemporaryDirectory() as folder:
+        arguments = (options, f"file://{folder}/rendezvous", results)
+        processes = mp.spawn(serve, arguments, nprocs=options.ranks, join=False)
+        found: list[Any] = []
+        while not processes.join(timeout=1.0):  # raises what a rank raised
+            while not results.empty():
+                found.append(results.get())
+        while not results.empty():
+            found.append(results.get())
+    half = options.steps // 2
+    records = []
+    for way in WAYS:
+        rows_SLW = np.stack([np.array(one[1][way]) for one in sorted(found, key=lambda one: one[0])], axis=2)[half:]
+        uneven = rows_SLW.max(axis=2) / rows_SLW.mean(axis=2)
+        slowest_ms = np.array([one[2][way] for one in found]).max(axis=0)[half:] * 1e3
+        sizes = (
+            "ranks",
+            "layers",
+            "experts",
+            "top_k",
+            "hidden",
+            "intermediate",
+            "tokens",
+            "steps",
+            "interval",
+            "drift",
+        )
+        records.append(
+            {
+                "way": way,
+                "max_over_mean": round(float(uneven.mean()), 4),
+                "p99": round(float(np.percentile(uneven, 99)), 4),
+                "step_ms": round(float(np.median(slowest_ms)), 3),
+                "waves": found[0][3].get(way, 0),
+                **{name: getattr(options, name) for name in sizes},
+                **environment(),
+            }
+        )
+    return records
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    parser = make_parser("skew", __doc__)
+    on_gpu = torch.cuda.is_available()
+    parser.add_argument("--device", choices=("cpu", "cuda"), default="cuda" if on_gpu else "cpu")
+    parser.add_argument("--ranks", type=int, default=max(4, torch.cuda.device_count()))
+    for name, cpu, gpu in (
+        ("layers", 2, 8),
+        ("experts", 64, 128),
+        ("top-k", 4, 8),
+        ("hidden", 32, 2048),
+        ("intermediate", 32, 1024),
+        ("tokens", 64, 512),
+        ("steps", 160, 400),
+        ("interval", 20, 20),
+    ):
+        parser.add_argument(f"--{name}", type=int, default=gpu if on_gpu else cpu)
+    parser.add_argument("--drift", type=float, default=0.02, help="of the logarithm of a popularity, in a step")
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--csv", type=Path, metavar="FILE")
+    options = parser.parse_args(arguments)
+    if options.ranks < 2 or options.experts % options.ranks:
+        parser.error(f"--ranks must be at least 2 and divide --experts={options.experts}, got {options.ranks}")
+    records = run(options)
+    print(f"{'':8}{'max/mean':>10}{'p99':>8}{'step, ms':>10}{'waves':>7}")
+    for one in records:
+        print(f"{one['way']:8}{one['max_over_mean']:10.3f}{one['p99']:8.3f}{one['step_ms']:10.2f}{one['waves']:7}")
+    if options.csv:
+        with open(options.csv, "w", newline="") as file:
+            writer = csv.DictWriter(file, records[0])
+            writer.writeheader()
+            writer.writerows(records)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
