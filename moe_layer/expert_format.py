@@ -10,7 +10,7 @@ import torch
 
 from eplb.relocation.pool import TensorSpec
 from moe_kernels import ExpertMatrices
-from moe_kernels.activation import ACTIVATIONS
+from moe_kernels.activation import ACTIVATIONS, parse_activation
 from moe_layer.arguments import check_choice, resolve_dtype
 
 
@@ -39,7 +39,7 @@ class Activation:
     With a gate: ``name(min(gate, limit)) * (clamp(up, -limit, limit) + up_offset)``; without: ``name(up)``.
 
     Attributes:
-        name: "silu" (``g * sigmoid(alpha * g)``), "gelu" (exact, with erf), "gelu_tanh", "relu", "relu2" (relu squared).
+        name: "silu" (``g * sigmoid(alpha * g)``), "gelu" (exact, with erf), "gelu_tanh", "relu2" (relu squared).
         limit: of the clamps, positive; None for no clamps. Only with a gate.
         alpha: of "silu".
         up_offset: 1 in GPT-OSS.
@@ -52,9 +52,13 @@ class Activation:
     up_offset: float = 0.0
 
     @property
-    def is_plain(self) -> bool:
-        """Whether it is ``name(gate) * up``."""
-        return self == Activation(self.name)
+    def for_kernels(self) -> str:
+        """As `moe_kernels.activation.parse_activation` reads it."""
+        if not self.gated:
+            return f"{self.name} ungated"
+        numbers = {"limit": (self.limit or 0.0, 0.0), "alpha": (self.alpha, 1.0), "up_offset": (self.up_offset, 0.0)}
+        parts = [f"{name}={value!r}" for name, (value, default) in numbers.items() if value != default]
+        return " ".join([self.name, *parts])
 
 
 @dataclass(frozen=True)
@@ -84,8 +88,9 @@ class ExpertFormat:
     def describe(self) -> str:
         """In a few words."""
         act = self.activation
-        parts = [f"{act.name}{' gated' if act.gated else ''}"]
+        parts = [f"{act.name} {'gated' if act.gated else 'ungated'}"]
         parts += [f"{name} {value:g}" for name, value in vars(act).items() if name in ("limit", "up_offset") and value]
+        parts += [f"alpha {act.alpha:g}"] if act.alpha != 1 else []
         if len(self.tensors) > 2:
             parts.append("biases")
         return f"{', '.join(parts)}, {self.hidden_size} × {self.intermediate_size}, {str(self.dtype)[6:]}"
@@ -111,7 +116,14 @@ class ExpertFormat:
 
     def matrices(self, tensors: Mapping[str, torch.Tensor]) -> ExpertMatrices:
         """What the kernels take, of tensors ``[S, *shape]`` by name."""
-        return ExpertMatrices(tensors["gate_up_proj"], tensors["down_proj"], self.activation.name)
+        up = "gate_up_proj" if self.activation.gated else "up_proj"
+        return ExpertMatrices(
+            tensors[up],
+            tensors["down_proj"],
+            self.activation.for_kernels,
+            tensors.get(f"{up}_bias"),
+            tensors.get("down_proj_bias"),
+        )
 
 
 def gated_format(hidden_size: int, intermediate_size: int, dtype: torch.dtype, activation: str) -> ExpertFormat:
@@ -129,16 +141,20 @@ def expert_format(
 ) -> ExpertFormat:
     """Experts of two matrices in one dtype, under Hugging Face's names.
 
+    Args:
+        has_bias: whether each matrix has a bias, "…_bias".
+
     Raises:
         ValueError: no kernel computes these.
     """
     resolve_dtype(dtype)
-    if has_bias:
-        raise ValueError("the experts have biases, for which the kernels have no code")
-    if not activation.is_plain or activation.name not in ACTIVATIONS:
-        raise ValueError(f"the kernels have the activations {ACTIVATIONS}, each as act(gate) * up; not {activation}")
-    tensors = (
-        ExpertTensor("gate_up_proj", (2 * intermediate_size, hidden_size), dtype),
+    parse_activation(activation.for_kernels)
+    name, rows = ("gate_up_proj", 2 * intermediate_size) if activation.gated else ("up_proj", intermediate_size)
+    tensors = [
+        ExpertTensor(name, (rows, hidden_size), dtype),
         ExpertTensor("down_proj", (hidden_size, intermediate_size), dtype),
-    )
-    return ExpertFormat("gated", tensors, activation, dtype)
+    ]
+    if has_bias:
+        tensors.append(ExpertTensor(f"{name}_bias", (rows,), dtype, "bias"))
+        tensors.append(ExpertTensor("down_proj_bias", (hidden_size,), dtype, "bias"))
+    return ExpertFormat("gated" if activation.gated else "ungated", tuple(tensors), activation, dtype)

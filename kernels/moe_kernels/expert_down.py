@@ -34,6 +34,8 @@ def expert_down_torch(
     for block in row_blocks(down_SHI, lane_to_slot_L, schedule.offsets_L1):
         flat = order_N[block.rows]
         product = F.linear(padded_rows(hidden_NI[block.rows], block.matrix.shape[1]), block.matrix)
+        if matrices.down_bias_SH is not None:
+            product[:, :columns] += matrices.down_bias_SH[block.slot].float()
         rows = product[: flat.shape[0], :columns] * row_weights_N[flat, None]
         rows_NH[flat] = rows.to(hidden_NI.dtype)
     return rows_NH
@@ -64,17 +66,20 @@ def _expert_down_backward(
     grad_rows_NH: torch.Tensor,
     hidden_NI: torch.Tensor,
     down_SHI: torch.Tensor,
+    bias_SH: torch.Tensor | None,
     lane_to_slot_L: torch.Tensor,
     row_weights_N: torch.Tensor,
     order_N: torch.Tensor,
     offsets_L1: torch.Tensor,
     needs_weights: bool,
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """Gradients of hidden, of the weights if asked (else an empty tensor), and of the routing weights."""
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Gradients of hidden, of weights and biases if asked (else empty tensors), and of the routing weights."""
     _, rows, columns = down_SHI.shape
     grad_hidden_NI = torch.zeros_like(hidden_NI)
     grad_row_weights_N = torch.zeros_like(row_weights_N)
     grad_down = down_SHI.new_zeros(down_SHI.shape if needs_weights else (0,), dtype=torch.float32)
+    needs_bias = needs_weights and bias_SH is not None
+    grad_bias = down_SHI.new_zeros(down_SHI.shape[:2] if needs_bias else (0,), dtype=torch.float32)
     for block in row_blocks(down_SHI, lane_to_slot_L, offsets_L1):
         flat = order_N[block.rows]
         count = flat.shape[0]
@@ -83,35 +88,44 @@ def _expert_down_backward(
         scale = padded_rows(row_weights_N[flat, None], 1)
         grad_product = grad @ block.matrix  # before the routing weight
         grad_hidden_NI[block.rows] = (grad_product * scale)[:count, :columns].to(hidden_NI.dtype)
-        # d(out · grad)/d(weight) = (hidden Wd^T) · grad = hidden · (grad Wd)
-        grad_row_weights_N[flat] = elementwise(torch.mul, grad_product, hidden).sum(1)[:count]
+        # d(out · grad)/d(weight) = (hidden Wd^T + bias) · grad = hidden · (grad Wd) + bias · grad
+        grad_weight = elementwise(torch.mul, grad_product, hidden).sum(1)
+        if bias_SH is not None:
+            bias = padded_rows(bias_SH[block.slot].expand(len(grad), -1), grad.shape[1])
+            grad_weight = grad_weight + elementwise(torch.mul, grad, bias).sum(1)
+        grad_row_weights_N[flat] = grad_weight[:count]
         if needs_weights:
             grad_down[block.slot] += ((grad * scale).T @ hidden)[:rows, :columns]
-    return grad_hidden_NI, grad_down.to(down_SHI.dtype), grad_row_weights_N
+        if needs_bias:
+            grad_bias[block.slot] += (grad * scale)[:, :rows].sum(0)
+    return grad_hidden_NI, grad_down.to(down_SHI.dtype), grad_row_weights_N, grad_bias.to(down_SHI.dtype)
 
 
 @_expert_down_backward.register_fake
-def _expert_down_backward_fake(grad_rows_NH, hidden_NI, down_SHI, lane_to_slot_L, row_weights_N, *rest):
+def _expert_down_backward_fake(grad_rows_NH, hidden_NI, down_SHI, bias_SH, lane_to_slot_L, row_weights_N, *rest):
     needs_weights = rest[-1]
     return (
         torch.empty_like(hidden_NI),
         down_SHI.new_empty(down_SHI.shape if needs_weights else (0,)),
         torch.empty_like(row_weights_N),
+        down_SHI.new_empty(down_SHI.shape[:2] if needs_weights and bias_SH is not None else (0,)),
     )
 
 
 def _setup_context(ctx, inputs, output):
     hidden_NI, matrices, lane_to_slot_L, schedule, row_weights_N, *_ = inputs
-    slots = (unversioned(matrices.down_SHI), unversioned(lane_to_slot_L))
+    bias_SH = None if matrices.down_bias_SH is None else unversioned(matrices.down_bias_SH)
+    slots = (unversioned(matrices.down_SHI), bias_SH, unversioned(lane_to_slot_L))
     ctx.save_for_backward(hidden_NI, *slots, row_weights_N, schedule.order_N, schedule.offsets_L1)
 
 
 def _backward(ctx, needs, grad_rows_NH):
-    needs_weights = "matrices_down_SHI" in needs
+    needs_weights = bool(needs & {"matrices_down_SHI", "matrices_down_bias_SH"})
     if not needs_weights and not needs & {"hidden_NI", "row_weights_N"}:
         return {}  # it was asked for that of the up projection, which comes along unused
-    grad_hidden, grad_down, grad_row_weights = _expert_down_backward(grad_rows_NH, *ctx.saved_tensors, needs_weights)
-    return {"hidden_NI": grad_hidden, "matrices_down_SHI": grad_down, "row_weights_N": grad_row_weights}
+    grads = _expert_down_backward(grad_rows_NH, *ctx.saved_tensors, needs_weights)
+    names = ("hidden_NI", "matrices_down_SHI", "row_weights_N", "matrices_down_bias_SH")
+    return dict(zip(names, grads, strict=True))
 
 
 _expert_down.register_autograd(_backward, setup_context=_setup_context)
@@ -147,11 +161,11 @@ def expert_down(
     config: GemmConfig,
     backend: str = "auto",
 ) -> torch.Tensor:
-    """Down projection of every scheduled row, times its routing weight, scattered to flat order.
+    """Down projection of every scheduled row with its bias, times its routing weight, scattered to flat order.
 
     The product and the scaling are in float32; the result is rounded once. Differentiable with respect to
-    `hidden_NI`, `matrices.down_SHI` (whose gradient is dense, of the weights' shape) and `row_weights_N`; until the backward
-    the slots and lanes that have rows must keep what they hold, others may change. Not differentiable twice.
+    `hidden_NI`, `matrices.down_SHI` and its bias (whose gradients are dense, of their shapes) and `row_weights_N`; until the
+    backward the slots and lanes that have rows must keep what they hold, others may change. Not differentiable twice.
 
     Args:
         hidden_NI: [N, I] float32, float16 or bfloat16, in the schedule's sorted order: what `expert_up` returns.

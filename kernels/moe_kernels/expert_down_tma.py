@@ -18,7 +18,7 @@ from moe_kernels.homes import RowHomes, row_at
 from moe_kernels.integers import cdiv
 from moe_kernels.launch import Launcher, gdc_launch_dependents, gdc_wait
 from moe_kernels.matrices import ExpertMatrices
-from moe_kernels.numerics import dot, narrow
+from moe_kernels.numerics import dot, narrow, widen
 from moe_kernels.tile_order import load_own_tile, load_tile
 from moe_kernels.tiles import TileSchedule
 
@@ -37,6 +37,7 @@ def _store_rows(
     rows_per_home,
     row_weights_ptr,
     order_ptr,
+    bias_ptr,  # the slot's, or None
     product,
     start,
     end,
@@ -51,6 +52,9 @@ def _store_rows(
     position = start + tl.arange(0, BLOCK_M)
     inside = position < end
     flat = tl.load(order_ptr + position, mask=inside, other=0)
+    if bias_ptr is not None:
+        column = first_column + tl.arange(0, BLOCK_N)
+        product += widen(tl.load(bias_ptr + column, mask=column < HIDDEN_SIZE, other=0.0))[None, :]
     product *= tl.load(row_weights_ptr + flat, mask=inside, other=0.0)[:, None]
     at, inside = row_at(rows_ptr, flat, HIDDEN_SIZE, homes_ptr, rows_per_home)[:, None], inside[:, None]
     if HALVES:  # half the shared memory to bring rows into the order of memory
@@ -71,6 +75,8 @@ def _down_tile(
     rows_ptr,
     homes_ptr,
     rows_per_home,
+    bias_ptr,
+    stride_bias,
     start,
     end,
     slot,
@@ -103,7 +109,9 @@ def _down_tile(
             extra = dot(extra_block, weights.T, extra)
     if SWAP:
         product = product.T
-    pointers = (rows_ptr, homes_ptr, rows_per_home, row_weights_ptr, order_ptr)
+    if bias_ptr is not None:
+        bias_ptr += slot.to(tl.int64) * stride_bias
+    pointers = (rows_ptr, homes_ptr, rows_per_home, row_weights_ptr, order_ptr, bias_ptr)
     _store_rows(*pointers, product, start, end, first_column, HIDDEN_SIZE, EVICTION, HALVES)
     if EXTRA_M > 0:
         _store_rows(*pointers, extra, start + BLOCK_M, end, first_column, HIDDEN_SIZE, EVICTION, HALVES)
@@ -117,6 +125,7 @@ def _expert_down_tma_kernel(
     hidden_tail,  # with boxes of TAIL_M rows
     hidden_extra,  # with boxes of EXTRA_M rows
     down,
+    bias_ptr,  # None: no biases
     lane_to_slot_ptr,
     row_weights_ptr,
     order_ptr,
@@ -129,6 +138,7 @@ def _expert_down_tma_kernel(
     rows_ptr,
     # shapes
     rows_per_home,
+    stride_bias,
     num_programs,
     HIDDEN_SIZE: tl.constexpr,
     INTERMEDIATE: tl.constexpr,
@@ -160,7 +170,7 @@ def _expert_down_tma_kernel(
             slot = tl.load(lane_to_slot_ptr + lane)
             _down_tile(
                 hidden, hidden_extra, down, row_weights_ptr, order_ptr, rows_ptr, homes_ptr, rows_per_home,
-                start, end, slot, column_block,
+                bias_ptr, stride_bias, start, end, slot, column_block,
                 HIDDEN_SIZE, INTERMEDIATE, EVICTION, SWAP, True, BLOCK_M, 0, BLOCK_N, BLOCK_K,
             )  # fmt: skip
         return
@@ -173,19 +183,19 @@ def _expert_down_tma_kernel(
     if (TAIL_M > 0) & (end - start <= TAIL_M):  # not `and`: without tails the compiler drops the branch
         _down_tile(
             hidden_tail, hidden_extra, down, row_weights_ptr, order_ptr, rows_ptr, homes_ptr, rows_per_home,
-                start, end, slot, column_block,
+                bias_ptr, stride_bias, start, end, slot, column_block,
             HIDDEN_SIZE, INTERMEDIATE, EVICTION, SWAP, False, TAIL_M if TAIL_M > 0 else BLOCK_M, 0, BLOCK_N, BLOCK_K,
         )  # fmt: skip
     elif (EXTRA_M > 0) & (end - start > BLOCK_M):
         _down_tile(
             hidden, hidden_extra, down, row_weights_ptr, order_ptr, rows_ptr, homes_ptr, rows_per_home,
-                start, end, slot, column_block,
+                bias_ptr, stride_bias, start, end, slot, column_block,
             HIDDEN_SIZE, INTERMEDIATE, EVICTION, SWAP, False, BLOCK_M, EXTRA_M, BLOCK_N, BLOCK_K,
         )  # fmt: skip
     else:
         _down_tile(
             hidden, hidden_extra, down, row_weights_ptr, order_ptr, rows_ptr, homes_ptr, rows_per_home,
-                start, end, slot, column_block,
+                bias_ptr, stride_bias, start, end, slot, column_block,
             HIDDEN_SIZE, INTERMEDIATE, EVICTION, SWAP, False, BLOCK_M, 0, BLOCK_N, BLOCK_K,
         )  # fmt: skip
 
@@ -205,7 +215,7 @@ def expert_down_tma(
     homes: RowHomes | None = None,
 ) -> torch.Tensor:
     """Launches the kernel; arguments as `expert_down`'s and `expert_down_home`'s."""
-    down_SHI = matrices.down_SHI
+    down_SHI, bias_SH = matrices.down_SHI, matrices.down_bias_SH
     check_tma_address("hidden_NI", hidden_NI)
     check_tma_address("matrices.down_SHI", down_SHI)
     slots, hidden_size, intermediate = down_SHI.shape
@@ -236,6 +246,7 @@ def expert_down_tma(
             [slot_stride(down_SHI), intermediate, 1],
             [1, config.block_n, config.block_k],
         ),
+        bias_SH,
         lane_to_slot_L,
         row_weights_N,
         schedule.order_N,
@@ -246,6 +257,7 @@ def expert_down_tma(
         None if homes is None else homes.addresses_W,
         rows_NH,
         1 if homes is None else homes.rows_per_home,
+        0 if bias_SH is None else bias_SH.stride(0),
         num_programs,
         HIDDEN_SIZE=hidden_size,
         INTERMEDIATE=intermediate,

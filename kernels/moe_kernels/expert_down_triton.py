@@ -15,7 +15,7 @@ from moe_kernels.homes import RowHomes, row_at
 from moe_kernels.integers import cdiv
 from moe_kernels.launch import Launcher, gdc_launch_dependents, gdc_wait
 from moe_kernels.matrices import ExpertMatrices
-from moe_kernels.numerics import dot, narrow
+from moe_kernels.numerics import dot, narrow, widen
 from moe_kernels.tile_order import load_own_tile
 from moe_kernels.tiles import TileSchedule
 
@@ -26,6 +26,7 @@ def _expert_down_kernel(
     # inputs
     hidden_ptr,
     down_ptr,
+    bias_ptr,  # None: no biases
     lane_to_slot_ptr,
     row_weights_ptr,
     order_ptr,
@@ -41,6 +42,7 @@ def _expert_down_kernel(
     intermediate,
     stride_row,
     stride_slot,
+    stride_bias,
     # constants
     PDL: tl.constexpr,
     EVEN_K: tl.constexpr,
@@ -81,6 +83,8 @@ def _expert_down_kernel(
         hidden_at += BLOCK_K
         down_at += BLOCK_K
 
+    if bias_ptr is not None:
+        product += widen(tl.load(bias_ptr + slot * stride_bias + tl.minimum(column, hidden_size - 1)))[None, :]
     flat = tl.load(order_ptr + position, mask=inside, other=0)
     row_weight = tl.load(row_weights_ptr + flat, mask=inside, other=0.0)
     rows = narrow(product * row_weight[:, None], rows_ptr.dtype.element_ty)
@@ -99,7 +103,7 @@ def expert_down_triton(
 ) -> torch.Tensor:
     if config.tma:
         return expert_down_tma(hidden_NI, matrices, lane_to_slot_L, schedule, row_weights_N, config, homes)
-    down_SHI = matrices.down_SHI
+    down_SHI, bias_SH = matrices.down_SHI, matrices.down_bias_SH
     block_n, block_k = config.block_n, config.block_k
     _, hidden_size, intermediate = down_SHI.shape
     rows_NH = hidden_NI.new_empty((schedule.order_N.shape[0], hidden_size)) if homes is None else homes.own
@@ -108,6 +112,7 @@ def expert_down_triton(
         _expert_down_kernel[grid](
             hidden_NI,
             down_SHI,
+            bias_SH,
             lane_to_slot_L,
             row_weights_N,
             schedule.order_N,
@@ -121,6 +126,7 @@ def expert_down_triton(
             intermediate,
             hidden_NI.stride(0),
             down_SHI.stride(0),
+            0 if bias_SH is None else bias_SH.stride(0),
             EVEN_K=intermediate % block_k == 0,
             BLOCK_M=config.block_m,
             BLOCK_N=block_n,

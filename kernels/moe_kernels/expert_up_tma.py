@@ -15,7 +15,7 @@ from moe_kernels.config import GemmConfig
 from moe_kernels.integers import cdiv
 from moe_kernels.launch import Launcher, gdc_launch_dependents, gdc_wait
 from moe_kernels.matrices import ExpertMatrices
-from moe_kernels.numerics import dot, gated, narrow
+from moe_kernels.numerics import activated, dot, is_gated, narrow, widen
 from moe_kernels.tile_order import load_own_tile
 from moe_kernels.tiles import TileSchedule
 
@@ -58,15 +58,69 @@ def _store_hidden(
 
 
 @triton.jit
-def _gated_interleaved(product, ACTIVATION: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_I: tl.constexpr):
-    gate, up = product.reshape(BLOCK_M, BLOCK_I // 8, 2, 8).permute(0, 1, 3, 2).split()
-    return gated(gate.reshape(BLOCK_M, BLOCK_I), up.reshape(BLOCK_M, BLOCK_I), ACTIVATION)
+def _load_bias(bias_ptr, first_column, INTERMEDIATE: tl.constexpr, BLOCK_I: tl.constexpr):
+    column = first_column + tl.arange(0, BLOCK_I)
+    if INTERMEDIATE % BLOCK_I != 0:
+        return widen(tl.load(bias_ptr + column, mask=column < INTERMEDIATE, other=0.0))
+    else:
+        return widen(tl.load(bias_ptr + column))
+
+
+@triton.jit
+def _activated(
+    gate,
+    up,
+    bias_ptr,  # the slot's
+    first_column,
+    INTERMEDIATE: tl.constexpr,
+    ACTIVATION: tl.constexpr,
+    BLOCK_I: tl.constexpr,
+):
+    """[rows, BLOCK_I] of both."""
+    if bias_ptr is not None:
+        if is_gated(ACTIVATION):
+            gate += _load_bias(bias_ptr, first_column, INTERMEDIATE, BLOCK_I)[None, :]
+            bias_ptr += INTERMEDIATE
+        up += _load_bias(bias_ptr, first_column, INTERMEDIATE, BLOCK_I)[None, :]
+    return activated(gate, up, ACTIVATION)
+
+
+@triton.jit
+def _activated_product(
+    product,
+    bias_ptr,
+    first_column,
+    INTERMEDIATE: tl.constexpr,
+    ACTIVATION: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_I: tl.constexpr,
+):
+    """Of a product whose columns are gate and up, interleaved by eight; or up alone."""
+    if is_gated(ACTIVATION):
+        gate, up = product.reshape(BLOCK_M, BLOCK_I // 8, 2, 8).permute(0, 1, 3, 2).split()
+        gate, up = gate.reshape(BLOCK_M, BLOCK_I), up.reshape(BLOCK_M, BLOCK_I)
+        return _activated(gate, up, bias_ptr, first_column, INTERMEDIATE, ACTIVATION, BLOCK_I)
+    else:
+        return _activated(product, product, bias_ptr, first_column, INTERMEDIATE, ACTIVATION, BLOCK_I)
+
+
+@triton.jit
+def _load_rows(
+    gate_up, slot, column_block, first, ACTIVATION: tl.constexpr, BLOCK_I: tl.constexpr, BLOCK_K: tl.constexpr
+):
+    """Gate and up rows of BLOCK_I columns, interleaved by eight; or up rows alone."""
+    if is_gated(ACTIVATION):
+        rows = gate_up.load([slot, column_block * (BLOCK_I // 8), 0, 0, first])
+        return rows.reshape(2 * BLOCK_I, BLOCK_K)
+    else:
+        return gate_up.load([slot, column_block * BLOCK_I, first]).reshape(BLOCK_I, BLOCK_K)
 
 
 @triton.jit
 def _wide_tile(
     x_ptr,
-    gate_up,  # descriptor [S, I / 8, 2, 8, H]
+    gate_up,  # descriptor [S, I / 8, 2, 8, H], or [S, I, H] without a gate
+    bias_ptr,  # the slot's, or None
     order_ptr,
     hidden_ptr,
     start,
@@ -90,32 +144,34 @@ def _wide_tile(
     EXTRA_M: so many rows behind the tile are multiplied by the same weights.
     """
     position, inside, row_at = _rows_of_tile(x_ptr, order_ptr, start, end, fanout, stride_row, BLOCK_M)
-    product = tl.zeros((BLOCK_M, 2 * BLOCK_I), dtype=tl.float32)
+    COLUMNS: tl.constexpr = 2 * BLOCK_I if is_gated(ACTIVATION) else BLOCK_I
+    product = tl.zeros((BLOCK_M, COLUMNS), dtype=tl.float32)
     if EXTRA_M > 0:
         extra_position, extra_inside, extra_at = _rows_of_tile(
             x_ptr, order_ptr, start + BLOCK_M, end, fanout, stride_row, EXTRA_M
         )
-        extra = tl.zeros((EXTRA_M, 2 * BLOCK_I), dtype=tl.float32)
+        extra = tl.zeros((EXTRA_M, COLUMNS), dtype=tl.float32)
     for first in tl.range(0, HIDDEN_SIZE, BLOCK_K):
         x = _load_x(row_at, inside, first, HIDDEN_SIZE, BLOCK_K)
         if EXTRA_M > 0:
             extra_x = _load_x(extra_at, extra_inside, first, HIDDEN_SIZE, BLOCK_K)
-        weights = gate_up.load([slot, column_block * (BLOCK_I // 8), 0, 0, first]).reshape(2 * BLOCK_I, BLOCK_K)
+        weights = _load_rows(gate_up, slot, column_block, first, ACTIVATION, BLOCK_I, BLOCK_K)
         product = dot(x, weights.T, product)
         if EXTRA_M > 0:
             extra = dot(extra_x, weights.T, extra)
     first_column = column_block * BLOCK_I
-    hidden = _gated_interleaved(product, ACTIVATION, BLOCK_M, BLOCK_I)
+    hidden = _activated_product(product, bias_ptr, first_column, INTERMEDIATE, ACTIVATION, BLOCK_M, BLOCK_I)
     _store_hidden(hidden_ptr, hidden, position, end, first_column, INTERMEDIATE, EVICTION, BLOCK_I)
     if EXTRA_M > 0:
-        hidden = _gated_interleaved(extra, ACTIVATION, EXTRA_M, BLOCK_I)
+        hidden = _activated_product(extra, bias_ptr, first_column, INTERMEDIATE, ACTIVATION, EXTRA_M, BLOCK_I)
         _store_hidden(hidden_ptr, hidden, extra_position, end, first_column, INTERMEDIATE, EVICTION, BLOCK_I)
 
 
 @triton.jit
 def _narrow_tile(
     x_ptr,
-    gate_up,  # descriptor [S, 2I, H]
+    gate_up,  # descriptor [S, 2I, H], or [S, I, H] without a gate
+    bias_ptr,  # the slot's, or None
     order_ptr,
     hidden_ptr,
     start,
@@ -135,13 +191,15 @@ def _narrow_tile(
     """Few rows: the weights on the M side, which takes at least 64 rows of them, and x on the N side, which takes 16."""
     position, inside, row_at = _rows_of_tile(x_ptr, order_ptr, start, end, fanout, stride_row, BLOCK_M)
     first_column = column_block * BLOCK_I
+    UP_ROWS: tl.constexpr = INTERMEDIATE if is_gated(ACTIVATION) else 0  # where they begin
     gate = tl.zeros((BLOCK_I, BLOCK_M), dtype=tl.float32)
     up = tl.zeros((BLOCK_I, BLOCK_M), dtype=tl.float32)
     for first in tl.range(0, HIDDEN_SIZE, BLOCK_K):
         x = _load_x(row_at, inside, first, HIDDEN_SIZE, BLOCK_K).T
-        gate = dot(gate_up.load([slot, first_column, first]).reshape(BLOCK_I, BLOCK_K), x, gate)
-        up = dot(gate_up.load([slot, INTERMEDIATE + first_column, first]).reshape(BLOCK_I, BLOCK_K), x, up)
-    hidden = gated(gate.T, up.T, ACTIVATION)
+        if is_gated(ACTIVATION):
+            gate = dot(gate_up.load([slot, first_column, first]).reshape(BLOCK_I, BLOCK_K), x, gate)
+        up = dot(gate_up.load([slot, UP_ROWS + first_column, first]).reshape(BLOCK_I, BLOCK_K), x, up)
+    hidden = _activated(gate.T, up.T, bias_ptr, first_column, INTERMEDIATE, ACTIVATION, BLOCK_I)
     _store_hidden(hidden_ptr, hidden, position, end, first_column, INTERMEDIATE, EVICTION, BLOCK_I)
 
 
@@ -151,6 +209,7 @@ def _expert_up_tma_kernel(
     # inputs
     x_ptr,
     gate_up,
+    bias_ptr,  # None: no biases
     lane_to_slot_ptr,
     order_ptr,
     tile_lane_ptr,
@@ -161,6 +220,7 @@ def _expert_up_tma_kernel(
     # shapes and strides, in elements
     fanout,
     stride_row,
+    stride_bias,
     HIDDEN_SIZE: tl.constexpr,
     INTERMEDIATE: tl.constexpr,
     # constants
@@ -191,24 +251,26 @@ def _expert_up_tma_kernel(
     if lane < 0:
         return
     slot = tl.load(lane_to_slot_ptr + lane)
+    if bias_ptr is not None:
+        bias_ptr += slot.to(tl.int64) * stride_bias
     if SWAP:
         _narrow_tile(
-            x_ptr, gate_up, order_ptr, hidden_ptr, start, end, slot, column_block, fanout, stride_row,
+            x_ptr, gate_up, bias_ptr, order_ptr, hidden_ptr, start, end, slot, column_block, fanout, stride_row,
             HIDDEN_SIZE, INTERMEDIATE, ACTIVATION, EVICTION, BLOCK_M, BLOCK_I, BLOCK_K,
         )  # fmt: skip
     elif (TAIL_M > 0) & (end - start <= TAIL_M):  # not `and`: without tails the compiler drops the branch
         _wide_tile(
-            x_ptr, gate_up, order_ptr, hidden_ptr, start, end, slot, column_block, fanout, stride_row,
+            x_ptr, gate_up, bias_ptr, order_ptr, hidden_ptr, start, end, slot, column_block, fanout, stride_row,
             HIDDEN_SIZE, INTERMEDIATE, ACTIVATION, EVICTION, TAIL_M if TAIL_M > 0 else BLOCK_M, 0, BLOCK_I, BLOCK_K,
         )  # fmt: skip
     elif (EXTRA_M > 0) & (end - start > BLOCK_M):
         _wide_tile(
-            x_ptr, gate_up, order_ptr, hidden_ptr, start, end, slot, column_block, fanout, stride_row,
+            x_ptr, gate_up, bias_ptr, order_ptr, hidden_ptr, start, end, slot, column_block, fanout, stride_row,
             HIDDEN_SIZE, INTERMEDIATE, ACTIVATION, EVICTION, BLOCK_M, EXTRA_M, BLOCK_I, BLOCK_K,
         )  # fmt: skip
     else:
         _wide_tile(
-            x_ptr, gate_up, order_ptr, hidden_ptr, start, end, slot, column_block, fanout, stride_row,
+            x_ptr, gate_up, bias_ptr, order_ptr, hidden_ptr, start, end, slot, column_block, fanout, stride_row,
             HIDDEN_SIZE, INTERMEDIATE, ACTIVATION, EVICTION, BLOCK_M, 0, BLOCK_I, BLOCK_K,
         )  # fmt: skip
 
@@ -222,16 +284,16 @@ def expert_up_tma(
     config: GemmConfig,
 ) -> torch.Tensor:
     """Launches the kernel; arguments as `expert_up`'s."""
-    gate_up_SNH = matrices.gate_up_SNH
+    gate_up_SNH, bias_SN = matrices.gate_up_SNH, matrices.gate_up_bias_SN
     check_tma_address("matrices.gate_up_SNH", gate_up_SNH)
-    slots, double, hidden_size = gate_up_SNH.shape
-    intermediate, block_i, stride_slot = double // 2, config.block_n // 2, slot_stride(gate_up_SNH)
+    slots, num_rows, hidden_size = gate_up_SNH.shape
+    intermediate, block_i, stride_slot = matrices.down_SHI.shape[2], config.block_n // 2, slot_stride(gate_up_SNH)
     hidden_NI = x_RH.new_empty((schedule.order_N.shape[0], intermediate))
     grid = (schedule.tile_lane.shape[0] * cdiv(intermediate, block_i),)
     if not grid[0]:
         return hidden_NI
-    if config.swap:
-        shape, strides = [slots, double, hidden_size], [stride_slot, hidden_size, 1]
+    if config.swap or not matrices.is_gated:
+        shape, strides = [slots, num_rows, hidden_size], [stride_slot, hidden_size, 1]
         block = [1, block_i, config.block_k]
     else:
         # Not in the order of their strides, which cuTensorMapEncodeTiled's documentation asks for and neither driver (580)
@@ -242,6 +304,7 @@ def expert_up_tma(
     _expert_up_tma_kernel[grid](
         x_RH,
         TensorDescriptor(gate_up_SNH, shape, strides, block),
+        bias_SN,
         lane_to_slot_L,
         schedule.order_N,
         schedule.tile_lane,
@@ -250,6 +313,7 @@ def expert_up_tma(
         hidden_NI,
         fanout,
         x_RH.stride(0),
+        0 if bias_SN is None else bias_SN.stride(0),
         HIDDEN_SIZE=hidden_size,
         INTERMEDIATE=intermediate,
         ACTIVATION=matrices.activation,

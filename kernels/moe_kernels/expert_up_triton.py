@@ -14,7 +14,7 @@ from moe_kernels.expert_up_tma import expert_up_tma
 from moe_kernels.integers import cdiv
 from moe_kernels.launch import Launcher, gdc_launch_dependents, gdc_wait
 from moe_kernels.matrices import ExpertMatrices
-from moe_kernels.numerics import dot, gated, narrow
+from moe_kernels.numerics import activated, dot, is_gated, narrow, widen
 from moe_kernels.tile_order import load_own_tile
 from moe_kernels.tiles import TileSchedule
 
@@ -25,6 +25,7 @@ def _expert_up_kernel(
     # inputs
     x_ptr,
     gate_up_ptr,
+    bias_ptr,  # None: no biases
     lane_to_slot_ptr,
     order_ptr,
     tile_lane_ptr,
@@ -38,6 +39,7 @@ def _expert_up_kernel(
     fanout,
     stride_row,
     stride_slot,
+    stride_bias,
     # constants
     PDL: tl.constexpr,
     ACTIVATION: tl.constexpr,
@@ -48,7 +50,7 @@ def _expert_up_kernel(
     BLOCK_K: tl.constexpr,
     GROUP_M: tl.constexpr,
 ):
-    """One tile of rows, BLOCK_I columns of gate and of up.
+    """One tile of rows, BLOCK_I columns of gate (if there is one) and of up.
 
     Rows and columns past the end read some valid row instead (a row of the product depends on no other one) and are
     not stored, so that the loop needs no mask unless BLOCK_K does not divide H.
@@ -73,24 +75,35 @@ def _expert_up_kernel(
     x_at = x_ptr + source.to(tl.int64)[:, None] * stride_row + k[None, :]
     gate_block = gate_up_ptr + slot * stride_slot + tl.cast(first_column, tl.int64) * hidden_size
     gate_at = gate_block + weight_row[None, :] * hidden_size + k[:, None]
-    up_at = gate_at + tl.cast(intermediate, tl.int64) * hidden_size
+    GATED: tl.constexpr = is_gated(ACTIVATION)
+    up_at = gate_at
+    if GATED:
+        up_at += tl.cast(intermediate, tl.int64) * hidden_size
     gate = tl.zeros((BLOCK_M, BLOCK_I), dtype=tl.float32)
     up = tl.zeros((BLOCK_M, BLOCK_I), dtype=tl.float32)
     for first in range(0, hidden_size, BLOCK_K):
         if EVEN_K:
             x = tl.load(x_at)
-            gate = dot(x, tl.load(gate_at), gate)
+            if GATED:
+                gate = dot(x, tl.load(gate_at), gate)
             up = dot(x, tl.load(up_at), up)
         else:
             left = hidden_size - first
             x = tl.load(x_at, mask=k[None, :] < left, other=0.0)
-            gate = dot(x, tl.load(gate_at, mask=k[:, None] < left, other=0.0), gate)
+            if GATED:
+                gate = dot(x, tl.load(gate_at, mask=k[:, None] < left, other=0.0), gate)
             up = dot(x, tl.load(up_at, mask=k[:, None] < left, other=0.0), up)
         x_at += BLOCK_K
         gate_at += BLOCK_K
         up_at += BLOCK_K
 
-    hidden = narrow(gated(gate, up, ACTIVATION), hidden_ptr.dtype.element_ty)
+    if bias_ptr is not None:
+        bias_at = bias_ptr + slot * stride_bias + tl.minimum(column, intermediate - 1)
+        if GATED:
+            gate += widen(tl.load(bias_at))[None, :]
+            bias_at += intermediate
+        up += widen(tl.load(bias_at))[None, :]
+    hidden = narrow(activated(gate, up, ACTIVATION), hidden_ptr.dtype.element_ty)
     hidden_at = hidden_ptr + position.to(tl.int64)[:, None] * intermediate + column[None, :]
     tl.store(hidden_at, hidden, mask=inside[:, None] & (column[None, :] < intermediate))
 
@@ -105,15 +118,16 @@ def expert_up_triton(
 ) -> torch.Tensor:
     if config.tma:
         return expert_up_tma(x_RH, matrices, lane_to_slot_L, schedule, fanout, config)
-    gate_up_SNH = matrices.gate_up_SNH
+    gate_up_SNH, bias_SN = matrices.gate_up_SNH, matrices.gate_up_bias_SN
     block_n, block_k = config.block_n, config.block_k
-    hidden_size, intermediate = x_RH.shape[1], gate_up_SNH.shape[1] // 2
+    hidden_size, intermediate = x_RH.shape[1], matrices.down_SHI.shape[2]
     hidden_NI = x_RH.new_empty((schedule.order_N.shape[0], intermediate))
     grid = (schedule.tile_lane.shape[0] * cdiv(intermediate, block_n // 2),)
     if grid[0]:
         _expert_up_kernel[grid](
             x_RH,
             gate_up_SNH,
+            bias_SN,
             lane_to_slot_L,
             schedule.order_N,
             schedule.tile_lane,
@@ -125,6 +139,7 @@ def expert_up_triton(
             fanout,
             x_RH.stride(0),
             gate_up_SNH.stride(0),
+            0 if bias_SN is None else bias_SN.stride(0),
             ACTIVATION=matrices.activation,
             EVEN_K=hidden_size % block_k == 0,
             BLOCK_M=config.block_m,

@@ -59,11 +59,47 @@ def dot(a, b, accumulator):
         return tl.dot(a, b, accumulator, input_precision="ieee")
 
 
+# What `parse_activation` does, in functions that the compiler can run.
+@triton.constexpr_function
+def _name(activation):
+    return activation.split()[0]
+
+
+@triton.constexpr_function
+def _number(activation, name, default):
+    for part in activation.split():
+        if part.startswith(name + "="):
+            return float(part[len(name) + 1 :])
+    return default
+
+
+@triton.constexpr_function
+def is_gated(activation):
+    """Whether there are gate rows beside the up rows."""
+    return not activation.endswith("ungated")
+
+
 @triton.jit
-def gated(gate, up, ACTIVATION: tl.constexpr):
-    """act(gate) * up in float32."""
-    if ACTIVATION == "silu":
-        return gate / (1.0 + tl.exp(-gate)) * up
+def activated(gate, up, ACTIVATION: tl.constexpr):
+    """What the activation (see `parse_activation`) makes of gate and up, in float32; without a gate, of up."""
+    NAME: tl.constexpr = _name(ACTIVATION)
+    LIMIT: tl.constexpr = _number(ACTIVATION, "limit", 0.0)
+    ALPHA: tl.constexpr = _number(ACTIVATION, "alpha", 1.0)
+    UP_OFFSET: tl.constexpr = _number(ACTIVATION, "up_offset", 0.0)
+    if LIMIT > 0:  # a NaN stays one
+        gate = tl.where(gate > LIMIT, LIMIT, gate)
+        up = tl.where(up > LIMIT, LIMIT, tl.where(up < -LIMIT, -LIMIT, up))
+    if UP_OFFSET != 0:
+        up = up + UP_OFFSET
+    x = gate if is_gated(ACTIVATION) else up
+    if NAME == "silu":
+        y = x / (1.0 + tl.exp(-x)) if ALPHA == 1 else x / (1.0 + tl.exp(-ALPHA * x))
+    elif NAME == "gelu":
+        y = 0.5 * x * (1.0 + tl.erf(x * 0.7071067811865476))
+    elif NAME == "gelu_tanh":  # (1 + tanh(z)) / 2 = 1 / (1 + exp(-2z)); the constant is 2 * sqrt(2 / pi)
+        y = x / (1.0 + tl.exp(-1.5957691216057308 * (x + 0.044715 * x * x * x)))
     else:
-        tl.static_assert(ACTIVATION == "gelu")
-        return 0.5 * gate * (1.0 + tl.erf(gate * 0.7071067811865476)) * up
+        tl.static_assert(NAME == "relu2")
+        y = tl.where(x < 0, 0.0, x)
+        y = y * y
+    return y * up if is_gated(ACTIVATION) else y

@@ -95,6 +95,9 @@ def one_token_triton(
     token_mask_T: torch.Tensor | None,
 ) -> torch.Tensor:
     gate_up_SNH, down_SHI = matrices.gate_up_SNH, matrices.down_SHI
+    up_bias, down_bias = matrices.gate_up_bias_SN, matrices.down_bias_SH
+    up_stride = 0 if up_bias is None else up_bias.stride(0)
+    down_stride = 0 if down_bias is None else down_bias.stride(0)
     load_E, increment_1, lane_to_slot_L = load.load_E, load.increment_1, table.lane_to_slot_L
     _, hidden_size, intermediate = down_SHI.shape
     num_experts, num_lanes = load_E.numel(), lane_to_slot_L.numel()
@@ -104,7 +107,7 @@ def one_token_triton(
         *(device_index, x_1H.dtype, logits_1E.dtype, gate_up_SNH.dtype, down_SHI.dtype),
         *(hidden_size, intermediate, stride_up, stride_down, num_experts, num_lanes, top_k),
         *(rule.score_function, rule.renormalize, rule.num_groups, rule.top_groups, rule.group_score, rule.round_to),
-        matrices.activation,
+        *(matrices.activation, up_bias is None, up_stride, down_bias is None, down_stride),
         *(None if bias_E is None else bias_E.dtype, token_mask_T is None, increment_1 is None),
     )
     aligned = not (x_1H.data_ptr() | gate_up_SNH.data_ptr() | down_SHI.data_ptr()) % 16
@@ -136,8 +139,8 @@ def one_token_triton(
             num_experts,
             num_lanes,
         )
-        plan.up((intermediate, top_k, 1), stream, x_1H, gate_up_SNH, scratch, stride_up)
-        plan.down((hidden_size, 1, 1), stream, scratch, down_SHI, y_1H, stride_down)
+        plan.up((intermediate, top_k, 1), stream, x_1H, gate_up_SNH, up_bias, scratch, stride_up, up_stride)
+        plan.down((hidden_size, 1, 1), stream, scratch, down_SHI, down_bias, y_1H, stride_down, down_stride)
     return y_1H
 
 

@@ -10,7 +10,7 @@ import triton
 import triton.language as tl
 
 from moe_kernels.launch import Launcher, gdc_launch_dependents, gdc_wait
-from moe_kernels.numerics import gated, narrow, widen
+from moe_kernels.numerics import activated, is_gated, narrow, widen
 from moe_kernels.routing_triton import choose_experts
 
 _MOST_STEPS = tl.constexpr(16)  # that a program of the down projection has unrolled
@@ -105,15 +105,17 @@ def _choice_kernel(
 
 
 @Launcher
-@triton.jit
+@triton.jit(do_not_specialize_on_alignment=["bias_ptr"])
 def _up_kernel(
     # inputs
     x_ptr,
     gate_up_ptr,
+    bias_ptr,  # None: no biases
     # input and output
     scratch_ptr,
     # shapes and strides, in elements
     stride_slot,
+    stride_bias,
     SCRATCH: tl.constexpr,
     HIDDEN_SIZE: tl.constexpr,
     INTERMEDIATE: tl.constexpr,
@@ -132,23 +134,32 @@ def _up_kernel(
     slot = tl.load(_choice_in(scratch_ptr, SCRATCH) + k).to(tl.int64)
     if slot < 0:
         return
+    GATED: tl.constexpr = is_gated(ACTIVATION)
+    UP_ROWS: tl.constexpr = INTERMEDIATE if GATED else 0  # where they begin
     at = gate_up_ptr + slot * stride_slot + column * HIDDEN_SIZE
     gate = tl.zeros((BLOCK_H,), dtype=tl.float32)
     up = tl.zeros((BLOCK_H,), dtype=tl.float32)
     for first in tl.static_range(0, HIDDEN_SIZE, BLOCK_H):
         h = first + tl.arange(0, BLOCK_H)
         if first + BLOCK_H <= HIDDEN_SIZE:
-            gate_weight = tl.load(at + h, eviction_policy=EVICTION)
-            up_weight = tl.load(at + INTERMEDIATE * HIDDEN_SIZE + h, eviction_policy=EVICTION)
+            gate_weight = tl.load(at + h, eviction_policy=EVICTION) if GATED else 0.0
+            up_weight = tl.load(at + UP_ROWS * HIDDEN_SIZE + h, eviction_policy=EVICTION)
             x = widen(tl.load(x_ptr + h))
         else:
             inside = h < HIDDEN_SIZE
-            gate_weight = tl.load(at + h, mask=inside, other=0.0, eviction_policy=EVICTION)
-            up_weight = tl.load(at + INTERMEDIATE * HIDDEN_SIZE + h, mask=inside, other=0.0, eviction_policy=EVICTION)
+            gate_weight = tl.load(at + h, mask=inside, other=0.0, eviction_policy=EVICTION) if GATED else 0.0
+            up_weight = tl.load(at + UP_ROWS * HIDDEN_SIZE + h, mask=inside, other=0.0, eviction_policy=EVICTION)
             x = widen(tl.load(x_ptr + h, mask=inside, other=0.0))
-        gate += widen(gate_weight) * x
+        if GATED:
+            gate += widen(gate_weight) * x
         up += widen(up_weight) * x
-    hidden = gated(tl.sum(gate, axis=0), tl.sum(up, axis=0), ACTIVATION)
+    gate, up = tl.sum(gate, axis=0), tl.sum(up, axis=0)
+    if bias_ptr is not None:
+        bias_at = bias_ptr + slot * stride_bias + column
+        if GATED:
+            gate += widen(tl.load(bias_at))
+        up += widen(tl.load(bias_at + UP_ROWS))
+    hidden = activated(gate, up, ACTIVATION)
     tl.store(scratch_ptr + k * INTERMEDIATE + column, narrow(hidden, scratch_ptr.dtype.element_ty))
 
 
@@ -163,15 +174,17 @@ def _products(
 
 
 @Launcher
-@triton.jit
+@triton.jit(do_not_specialize_on_alignment=["bias_ptr"])
 def _down_kernel(
     # inputs
     scratch_ptr,
     down_ptr,
+    bias_ptr,  # None: no biases
     # outputs
     y_ptr,
     # shapes and strides, in elements
     stride_slot,
+    stride_bias,
     SCRATCH: tl.constexpr,
     HIDDEN_SIZE: tl.constexpr,
     INTERMEDIATE: tl.constexpr,
@@ -212,5 +225,8 @@ def _down_kernel(
     weights = tl.load(choice_ptr + TOP_K + k, mask=k < TOP_K, other=0, cache_modifier=".cg").to(
         tl.float32, bitcast=True
     )
-    y = tl.sum(tl.sum(product, axis=1) * weights, axis=0)
+    rows = tl.sum(product, axis=1)
+    if bias_ptr is not None:
+        rows += widen(tl.load(bias_ptr + slot * stride_bias + row, mask=chosen, other=0.0))
+    y = tl.sum(rows * weights, axis=0)
     tl.store(y_ptr + row, narrow(y, y_ptr.dtype.element_ty))

@@ -4,35 +4,22 @@ Names say little: models clamp, scale and shift under the name "silu". What a mo
 """
 
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import nn
 
+from moe_kernels.activation import ACTIVATIONS, gated, ungated
 from moe_layer.expert_format import Activation
 
 # Both signs, near 0, around usual limits (7, 10), and so far out that any clamp shows.
 _GRID = (0.0, 1e-3, 0.02, 0.1, 0.5, 0.9, 1.7, 2.5, 4.0, 6.0, 7.5, 9.0, 11.0, 16.0, 30.0, 100.0, 1e3, 1e4)
 
-_FUNCTIONS: dict[str, Callable[[torch.Tensor, float], torch.Tensor]] = {
-    "silu": lambda gate, alpha: gate * torch.sigmoid(alpha * gate),
-    "gelu": lambda gate, alpha: F.gelu(gate),
-    "gelu_tanh": lambda gate, alpha: F.gelu(gate, approximate="tanh"),
-    "relu": lambda gate, alpha: F.relu(gate),
-    "relu2": lambda gate, alpha: F.relu(gate).square(),
-}
-
 
 def apply_activation(activation: Activation, gate: torch.Tensor | None, up: torch.Tensor) -> torch.Tensor:
-    """What `activation` says, in the dtype of `up`; without a gate `gate` is None."""
-    function = _FUNCTIONS[activation.name]
-    if gate is None:
-        return function(up, activation.alpha)
-    if activation.limit is not None:
-        gate, up = gate.clamp(max=activation.limit), up.clamp(-activation.limit, activation.limit)
-    return function(gate, activation.alpha) * (up + activation.up_offset)
+    """What the kernels' reference makes of `activation`; without a gate `gate` is None."""
+    return ungated(activation.for_kernels, up) if gate is None else gated(activation.for_kernels, gate, up)
 
 
 def find_activation(
@@ -72,14 +59,14 @@ def _first(
 def _candidates(experts: nn.Module, is_gated: bool) -> Iterator[Activation]:
     """From the plainest on."""
     if not is_gated:
-        yield from (Activation(name, gated=False) for name in _FUNCTIONS)
+        yield from (Activation(name, gated=False) for name in ACTIVATIONS)
         return
     values = [
         value for value in vars(experts).values() if isinstance(value, (int, float)) and not isinstance(value, bool)
     ]
     numbers = sorted({float(value) for value in values if value > 0 and math.isfinite(value)})
     for limit in (None, *numbers):
-        for name in _FUNCTIONS:
+        for name in ACTIVATIONS:
             for alpha in dict.fromkeys((1.0, *numbers)) if name == "silu" else (1.0,):
                 for up_offset in (0.0, 1.0):
                     yield Activation(name, limit=limit, alpha=alpha, up_offset=up_offset)

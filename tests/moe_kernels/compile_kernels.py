@@ -78,11 +78,18 @@ def compile_kernel(module: str, name: str, types: dict[str, str], constants: dic
     return compiled
 
 
-def compile_gemms(arch: int, dtype: torch.dtype, rows_per_expert: int, even_k: bool, activation: str) -> None:
+# Of every kind of expert: activation, and whether it has biases.
+GPT_OSS = "silu limit=7.0 alpha=1.702 up_offset=1.0"
+KINDS = (("silu", False), (GPT_OSS, True), ("gelu_tanh", False), ("relu2 ungated", False), ("gelu", True))
+
+
+def compile_gemms(
+    arch: int, dtype: torch.dtype, rows_per_expert: int, even_k: bool, activation: str, biased: bool
+) -> None:
     config = gemm_config(4096, 4096, dtype, rows_per_expert, 1, 1)
     floats = {name: f"*{DTYPES[dtype]}" for name in ("x_ptr", "gate_up_ptr", "hidden_ptr", "down_ptr", "rows_ptr")}
-    floats |= {"row_weights_ptr": "*fp32", "stride_slot": "i64"}
-    tiles = {
+    floats |= {"row_weights_ptr": "*fp32", "stride_slot": "i64", "bias_ptr": f"*{DTYPES[dtype]}"}
+    tiles = ({} if biased else {"bias_ptr": None}) | {
         "PDL": arch >= 90,
         "EVEN_K": even_k,
         "BLOCK_M": config.block_m,
@@ -279,6 +286,7 @@ def compile_one_token(arch: int, dtype: torch.dtype) -> None:
     )
     check_recording(compiled.asm["ptx"])
     sizes = {"HIDDEN_SIZE": 2880, "INTERMEDIATE": 768, "PDL": pdl, "SCRATCH": 6144, "EVICTION": "evict_first"}
+    sizes["bias_ptr"] = None
     up = ("x_ptr", "gate_up_ptr", "scratch_ptr"), 2, {"ACTIVATION": "silu", "BLOCK_H": 1024}
     down = ("scratch_ptr", "down_ptr", "y_ptr"), 1, {"TOP_K": 8, "BLOCK_K": 8, "BLOCK_I": 256}
     # More steps than are unrolled, and more weights than stream.
@@ -286,6 +294,7 @@ def compile_one_token(arch: int, dtype: torch.dtype) -> None:
     cases = [("_up_kernel", *up), ("_down_kernel", *down)]
     if dtype == torch.bfloat16:
         cases.append(("_down_kernel", *long))
+        cases += [("_up_kernel", *up[:2], up[2] | {"ACTIVATION": one}) for one in ("relu2 ungated", "gelu_tanh")]
     for name, types, num_warps, constants in cases:
         compiled = compile_kernel(
             "one_token_triton",
@@ -303,7 +312,14 @@ def compile_one_token(arch: int, dtype: torch.dtype) -> None:
 
 
 def compile_tma_gemms(
-    arch: int, dtype: torch.dtype, up: GemmConfig, down: GemmConfig, hidden_size: int, intermediate: int
+    arch: int,
+    dtype: torch.dtype,
+    up: GemmConfig,
+    down: GemmConfig,
+    hidden_size: int,
+    intermediate: int,
+    activation: str = "silu",
+    biased: bool = False,
 ) -> None:
     """What serving uses: wgmma, and as much shared memory as such a GPU has."""
     element = DTYPES[dtype]
@@ -314,9 +330,10 @@ def compile_tma_gemms(
         tiles = {"TAIL_M": config.tail_m, "BLOCK_M": config.block_m, "EXTRA_M": config.extra_m}
         tiles |= {"BLOCK_K": k, "GROUP_M": config.group_m}
         if module == "expert_up_tma":
-            box = f"1,{n // 2},{k}" if config.swap else f"1,{n // 16},2,8,{k}"
+            is_plain = config.swap or "ungated" in activation
+            box = f"1,{n // 2},{k}" if is_plain else f"1,{n // 16},2,8,{k}"
             types = {"gate_up": f"tensordesc<{element}[{box}]>", "x_ptr": f"*{element}", "hidden_ptr": f"*{element}"}
-            tiles |= {"ACTIVATION": "silu", "BLOCK_I": n // 2}
+            tiles |= {"ACTIVATION": activation, "BLOCK_I": n // 2}
         else:
             types = {
                 "row_weights_ptr": "*fp32",
@@ -350,7 +367,9 @@ if __name__ == "__main__":
     for dtype in DTYPES:
         compile_one_token(arch, dtype)
         for rows in (16, 32, 64, 128):
-            compile_gemms(arch, dtype, rows, even_k=rows != 16, activation="gelu" if rows == 32 else "silu")
+            compile_gemms(arch, dtype, rows, rows != 16, "gelu" if rows == 32 else "silu", biased=False)
+        for activation, biased in KINDS:
+            compile_gemms(arch, dtype, 64, True, activation, biased)
     if arch == 90:
         for hidden_size, intermediate in ((2048, 768), (2880, 2880), (4096, 14336)):  # one for each column
             column = bisect.bisect_left(_INTERMEDIATE, intermediate)
@@ -359,3 +378,6 @@ if __name__ == "__main__":
                 table = _KEPT_TMA if dtype == torch.bfloat16 and not column else _TABLE_TMA
                 for up, down in dict.fromkeys(pairs[column] for *_, pairs in table):
                     compile_tma_gemms(arch, dtype, up, down, hidden_size, intermediate)
+                    if hidden_size == 2880 and dtype == torch.bfloat16:
+                        for kind in KINDS[1:4]:
+                            compile_tma_gemms(arch, dtype, up, down, hidden_size, intermediate, *kind)

@@ -38,7 +38,7 @@ GROUPS = {"n_routed_experts": 16, "num_local_experts": 16, "n_group": 4, "topk_g
 SPARSE = {"mlp_layer_types": ["sparse", "sparse"]}
 
 PLAIN = (
-    *("afmoe", "aria_text", "axk2", "cohere2_moe", "deepseek_v3", "deepseek_v32", "deepseek_v4", "dots3_note_text"),
+    *("afmoe", "aria_text", "axk2", "cohere2_moe", "deepseek_v3", "deepseek_v32", "dots3_note_text"),
     *("ernie4_5_moe", "exaone_moe", "flex_olmo", "glm4_moe", "glm4_moe_lite", "glm_moe_dsa", "gpt_oss", "granitemoe"),
     *("granitemoe_swa", "granitemoeshared", "hunyuan_v1_moe", "hy_v4", "inkling2_loop_text", "inkling2_text"),
     *("inkling_text", "jetmoe", "kimi_linear", "kolibri1", "laguna", "lara_mini", "llama4_text", "longcat_flash"),
@@ -57,6 +57,7 @@ FAMILIES: dict[str, dict[str, Any]] = {
         **GROUPS,
         "num_experts": 16,
     },
+    "deepseek_v4": {"mlp_layer_types": ["hash_moe", "moe"]},
     "axk1": GROUPS,
     "beam": SPARSE,
     "flint": {"mlp_only_layers": []},
@@ -82,21 +83,17 @@ NO_CACHE = {"bailing_hybrid", "granitemoehybrid", "jamba", "kimi_linear"}
 
 # Families that are not swapped, or not all of them, and a part of the reason.
 REFUSED: dict[str, str] = {
-    "deepseek_v4": "limit=10",
-    "gemma4_text": "gelu_tanh",
-    "gpt_oss": "biases",
-    "hy_v4": "limit=10",
     "inkling2_loop_text": "computes none of the activations",
     "inkling2_text": "computes none of the activations",
     "jetmoe": "not on transformers' experts interface",
     "llama4_text": "not on transformers' experts interface",
     "longcat_flash": "not on transformers' experts interface",
-    "minimax_m3_vl_text": "limit=7",
-    "nemotron_h": "relu2",
 }
 
-# Swapped families whose routers do not choose in our kernel, and a part of the reason.
+# Swapped families of which not all routers choose in our kernel, and a part of the reason.
 NOT_FUSED: dict[str, str] = {
+    "deepseek_v4": "its block cannot be run on hidden states alone",  # of layers that choose by the input ids
+    "gemma4_text": "its block cannot be run on hidden states alone",  # a decoder layer
     "inkling_text": "no module of its block returns",
     "kolibri1": "of no rule that the kernel has",
     "phimoe": "of no rule that the kernel has",
