@@ -70,7 +70,7 @@ class MoELayer(Relocatable, nn.Module):
             given `expert_ids` and `expert_weights`.
         router_dtype: what the router's weight is and its logits are computed in, whatever the layer is cast to; None:
             the layer's dtype.
-        activation: of the gate: "silu" (SwiGLU) or "gelu" (exact GELU; GeGLU).
+        activation: of the gate: "silu" (SwiGLU), "gelu" (exact GELU; GeGLU), "gelu_tanh" or "relu2" (relu squared).
         trainable: whether the router's and the experts' weights are parameters that require gradients. The experts are
             then this rank's E / ranks, at `experts.gate_up_proj` and `experts.down_proj`; `num_redundant_experts` and
             `pool` must be left alone, and the layer cannot be registered. For DDP see `moe_layer.ignore_in_ddp`.

@@ -81,3 +81,30 @@ def test_what_is_not_understood_is_refused_before_anything_changes(family, devic
         report = swap_experts(model, strict=False)
         assert report.left and any(REFUSED[family] in reason for reason in report.left.values())
         assert relative(model(tokens, use_cache=False).logits, before) <= TOLERANCE
+
+
+@pytest.mark.parametrize(
+    "family",
+    families(
+        [
+            *("aria_text", "deepseek_v3:groups", "deepseek_v4", "gemma4_text", "gpt_oss", "minimax_m3_vl_text"),
+            *("mixtral", "nemotron_h", "qwen3_moe"),
+        ]
+    ),
+)
+def test_the_kernels_in_bfloat16(family, device):
+    """Every expert format by Triton, natively where there is a GPU: experts alone, as a whole model may route otherwise."""
+    model = make_model(family, torch.bfloat16, device)
+    report = swap_experts(model, fuse_routing=False, backend="triton")
+    name = next(iter(report.swapped))
+    random = torch.Generator().manual_seed(3)
+    inner = report.swapped[name].format.hidden_size
+    original = make_model(family, torch.bfloat16, device).get_submodule(name)
+    for num_tokens in (1, 20):
+        x = 3 * torch.randn(num_tokens, inner, generator=random).to(device, torch.bfloat16)
+        ids = torch.rand(num_tokens, 8, generator=random).topk(2).indices.to(device)
+        weights = torch.rand(num_tokens, 2, generator=random).to(device)
+        with torch.no_grad():
+            expected = original(x, ids, weights.to(x.dtype))
+            found = model.get_submodule(name)(x, ids, weights)
+        assert relative(found.float(), expected.float()) <= 2e-2
