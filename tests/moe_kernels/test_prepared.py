@@ -64,7 +64,7 @@ def prepares(monkeypatch):
     launchers = {
         id(one): one for module in modules for one in vars(module).values() if isinstance(one, launch.Launcher)
     }
-    assert len(launchers) == 15
+    assert len(launchers) >= 15, "the scan must find all that these tests launch"
     for launcher in launchers.values():
         jit = Jit(launcher.jit, compilations, launches)
         monkeypatch.setattr(launcher, "jit", jit)
