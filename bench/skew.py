@@ -30,7 +30,7 @@ import torch.multiprocessing as mp
 from bench.command import make_parser
 from bench.environment import environment
 from eplb import EplbConfig, EplbController
-from moe_layer import MoELayer
+from moe_layer import AllToAllDispatcher, MoELayer
 from moe_layer.demo.serve import CountingDispatcher
 
 WAYS = ("none", "static", "window", "batch")
@@ -67,7 +67,7 @@ def stack(way: str, options: Any, group: dist.ProcessGroup, device: torch.device
             router=None,
             num_redundant_experts=redundant,
             process_group=group,
-            dispatcher=CountingDispatcher(group, lanes),
+            dispatcher=CountingDispatcher(AllToAllDispatcher(group, lanes)),
             shares="batch" if way == "batch" else "window",
             device=device,
             dtype=dtype,
@@ -101,7 +101,7 @@ def serve(rank: int, options: Any, init_method: str, results: Any) -> None:
     traffic = Traffic(options, rank, device)
 
     def forward(way: str, ids: torch.Tensor) -> list[int]:
-        rows = []
+        rows: list[torch.Tensor] = []
         for layer, ids_TK in zip(stacks[way], ids, strict=True):
             layer(x, expert_ids=ids_TK, expert_weights=weights)
             dispatcher = layer.executor.dispatcher
@@ -109,7 +109,7 @@ def serve(rank: int, options: Any, init_method: str, results: Any) -> None:
             rows.append(dispatcher.rows.pop())
         if on_gpu:
             torch.cuda.synchronize(device)
-        return rows
+        return [int(count) for count in rows]
 
     for way in WAYS:  # kernels compile here; none of it counts as load
         if way in controllers:

@@ -12,7 +12,7 @@ from torch.utils.checkpoint import checkpoint
 from moe_layer import AllGatherDispatcher, MoELayer
 from moe_layer.dispatch.packed import token_bytes
 from tests.conftest import TOLERANCES
-from tests.distributed import INTERPRETED, distributed
+from tests.distributed import distributed
 from tests.moe_layer.ranks import (
     DEADLINE,
     EXPERTS,
@@ -138,7 +138,7 @@ def test_i3_gradients_across_flips(rank, num_ranks, group, device):
         check_gradients_across_flips(rank, group, device, dispatcher=dispatcher, max_tokens=BOUND)
 
 
-@distributed(num_ranks=2, on_cpu=INTERPRETED)
+@distributed(num_ranks=2, on_cpu=False)
 def test_triton(rank, num_ranks, group, device):
     """The host code of the Triton backend, in the interpreter on a CPU: few tokens, as it is slow."""
     x = torch.randn(3 * rank + 1, HIDDEN, generator=torch.Generator().manual_seed(rank)).to(device)

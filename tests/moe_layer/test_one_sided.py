@@ -94,7 +94,10 @@ def test_outputs(num_ranks, tokens, sums, device, assert_close):
             assert_close(y, wanted)
 
 
-@pytest.mark.parametrize(("dtype", "skewed"), [(torch.float32, False), (torch.bfloat16, True)])
+@pytest.mark.parametrize(
+    ("dtype", "skewed"),
+    [pytest.param(torch.float32, False, marks=pytest.mark.gpu), (torch.bfloat16, True)],  # slow, where interpreted
+)
 def test_no_bit_depends_on_the_placement(dtype, skewed, device):
     """I5, also with a smaller bound, and with fewer ranks."""
     sizes = Sizes(num_ranks=4, num_redundant_experts=4, num_shadow_slots=2, dtype=dtype, **SMALL)
@@ -221,6 +224,7 @@ class Mover:
         self.ranks.experts[source].pool.slab(int(self.slots[source][lane])).fill_(255)
 
 
+@pytest.mark.gpu
 def test_graphs_are_replayed_while_tables_flip(device):
     """1,000 flips on a GPU: every rank flips in a step of its own, and no bit changes."""
     sizes = Sizes(num_ranks=4, num_redundant_experts=4, num_shadow_slots=2, dtype=torch.bfloat16, **SMALL)

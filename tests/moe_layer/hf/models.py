@@ -4,7 +4,9 @@ from __future__ import annotations
 
 from typing import Any
 
+import pytest
 import torch
+import transformers
 from torch import nn
 
 # What a field is set to, in any config that has it.
@@ -141,3 +143,24 @@ def make_model(family: str, dtype: torch.dtype = torch.float32, device: str = "c
 
 def make_tokens(device: str = "cpu", shape: tuple[int, int] = (2, 9)) -> torch.Tensor:
     return torch.randint(3, 60, shape, generator=torch.Generator().manual_seed(1)).to(device)
+
+
+VERSION = tuple(map(int, transformers.__version__.split(".")[:2]))
+# In 5.17 the routers of these return something else.
+FUSED_SINCE = dict.fromkeys(("granitemoe", "granitemoehybrid", "granitemoeshared", "jamba"), (5, 18))
+ON_INTERFACE_SINCE = {"aria_text": (5, 18)}  # not in 5.17; in 5.24 it is
+
+
+def families(names: list[str]) -> list:
+    """Parameters of a test; those that this version of transformers lacks are skipped."""
+    old = pytest.mark.skip(reason="this version of transformers does not have it, or not on the experts interface")
+    known = [
+        one.partition(":")[0] in transformers.CONFIG_MAPPING and ON_INTERFACE_SINCE.get(one, (5, 0)) <= VERSION
+        for one in names
+    ]
+    return [pytest.param(one, marks=[] if is_known else [old]) for one, is_known in zip(names, known, strict=True)]
+
+
+def relative(found: torch.Tensor, expected: torch.Tensor) -> float:
+    """The largest difference, over the largest element."""
+    return float((found - expected).abs().max() / expected.abs().max())

@@ -16,7 +16,7 @@ from moe_layer import make_pool
 from moe_layer.hf import swap_experts, unswap_experts
 from moe_layer.hf.layout import Layout
 from tests.distributed import distributed
-from tests.moe_layer.hf.models import make_model, make_tokens
+from tests.moe_layer.hf.models import families, make_model, make_tokens
 from tests.moe_layer.ranks import DEADLINE, everybody, make_controller
 
 
@@ -159,7 +159,7 @@ def test_other_refusals(device):
         experts_of(model)(torch.zeros(3, 32, device=device), *[torch.zeros(3, 2, device=device)] * 2)
 
 
-@pytest.mark.parametrize("family", ["mixtral", "aria_text"])  # aria's matrices are transposed
+@pytest.mark.parametrize("family", families(["mixtral", "aria_text"]))  # aria's matrices are transposed
 def test_there_and_back(family, device):
     model, tokens = make_model(family, device=device), make_tokens(device)
     before, weights = logits_of(model, tokens), {name: one.clone() for name, one in model.state_dict().items()}
@@ -173,8 +173,9 @@ def test_there_and_back(family, device):
     assert torch.equal(logits_of(model, tokens), before)
 
 
-def test_unswap_brings_new_weights(device):
-    model, other, tokens = make_model("aria_text"), make_model("aria_text", seed=1), make_tokens()
+@pytest.mark.parametrize("family", families(["aria_text"]))
+def test_unswap_brings_new_weights(family, device):
+    model, other, tokens = make_model(family), make_model(family, seed=1), make_tokens()
     swap_experts(model)
     model.load_state_dict(other.state_dict())
     assert_near(logits_of(model, tokens), logits_of(other, tokens))
@@ -213,7 +214,7 @@ def test_layouts(is_transposed, is_interleaved):
 
 
 @pytest.mark.parametrize("trainable", [False, True])
-@pytest.mark.parametrize("family", ["qwen3_moe", "aria_text"])
+@pytest.mark.parametrize("family", families(["qwen3_moe", "aria_text"]))
 def test_gradients(family, trainable, device):
     model, tokens = make_model(family, device=device), make_tokens(device)
     twin = copy.deepcopy(model)
