@@ -67,25 +67,12 @@ def connect_peers(
     places: list[_Place] = [pickle.loads(one) for one in said]
     chosen, reason = _choose(source, places, group is not None)
     _log.info("peer memory of %d bytes on each of %d ranks: %s, because %s", num_bytes, len(places), chosen, reason)
-    memory, problem = None, ""
-    try:
-        if chosen == "shared_memory":
-            memory = shared_memory(num_bytes, exchange)
-        elif chosen == "cuda_ipc":
-            memory = cuda_ipc(num_bytes, device, rank, exchange)
-        else:
-            assert group is not None
-            memory = symmetric(num_bytes, device, group, exchange)
-    except (OSError, RuntimeError) as error:
-        problem = f"{type(error).__name__}: {error}"
-        if chosen == "shared_memory":
-            exchange(b"")  # the others are in the second exchange of their source
-    problems = [one.decode() for one in exchange(problem.encode())]
-    for other, one in enumerate(problems):
-        if one:
-            raise RuntimeError(f"rank {other} could not connect its peer memory ({chosen}): {one}")
-    assert memory is not None
-    return memory
+    if chosen == "shared_memory":
+        return shared_memory(num_bytes, rank, exchange)
+    if chosen == "cuda_ipc":
+        return cuda_ipc(num_bytes, device, rank, exchange)
+    assert group is not None
+    return symmetric(num_bytes, device, group, exchange)
 
 
 def why_not(device: torch.device, exchange: Exchange) -> str | None:
