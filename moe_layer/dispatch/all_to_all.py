@@ -3,7 +3,6 @@
 Legend: T tokens of this rank, K top-k, H hidden, W ranks, S lanes of a rank, L = W · S lanes, R rows that came.
 """
 
-from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -15,16 +14,7 @@ from moe_layer.collectives import all_gather_rows, all_to_all_rows, backend_of
 from moe_layer.dispatch.base import Dispatched, Incoming
 from moe_layer.dispatch.gradients import check_gradients
 from moe_layer.dispatch.packed import pack_rows, unpack_rows
-
-
-@dataclass(frozen=True)
-class _Route:
-    order: torch.Tensor  # int64 [sent]: flat (token, k) of each row sent, by lane
-    send_splits: list[int]
-    receive_splits: list[int]
-
-    def reversed(self) -> "_Route":
-        return _Route(self.order, self.receive_splits, self.send_splits)
+from moe_layer.dispatch.ways import ExactSplits, Return
 
 
 class AllToAllDispatcher:
@@ -90,10 +80,8 @@ class AllToAllDispatcher:
         # By lane, so that the counts tell the receiver the lane of each row. Rows without a lane sort last and stay here.
         lanes = lanes_TK.reshape(-1)
         order = torch.sort(torch.where(lanes >= 0, lanes, counts_L.numel()), stable=True).indices[: sum(send_splits)]
-        route = _Route(order, send_splits, receive_splits)
-        rows_RH, row_weights_R = _Exchange.apply(
-            x_TH[order // top_k], weights_TK.reshape(-1)[order], route, self._group
-        )
+        way = ExactSplits(self._group, order, receive_splits, send_splits, lanes.numel())
+        rows_RH, row_weights_R = _Exchange.apply(x_TH[order // top_k], weights_TK.reshape(-1)[order], way)
         lane_WS = torch.arange(num_lanes, dtype=torch.int32, device=lanes.device).repeat(num_ranks)
         lanes_R = lane_WS.repeat_interleave(counts_WS.flatten(), output_size=sum(receive_splits))
         counts_S = counts_WS.sum(dim=0, dtype=torch.int32)
@@ -107,49 +95,29 @@ class AllToAllDispatcher:
             row_weights_N=row_weights_R,
             schedule=schedule,
             num_tokens=sum(one >> 1 for one in last),
-            route=route,
+            route=way,
         )
 
     def combine(
         self, rows_NH: torch.Tensor | None, dispatched: Dispatched, lanes_TK: torch.Tensor, backend: str
     ) -> torch.Tensor:
         assert rows_NH is not None
-        back = _Return.apply(rows_NH, dispatched.route, self._group)
-        flat = back.new_zeros(lanes_TK.numel(), back.shape[1])
-        return combine(flat.index_copy(0, dispatched.route.order, back), lanes_TK, backend=backend)
-
-
-def _send(rows: torch.Tensor, route: _Route, group: dist.ProcessGroup) -> torch.Tensor:
-    return all_to_all_rows(rows, route.receive_splits, route.send_splits, group)
-
-
-def _exchange(
-    rows_NH: torch.Tensor, weights_N: torch.Tensor, route: _Route, group: dist.ProcessGroup
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """Rows and their weights (float32) in one collective."""
-    received = _send(pack_rows(rows_NH, weights_N), route, group)
-    return unpack_rows(received, rows_NH.shape[1], rows_NH.dtype)
+        return combine(Return.apply(rows_NH, dispatched.route), lanes_TK, backend=backend)
 
 
 class _Exchange(torch.autograd.Function):
+    """Rows in the order of `way`, and their weights (float32), to the ranks that compute them; gradients come back."""
+
     @staticmethod
     def forward(
-        ctx: Any, rows_NH: torch.Tensor, weights_N: torch.Tensor, route: _Route, group: dist.ProcessGroup
+        ctx: Any, rows_NH: torch.Tensor, weights_N: torch.Tensor, way: ExactSplits
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        ctx.back, ctx.group = route.reversed(), group
-        return _exchange(rows_NH, weights_N, route, group)
+        ctx.way = way
+        came = all_to_all_rows(pack_rows(rows_NH, weights_N), way.send_splits, way.receive_splits, way.group)
+        return unpack_rows(came, rows_NH.shape[1], rows_NH.dtype)
 
     @staticmethod
     def backward(ctx: Any, grad_rows: torch.Tensor, grad_weights: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
-        return *_exchange(grad_rows, grad_weights, ctx.back, ctx.group), None, None
-
-
-class _Return(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx: Any, rows_RH: torch.Tensor, route: _Route, group: dist.ProcessGroup) -> torch.Tensor:
-        ctx.route, ctx.group = route, group
-        return _send(rows_RH, route.reversed(), group)
-
-    @staticmethod
-    def backward(ctx: Any, grad: torch.Tensor) -> tuple[torch.Tensor, None, None]:
-        return _send(grad, ctx.route, ctx.group), None, None
+        way = ctx.way
+        came = all_to_all_rows(pack_rows(grad_rows, grad_weights), way.receive_splits, way.send_splits, way.group)
+        return *unpack_rows(came, grad_rows.shape[1], grad_rows.dtype), None
