@@ -152,13 +152,11 @@ class VirtualRanks:
         x_WTH: Sequence[torch.Tensor],
         chosen: Sequence[tuple[torch.Tensor, torch.Tensor]],
         bound: int | None = None,
-        compute: bool = True,
     ) -> list[torch.Tensor]:
         """y_TH of each rank, on the ranks' streams; `fork()` before and `join()` after.
 
         Args:
             chosen: weights_TK (float32) and ids_TK (int32) of each rank.
-            compute: False: the rows come back as they are, without experts.
         """
         sizes = self.sizes
         lanes = self.choose_lanes([ids_TK for _, ids_TK in chosen])
@@ -169,13 +167,9 @@ class VirtualRanks:
 
         sent: list[Dispatched] = self.all(send)  # type: ignore[assignment]
 
-        def work(rank: int) -> torch.Tensor | None:
-            if compute:
-                return compute_rows(self.experts[rank], sent[rank], sizes.top_k)
-            sent[rank].schedule(16, 0)
-            return sent[rank].rows_RH.repeat_interleave(sizes.top_k, 0)
-
-        rows: list[torch.Tensor | None] = self.all(work)  # type: ignore[assignment]
+        rows: list[torch.Tensor | None] = self.all(  # type: ignore[assignment]
+            lambda rank: compute_rows(self.experts[rank], sent[rank], sizes.top_k)
+        )
         return self.finish(rows, sent, [lanes_TK for lanes_TK, _ in lanes])  # type: ignore[misc]
 
     def choose_lanes(self, ids: Sequence[torch.Tensor]) -> list[tuple[torch.Tensor, torch.Tensor]]:

@@ -11,6 +11,7 @@ from moe_kernels import (
     TileSchedule,
     build_schedule,
     combine,
+    count_experts,
     expert_down,
     expert_up,
     gemm_configs,
@@ -22,7 +23,6 @@ from moe_kernels.expert_down import expert_down_home
 from moe_layer.batch_shares import BatchShares
 from moe_layer.dispatch import Dispatched, Dispatcher
 from moe_layer.dispatch.base import Incoming
-from moe_layer.dispatch.lanes import count_lanes
 from moe_layer.experts import Experts
 from moe_layer.recomputed import Recomputed
 from moe_layer.router import Router
@@ -199,7 +199,7 @@ class ExpertParallelExecutor:
         for first in range(0, max_tokens, most):
             turn = slice(first, first + most)
             lanes = lanes_TK[turn]
-            counts = count_lanes(lanes, counts_L.numel())
+            counts = count_experts(lanes, counts_L.numel(), backend=experts.backend)
             bound = min(most, max_tokens - first)
             parts.append(self._one_turn(experts, x_TH[turn], weights_TK[turn], lanes, counts, bound))
         return torch.cat(parts)

@@ -13,7 +13,7 @@ from moe_kernels.integers import next_power_of_2
 from moe_kernels.launch import Launcher, gdc_launch_dependents, gdc_wait
 from moe_kernels.peers import ARRIVED, EPOCH, NO_RANK, PeerArea, leave_word, sync_options, wait_for_flags
 from moe_kernels.schedule_triton import write_tiles
-from moe_kernels.tiles import TileSchedule, max_tiles
+from moe_kernels.tiles import TileSchedule, new_schedule
 
 _BLOCK = 512  # of rows that a program copies in a step
 _NO_RANK = tl.constexpr(NO_RANK)
@@ -119,25 +119,13 @@ def receive_rows(
     """
     layout = area.layout
     per_rank = bound * layout.top_k
-    num_rows = layout.num_ranks * per_rank
-    most = max_tiles(num_rows, num_lanes, block_m)
-    new = area.addresses_W.new_empty
-    schedule = TileSchedule(
-        order_N=new(num_rows, dtype=torch.int32),
-        offsets_L1=new(num_lanes + 1, dtype=torch.int32),
-        tile_lane=new(most, dtype=torch.int32),
-        tile_start=new(most, dtype=torch.int32),
-        tile_end=new(most, dtype=torch.int32),
-        num_tiles=new(1, dtype=torch.int32),
-        block_m=block_m,
-        extra_m=extra_m,
-    )
+    schedule = new_schedule(area.addresses_W, layout.num_ranks * per_rank, num_lanes, block_m, extra_m)
     _receive_rows_kernel[(num_lanes + 1,)](
         *(area.part("counts", torch.int32, 1), area.part("lists", torch.int32, 1), area.part("flags", torch.int64, 1)),
         *(area.state, area.error, area.here if note_here else None),
         *(schedule.order_N, schedule.offsets_L1, schedule.tile_lane, schedule.tile_start, schedule.tile_end),
         schedule.num_tiles,
-        *(num_lanes, bound, per_rank, most, area.patience),
+        *(num_lanes, bound, per_rank, schedule.tile_lane.shape[0], area.patience),
         BLOCK_M=block_m,
         EXTRA_M=extra_m,
         **sync_options(area),

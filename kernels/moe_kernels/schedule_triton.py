@@ -25,7 +25,7 @@ from moe_kernels.scan import (
     scan_options,
     start_chunks,
 )
-from moe_kernels.tiles import TileSchedule, max_tiles
+from moe_kernels.tiles import TileSchedule, new_schedule
 
 
 @triton.jit
@@ -187,17 +187,7 @@ def _place_rows_kernel(
 
 def build_schedule_triton(lanes_N: torch.Tensor, counts_L: torch.Tensor, *, block_m: int, extra_m: int) -> TileSchedule:
     num_rows, num_lanes = lanes_N.numel(), counts_L.numel()
-    most = max_tiles(num_rows, num_lanes, block_m)
-    schedule = TileSchedule(
-        order_N=torch.empty_like(lanes_N),
-        offsets_L1=lanes_N.new_empty(num_lanes + 1),
-        tile_lane=lanes_N.new_empty(most),
-        tile_start=lanes_N.new_empty(most),
-        tile_end=lanes_N.new_empty(most),
-        num_tiles=lanes_N.new_empty(1),
-        block_m=block_m,
-        extra_m=extra_m,
-    )
+    schedule = new_schedule(lanes_N, num_rows, num_lanes, block_m, extra_m)
     chunks_BC = count_chunks(lanes_N, num_lanes)
     num_chunks = 0 if chunks_BC is None else chunks_BC.shape[1]
     _build_schedule_kernel[(num_lanes + 1,)](
@@ -213,7 +203,7 @@ def build_schedule_triton(lanes_N: torch.Tensor, counts_L: torch.Tensor, *, bloc
         num_rows,
         num_chunks,
         num_lanes,
-        most,
+        schedule.tile_lane.shape[0],
         BLOCK_M=block_m,
         EXTRA_M=extra_m,
         BLOCK_L=next_power_of_2(num_lanes),

@@ -11,7 +11,7 @@ from moe_kernels.backend import resolve_backend
 from moe_kernels.checks import check_tensor
 from moe_kernels.load import LoadCounter
 from moe_kernels.registered import registered_op
-from moe_kernels.replicas import lanes_of_entries, rank_in_experts
+from moe_kernels.replicas import check_selection, lanes_of_entries, rank_in_experts
 from moe_kernels.replicas_triton import launch_selection
 from moe_kernels.table import ReplicaTable
 
@@ -104,13 +104,8 @@ def select_by_quota(
     Raises:
         ValueError: an argument breaks one of these rules.
     """
+    check_selection(expert_ids_TK, table, load, num_lanes)
     device = expert_ids_TK.device
-    check_tensor("expert_ids_TK", expert_ids_TK, (None, None), torch.int32)
-    load.check(device)
-    num_experts = load.load_E.shape[0]
-    table.check(num_experts, device)
     check_tensor("quotas_P", quotas_P, (table.lanes_P.shape[0],), torch.int32, device)
-    check_tensor("before_E", before_E, (num_experts,), torch.int32, device)
-    if num_lanes < 1:
-        raise ValueError(f"num_lanes={num_lanes}: must be at least 1")
+    check_tensor("before_E", before_E, load.load_E.shape, torch.int32, device)
     return _select_by_quota(expert_ids_TK, table, quotas_P, before_E, load, num_lanes, resolve_backend(backend, device))

@@ -6,6 +6,7 @@ N flat rows, L lanes, M rows per tile.
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 
@@ -54,3 +55,12 @@ def max_tiles(num_rows: int, num_lanes: int, block_m: int) -> int:
     """
     nonempty = min(num_rows, num_lanes)
     return nonempty + (num_rows - nonempty) // block_m
+
+
+def new_schedule(like: torch.Tensor, num_rows: int, num_lanes: int, block_m: int, extra_m: int) -> TileSchedule:
+    """An unwritten schedule of so many rows and lanes, on the device of `like`."""
+    new = partial(like.new_empty, dtype=torch.int32)
+    most = max_tiles(num_rows, num_lanes, block_m)
+    return TileSchedule(
+        new(num_rows), new(num_lanes + 1), new(most), new(most), new(most), new(1), block_m=block_m, extra_m=extra_m
+    )

@@ -8,12 +8,6 @@ from dataclasses import dataclass
 import torch
 
 
-def count_lanes(lanes: torch.Tensor, num_lanes: int) -> torch.Tensor:
-    """How many of `lanes` (integer, any shape, -1 for none) are each of ``[0, num_lanes)``: int32 ``[num_lanes]``."""
-    lanes = lanes.reshape(-1).long()
-    return count_bins(torch.where(lanes >= 0, lanes, num_lanes), num_lanes)
-
-
 def count_bins(bins_N: torch.Tensor, num_bins: int) -> torch.Tensor:
     """How many of `bins_N` (int64, in ``[0, num_bins]``) are each of ``[0, num_bins)``: int32 ``[num_bins]``.
 

@@ -5,9 +5,8 @@ import re
 import pytest
 import torch
 
-from moe_kernels import build_schedule, combine
+from moe_kernels import build_schedule, combine, count_experts
 from moe_layer import Dispatched, MoELayer
-from moe_layer.dispatch.lanes import count_lanes
 from tests.moe_layer.ranks import EXPERTS, HIDDEN, INTERMEDIATE, TOP_K
 from tests.moe_layer.reference import give_unit_scale
 
@@ -115,6 +114,6 @@ def test_a_bound_of_a_forward_names_itself(bound, device):
 
 def test_counts_of_lanes(device):
     lanes = torch.tensor([[0, 3], [-1, 3], [5, 0]], dtype=torch.int32, device=device)
-    assert count_lanes(lanes, 6).tolist() == [2, 0, 0, 2, 0, 1]
-    assert count_lanes(lanes[:0], 2).tolist() == [0, 0]
-    assert count_lanes(lanes, 6).dtype == torch.int32
+    assert count_experts(lanes, 6).tolist() == [2, 0, 0, 2, 0, 1]
+    assert count_experts(lanes[:0], 2).tolist() == [0, 0]
+    assert count_experts(lanes, 6).dtype == torch.int32
