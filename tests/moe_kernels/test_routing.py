@@ -106,7 +106,8 @@ def test_square_root_of_softplus_is_exact_far_out(device, backend):
     logits = torch.tensor([[-60.0, -20.0, 0.0, 15.0, 80.0]], device=device)
     weights, ids = topk_routing(logits, 5, RoutingRule("sqrtsoftplus", renormalize=False), backend=backend)
     exact = torch.nn.functional.softplus(logits.double()).sqrt().gather(-1, ids.long())
-    torch.testing.assert_close(weights.double(), exact, rtol=1e-6, atol=0)
+    # A GPU's exponential of -60 is off by up to |x| · 2⁻²⁴ relatively.
+    torch.testing.assert_close(weights.double(), exact, rtol=4e-6, atol=0)
 
 
 @pytest.mark.parametrize("experts", [16, 128, 257])
