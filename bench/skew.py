@@ -34,6 +34,16 @@ from moe_layer import AllToAllDispatcher, MoELayer
 from moe_layer.demo.serve import CountingDispatcher
 
 WAYS = ("none", "static", "window", "batch")
+SIZES = {  # on a CPU, on a GPU
+    "layers": (2, 8),
+    "experts": (64, 128),
+    "top_k": (4, 8),
+    "hidden": (32, 2048),
+    "intermediate": (32, 1024),
+    "tokens": (64, 512),
+    "steps": (160, 400),
+    "interval": (20, 20),
+}
 
 
 class Traffic:
@@ -153,18 +163,6 @@ def run(options: Any) -> list[dict[str, Any]]:
         rows_SLW = np.stack([np.array(one[1][way]) for one in sorted(found, key=lambda one: one[0])], axis=2)[half:]
         uneven = rows_SLW.max(axis=2) / rows_SLW.mean(axis=2)
         slowest_ms = np.array([one[2][way] for one in found]).max(axis=0)[half:] * 1e3
-        sizes = (
-            "ranks",
-            "layers",
-            "experts",
-            "top_k",
-            "hidden",
-            "intermediate",
-            "tokens",
-            "steps",
-            "interval",
-            "drift",
-        )
         records.append(
             {
                 "way": way,
@@ -172,7 +170,7 @@ def run(options: Any) -> list[dict[str, Any]]:
                 "p99": round(float(np.percentile(uneven, 99)), 4),
                 "step_ms": round(float(np.median(slowest_ms)), 3),
                 "waves": found[0][3].get(way, 0),
-                **{name: getattr(options, name) for name in sizes},
+                **{name: getattr(options, name) for name in ("ranks", *SIZES, "drift")},
                 **environment(),
             }
         )
@@ -181,24 +179,18 @@ def run(options: Any) -> list[dict[str, Any]]:
 
 def main(arguments: Sequence[str] | None = None) -> int:
     parser = make_parser("skew", __doc__)
-    on_gpu = torch.cuda.is_available()
-    parser.add_argument("--device", choices=("cpu", "cuda"), default="cuda" if on_gpu else "cpu")
+    has_gpu = torch.cuda.is_available()
+    parser.add_argument("--device", choices=("cpu", "cuda"), default="cuda" if has_gpu else "cpu")
     parser.add_argument("--ranks", type=int, default=max(4, torch.cuda.device_count()))
-    for name, cpu, gpu in (
-        ("layers", 2, 8),
-        ("experts", 64, 128),
-        ("top-k", 4, 8),
-        ("hidden", 32, 2048),
-        ("intermediate", 32, 1024),
-        ("tokens", 64, 512),
-        ("steps", 160, 400),
-        ("interval", 20, 20),
-    ):
-        parser.add_argument(f"--{name}", type=int, default=gpu if on_gpu else cpu)
+    for name, (cpu, gpu) in SIZES.items():
+        parser.add_argument(f"--{name.replace('_', '-')}", type=int, help=f"default: {gpu}, on a CPU {cpu}")
     parser.add_argument("--drift", type=float, default=0.02, help="of the logarithm of a popularity, in a step")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--csv", type=Path, metavar="FILE")
     options = parser.parse_args(arguments)
+    for name, of_device in SIZES.items():
+        if getattr(options, name) is None:
+            setattr(options, name, of_device[options.device == "cuda"])
     if options.ranks < 2 or options.experts % options.ranks:
         parser.error(f"--ranks must be at least 2 and divide --experts={options.experts}, got {options.ranks}")
     records = run(options)

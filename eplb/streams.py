@@ -122,10 +122,10 @@ class CudaStreams:
             work()
 
     def is_capturing(self, stream: StreamLike | None = None) -> bool:
-        if stream is not None:
+        if stream is not None and stream.cuda_stream != self.current_handle():  # type: ignore[attr-defined]
             with torch.cuda.stream(stream):  # type: ignore[arg-type]
                 return torch.cuda.is_current_stream_capturing()
-        if torch.cuda.current_device() == self.device.index:  # as nearly always; the context costs 2 µs
+        if torch._C._cuda_getDevice() == self.device.index:  # as nearly always; the context costs 2 µs
             return torch.cuda.is_current_stream_capturing()
         with torch.cuda.device(self.device):
             return torch.cuda.is_current_stream_capturing()
@@ -156,12 +156,16 @@ def _streams_of(device: torch.device) -> DeviceStreams:
 def streams_of(device: torch.device) -> DeviceStreams:
     """The streams of `device`. Those of "meta" do nothing; a layer gets others with its memory.
 
+    "cuda" without an index is the current device, as everywhere in PyTorch.
+
     Raises:
         ValueError: the device is neither a CPU nor a CUDA device, nor "meta".
     """
     if device.type not in ("cpu", "cuda", "meta"):
         raise ValueError(f"device must be a CPU or a CUDA device, got {device}")
-    return _streams_of(device if device.type == "cuda" else torch.device(device.type))
+    if device.type != "cuda":
+        return _streams_of(torch.device(device.type))
+    return _streams_of(device if device.index is not None else torch.device("cuda", torch.cuda.current_device()))
 
 
 __all__ = [
