@@ -48,7 +48,8 @@ def solve_shares_torch(
     bound = -(-least // num_ranks)
     split = [expert for expert, ranks in enumerate(ranks_of) if len(ranks) > 1]
     for round in range(ROUNDS):
-        if max(loads) <= bound:
+        gathers = round == 0 and expert_cost > 0
+        if max(loads) <= bound and not gathers:
             break
         moved = False
         for expert in split:
@@ -56,9 +57,9 @@ def solve_shares_torch(
             num = len(old)
             stride = round + 1 if round + 1 < num else 1
             for a in range(num if num > 2 else 1):
-                _level_pair(loads, quotas[expert], ranks_of[expert], a, (a + stride) % num, expert_cost)
+                _level_pair(loads, quotas[expert], ranks_of[expert], a, (a + stride) % num, expert_cost, bound, gathers)
             moved |= quotas[expert] != old
-        if not moved:
+        if not moved and not gathers:
             break
     ends = [0] * len(lanes)
     for expert, ranks in enumerate(ranks_of):
@@ -73,14 +74,19 @@ def _cost(quota: int, expert_cost: int) -> int:
     return quota + expert_cost * (quota > 0)
 
 
-def _level_pair(loads: list[int], quotas: list[int], ranks: list[int], a: int, b: int, expert_cost: int) -> None:
+def _level_pair(
+    loads: list[int], quotas: list[int], ranks: list[int], a: int, b: int, expert_cost: int, bound: int, gathers: bool
+) -> None:
     """Split what two replicas have together, so that the larger of their ranks' loads becomes least."""
     both = quotas[a] + quotas[b]
     rest_a = loads[ranks[a]] - _cost(quotas[a], expert_cost)
     rest_b = loads[ranks[b]] - _cost(quotas[b], expert_cost)
     quotas[a] = min(max((both + rest_b - rest_a + 1) // 2, 0), both)
-    if expert_cost and min(rest_a, rest_b) + both <= (both + rest_a + rest_b + 1) // 2 + expert_cost // 8:
-        quotas[a] = both if rest_a <= rest_b else 0
+    if expert_cost:
+        whole = max(min(rest_a, rest_b) + _cost(both, expert_cost), rest_a, rest_b)
+        halves = (both + rest_a + rest_b + 1) // 2 + expert_cost
+        if gathers or whole <= max(bound, halves):
+            quotas[a] = both if rest_a <= rest_b else 0
     quotas[b] = both - quotas[a]
     loads[ranks[a]] = rest_a + _cost(quotas[a], expert_cost)
     loads[ranks[b]] = rest_b + _cost(quotas[b], expert_cost)
@@ -114,9 +120,8 @@ def solve_shares(
     counts and table get the same bits: it is all integers, in a fixed order.
 
     Each expert begins with the table's shares. Then each pair of its replicas levels its two ranks, expert by expert: up to
-    `ROUNDS` times, until nothing moves or no division could be better. A pair is split only if that saves more than an
-    eighth of `expert_cost`, because the second rank then pays it too. The eighth is from a simulation: with none, 4 ranks with
-    64 tokens each keep half of the gain; with a half of the cost, 32 ranks with 16 tokens each keep a third.
+    `ROUNDS` times, until nothing moves or no division could be better. With an `expert_cost` the first round gives each expert
+    to one rank whole; a later one splits it only where the larger of the two ranks gains and would else be above the mean.
 
     Args:
         counts_WE: [W, E] int32, contiguous: the tokens that each rank has for each expert. At most 64 ranks, 1024

@@ -126,14 +126,22 @@ def test_solve_example(device, backend):
     [
         (0, [5, 10]),  # half each
         (9, [5, 10]),  # 10 + 9 on one rank, or 5 + 9 on both
-        (39, [5, 10]),  # 5 less is more than an eighth, 4
-        (40, [10, 10]),  # 5 less is no more than an eighth: one rank reads the expert
+        (4000, [5, 10]),
     ],
 )
-def test_a_split_must_pay(device, backend, cost, ends):
+def test_the_larger_rank_decides(device, backend, cost, ends):
     quotas, _ = solve_shares(
         int32([[4], [6]], device), table_of([[0, 1]], device), 1, 0, expert_cost=cost, backend=backend
     )
+    assert quotas.tolist() == ends
+
+
+@pytest.mark.parametrize("backend", ["torch", "triton"])
+@pytest.mark.parametrize(("cost", "ends"), [(0, [5, 10, 100]), (1, [10, 10, 100])])
+def test_a_split_must_pay(device, backend, cost, ends):
+    """Rank 2 has the most and nothing changes that: reading expert 0 once is enough."""
+    table = table_of([[0, 1], [2]], device)
+    quotas, _ = solve_shares(int32([[10, 100], [0, 0], [0, 0]], device), table, 1, 0, expert_cost=cost, backend=backend)
     assert quotas.tolist() == ends
 
 
