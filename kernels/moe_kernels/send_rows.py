@@ -20,6 +20,7 @@ _BLOCK = 128  # of list entries, or of lanes, that a program takes at once
 # As many threads as 32 of an H100's multiprocessors have: the rest is left to what else runs.
 _MOST_THREADS = 32 * 2048
 _NUM_WARPS = 4
+_BLOCK_H = 1024  # columns of a token that a program copies at once
 
 
 @triton.jit
@@ -179,7 +180,9 @@ def _send_rows_kernel(
         )  # fmt: skip
         x, target = later, later_target
     tl.debug_barrier()
-    before = tl.atomic_add(state_ptr + SENT, 1, sem="acq_rel", scope="sys")
+    # The programs of a GPU order their writes among themselves; the last one's release orders all of them for its peers,
+    # because causality is transitive over scopes (PTX ISA, memory consistency model).
+    before = tl.atomic_add(state_ptr + SENT, 1, sem="acq_rel", scope="gpu")
     if before == tl.num_programs(0) - 1:
         tl.store(state_ptr + SENT, 0)
         epoch = tl.load(state_ptr + EPOCH) + 1
@@ -225,7 +228,7 @@ def send_rows(
     if not num_tokens <= bound <= layout.max_tokens:
         raise ValueError(f"bound={bound}: must be in [{num_tokens}, {layout.max_tokens}], the tokens and their maximum")
     assert layout.dtype in FLOATS
-    block_h = max(FP8_GROUP if layout.fp8 else 1, min(1024, next_power_of_2(layout.hidden_size)))
+    block_h = max(FP8_GROUP if layout.fp8 else 1, min(_BLOCK_H, next_power_of_2(layout.hidden_size)))
     items = num_tokens * cdiv(layout.hidden_size, block_h)
     items += cdiv(num_tokens * top_k, _BLOCK) + cdiv(layout.num_ranks * (num_lanes + 2), _BLOCK)
     at = layout.offsets
