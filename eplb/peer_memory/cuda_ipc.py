@@ -1,14 +1,17 @@
 """Peer memory: processes of one host on GPUs, through CUDA IPC. Several ranks may be on one GPU."""
 
+import inspect
 import pickle
 from collections.abc import Sequence
 
 import torch
-from torch.multiprocessing.reductions import reduce_tensor
+from torch.multiprocessing.reductions import rebuild_cuda_tensor, reduce_tensor
 
 from eplb.peer_memory.base import PeerMemory, view_of
 from eplb.peer_memory.exchange import Exchange
 from eplb.peer_memory.together import together
+
+_DEVICE = list(inspect.signature(rebuild_cuda_tensor).parameters).index("storage_device")
 
 
 def share(tensors: Sequence[torch.Tensor], rank: int, exchange: Exchange) -> list[list[torch.Tensor]]:
@@ -41,19 +44,16 @@ def cuda_ipc(num_bytes: int, device: torch.device, rank: int, exchange: Exchange
 
 
 def _opened(tensors: Sequence[torch.Tensor], handles: bytes, is_own: bool) -> list[torch.Tensor]:
+    """A rank's tensors, as memory of this rank's devices, whichever GPU it is on. CUDA refuses where that cannot reach it.
+
+    As memory of the other GPU, PyTorch would make a context of this process there and copy in it: a GPU runs processes by
+    turns, and so the owner's forwards and these copies held each other up (94 GB/s between two H200).
+    """
     if is_own:
         return list(tensors)
-    opened = [rebuild(*arguments) for rebuild, arguments in pickle.loads(handles)]
-    for one, own in zip(opened, tensors, strict=True):
-        _reach(one, own.device)
+    opened = []
+    for own, (rebuild, arguments) in zip(tensors, pickle.loads(handles), strict=True):
+        here = list(arguments)
+        here[_DEVICE] = own.device.index
+        opened.append(rebuild(*here))
     return opened
-
-
-def _reach(theirs: torch.Tensor, device: torch.device) -> None:
-    """Kernels of `device` may use a peer's memory from now on: PyTorch allows it at the first copy."""
-    if theirs.device == device:
-        return
-    if not torch.cuda.can_device_access_peer(device, theirs.device):
-        raise RuntimeError(f"{device} cannot reach the memory of {theirs.device}")
-    torch.empty(1, dtype=theirs.dtype, device=device).copy_(theirs.view(-1)[:1])
-    torch.cuda.current_stream(device).synchronize()
