@@ -59,7 +59,7 @@ class EplbController:
             max(1, len(self._transport.ranks)), self.config.ranks_per_node, self.config.num_groups
         )
         self._layers: list[RelocatableLayer] = []
-        self._steps = 0
+        self._steps = self._next_due = 0
         self._worker: Worker | None = None
         self._thread: WorkerThread | None = None
         self._inside_step: InsideStep | None = None
@@ -161,19 +161,18 @@ class EplbController:
         """
         if self._closed:
             return
-        worker = self._worker
-        if worker is None:
-            if not self._layers:
-                raise RuntimeError("step() without any MoE layer: register() a model that has one first")
-            if self._layers[0].resident.streams.is_capturing():
-                return
-            worker = self._start()
-        assert self._streams is not None
-        if self._streams.is_capturing():
+        if not self._layers:
+            raise RuntimeError("step() without any MoE layer: register() a model that has one first")
+        streams = self._layers[0].resident.streams
+        if streams.is_capturing():
             return
-        self._adopt(worker)
+        worker = self._worker or self._start()
+        # Looked at here: after a forward the interpreter's caches are cold, and each call into a piece takes a microsecond.
+        if worker.inbox.waiting is not None or streams.current_handle() not in streams.gate.ordered:
+            self._adopt(worker)
         self._steps += 1
-        self._record_load(worker)
+        if self._steps >= self._next_due:
+            self._record_load(worker)
         if self._inside_step is not None:
             try:
                 self._inside_step.run(self._steps)
@@ -186,6 +185,7 @@ class EplbController:
                 recorder.step(self._steps)
             except Exception as error:
                 worker.note_failure("the load could not be recorded; its window is lost", error)
+        self._next_due = min(recorder.next_due(self._steps) for recorder in self._windows.values())
 
     def _adopt(self, worker: Worker) -> None:
         """Flip a published version in, if there is one."""

@@ -61,6 +61,12 @@ class LoadWindowRecorder:
         """Whether a window ends with this step, taken or not."""
         return step % self._interval == 0
 
+    def next_due(self, step: int) -> int:
+        """The first step after `step` in which `step()` has something to do."""
+        begin, position = step // self._interval * self._interval, step % self._interval
+        later = [sample for sample in (*self._sample_at, self._interval) if sample > position]
+        return begin + min(later)
+
     def is_on_its_way(self) -> bool:
         """Whether `poll()` has still to be called for a window that has ended."""
         with self._lock:

@@ -136,7 +136,7 @@ RELOCATION = (
     # The receiver's rows go to the slot that the lane had before.
     Mutant(
         "eplb/relocation/table.py",
-        "table._lane_to_slot[lane].fill_(slot)",
+        "table._lane_words[lane] = slot",
         "pass",
         (f"{E}fill.py", f"{E}table.py", f"{L}flips.py"),
     ),

@@ -41,6 +41,10 @@ class ExpertTable:
         self.lanes_P = self._current[ends[0] : ends[1]]
         self.cumulative_P = self._current[ends[1] :]
         self._lane_to_slot = torch.full((placement.num_lanes,), -1, dtype=torch.int32, device=device)
+        self._lanes_host = torch.full(
+            (placement.num_lanes,), -1, dtype=torch.int32, device="cpu", pin_memory=device.type == "cuda"
+        )
+        self._lane_words = self._lanes_host.numpy()
         # `.data`: the same memory with a version counter of its own. Autograd keeps it for a backward, and an entry that
         # is written meanwhile is one that no pending backward reads (I1, I3).
         self.lane_to_slot_S = self._lane_to_slot.data
@@ -69,9 +73,15 @@ def map_lanes(entries: Sequence[tuple[ExpertTable, int, int]], stream: StreamLik
         entries: table, lane and slot of each.
     """
 
+    # All lanes of a table in one copy: the others are written with what they hold. A copy that an earlier call has left in the
+    # queue may write these entries early, which nobody reads yet.
+    for table, lane, slot in entries:
+        table._lane_words[lane] = slot
+    tables = {id(table): table for table, _, _ in entries}.values()
+
     def write() -> None:
-        for table, lane, slot in entries:
-            table._lane_to_slot[lane].fill_(slot)
+        for table in tables:
+            table._lane_to_slot.copy_(table._lanes_host, non_blocking=True)
 
     if entries:
         entries[0][0]._streams.run(stream, write)

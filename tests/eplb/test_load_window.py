@@ -234,3 +234,18 @@ def test_a_download_that_fails_costs_its_window_and_no_other():
         if window_NA is not None:
             arrived.append(window_NA.tolist())
     assert arrived == [window_of(loads_SA, index, 2, 2, 1).tolist() for index in (0, 2, 3)]
+
+
+@pytest.mark.parametrize(
+    ("window_size", "num_samples", "expected"),
+    [(10, 1, [10, 20]), (10, 2, [5, 10, 15, 20]), (4, 2, [6, 8, 10, 16, 18, 20])],
+)
+def test_the_steps_in_which_there_is_something_to_do(window_size, num_samples, expected):
+    recorder = LoadWindowRecorder(
+        [Layer(3)], HostStreams(), interval=10, window_size=window_size, num_samples=num_samples
+    )
+    found = [0]
+    while found[-1] < 20:
+        found.append(recorder.next_due(found[-1]))
+    assert found[1:] == expected
+    assert all(recorder.next_due(step) == min(due for due in expected if due > step) for step in range(20))
