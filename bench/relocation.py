@@ -78,6 +78,9 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--free", type=int, default=0, help="free slots of a rank; default: one layer's experts")
     parser.add_argument("--dispatcher", default="auto", help="of the layers")
     parser.add_argument("--communicator", choices=COMMUNICATORS, default="auto")
+    parser.add_argument(
+        "--rate", type=float, metavar="GB/S", help="bound of what ours copies (`max_bytes_per_second`); default: none"
+    )
     parser.add_argument("--graph", action="store_true", help="replay a CUDA graph of the forward")
     parser.add_argument("--seconds", type=float, default=600.0, help="deadline of a protocol")
     add_device(parser)
@@ -88,6 +91,7 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     )
     options = parser.parse_args(arguments)
     on_gpu = options.device.type == "cuda"
+    options.rate = options.rate and int(1e9 * options.rate)
     options.ranks = options.ranks or (torch.cuda.device_count() if on_gpu else 2)
     options.backend = options.backend or ("nccl" if on_gpu and torch.cuda.device_count() >= options.ranks else "gloo")
     try:
@@ -188,7 +192,7 @@ def setup(options: argparse.Namespace) -> dict[str, Any]:
     return {
         "shape": options.shape.name,
         **{name: getattr(options, name) for name in ("layers", "ranks", "tokens", "dtype", "steps", "interval")},
-        **{name: getattr(options, name) for name in ("free", "backend", "dispatcher", "communicator", "graph")},
+        **{name: getattr(options, name) for name in ("free", "backend", "dispatcher", "communicator", "rate", "graph")},
     }
 
 

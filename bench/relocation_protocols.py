@@ -55,7 +55,9 @@ class Relocating(Protocol):
 class Ours:
     """`EplbController`: fills free slots in the background; `step()` flips tables."""
 
-    def __init__(self, model: Any, group: dist.ProcessGroup, interval: int, communicator: str) -> None:
+    def __init__(
+        self, model: Any, group: dist.ProcessGroup, interval: int, communicator: str, rate: int | None = None
+    ) -> None:
         self._residents = [layer.resident for layer in model.moe_layers]
         config = EplbConfig(
             step_interval=interval,
@@ -64,6 +66,7 @@ class Ours:
             policy=Rotation(),
             planning="process",
             communicator=communicator,
+            max_bytes_per_second=rate,
         )
         self.controller = EplbController(config, group)
         self.controller.register(model)

@@ -203,7 +203,8 @@ def serve(rank: int, options: argparse.Namespace, folder: str) -> Recording:
     model = Stack(options, group, device)
     serving = Serving(model, options, rank, device)
     recording = Recording(bytes_per_rebalance=model.received_bytes)
-    with PROTOCOLS[options.protocol](model, group, options.interval, options.communicator) as protocol:
+    bound = {"rate": options.rate} if options.protocol == "ours" else {}
+    with PROTOCOLS[options.protocol](model, group, options.interval, options.communicator, **bound) as protocol:
         _connect(protocol, serving, device, group)
         profile = Profile(options.trace if rank == 0 else None)
         for number in range(options.steps):
