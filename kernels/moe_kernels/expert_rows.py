@@ -7,7 +7,7 @@ T tokens, K experts per token.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
+from typing import NamedTuple
 
 import torch
 
@@ -65,23 +65,26 @@ def _expert_rows_fake(x_RH, matrices, lane_to_slot_L, schedule, row_weights_N, l
     return x_RH.new_empty((outputs, matrices.down_SHI.shape[1])), _new_pre(x_RH, matrices, schedule, recompute)
 
 
+class _Saved(NamedTuple):
+    """What a backward is computed of; see `expert_rows_backward_torch`."""
+
+    grad_GH: torch.Tensor
+    x_RH: torch.Tensor | None
+    pre_NJ: torch.Tensor | None  # None: it is computed again
+    matrices: ExpertMatrices
+    lane_to_slot_L: torch.Tensor
+    schedule: TileSchedule
+    row_weights_N: torch.Tensor
+    fanout: int
+    grad_fanout: int
+    up: GemmConfig
+
+
 def _backward_of(
-    grad_GH: torch.Tensor,
-    x_RH: torch.Tensor | None,
-    pre_NJ: torch.Tensor | None,
-    matrices: ExpertMatrices,
-    lane_to_slot_L: torch.Tensor,
-    schedule: TileSchedule,
-    row_weights_N: torch.Tensor,
-    fanout: int,
-    grad_fanout: int,
-    up: GemmConfig,
-    configs: GradientConfigs,
-    wanted: Wanted,
-    backend: str,
-    overwrites_pre: bool = False,
+    saved: _Saved, configs: GradientConfigs, wanted: Wanted, backend: str, overwrites_pre: bool = False
 ) -> Gradients:
-    """Of either backend. Without `pre_NJ` it is computed again."""
+    """Of either backend."""
+    grad_GH, x_RH, pre_NJ, matrices, lane_to_slot_L, schedule, row_weights_N, fanout, grad_fanout, up = saved
     rows = (matrices, lane_to_slot_L, schedule)
     if pre_NJ is None:
         assert x_RH is not None
@@ -91,11 +94,11 @@ def _backward_of(
         else:
             pre_NJ = _new_pre(x_RH, matrices, schedule)
             expert_up_torch(x_RH, *rows, fanout=fanout, pre_NJ=pre_NJ)
-    arguments = (grad_GH, x_RH, pre_NJ, matrices, lane_to_slot_L, schedule.order_N, schedule.offsets_L1)
+    inputs = (grad_GH.contiguous(), x_RH, pre_NJ, matrices, lane_to_slot_L, schedule.order_N, schedule.offsets_L1)
     sizes = (row_weights_N, fanout, grad_fanout, wanted)
     if backend == "triton":
-        return expert_rows_backward_triton(*arguments, *sizes, configs, overwrites_pre=overwrites_pre)
-    return expert_rows_backward_torch(*arguments, *sizes)
+        return expert_rows_backward_triton(*inputs, *sizes, configs, overwrites_pre=overwrites_pre)
+    return expert_rows_backward_torch(*inputs, *sizes)
 
 
 @registered_op("moe_kernels::expert_rows_backward")
@@ -117,21 +120,8 @@ def _expert_rows_backward(
     backend: str,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
     """Of a tracer. What is not wanted is empty."""
-    grads = _backward_of(
-        grad_GH.contiguous(),
-        x_RH,
-        pre_NJ,
-        matrices,
-        lane_to_slot_L,
-        schedule,
-        row_weights_N,
-        fanout,
-        grad_fanout,
-        up,
-        GradientConfigs(grad_hidden, grad_weights, grad_x),
-        Wanted(*wanted),
-        backend,
-    )
+    saved = _Saved(grad_GH, x_RH, pre_NJ, matrices, lane_to_slot_L, schedule, row_weights_N, fanout, grad_fanout, up)
+    grads = _backward_of(saved, GradientConfigs(grad_hidden, grad_weights, grad_x), Wanted(*wanted), backend)
     return tuple(grad_GH.new_empty(0) if grad is None else grad for grad in grads)  # type: ignore[return-value]
 
 
@@ -209,7 +199,7 @@ def _backward(ctx, needs, grad_GH, _grad_pre):
     order_N, offsets_L1, *tiles = routing
     # The tiles of the forward serve the recomputation only.
     tile_lane, tile_start, tile_end, num_tiles = tiles or 4 * [offsets_L1]
-    arguments: tuple[Any, ...] = (
+    saved = _Saved(
         grad_GH,
         x_RH,
         pre_NJ,
@@ -227,12 +217,10 @@ def _backward(ctx, needs, grad_GH, _grad_pre):
     )
     if ctx.owns_pre and not is_traced:
         once = not torch._C._autograd._get_current_graph_task_keep_graph()
-        direct: tuple[Any, ...] = (grad_GH.contiguous(), *arguments[1:])
-        configs = GradientConfigs(*ctx.grad_configs)
         with torch.no_grad():
-            grads = _backward_of(*direct, configs, wanted, ctx.backend, overwrites_pre=once)
+            grads = _backward_of(saved, GradientConfigs(*ctx.grad_configs), wanted, ctx.backend, overwrites_pre=once)
     else:
-        grads = _expert_rows_backward(*arguments, *ctx.grad_configs, list(wanted), ctx.backend)
+        grads = _expert_rows_backward(*saved, *ctx.grad_configs, list(wanted), ctx.backend)
     return {name: grad for name, grad, is_wanted in zip(_TENSORS, grads, wanted, strict=True) if is_wanted}
 
 
