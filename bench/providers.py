@@ -73,23 +73,33 @@ def register(provider: Provider) -> None:
     Raises:
         ValueError: the name is taken.
     """
-    if provider.name in PROVIDERS:
+    add(provider, PROVIDERS)
+
+
+def add(provider: Any, known: dict[str, Any]) -> None:
+    """`register`, in whichever dict.
+
+    Raises:
+        ValueError: the name is taken.
+    """
+    if provider.name in known:
         raise ValueError(f"a provider named {provider.name!r} is registered already")
-    PROVIDERS[provider.name] = provider
+    known[provider.name] = provider
 
 
-def find(names: Sequence[str] | None, modules: Sequence[str] = ()) -> list[Provider]:
-    """The providers of these names, or all, once `modules` have been imported.
+def find(names: Sequence[str] | None, modules: Sequence[str] = (), known: dict[str, Any] | None = None) -> list[Any]:
+    """The providers of these names, or all, once `modules` have been imported; of `known`, or of a forward if None.
 
     Raises:
         ValueError: an unknown name.
     """
     for module in modules:
         importlib.import_module(module)
-    unknown = [name for name in names or () if name not in PROVIDERS]
+    known = PROVIDERS if known is None else known
+    unknown = [name for name in names or () if name not in known]
     if unknown:
-        raise ValueError(f"providers {', '.join(unknown)} unknown: must be among {', '.join(PROVIDERS)}")
-    return [PROVIDERS[name] for name in names or PROVIDERS]
+        raise ValueError(f"providers {', '.join(unknown)} unknown: must be among {', '.join(known)}")
+    return [known[name] for name in names or known]
 
 
 def make_weights(shape: Shape, dtype: torch.dtype, device: torch.device, seed: int = 0) -> Weights:
@@ -116,7 +126,12 @@ def make_problem(shape: Shape, weights: Weights, logits_TE: torch.Tensor, seed: 
 
 def torch_routing(problem: Problem) -> tuple[torch.Tensor, torch.Tensor]:
     """Routing weights, float32, and ids, int64, in plain PyTorch: the softmax of the best is that of all, renormalised."""
-    best_TK, ids_TK = problem.logits_TE.topk(problem.top_k, dim=-1)
+    return routing_of(problem.logits_TE, problem.top_k)
+
+
+def routing_of(logits_TE: torch.Tensor, top_k: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """`torch_routing` of other logits."""
+    best_TK, ids_TK = logits_TE.topk(top_k, dim=-1)
     return torch.softmax(best_TK, dim=-1, dtype=torch.float32), ids_TK
 
 

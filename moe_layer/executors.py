@@ -13,8 +13,10 @@ from moe_kernels import (
     combine,
     count_experts,
     expert_down,
+    expert_rows,
     expert_up,
     gemm_configs,
+    gradient_configs,
     local_experts,
     local_forward,
     select_replicas,
@@ -30,7 +32,7 @@ from moe_layer.versions import KeepVersion, hold_version
 
 
 class LocalExecutor:
-    """All experts are on this rank: one fused op; where a gradient is needed, the separate differentiable ops."""
+    """All experts are on this rank: one fused op; where a gradient is needed, ops that have one."""
 
     dispatcher: Dispatcher | None = None
 
@@ -116,9 +118,9 @@ class LocalExecutor:
             )
 
         rows = Dispatched(x_TH, top_k, weights_TK.reshape(-1), schedule, num_tokens)
-        rows_NH = compute_rows(experts, rows, top_k)
-        assert rows_NH is not None
-        return combine(rows_NH, lanes_TK, backend=experts.backend)
+        y_TH = compute_rows(experts, rows, top_k, combine_into=lanes_TK)
+        assert y_TH is not None
+        return y_TH
 
 
 class ExpertParallelExecutor:
@@ -253,28 +255,34 @@ def choose_replicas(experts: Experts, ids_TK: torch.Tensor) -> tuple[torch.Tenso
     )
 
 
-def compute_rows(experts: Experts, rows: Dispatched, top_k: int) -> torch.Tensor | None:
+def compute_rows(
+    experts: Experts, rows: Dispatched, top_k: int, combine_into: torch.Tensor | None = None
+) -> torch.Tensor | None:
     """Each row by the expert in its lane, scaled by its routing weight: rows_NH, in the order before the schedule's.
 
-    None if the rows have homes: they are there.
+    With `combine_into`, the lanes [T, K] of the rows, their sums y_TH. None if the rows have homes: they are there.
     """
     backend, matrices, lane_to_slot_S = experts.backend, experts.matrices(), experts.table.lane_to_slot_L
     _, hidden_size, intermediate_size = matrices.down_SHI.shape
-    up, down = gemm_configs(
-        hidden_size,
-        intermediate_size,
-        rows.rows_RH.dtype,
-        rows.num_tokens,
-        top_k,
-        experts.num_experts,
-        tma=experts.tma,
-    )
+    batch = (hidden_size, intermediate_size, rows.rows_RH.dtype, rows.num_tokens, top_k, experts.num_experts)
+    up, down = gemm_configs(*batch, tma=experts.tma)
     schedule = rows.schedule(up.block_m, up.extra_m)
-    hidden_NI = expert_up(
-        rows.rows_RH, matrices, lane_to_slot_S, schedule, fanout=rows.fanout, config=up, backend=backend
-    )
+    inputs = (rows.rows_RH, matrices, lane_to_slot_S, schedule)
+    if needs_grad(experts, rows.rows_RH, rows.row_weights_N):
+        assert rows.homes is None, "rows that have homes have no gradient"
+        return expert_rows(
+            *inputs,
+            rows.row_weights_N,
+            fanout=rows.fanout,
+            configs=(up, down),
+            gradient_configs=gradient_configs(*batch, tma=experts.tma),
+            combine_into=combine_into,
+            backend=backend,
+        )
+    hidden_NI = expert_up(*inputs, fanout=rows.fanout, config=up, backend=backend)
     arguments = (hidden_NI, matrices, lane_to_slot_S, schedule, rows.row_weights_N)
     if rows.homes is not None:
         expert_down_home(*arguments, rows.homes, config=down)
         return None
-    return expert_down(*arguments, config=down, backend=backend)
+    rows_NH = expert_down(*arguments, config=down, backend=backend)
+    return rows_NH if combine_into is None else combine(rows_NH, combine_into, backend=backend)

@@ -10,6 +10,8 @@ They know slots, lanes and rows; neither which expert a slot holds nor what a ra
 4. `expert_up`: rows and `matrices` → hidden; 5. `expert_down`: hidden → rows; `_tma`: on Hopper; tile sizes: `config`;
 6. `combine`: rows → the output of each token.
 
+`expert_rows` is 4 to 6 as one op that has a gradient; its backward: `gradient_tiles`, then `experts_grad_hidden`,
+`experts_grad_x` and `experts_grad_weights`; tile sizes: `gradient_configs`.
 `local_experts` is 2 to 6 as one op, `local_forward` 1 to 6; `one_token` is the latter for one token. Below them are `launch`
 (how a kernel is launched) and `registered` (how an op is registered; `structures`: dataclasses as its arguments).
 """
@@ -20,7 +22,9 @@ from moe_kernels.combine import combine, combine_torch
 from moe_kernels.config import GemmConfig, gemm_config, gemm_configs, has_tma
 from moe_kernels.count_experts import count_experts, count_experts_torch
 from moe_kernels.expert_down import expert_down, expert_down_torch
+from moe_kernels.expert_rows import expert_rows
 from moe_kernels.expert_up import expert_up, expert_up_torch
+from moe_kernels.gradient_configs import GradientConfigs, gradient_configs
 from moe_kernels.load import LoadCounter
 from moe_kernels.local_experts import local_experts, local_experts_torch
 from moe_kernels.local_forward import local_forward, local_forward_torch
@@ -39,6 +43,7 @@ __all__ = [
     "SHARE_BITS",
     "ExpertMatrices",
     "GemmConfig",
+    "GradientConfigs",
     "LoadCounter",
     "ReplicaTable",
     "RoutingRule",
@@ -51,10 +56,12 @@ __all__ = [
     "count_experts_torch",
     "expert_down",
     "expert_down_torch",
+    "expert_rows",
     "expert_up",
     "expert_up_torch",
     "gemm_config",
     "gemm_configs",
+    "gradient_configs",
     "has_tma",
     "local_experts",
     "local_experts_torch",

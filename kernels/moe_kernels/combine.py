@@ -22,7 +22,7 @@ from moe_kernels.registered import registered_op
 def _combine_kernel(
     # inputs
     rows_ptr,
-    lanes_ptr,
+    lanes_ptr,  # None: no row is skipped
     # outputs
     y_ptr,
     # shapes
@@ -46,14 +46,24 @@ def _combine_kernel(
     total = tl.zeros((BLOCK_H,), dtype=tl.float32)
     for k in tl.static_range(TOP_K):
         row = token * TOP_K + k
-        computed = tl.load(lanes_ptr + row) >= 0
+        computed = inside
+        if lanes_ptr is not None:
+            computed &= tl.load(lanes_ptr + row) >= 0
         at = rows_ptr + row * hidden_size + column
-        total += widen(tl.load(at, mask=inside & computed, other=0.0, eviction_policy="evict_first"))
+        total += widen(tl.load(at, mask=computed, other=0.0, eviction_policy="evict_first"))
     tl.store(y_ptr + token * hidden_size + column, narrow(total, y_ptr.dtype.element_ty), mask=inside)
 
 
 def combine_triton(rows_NH: torch.Tensor, lanes_TK: torch.Tensor) -> torch.Tensor:
-    num_tokens, top_k = lanes_TK.shape
+    return _sum_rows(rows_NH, lanes_TK, *lanes_TK.shape)
+
+
+def sum_rows_triton(rows_NH: torch.Tensor, top_k: int) -> torch.Tensor:
+    """As `combine_triton`, where no row is to be skipped."""
+    return _sum_rows(rows_NH, None, rows_NH.shape[0] // top_k, top_k)
+
+
+def _sum_rows(rows_NH: torch.Tensor, lanes_TK: torch.Tensor | None, num_tokens: int, top_k: int) -> torch.Tensor:
     hidden_size = rows_NH.shape[1]
     y_TH = rows_NH.new_empty((num_tokens, hidden_size))
     if y_TH.numel():
@@ -67,9 +77,10 @@ def combine_torch(rows_NH: torch.Tensor, lanes_TK: torch.Tensor) -> torch.Tensor
     """Reference of `combine`."""
     num_tokens, top_k = lanes_TK.shape
     rows_TKH = rows_NH.view(num_tokens, top_k, rows_NH.shape[1])
-    total = rows_NH.new_zeros((num_tokens, rows_NH.shape[1]), dtype=torch.float32)
+    exact = torch.promote_types(rows_NH.dtype, torch.float32)
+    total = rows_NH.new_zeros((num_tokens, rows_NH.shape[1]), dtype=exact)
     for k in range(top_k):
-        total += torch.where(lanes_TK[:, k, None] >= 0, rows_TKH[:, k].float(), 0.0)
+        total += torch.where(lanes_TK[:, k, None] >= 0, rows_TKH[:, k].to(exact), 0.0)
     return total.to(rows_NH.dtype)
 
 

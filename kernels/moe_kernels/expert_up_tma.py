@@ -15,7 +15,8 @@ from moe_kernels.config import GemmConfig
 from moe_kernels.integers import cdiv
 from moe_kernels.launch import Launcher, gdc_launch_dependents, gdc_wait
 from moe_kernels.matrices import ExpertMatrices
-from moe_kernels.numerics import activated, dot, is_gated, narrow, widen
+from moe_kernels.numerics import dot, is_gated
+from moe_kernels.store_hidden import store_activated
 from moe_kernels.tile_order import load_own_tile
 from moe_kernels.tiles import TileSchedule
 
@@ -39,69 +40,40 @@ def _load_x(row_at, inside, first, HIDDEN_SIZE: tl.constexpr, BLOCK_K: tl.conste
 
 
 @triton.jit
-def _store_hidden(
+def _store_product(
+    product,
+    bias_ptr,
     hidden_ptr,
-    hidden,
+    pre_ptr,
     position,
     end,
     first_column,
     INTERMEDIATE: tl.constexpr,
+    ACTIVATION: tl.constexpr,
     EVICTION: tl.constexpr,
-    BLOCK_I: tl.constexpr,
-):
-    column = first_column + tl.arange(0, BLOCK_I)
-    inside = (position < end)[:, None]
-    if INTERMEDIATE % BLOCK_I != 0:
-        inside &= column[None, :] < INTERMEDIATE
-    at = hidden_ptr + position.to(tl.int64)[:, None] * INTERMEDIATE + column[None, :]
-    tl.store(at, narrow(hidden, hidden_ptr.dtype.element_ty), mask=inside, eviction_policy=EVICTION)
-
-
-@triton.jit
-def _load_bias(bias_ptr, first_column, INTERMEDIATE: tl.constexpr, BLOCK_I: tl.constexpr):
-    column = first_column + tl.arange(0, BLOCK_I)
-    if INTERMEDIATE % BLOCK_I != 0:
-        return widen(tl.load(bias_ptr + column, mask=column < INTERMEDIATE, other=0.0))
-    else:
-        return widen(tl.load(bias_ptr + column))
-
-
-@triton.jit
-def _activated(
-    gate,
-    up,
-    bias_ptr,  # the slot's
-    first_column,
-    INTERMEDIATE: tl.constexpr,
-    ACTIVATION: tl.constexpr,
-    BLOCK_I: tl.constexpr,
-):
-    """[rows, BLOCK_I] of both."""
-    if bias_ptr is not None:
-        if is_gated(ACTIVATION):
-            gate += _load_bias(bias_ptr, first_column, INTERMEDIATE, BLOCK_I)[None, :]
-            bias_ptr += INTERMEDIATE
-        up += _load_bias(bias_ptr, first_column, INTERMEDIATE, BLOCK_I)[None, :]
-    return activated(gate, up, ACTIVATION)
-
-
-@triton.jit
-def _activated_product(
-    product,
-    bias_ptr,
-    first_column,
-    INTERMEDIATE: tl.constexpr,
-    ACTIVATION: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_I: tl.constexpr,
 ):
     """Of a product whose columns are gate and up, interleaved by eight; or up alone."""
+    gate = product
+    up = product
     if is_gated(ACTIVATION):
         gate, up = product.reshape(BLOCK_M, BLOCK_I // 8, 2, 8).permute(0, 1, 3, 2).split()
         gate, up = gate.reshape(BLOCK_M, BLOCK_I), up.reshape(BLOCK_M, BLOCK_I)
-        return _activated(gate, up, bias_ptr, first_column, INTERMEDIATE, ACTIVATION, BLOCK_I)
-    else:
-        return _activated(product, product, bias_ptr, first_column, INTERMEDIATE, ACTIVATION, BLOCK_I)
+    store_activated(
+        gate,
+        up,
+        bias_ptr,
+        hidden_ptr,
+        pre_ptr,
+        position,
+        end,
+        first_column,
+        INTERMEDIATE,
+        ACTIVATION,
+        EVICTION,
+        BLOCK_I,
+    )
 
 
 @triton.jit
@@ -123,6 +95,7 @@ def _wide_tile(
     bias_ptr,  # the slot's, or None
     order_ptr,
     hidden_ptr,
+    pre_ptr,
     start,
     end,
     slot,
@@ -160,11 +133,15 @@ def _wide_tile(
         if EXTRA_M > 0:
             extra = dot(extra_x, weights.T, extra)
     first_column = column_block * BLOCK_I
-    hidden = _activated_product(product, bias_ptr, first_column, INTERMEDIATE, ACTIVATION, BLOCK_M, BLOCK_I)
-    _store_hidden(hidden_ptr, hidden, position, end, first_column, INTERMEDIATE, EVICTION, BLOCK_I)
+    _store_product(
+        product, bias_ptr, hidden_ptr, pre_ptr, position, end, first_column,
+        INTERMEDIATE, ACTIVATION, EVICTION, BLOCK_M, BLOCK_I,
+    )  # fmt: skip
     if EXTRA_M > 0:
-        hidden = _activated_product(extra, bias_ptr, first_column, INTERMEDIATE, ACTIVATION, EXTRA_M, BLOCK_I)
-        _store_hidden(hidden_ptr, hidden, extra_position, end, first_column, INTERMEDIATE, EVICTION, BLOCK_I)
+        _store_product(
+            extra, bias_ptr, hidden_ptr, pre_ptr, extra_position, end, first_column,
+            INTERMEDIATE, ACTIVATION, EVICTION, EXTRA_M, BLOCK_I,
+        )  # fmt: skip
 
 
 @triton.jit
@@ -174,6 +151,7 @@ def _narrow_tile(
     bias_ptr,  # the slot's, or None
     order_ptr,
     hidden_ptr,
+    pre_ptr,
     start,
     end,
     slot,
@@ -199,8 +177,10 @@ def _narrow_tile(
         if is_gated(ACTIVATION):
             gate = dot(gate_up.load([slot, first_column, first]).reshape(BLOCK_I, BLOCK_K), x, gate)
         up = dot(gate_up.load([slot, UP_ROWS + first_column, first]).reshape(BLOCK_I, BLOCK_K), x, up)
-    hidden = _activated(gate.T, up.T, bias_ptr, first_column, INTERMEDIATE, ACTIVATION, BLOCK_I)
-    _store_hidden(hidden_ptr, hidden, position, end, first_column, INTERMEDIATE, EVICTION, BLOCK_I)
+    store_activated(
+        gate.T, up.T, bias_ptr, hidden_ptr, pre_ptr, position, end, first_column,
+        INTERMEDIATE, ACTIVATION, EVICTION, BLOCK_I,
+    )  # fmt: skip
 
 
 @Launcher
@@ -216,7 +196,8 @@ def _expert_up_tma_kernel(
     tile_start_ptr,
     tile_end_ptr,
     # outputs
-    hidden_ptr,
+    hidden_ptr,  # None: not wanted
+    pre_ptr,  # None: not wanted
     # shapes and strides, in elements
     fanout,
     stride_row,
@@ -255,22 +236,22 @@ def _expert_up_tma_kernel(
         bias_ptr += slot.to(tl.int64) * stride_bias
     if SWAP:
         _narrow_tile(
-            x_ptr, gate_up, bias_ptr, order_ptr, hidden_ptr, start, end, slot, column_block, fanout, stride_row,
+            x_ptr, gate_up, bias_ptr, order_ptr, hidden_ptr, pre_ptr, start, end, slot, column_block, fanout, stride_row,
             HIDDEN_SIZE, INTERMEDIATE, ACTIVATION, EVICTION, BLOCK_M, BLOCK_I, BLOCK_K,
         )  # fmt: skip
     elif (TAIL_M > 0) & (end - start <= TAIL_M):  # not `and`: without tails the compiler drops the branch
         _wide_tile(
-            x_ptr, gate_up, bias_ptr, order_ptr, hidden_ptr, start, end, slot, column_block, fanout, stride_row,
+            x_ptr, gate_up, bias_ptr, order_ptr, hidden_ptr, pre_ptr, start, end, slot, column_block, fanout, stride_row,
             HIDDEN_SIZE, INTERMEDIATE, ACTIVATION, EVICTION, TAIL_M if TAIL_M > 0 else BLOCK_M, 0, BLOCK_I, BLOCK_K,
         )  # fmt: skip
     elif (EXTRA_M > 0) & (end - start > BLOCK_M):
         _wide_tile(
-            x_ptr, gate_up, bias_ptr, order_ptr, hidden_ptr, start, end, slot, column_block, fanout, stride_row,
+            x_ptr, gate_up, bias_ptr, order_ptr, hidden_ptr, pre_ptr, start, end, slot, column_block, fanout, stride_row,
             HIDDEN_SIZE, INTERMEDIATE, ACTIVATION, EVICTION, BLOCK_M, EXTRA_M, BLOCK_I, BLOCK_K,
         )  # fmt: skip
     else:
         _wide_tile(
-            x_ptr, gate_up, bias_ptr, order_ptr, hidden_ptr, start, end, slot, column_block, fanout, stride_row,
+            x_ptr, gate_up, bias_ptr, order_ptr, hidden_ptr, pre_ptr, start, end, slot, column_block, fanout, stride_row,
             HIDDEN_SIZE, INTERMEDIATE, ACTIVATION, EVICTION, BLOCK_M, 0, BLOCK_I, BLOCK_K,
         )  # fmt: skip
 
@@ -282,16 +263,17 @@ def expert_up_tma(
     schedule: TileSchedule,
     fanout: int,
     config: GemmConfig,
-) -> torch.Tensor:
-    """Launches the kernel; arguments as `expert_up`'s."""
+    hidden_NI: torch.Tensor | None,
+    pre_NJ: torch.Tensor | None,
+) -> None:
+    """Launches the kernel; arguments as `expert_up`'s, and where to write (see `expert_up_triton`)."""
     gate_up_SNH, bias_SN = matrices.gate_up_SNH, matrices.gate_up_bias_SN
     check_tma_address("matrices.gate_up_SNH", gate_up_SNH)
     slots, num_rows, hidden_size = gate_up_SNH.shape
     intermediate, block_i, stride_slot = matrices.down_SHI.shape[2], config.block_n // 2, slot_stride(gate_up_SNH)
-    hidden_NI = x_RH.new_empty((schedule.order_N.shape[0], intermediate))
     grid = (schedule.tile_lane.shape[0] * cdiv(intermediate, block_i),)
     if not grid[0]:
-        return hidden_NI
+        return
     if config.swap or not matrices.is_gated:
         shape, strides = [slots, num_rows, hidden_size], [stride_slot, hidden_size, 1]
         block = [1, block_i, config.block_k]
@@ -311,6 +293,7 @@ def expert_up_tma(
         schedule.tile_start,
         schedule.tile_end,
         hidden_NI,
+        pre_NJ,
         fanout,
         x_RH.stride(0),
         0 if bias_SN is None else bias_SN.stride(0),
@@ -328,4 +311,3 @@ def expert_up_tma(
         num_warps=config.num_warps,
         num_stages=config.num_stages,
     )
-    return hidden_NI

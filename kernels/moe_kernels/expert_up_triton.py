@@ -32,7 +32,8 @@ def _expert_up_kernel(
     tile_start_ptr,
     tile_end_ptr,
     # outputs
-    hidden_ptr,
+    hidden_ptr,  # None: not wanted
+    pre_ptr,  # None: not wanted
     # shapes and strides, in elements
     hidden_size,
     intermediate,
@@ -103,9 +104,18 @@ def _expert_up_kernel(
             gate += widen(tl.load(bias_at))[None, :]
             bias_at += intermediate
         up += widen(tl.load(bias_at))[None, :]
-    hidden = narrow(activated(gate, up, ACTIVATION), hidden_ptr.dtype.element_ty)
-    hidden_at = hidden_ptr + position.to(tl.int64)[:, None] * intermediate + column[None, :]
-    tl.store(hidden_at, hidden, mask=inside[:, None] & (column[None, :] < intermediate))
+    stored = inside[:, None] & (column[None, :] < intermediate)
+    at = position.to(tl.int64)[:, None] * intermediate + column[None, :]
+    if pre_ptr is not None:
+        pre_at = pre_ptr + at
+        if GATED:
+            pre_at += position.to(tl.int64)[:, None] * intermediate
+            tl.store(pre_at, narrow(gate, pre_ptr.dtype.element_ty), mask=stored)
+            pre_at += intermediate
+        tl.store(pre_at, narrow(up, pre_ptr.dtype.element_ty), mask=stored)
+    if hidden_ptr is not None:
+        hidden = narrow(activated(gate, up, ACTIVATION), hidden_ptr.dtype.element_ty)
+        tl.store(hidden_ptr + at, hidden, mask=stored)
 
 
 def expert_up_triton(
@@ -115,13 +125,44 @@ def expert_up_triton(
     schedule: TileSchedule,
     fanout: int,
     config: GemmConfig,
+    pre_NJ: torch.Tensor | None = None,
 ) -> torch.Tensor:
+    """hidden_NI. Into `pre_NJ`, if given, it writes what the activation gets: gate and up with their biases."""
+    hidden_NI = x_RH.new_empty((schedule.order_N.shape[0], matrices.down_SHI.shape[2]))
+    _launch(x_RH, matrices, lane_to_slot_L, schedule, fanout, config, hidden_NI, pre_NJ)
+    return hidden_NI
+
+
+def pre_activation_triton(
+    x_RH: torch.Tensor,
+    matrices: ExpertMatrices,
+    lane_to_slot_L: torch.Tensor,
+    schedule: TileSchedule,
+    fanout: int,
+    config: GemmConfig,
+) -> torch.Tensor:
+    """pre_NJ as `expert_up_triton` writes it, bit for bit, and nothing else."""
+    pre_NJ = x_RH.new_empty((schedule.order_N.shape[0], matrices.gate_up_SNH.shape[1]))
+    _launch(x_RH, matrices, lane_to_slot_L, schedule, fanout, config, None, pre_NJ)
+    return pre_NJ
+
+
+def _launch(
+    x_RH: torch.Tensor,
+    matrices: ExpertMatrices,
+    lane_to_slot_L: torch.Tensor,
+    schedule: TileSchedule,
+    fanout: int,
+    config: GemmConfig,
+    hidden_NI: torch.Tensor | None,
+    pre_NJ: torch.Tensor | None,
+) -> None:
     if config.tma:
-        return expert_up_tma(x_RH, matrices, lane_to_slot_L, schedule, fanout, config)
+        expert_up_tma(x_RH, matrices, lane_to_slot_L, schedule, fanout, config, hidden_NI, pre_NJ)
+        return
     gate_up_SNH, bias_SN = matrices.gate_up_SNH, matrices.gate_up_bias_SN
     block_n, block_k = config.block_n, config.block_k
     hidden_size, intermediate = x_RH.shape[1], matrices.down_SHI.shape[2]
-    hidden_NI = x_RH.new_empty((schedule.order_N.shape[0], intermediate))
     grid = (schedule.tile_lane.shape[0] * cdiv(intermediate, block_n // 2),)
     if grid[0]:
         _expert_up_kernel[grid](
@@ -134,6 +175,7 @@ def expert_up_triton(
             schedule.tile_start,
             schedule.tile_end,
             hidden_NI,
+            pre_NJ,
             hidden_size,
             intermediate,
             fanout,
@@ -149,4 +191,3 @@ def expert_up_triton(
             num_warps=config.num_warps,
             num_stages=config.num_stages,
         )
-    return hidden_NI

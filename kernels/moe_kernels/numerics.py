@@ -103,3 +103,46 @@ def activated(gate, up, ACTIVATION: tl.constexpr):
         y = tl.where(x < 0, 0.0, x)
         y = y * y
     return y * up if is_gated(ACTIVATION) else y
+
+
+@triton.jit
+def activated_backward(grad, gate, up, ACTIVATION: tl.constexpr):
+    """`activated`, and the gradients of gate and up for the gradient of its result; without a gate, that of up twice."""
+    NAME: tl.constexpr = _name(ACTIVATION)
+    LIMIT: tl.constexpr = _number(ACTIVATION, "limit", 0.0)
+    ALPHA: tl.constexpr = _number(ACTIVATION, "alpha", 1.0)
+    UP_OFFSET: tl.constexpr = _number(ACTIVATION, "up_offset", 0.0)
+    GATED: tl.constexpr = is_gated(ACTIVATION)
+    x = gate if GATED else up
+    factor = up
+    if LIMIT > 0:
+        x = tl.where(x > LIMIT, LIMIT, x)
+        factor = tl.where(up > LIMIT, LIMIT, tl.where(up < -LIMIT, -LIMIT, up))
+    if UP_OFFSET != 0:
+        factor = factor + UP_OFFSET
+    if NAME == "silu":
+        sigmoid = 1.0 / (1.0 + tl.exp(-ALPHA * x))
+        y = x * sigmoid
+        slope = sigmoid + ALPHA * y * (1.0 - sigmoid)
+    elif NAME == "gelu":  # the constants are 1 / sqrt(2) and 1 / sqrt(2 pi)
+        below = 0.5 * (1.0 + tl.erf(x * 0.7071067811865476))
+        y = x * below
+        slope = below + x * 0.3989422804014327 * tl.exp(-0.5 * x * x)
+    elif NAME == "gelu_tanh":
+        sigmoid = 1.0 / (1.0 + tl.exp(-1.5957691216057308 * (x + 0.044715 * x * x * x)))
+        y = x * sigmoid
+        slope = sigmoid + y * (1.0 - sigmoid) * (1.5957691216057308 * (1.0 + 0.134145 * x * x))
+    else:
+        tl.static_assert(NAME == "relu2")
+        positive = tl.where(x < 0, 0.0, x)
+        y = positive * positive
+        slope = 2.0 * positive
+    if GATED:
+        grad_gate = grad * factor * slope
+        grad_up = grad * y
+        if LIMIT > 0:
+            grad_gate = tl.where(gate <= LIMIT, grad_gate, 0.0)
+            grad_up = tl.where(tl.abs(up) <= LIMIT, grad_up, 0.0)
+        return y * factor, grad_gate, grad_up
+    else:
+        return y, grad * slope, grad * slope

@@ -86,17 +86,25 @@ class RegisteredOp:
         Args:
             backward: of (ctx, needs, gradients of the outputs). `needs` holds the names of the tensors whose gradients are
                 asked for; it returns them by name. A field of a dataclass is named `argument_field`.
-            setup_context: of (ctx, the op's arguments, its output).
+            setup_context: of (ctx, the op's arguments, its output). `ctx.needs` holds the names of the tensors that require a
+                gradient; `ctx.is_direct` says that it is a direct call, whose outputs only the op's public function sees.
         """
 
+        def names_of(names: tuple[str, ...], needed: tuple[bool, ...]) -> set[str]:
+            return {name for name, is_needed in zip(names, needed, strict=False) if is_needed}
+
         def gradients(ctx: Any, names: tuple[str, ...], needed: tuple[bool, ...], grads: Any) -> list[Any]:
-            needs = {name for name, is_needed in zip(names, needed, strict=False) if is_needed}
+            needs = names_of(names, needed)
             found = backward(ctx, needs, *grads)
             return [found.get(name) if name in needs else None for name in names]
 
+        def setup_of_flat(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
+            ctx.needs, ctx.is_direct = names_of(self._names, ctx.needs_input_grad), False
+            setup_context(ctx, self._rebuild(inputs), output)
+
         self.registered.register_autograd(
             lambda ctx, *grads: tuple(gradients(ctx, self._names, ctx.needs_input_grad, grads)),
-            setup_context=lambda ctx, inputs, output: setup_context(ctx, self._rebuild(inputs), output),
+            setup_context=setup_of_flat,
         )
         function, tensor_names = self.function, self._tensor_names
 
@@ -106,6 +114,7 @@ class RegisteredOp:
             @staticmethod
             def forward(ctx: Any, arguments: tuple[Any, ...], *tensors: torch.Tensor | None) -> Any:
                 output = function(*arguments)
+                ctx.needs, ctx.is_direct = names_of(tensor_names, ctx.needs_input_grad[1:]), True
                 setup_context(ctx, arguments, output)
                 return output
 

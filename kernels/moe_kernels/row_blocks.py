@@ -35,7 +35,7 @@ def without_autocast(function: Function) -> Function:
 
 @dataclass(frozen=True)
 class RowBlock:
-    """At most `ROWS` sorted rows of one lane: `matrix` is its slot's, in float32 and padded by `padded_matrix`."""
+    """At most `ROWS` sorted rows of one lane: `matrix` is its slot's, padded by `padded_matrix`."""
 
     slot: int
     rows: slice
@@ -54,18 +54,23 @@ def row_blocks(weights_SNK: torch.Tensor, lane_to_slot_L: torch.Tensor, offsets_
             yield RowBlock(slot, slice(first, min(first + ROWS, stop)), matrix)
 
 
+def _exact(dtype: torch.dtype) -> torch.dtype:
+    """What is computed in: float32, and float64 for weights of that dtype, which tests of the references have."""
+    return torch.promote_types(dtype, torch.float32)
+
+
 def padded_matrix(matrix: torch.Tensor) -> torch.Tensor:
-    """`matrix` in float32, aligned, both sizes zero-padded to a multiple of 16 (small ones take a BLAS's odd paths)."""
+    """`matrix` in `_exact`, aligned, both sizes zero-padded to a multiple of 16 (small ones take a BLAS's odd paths)."""
     rows, columns = matrix.shape
+    matrix = matrix.to(_exact(matrix.dtype))
     if rows % 16 or columns % 16:
-        return F.pad(matrix.float(), (0, -columns % 16, 0, -rows % 16))
-    matrix = matrix.float()
+        return F.pad(matrix, (0, -columns % 16, 0, -rows % 16))
     return matrix if matrix.data_ptr() % _ALIGNMENT == 0 else matrix.clone()
 
 
 def padded_rows(rows: torch.Tensor, columns: int) -> torch.Tensor:
-    """`rows` in a zeroed float32 block [ROWS, columns]."""
-    block = torch.zeros((ROWS, columns), dtype=torch.float32, device=rows.device)
+    """`rows` in a zeroed block [ROWS, columns] of `_exact`."""
+    block = torch.zeros((ROWS, columns), dtype=_exact(rows.dtype), device=rows.device)
     block[: rows.shape[0], : rows.shape[1]] = rows
     return block
 

@@ -11,7 +11,17 @@ import pytest
 import torch
 from triton.runtime.errors import OutOfResources
 
-from bench import moe_forward, providers, skew, skew_simulated, step_cost, table_cost, table_flip
+from bench import (
+    moe_forward,
+    providers,
+    skew,
+    skew_simulated,
+    step_cost,
+    table_cost,
+    table_flip,
+    training,
+    training_providers,
+)
 from bench.environment import environment
 from bench.timing import Timing
 
@@ -62,6 +72,39 @@ def test_moe_forward(tmp_path, capsys, dtype):
     assert picture.exists() == bool(plot)
     out = capsys.readouterr().out
     assert "8:2:64:32/T20" in out and "geometric mean" in out
+
+
+@pytest.mark.parametrize("dtype", ["bf16", "fp32"])
+def test_training(tmp_path, capsys, dtype):
+    path = tmp_path / "out.csv"
+    arguments = ["--shapes", "8:2:64:32", "--tokens", "20", "--seconds", "0.01", "--device", "cpu", "--dtype", dtype]
+    assert training.main([*arguments, "--providers", "moe_layer,torch_grouped_mm", "--csv", str(path)]) == 0
+    rows = rows_of(path)
+    assert [(row["case"], row["provider"], row["mode"]) for row in rows] == [
+        ("8:2:64:32/T20", provider, "back_to_back") for provider in ("moe_layer", "torch_grouped_mm")
+    ]
+    for row in rows:
+        assert float(row["rel_err"]) < (training.WORST_ERROR if dtype == "bf16" else 1e-5)
+        assert float(row["fwd_bwd_ms"]) > float(row["fwd_ms"]) > 0 and float(row["floor_ms"]) > 0
+        assert row["peak_extra_gib"] == "" and row["dtype"] == dtype
+    assert "× floor" in capsys.readouterr().out
+
+
+def test_a_wrong_gradient_fails_the_run(monkeypatch, capsys):
+    class Wrong(training_providers._TorchGroupedMM):
+        name = "wrong"
+
+        def _made_fast(self, forward):
+            return lambda x, *leaves: forward(x, *leaves) + 0.1 * x
+
+    monkeypatch.setattr(training_providers, "PROVIDERS", dict(training_providers.PROVIDERS))
+    monkeypatch.setattr(training, "PROVIDERS", training_providers.PROVIDERS)
+    training_providers.register(Wrong())
+    arguments = ["--shapes", "8:2:64:32", "--tokens", "20", "--seconds", "0.01", "--device", "cpu", "--dtype", "fp32"]
+    assert training.main([*arguments, "--providers", "wrong"]) == 1
+    assert "FAILED wrong, 8:2:64:32/T20: errors against float32: x" in capsys.readouterr().err
+    with pytest.raises(ValueError, match="registered already"):
+        training_providers.register(Wrong())
 
 
 @pytest.mark.parametrize("output", [0.0, float("nan")])

@@ -17,6 +17,7 @@ from triton.compiler import ASTSource
 
 from moe_kernels import (  # noqa: F401
     GemmConfig,
+    GradientConfigs,
     RoutingRule,
     expand_rows,
     gather_counts,
@@ -29,6 +30,7 @@ from moe_kernels import (  # noqa: F401
     send_rows,
 )
 from moe_kernels.config import _INTERMEDIATE, _KEPT_TMA, _TABLE_TMA
+from moe_kernels.gradient_configs import _TABLE_16_BIT, _TABLE_32_BIT, _TABLE_HOPPER
 from moe_kernels.scan import MANY_KEYS, chunk_options, scan_options
 
 MODULES = {
@@ -41,7 +43,11 @@ MODULES = {
         "expert_down_triton",
         "expert_up_tma",
         "expert_up_triton",
+        "experts_grad_hidden",
+        "experts_grad_weights",
+        "experts_grad_x",
         "gather_counts",
+        "gradient_tiles",
         "meet_peers",
         "one_token_triton",
         "receive_rows",
@@ -55,6 +61,7 @@ MODULES = {
     )
 }
 ALIGNED = ("stride_row", "stride_slot", "hidden_size", "intermediate", "num_experts", "rows_at")
+ALIGNED += ("inner", "height", "width", "stride_left", "stride_right")
 DTYPES = {torch.float32: "fp32", torch.float16: "fp16", torch.bfloat16: "bf16"}
 
 
@@ -89,6 +96,7 @@ def compile_gemms(
     config = gemm_config(4096, 4096, dtype, rows_per_expert, 1, 1)
     floats = {name: f"*{DTYPES[dtype]}" for name in ("x_ptr", "gate_up_ptr", "hidden_ptr", "down_ptr", "rows_ptr")}
     floats |= {"row_weights_ptr": "*fp32", "stride_slot": "i64", "bias_ptr": f"*{DTYPES[dtype]}"}
+    floats["pre_ptr"] = f"*{DTYPES[dtype]}"
     tiles = ({} if biased else {"bias_ptr": None}) | {
         "PDL": arch >= 90,
         "EVEN_K": even_k,
@@ -100,12 +108,56 @@ def compile_gemms(
     up = tiles | {"BLOCK_I": config.block_n // 2, "ACTIVATION": activation}
     down = tiles | {"BLOCK_N": config.block_n}
     for module, name, constants in (
+        ("expert_up_triton", "_expert_up_kernel", up | {"pre_ptr": None}),
         ("expert_up_triton", "_expert_up_kernel", up),
+        ("expert_up_triton", "_expert_up_kernel", up | {"hidden_ptr": None}),
         ("expert_down_triton", "_expert_down_kernel", down | {"homes_ptr": None}),
         ("expert_down_triton", "_expert_down_kernel", down),
     ):
         compiled = compile_kernel(module, name, floats | {"homes_ptr": "*i64"}, constants, arch, **options)
         assert compiled.metadata.shared <= 99 * 1024, f"{compiled.metadata.shared} bytes of shared memory"
+
+
+def compile_gradients(arch: int, dtype: torch.dtype, configs: GradientConfigs, activation: str, biased: bool) -> None:
+    """The backward, of sizes that tiles divide and of others."""
+    names = ("grad", "down", "pre", "grad_pre", "weighted", "gate_up", "rows", "left", "right", "bias")
+    types = dict.fromkeys((f"{name}_ptr" for name in names), f"*{DTYPES[dtype]}")
+    types |= dict.fromkeys(("row_weights_ptr", "partials_ptr", "grad_row_weights_ptr"), "*fp32") | {
+        "stride_slot": "i64"
+    }
+    hidden = [{"ACTIVATION": activation} | one for one in ({}, {"weighted_ptr": None}, {"grad_pre_ptr": None})]
+    weights = [{"ADDS": False, "left_fanout": None}, {"ADDS": True, "right_fanout": None}]
+    for module, config, variants, inner in (
+        ("experts_grad_hidden", configs.hidden, hidden, "EVEN_K"),
+        ("experts_grad_x", configs.x, [{}], "EVEN_K"),
+        ("experts_grad_weights", configs.weights, weights, "EVEN_M"),
+    ):
+        tiles = {"BLOCK_M": config.block_m, "BLOCK_N": config.block_n, "BLOCK_K": config.block_k}
+        tiles |= {"GROUP_M": config.group_m, "PDL": arch >= 90}
+        options = {"num_warps": config.num_warps, "num_stages": config.num_stages}
+        for variant in variants:
+            for is_even in (True, False):
+                even = {"EVEN_N": is_even, inner: is_even}
+                grads = {"grad_ptr": "*fp32"} if variant.get("ADDS") else {}
+                constants = tiles | even | variant
+                compiled = compile_kernel(module, f"_{module}_kernel", types | grads, constants, arch, **options)
+                ptx = compiled.asm["ptx"]
+                assert "cp.async" in ptx, "operands must be loaded ahead"
+                if dtype != torch.float32:
+                    assert ("wgmma" in ptx and "mma.sync" not in ptx) if arch == 90 else "mma.sync" in ptx
+                most = 227 if arch == 90 else 99
+                assert compiled.metadata.shared <= most * 1024, f"{compiled.metadata.shared} bytes of shared memory"
+    blocks = {"BLOCK_M": configs.hidden.block_m, "BLOCK_H": 64}
+    absent = {} if biased else {"bias_ptr": None}
+    compile_small_one("experts_grad_hidden", "_row_weights_kernel", types, blocks | absent, arch)
+    if biased:
+        blocks = {"BLOCK_K": 32, "BLOCK_N": 64}
+        for variant in ({"fanout": None, "row_weights_ptr": None, "ADDS": False}, {"ADDS": True}):
+            grads = {"grad_ptr": "*fp32"} if variant["ADDS"] else {}
+            name = "_experts_grad_bias_kernel"
+            compile_small_one("experts_grad_weights", name, types | grads, blocks | variant, arch)
+    blocks = {"TILE_M": configs.hidden.block_m, "BLOCK_L": 256, "BLOCK_T": 64}
+    compile_small_one("gradient_tiles", "_cut_tiles_kernel", {}, blocks, arch)
 
 
 def compile_small_one(
@@ -333,6 +385,7 @@ def compile_tma_gemms(
             is_plain = config.swap or "ungated" in activation
             box = f"1,{n // 2},{k}" if is_plain else f"1,{n // 16},2,8,{k}"
             types = {"gate_up": f"tensordesc<{element}[{box}]>", "x_ptr": f"*{element}", "hidden_ptr": f"*{element}"}
+            types |= {"bias_ptr": f"*{element}", "pre_ptr": f"*{element}"}
             tiles |= {"ACTIVATION": activation, "BLOCK_I": n // 2}
         else:
             types = {
@@ -349,7 +402,8 @@ def compile_tma_gemms(
                 types[name] = f"tensordesc<{element}[{rows or config.block_m},{k}]>"
             tiles |= {"PERSISTENT": config.programs_per_sm > 0, "BLOCK_N": n}
         options = {"num_warps": config.num_warps, "num_stages": config.num_stages, "launch_pdl": True}
-        for absent in ({}, {"homes_ptr": None}) if module == "expert_down_tma" else ({},):
+        outputs = ({"homes_ptr": None}, {}) if module == "expert_down_tma" else ({"pre_ptr": None}, {})
+        for absent in outputs:
             compiled = compile_kernel(module, f"_{module}_kernel", types, sizes | tiles | absent, arch, **options)
             ptx = compiled.asm["ptx"]
             is_kept = re.search(r"st\.global\S*evict_last\S*cache_hint", ptx) is not None
@@ -370,6 +424,10 @@ if __name__ == "__main__":
             compile_gemms(arch, dtype, rows, rows != 16, "gelu" if rows == 32 else "silu", biased=False)
         for activation, biased in KINDS:
             compile_gemms(arch, dtype, 64, True, activation, biased)
+    tables = {torch.float32: _TABLE_32_BIT, torch.bfloat16: _TABLE_HOPPER if arch == 90 else _TABLE_16_BIT}
+    for dtype, table in tables.items():
+        for place, (_, configs) in enumerate(table):
+            compile_gradients(arch, dtype, configs, *KINDS[place])
     if arch == 90:
         for hidden_size, intermediate in ((2048, 768), (2880, 2880), (4096, 14336)):  # one for each column
             column = bisect.bisect_left(_INTERMEDIATE, intermediate)

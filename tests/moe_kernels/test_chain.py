@@ -15,8 +15,10 @@ from moe_kernels import (
     build_schedule,
     combine,
     expert_down,
+    expert_rows,
     expert_up,
     gemm_config,
+    gradient_configs,
     scan,
     select_replicas,
     topk_routing,
@@ -26,6 +28,10 @@ TOKENS, EXPERTS, TOP_K, HIDDEN, INTERMEDIATE = 11, 5, 2, 24, 20
 SLOTS = 8  # lane l is in slot (3 * l + 1) % 8; experts 0 and 1 have two replicas
 LANES = [0, 5, 1, 6, 2, 3, 4]
 EXPERT_OF_LANE = [0, 1, 2, 3, 4, 0, 1]
+GRADIENT_CONFIGS = {
+    dtype: gradient_configs(HIDDEN, INTERMEDIATE, dtype, TOKENS, TOP_K, EXPERTS)
+    for dtype in (torch.float32, torch.bfloat16)
+}
 
 
 def chain(x, logits, mask, gate_up, down, lane_to_slot, table, count, increment, config, backend="auto"):
@@ -35,6 +41,12 @@ def chain(x, logits, mask, gate_up, down, lane_to_slot, table, count, increment,
     lanes, counts = select_replicas(ids, replicas, load, 12345, num_lanes=lane_to_slot.numel(), backend=backend)
     schedule = build_schedule(lanes.view(-1), counts, block_m=config.block_m, backend=backend)
     matrices = ExpertMatrices(gate_up, down)
+    if torch.is_grad_enabled() and x.requires_grad:
+        return expert_rows(
+            x, matrices, lane_to_slot, schedule, weights.view(-1),
+            fanout=TOP_K, configs=(config, config), gradient_configs=GRADIENT_CONFIGS[x.dtype], combine_into=lanes,
+            backend=backend,
+        )  # fmt: skip
     hidden = expert_up(x, matrices, lane_to_slot, schedule, fanout=TOP_K, config=config, backend=backend)
     rows = expert_down(hidden, matrices, lane_to_slot, schedule, weights.view(-1), config=config, backend=backend)
     return combine(rows, lanes, backend=backend)

@@ -8,7 +8,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from moe_kernels import build_schedule, expert_down, expert_up, gemm_config
+from moe_kernels import build_schedule, expert_rows, expert_up, gemm_config, gradient_configs
 from moe_kernels.row_blocks import ROWS, elementwise
 from tests.moe_kernels.conftest import Experts, in_slots
 
@@ -37,12 +37,15 @@ def compute(experts: Experts, backend: str) -> Bits:
     schedule = build_schedule(experts.lanes_N, experts.counts_L, block_m=config.block_m, backend=backend)
     x, row_weights = (tensor.detach().requires_grad_() for tensor in (experts.x_RH, experts.row_weights_N))
     slots = (experts.lane_to_slot_L, schedule)
-    hidden = expert_up(x, experts.matrices, *slots, fanout=1, config=config, backend=backend)
-    out = expert_down(hidden, experts.matrices, *slots, row_weights, config=config, backend=backend)
+    hidden = expert_up(experts.x_RH, experts.matrices, *slots, fanout=1, config=config, backend=backend)
+    out = expert_rows(
+        x, experts.matrices, *slots, row_weights, fanout=1, configs=(config, config),
+        gradient_configs=gradient_configs(*experts.down_SHI.shape[1:], dtype, 1, 1, 1), backend=backend,
+    )  # fmt: skip
     out.backward(experts.x_RH.cos())
     flat_hidden = torch.full_like(hidden, float("nan"))
     computed = int(schedule.offsets_L1[-1])
-    flat_hidden[schedule.order_N[:computed].long()] = hidden[:computed].detach()
+    flat_hidden[schedule.order_N[:computed].long()] = hidden[:computed]
     assert rows == out.shape[0]
     return Bits(flat_hidden, out.detach(), x.grad, row_weights.grad)
 

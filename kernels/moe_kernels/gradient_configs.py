@@ -1,0 +1,91 @@
+"""Backward of the experts: tile sizes of its GEMMs, a table keyed by what is equal on all ranks."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+
+import torch
+
+from moe_kernels.config import GemmConfig
+from moe_kernels.integers import next_power_of_2
+
+
+@dataclass(frozen=True)
+class GradientConfigs:
+    """Tiles of the three GEMMs of a backward. Fields of `GemmConfig` after `group_m` are not used.
+
+    Attributes:
+        hidden: of the gradient of the hidden rows: `block_m` rows, `block_n` columns of I, `block_k` of H.
+        weights: of the gradients of matrices: `block_m` × `block_n` of a slot's matrix, `block_k` rows.
+        x: of the gradient of x: `block_m` rows, equal to `hidden`'s, `block_n` columns of H, `block_k` of gate and up rows.
+    """
+
+    hidden: GemmConfig
+    weights: GemmConfig
+    x: GemmConfig
+
+    def __post_init__(self) -> None:
+        if self.x.block_m != self.hidden.block_m:
+            raise ValueError(f"x.block_m={self.x.block_m}: must be hidden.block_m, {self.hidden.block_m}")
+        for name in ("hidden", "weights", "x"):
+            if getattr(self, name).tma:
+                raise ValueError(f"{name}={getattr(self, name)}: tma must be False, as the backward loads by pointers")
+
+
+_ANY = 1 << 62  # more than there can be
+# For `weights` the first of `num_stages` loads the numbers of rows, so one buffer less is needed.
+_FEW = GemmConfig(block_m=64, block_n=128, block_k=64, num_warps=4, num_stages=3)
+_SQUARE = GemmConfig(block_m=128, block_n=128, block_k=64, num_warps=8, num_stages=3)
+_WIDE = GemmConfig(block_m=128, block_n=256, block_k=64, num_warps=8, num_stages=3)
+_IEEE = GemmConfig(block_m=32, block_n=64, block_k=32, num_warps=4, num_stages=3)
+# (most rows per expert, configs). Shared memory: as of `moe_kernels.config`; _WIDE needs the 163 KiB of an A100 or H100.
+_TABLE_16_BIT = (
+    (64, GradientConfigs(_FEW, replace(_SQUARE, block_k=32), _FEW)),
+    (_ANY, GradientConfigs(_SQUARE, _SQUARE, _SQUARE)),
+)
+_TABLE_HOPPER = (
+    (64, GradientConfigs(_FEW, replace(_SQUARE, num_stages=4), _FEW)),
+    (256, GradientConfigs(_SQUARE, replace(_SQUARE, num_stages=4), _SQUARE)),
+    (_ANY, GradientConfigs(_SQUARE, replace(_WIDE, num_stages=4), _WIDE)),
+)
+_TABLE_32_BIT = ((_ANY, GradientConfigs(_IEEE, replace(_IEEE, block_m=64), _IEEE)),)
+
+
+def _within(config: GemmConfig, n: int, k: int, m: int | None = None) -> GemmConfig:
+    """No larger than sizes need."""
+    block_m = config.block_m if m is None else min(config.block_m, max(16, next_power_of_2(m)))
+    block_n = min(config.block_n, max(32, next_power_of_2(n)))
+    block_k = min(config.block_k, max(16, next_power_of_2(k)))
+    return GemmConfig(block_m, block_n, block_k, config.num_warps, config.num_stages, config.group_m)
+
+
+def gradient_configs(
+    hidden_size: int,
+    intermediate_size: int,
+    dtype: torch.dtype,
+    num_tokens: int,
+    top_k: int,
+    num_experts: int,
+    *,
+    tma: bool = False,
+) -> GradientConfigs:
+    """The configurations of a backward: a pure function of what is equal on all ranks, as `gemm_config` is.
+
+    Args:
+        hidden_size, intermediate_size: H, I.
+        dtype: of the rows and weights: float32, float16 or bfloat16.
+        num_tokens: tokens of the whole batch, summed over all ranks. Only its bucket (the next power of two) counts.
+        top_k: experts per token.
+        num_experts: logical experts of the layer.
+        tma: `has_tma(device)`: whether tiles may need as much shared memory as Hopper has.
+    """
+    rows_per_expert = next_power_of_2(num_tokens) * top_k // num_experts
+    table = _TABLE_32_BIT if dtype.itemsize == 4 else _TABLE_HOPPER if tma else _TABLE_16_BIT
+    configs = next(configs for most, configs in table if rows_per_expert <= most)
+    # `weights` is of both matrices, [J, H] and [H, I].
+    smaller = min(hidden_size, intermediate_size)
+    return GradientConfigs(
+        _within(configs.hidden, intermediate_size, hidden_size),
+        _within(configs.weights, smaller, configs.weights.block_k, smaller),
+        _within(configs.x, hidden_size, intermediate_size),
+    )
