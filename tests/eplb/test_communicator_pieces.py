@@ -39,11 +39,15 @@ def test_a_burst_and_then_the_rate():
     assert pace.grant(1000 * KIB) == 256 * KIB
     assert pace.grant(1000 * KIB) == 0
     now.seconds = 0.24
+    pace.look()
     assert pace.grant(1000 * KIB) == 0, "too small a piece"
     assert pace.grant(100 * KIB) == 100 * KIB, "what is left of a slab may be small"
     now.seconds = 0.5
+    assert pace.grant(1000 * KIB) == 0, "what came due since the last look"
+    pace.look()
     assert pace.grant(1000 * KIB) == 256 * KIB
     now.seconds = 100.0
+    pace.look()
     assert pace.grant(1000 * KIB) == 256 * KIB, "idle time earns no more than a burst"
 
 
@@ -54,6 +58,7 @@ def test_never_more_than_the_rate_and_a_burst(rate):
     burst = max(256 * KIB, rate * 0.004)
     for step in torch.rand(2000, generator=generator).tolist():
         now.seconds += 0.002 * step
+        pace.look()
         granted = pace.grant(10**12)
         assert granted % 256 == 0
         total += granted

@@ -25,14 +25,18 @@ class Pace:
         self._seen_at = clock()
         self._budget = self._burst = max(_SMALLEST_PIECE, int((rate or 0) * _LONGEST_GAP))
 
+    def look(self) -> None:
+        """Earn what has come due. Not in `grant`: a loop over grants would earn while it runs, and end with the last byte."""
+        if self._rate is None:
+            return
+        earned = int((self._clock() - self._seen_at) * self._rate)
+        self._seen_at += earned / self._rate  # what is less than a byte counts later
+        self._budget = min(self._burst, self._budget + earned)
+
     def grant(self, wanted: int) -> int:
         """How many of `wanted` bytes may be copied now: all, or a multiple of 256, or 0."""
         if self._rate is None:
             return wanted
-        now = self._clock()
-        earned = int((now - self._seen_at) * self._rate)
-        self._seen_at += earned / self._rate  # what is less than a byte counts later
-        self._budget = min(self._burst, self._budget + earned)
         if self._budget < min(wanted, _SMALLEST_PIECE):
             return 0
         piece = wanted if wanted <= self._budget else self._budget // _UNIT * _UNIT

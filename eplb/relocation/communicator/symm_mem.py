@@ -185,6 +185,7 @@ class SymmMemBatch(TransferBatch):
 
     def _fetch(self) -> None:
         pieces: list[tuple[torch.Tensor, torch.Tensor]] = []
+        self._communicator.pace.look()
         for fetch in self._fetches:
             if fetch.source is None:
                 fetch.source = self._offered_by(fetch)
