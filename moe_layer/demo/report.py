@@ -20,7 +20,9 @@ def stacked(recordings: list[Recording], name: str) -> np.ndarray:
 
 def figures(setup: Setup, recordings: list[Recording], device_name: str, seconds: float) -> dict[str, Any]:
     """Every figure of the run."""
-    moving, still = imbalance(stacked(recordings, "moving_rows")), imbalance(stacked(recordings, "still_rows"))
+    moving, batch, still = (
+        imbalance(stacked(recordings, name)) for name in ("moving_rows", "batch_rows", "still_rows")
+    )
     tenth = max(1, setup.steps // 10)
     # A step is as slow as its slowest rank, and relocating if it is so on any rank.
     step_ms = np.array([recording.step_ms for recording in recordings]).max(axis=0)
@@ -35,6 +37,9 @@ def figures(setup: Setup, recordings: list[Recording], device_name: str, seconds
         "failures": sum(recording.metrics["failures"] for recording in recordings),
         "imbalance_before": float(moving[:tenth].mean()),
         "imbalance_after": float(moving[-tenth:].mean()),
+        "imbalance_after_by_batch": float(batch[-tenth:].mean()),
+        "imbalance_largest": float(moving[tenth:].max()),
+        "imbalance_largest_by_batch": float(batch[tenth:].max()),
         "imbalance_before_without_moving": float(still[:tenth].mean()),
         "imbalance_after_without_moving": float(still[-tenth:].mean()),
         "step_ms_quiet": _times(step_ms[~relocating]),
@@ -85,7 +90,10 @@ def table(found: dict[str, Any]) -> str:
         ("ranks", f"{found['ranks']} × {found['device']}, {found['backend']}"),
         ("max/mean load, first tenth", f"{found['imbalance_before']:.3f}"),
         ("max/mean load, last tenth", f"{found['imbalance_after']:.3f}"),
+        ("  … with shares solved in each batch", f"{found['imbalance_after_by_batch']:.3f}"),
         ("  … of the twin that never moves", f"{found['imbalance_after_without_moving']:.3f}"),
+        ("worst step after the first tenth", f"{found['imbalance_largest']:.3f}"),
+        ("  … with shares solved in each batch", f"{found['imbalance_largest_by_batch']:.3f}"),
         ("flips (tables × versions)", f"{found['flips']}"),
         ("moves (experts fetched)", f"{found['moved_experts']}"),
         ("bytes moved", f"{found['moved_bytes']:,}"),
@@ -105,10 +113,14 @@ def draw(recordings: list[Recording], path: str) -> None:
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
 
-    fig, axes = plt.subplots(3, 1, figsize=(9, 7.5), sharex=True, height_ratios=(3, 3, 2))
+    fig, axes = plt.subplots(4, 1, figsize=(9, 9.5), sharex=True, height_ratios=(3, 3, 3, 2))
     flips = np.flatnonzero(np.array(recordings[0].flips))
-    parts = (("still_rows", "experts stay where they are"), ("moving_rows", "experts move while they serve"))
-    for axis, (name, title) in zip(axes[:2], parts, strict=True):
+    parts = (
+        ("still_rows", "experts stay where they are"),
+        ("moving_rows", "experts move while they serve; replicas share by the last window"),
+        ("batch_rows", "experts move while they serve; replicas share by what each batch holds"),
+    )
+    for axis, (name, title) in zip(axes[:3], parts, strict=True):
         rows_SLW = stacked(recordings, name)
         load_SW = (rows_SLW / rows_SLW.mean(axis=2, keepdims=True)).mean(axis=1)
         for rank in range(load_SW.shape[1]):
@@ -116,16 +128,20 @@ def draw(recordings: list[Recording], path: str) -> None:
         axis.axhline(1.0, color="black", linewidth=0.6)
         axis.set_title(title, loc="left", fontsize=10)
         axis.set_ylabel("load / mean")
-    top = max(axis.get_ylim()[1] for axis in axes[:2])
-    bottom = min(axis.get_ylim()[0] for axis in axes[:2])
-    for axis in axes[:2]:
+    top = max(axis.get_ylim()[1] for axis in axes[:3])
+    bottom = min(axis.get_ylim()[0] for axis in axes[:3])
+    for axis in axes[:3]:
         axis.set_ylim(bottom, top)
     axes[0].legend(ncols=len(recordings), fontsize=8, loc="upper right")
-    for label, name, color in (("staying", "still_rows", "tab:gray"), ("moving", "moving_rows", "tab:blue")):
-        axes[2].plot(_smooth(imbalance(stacked(recordings, name))), label=label, color=color, linewidth=1.2)
-    axes[2].set_ylabel("max/mean load")
-    axes[2].set_xlabel("step")
-    axes[2].legend(fontsize=8, loc="upper right")
+    for label, name, color in (
+        ("staying", "still_rows", "tab:gray"),
+        ("moving, by window", "moving_rows", "tab:blue"),
+        ("moving, by batch", "batch_rows", "tab:green"),
+    ):
+        axes[3].plot(_smooth(imbalance(stacked(recordings, name))), label=label, color=color, linewidth=1.2)
+    axes[3].set_ylabel("max/mean load")
+    axes[3].set_xlabel("step")
+    axes[3].legend(fontsize=8, loc="upper right")
     for axis in axes[1:]:
         for step in flips:
             axis.axvline(step, color="tab:red", linewidth=0.4, alpha=0.5)

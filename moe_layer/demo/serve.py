@@ -1,4 +1,7 @@
-"""One rank of the demo: a stack of layers that are rebalanced while they serve, beside a twin that never moves."""
+"""One rank of the demo: two stacks of layers that are rebalanced while they serve, beside a twin that never moves.
+
+One of the two takes its shares from the window, the other solves them in each batch.
+"""
 
 import copy
 import time
@@ -49,6 +52,7 @@ class Recording:
     """What one rank saw. Rows: how many its experts computed, by step and layer."""
 
     moving_rows: list[list[int]] = field(default_factory=list)
+    batch_rows: list[list[int]] = field(default_factory=list)
     still_rows: list[list[int]] = field(default_factory=list)
     step_ms: list[float] = field(default_factory=list)
     twin_step_ms: list[float] = field(default_factory=list)
@@ -90,7 +94,9 @@ class CountingDispatcher:
 class Stack(nn.Module):
     """Word embeddings and a few blocks of norm, MoE layer and residual: the part of a language model that is at stake."""
 
-    def __init__(self, setup: Setup, vocabulary: int, group: dist.ProcessGroup, device: torch.device) -> None:
+    def __init__(
+        self, setup: Setup, vocabulary: int, group: dist.ProcessGroup, device: torch.device, shares: str = "window"
+    ) -> None:
         super().__init__()
         hidden, dtype = setup.hidden_size, setup.dtype
         self.embedding = nn.Embedding(vocabulary, hidden, device=device, dtype=dtype)
@@ -106,6 +112,7 @@ class Stack(nn.Module):
                 num_redundant_experts=setup.num_redundant_experts,
                 process_group=group,
                 max_tokens=setup.tokens_per_rank,
+                shares=shares,
                 device=device,
                 dtype=dtype,
             )
@@ -170,7 +177,9 @@ def serve(rank: int, setup: Setup, init_method: str, notify: Callable[[int], Non
     ids_by_step = batches(stream, setup.steps, setup.ranks, rank, setup.tokens_per_rank).to(device)
     model = Stack(setup, vocabulary, group, device)
     twin = copy.deepcopy(model)
-    for stack in (model, twin):
+    by_batch = Stack(setup, vocabulary, group, device, shares="batch")
+    by_batch.load_state_dict(model.state_dict())
+    for stack in (model, by_batch, twin):
         stack.count_rows()
     config = EplbConfig(
         step_interval=setup.step_interval,
@@ -179,14 +188,14 @@ def serve(rank: int, setup: Setup, init_method: str, notify: Callable[[int], Non
         heartbeat_interval=0.02,
     )
     recording = Recording()
-    with EplbController(config, process_group=group) as eplb:
-        runner = Runner(model, eplb)
-        with eplb.warm_up():  # kernels compile here; none of it counts as load
+    with EplbController(config, process_group=group) as eplb, EplbController(config, process_group=group) as other:
+        runner, batch_runner = Runner(model, eplb), Runner(by_batch, other)
+        with eplb.warm_up(), other.warm_up():  # kernels compile here; none of it counts as load
             for ids in ids_by_step[:8]:
-                model(ids)
-                twin(ids)
+                for stack in (model, by_batch, twin):
+                    stack(ids)
         for ids in ids_by_step:
-            _one_step(runner, twin, ids, device, recording)
+            _one_step(runner, batch_runner, twin, ids, device, recording)
             notify(1)
         metrics = eplb.metrics()
         recording.metrics = {name: getattr(metrics, name) for name in metrics.__dataclass_fields__}
@@ -195,7 +204,9 @@ def serve(rank: int, setup: Setup, init_method: str, notify: Callable[[int], Non
     return recording
 
 
-def _one_step(runner: Runner, twin: Stack, ids: torch.Tensor, device: torch.device, recording: Recording) -> None:
+def _one_step(
+    runner: Runner, batch_runner: Runner, twin: Stack, ids: torch.Tensor, device: torch.device, recording: Recording
+) -> None:
     eplb = runner.eplb
     before, phase_before = eplb.metrics(), eplb.health().phase
     versions = [layer.resident.current.number for layer in runner.model.moe_layers]
@@ -206,11 +217,13 @@ def _one_step(runner: Runner, twin: Stack, ids: torch.Tensor, device: torch.devi
     )
     filling = "FILL" in (phase_before, eplb.health().phase) or eplb.metrics().waves != before.waves
     still, still_ms = _timed(lambda: twin(ids), device)
-    difference = float((moving - still).abs().max())
-    recording.max_abs_difference = max(
-        recording.max_abs_difference, difference if difference == difference else float("inf")
-    )
+    for output in (moving, batch_runner.run(ids)):
+        difference = float((output - still).abs().max())
+        recording.max_abs_difference = max(
+            recording.max_abs_difference, difference if difference == difference else float("inf")
+        )
     recording.moving_rows.append(runner.model.take_rows())
+    recording.batch_rows.append(batch_runner.model.take_rows())
     recording.still_rows.append(twin.take_rows())
     recording.step_ms.append(moving_ms)
     recording.twin_step_ms.append(still_ms)
