@@ -6,6 +6,7 @@ Legend: T tokens of a rank, K top-k, H hidden, W ranks.
 import functools
 import logging
 from dataclasses import dataclass
+from weakref import WeakKeyDictionary
 
 import torch
 import torch.distributed as dist
@@ -142,7 +143,7 @@ def make_dispatcher(
                 top_k,
                 dtype.itemsize,
                 trainable,
-                peers and why_not(device, over_group(group)) is None,
+                peers and _why_no_peers(group, device) is None,
             )
         )
         _say(f"dispatcher='auto' is {name!r} for {num_ranks} ranks over {mover}: {reason}")
@@ -167,6 +168,17 @@ def make_dispatcher(
         raise ValueError("dispatcher='symm_mem' needs its device when the layer is built, got 'meta'")
     sizes = (num_lanes, num_experts, max_tokens, hidden_size, top_k, dtype, device)
     return one_sided_of(group, *sizes)
+
+
+_asked: WeakKeyDictionary[dist.ProcessGroup, dict[torch.device, str | None]] = WeakKeyDictionary()
+
+
+def _why_no_peers(group: dist.ProcessGroup, device: torch.device) -> str | None:
+    """`why_not`, asked once for all layers: they are built in the same order on all ranks."""
+    answers = _asked.setdefault(group, {})
+    if device not in answers:
+        answers[device] = why_not(device, over_group(group))
+    return answers[device]
 
 
 def _mover(group: dist.ProcessGroup, device: torch.device) -> str:
