@@ -10,6 +10,9 @@ from eplb.relocation.communicator.board import Board
 from eplb.relocation.communicator.pace import Pace
 from eplb.streams import DeviceStreams, EventLike, StreamLike
 
+_MOST_COPIES = 16
+"""That a look enqueues: each takes some ten microseconds of the interpreter, which the thread that serves waits for."""
+
 _kept: list[object] = []
 """Memory of peers that copies were still reading when their communicator was closed; until the process ends."""
 
@@ -191,7 +194,7 @@ class SymmMemBatch(TransferBatch):
                 fetch.source = self._offered_by(fetch)
                 if fetch.source is None:
                     continue
-            while wanted := fetch.target.numel() - fetch.num_copied:
+            while (wanted := fetch.target.numel() - fetch.num_copied) and len(pieces) < _MOST_COPIES:
                 granted = self._communicator.pace.grant(wanted)
                 if not granted:
                     break
