@@ -12,6 +12,7 @@ They know slots, lanes and rows; neither which expert a slot holds nor what a ra
 
 `expert_rows` is 4 to 6 as one op that has a gradient; its backward: `gradient_tiles`, then `experts_grad_hidden`,
 `experts_grad_x` and `experts_grad_weights`; tile sizes: `gradient_configs`.
+`moe_experts` (in `experts`) is the function for models that keep their weights themselves: no slots, no load, gradients.
 `local_experts` is 2 to 6 as one op, `local_forward` 1 to 6; `one_token` is the latter for one token. Below them are `launch`
 (how a kernel is launched) and `registered` (how an op is registered; `structures`: dataclasses as its arguments).
 """
@@ -24,6 +25,7 @@ from moe_kernels.count_experts import count_experts, count_experts_torch
 from moe_kernels.expert_down import expert_down, expert_down_torch
 from moe_kernels.expert_rows import expert_rows
 from moe_kernels.expert_up import expert_up, expert_up_torch
+from moe_kernels.experts import moe_experts
 from moe_kernels.gradient_configs import GradientConfigs, gradient_configs
 from moe_kernels.load import LoadCounter
 from moe_kernels.local_experts import local_experts, local_experts_torch
@@ -67,6 +69,7 @@ __all__ = [
     "local_experts_torch",
     "local_forward",
     "local_forward_torch",
+    "moe_experts",
     "resolve_backend",
     "select_by_quota",
     "select_by_quota_torch",
