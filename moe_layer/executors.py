@@ -22,6 +22,7 @@ from moe_kernels import (
     select_replicas,
 )
 from moe_kernels.expert_down import expert_down_home
+from moe_kernels.main_grads import has_main_grads
 from moe_layer.batch_shares import BatchShares
 from moe_layer.dispatch import Dispatched, Dispatcher
 from moe_layer.dispatch.base import Incoming
@@ -277,6 +278,7 @@ def compute_rows(
             configs=(up, down),
             gradient_configs=gradient_configs(*batch, tma=experts.tma),
             combine_into=combine_into,
+            adds_to_main_grads=experts.trainable and has_main_grads(matrices),
             backend=backend,
         )
     hidden_NI = expert_up(*inputs, fanout=rows.fanout, config=up, backend=backend)

@@ -19,6 +19,7 @@ from moe_kernels.expert_rows_triton import expert_rows_backward_triton, expert_r
 from moe_kernels.expert_up import expert_up_torch
 from moe_kernels.expert_up_triton import pre_activation_triton
 from moe_kernels.gradient_configs import GradientConfigs
+from moe_kernels.main_grads import main_grads_of, main_parameters, with_dummies
 from moe_kernels.matrices import ExpertMatrices
 from moe_kernels.registered import registered_op
 from moe_kernels.row_blocks import unversioned
@@ -40,6 +41,7 @@ def _expert_rows(
     grad_weights: GemmConfig,
     grad_x: GemmConfig,
     recompute: bool,
+    adds_to_main_grads: bool,
     backend: str,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """The output, and the pre-activation for the backward, empty if that recomputes it."""
@@ -60,7 +62,7 @@ def _new_pre(
 
 @_expert_rows.register_fake
 def _expert_rows_fake(x_RH, matrices, lane_to_slot_L, schedule, row_weights_N, lanes_TK, fanout, *rest):
-    *_, recompute, _ = rest
+    *_, recompute, _, _ = rest
     outputs = schedule.order_N.shape[0] if lanes_TK is None else lanes_TK.shape[0]
     return x_RH.new_empty((outputs, matrices.down_SHI.shape[1])), _new_pre(x_RH, matrices, schedule, recompute)
 
@@ -81,7 +83,12 @@ class _Saved(NamedTuple):
 
 
 def _backward_of(
-    saved: _Saved, configs: GradientConfigs, wanted: Wanted, backend: str, overwrites_pre: bool = False
+    saved: _Saved,
+    configs: GradientConfigs,
+    wanted: Wanted,
+    backend: str,
+    overwrites_pre: bool = False,
+    main_grads: Gradients | None = None,
 ) -> Gradients:
     """Of either backend."""
     grad_GH, x_RH, pre_NJ, matrices, lane_to_slot_L, schedule, row_weights_N, fanout, grad_fanout, up = saved
@@ -97,8 +104,10 @@ def _backward_of(
     inputs = (grad_GH.contiguous(), x_RH, pre_NJ, matrices, lane_to_slot_L, schedule.order_N, schedule.offsets_L1)
     sizes = (row_weights_N, fanout, grad_fanout, wanted)
     if backend == "triton":
-        return expert_rows_backward_triton(*inputs, *sizes, configs, overwrites_pre=overwrites_pre)
-    return expert_rows_backward_torch(*inputs, *sizes)
+        return expert_rows_backward_triton(
+            *inputs, *sizes, configs, overwrites_pre=overwrites_pre, main_grads=main_grads
+        )
+    return expert_rows_backward_torch(*inputs, *sizes, main_grads=main_grads)
 
 
 @registered_op("moe_kernels::expert_rows_backward")
@@ -160,9 +169,12 @@ _TENSORS = (
 
 
 def _setup_context(ctx, inputs, output):
-    x_RH, matrices, lane_to_slot_L, schedule, row_weights_N, lanes_TK, ctx.fanout, *configs, recompute, _ = inputs
-    ctx.backend = inputs[-1]
+    x_RH, matrices, lane_to_slot_L, schedule, row_weights_N, lanes_TK, ctx.fanout, *configs = inputs[:-3]
+    recompute, adds_to_main_grads, ctx.backend = inputs[-3:]
     ctx.up, _, *ctx.grad_configs = configs
+    ctx.main_parameters = main_parameters(matrices, ctx.needs) if adds_to_main_grads else None
+    if adds_to_main_grads and not ctx.is_direct:
+        raise RuntimeError("adds_to_main_grads=True: needs a plain eager call, neither a tracer nor a dispatch mode")
     ctx.grad_fanout = 1 if lanes_TK is None else lanes_TK.shape[1]
     ctx.activation, ctx.block_m, ctx.extra_m = matrices.activation, schedule.block_m, schedule.extra_m
     _, pre_NJ = output
@@ -215,10 +227,15 @@ def _backward(ctx, needs, grad_GH, _grad_pre):
     is_traced = (
         torch.compiler.is_compiling() or torch._C._len_torch_dispatch_stack() or type(grad_GH) is not torch.Tensor
     )
-    if ctx.owns_pre and not is_traced:
-        once = not torch._C._autograd._get_current_graph_task_keep_graph()
+    main = ctx.main_parameters
+    if main is not None or (ctx.owns_pre and not is_traced):
+        overwrites = ctx.owns_pre and not torch._C._autograd._get_current_graph_task_keep_graph()
+        main_grads = None if main is None else main_grads_of(main)
         with torch.no_grad():
-            grads = _backward_of(saved, GradientConfigs(*ctx.grad_configs), wanted, ctx.backend, overwrites_pre=once)
+            configs = GradientConfigs(*ctx.grad_configs)
+            grads = _backward_of(saved, configs, wanted, ctx.backend, overwrites, main_grads)
+        if main is not None:
+            grads = with_dummies(grads, main)
     else:
         grads = _expert_rows_backward(*saved, *ctx.grad_configs, list(wanted), ctx.backend)
     return {name: grad for name, grad, is_wanted in zip(_TENSORS, grads, wanted, strict=True) if is_wanted}
@@ -239,6 +256,7 @@ def expert_rows(
     gradient_configs: GradientConfigs,
     combine_into: torch.Tensor | None = None,
     recompute: bool = False,
+    adds_to_main_grads: bool = False,
     backend: str = "auto",
 ) -> torch.Tensor:
     """`expert_up`, `expert_down` and, if asked, `combine`, with gradients. The same bits as by these ops.
@@ -261,6 +279,8 @@ def expert_rows(
         gradient_configs: of the backward, from the function of that name.
         combine_into: lanes_TK [T, K] int32, contiguous, as of `combine`, T * K = N: return the sums. None: return the rows.
         recompute: keep x instead of the pre-activation, and compute that again in the backward, with the same bits.
+        adds_to_main_grads: gradients of those tensors of `matrices` that have an attribute `main_grad` are added to it, in
+            float32, and `grad` gets none: see `main_grads`. Needs eager mode.
         backend: see `resolve_backend`.
 
     Returns:
@@ -292,4 +312,4 @@ def expert_rows(
             raise ValueError(f"combine_into has shape {tuple(combine_into.shape)}: must be of {num_rows} flat rows")
     grads = (gradient_configs.hidden, gradient_configs.weights, gradient_configs.x)
     arguments = (x_RH, matrices, lane_to_slot_L, schedule, row_weights_N, combine_into, fanout, up, down, *grads)
-    return _expert_rows(*arguments, recompute, resolve_backend(backend, device))[0]
+    return _expert_rows(*arguments, recompute, adds_to_main_grads, resolve_backend(backend, device))[0]

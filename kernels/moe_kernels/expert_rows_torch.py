@@ -76,6 +76,8 @@ def expert_rows_backward_torch(
     fanout: int,
     grad_fanout: int,
     wanted: Wanted,
+    *,
+    main_grads: Gradients | None = None,
 ) -> Gradients:
     """Reference of the backward.
 
@@ -83,6 +85,7 @@ def expert_rows_backward_torch(
         grad_GH: of the output; flat row n has the gradient of its row ``n // grad_fanout``.
         x_RH: None if no gradient of the up projection is wanted.
         pre_NJ: gate and up with their biases, in sorted order.
+        main_grads: float32 tensors to which gradients of matrices and biases are added; what has one is returned as None.
     """
     down_SHI, activation = matrices.down_SHI, matrices.activation
     _, hidden_size, intermediate = down_SHI.shape
@@ -145,14 +148,19 @@ def expert_rows_backward_torch(
             grad_x += grad_flat_NH[copy::fanout]
         grad_x = grad_x.to(pre_NJ.dtype)
 
-    def rounded(grad: torch.Tensor | None) -> torch.Tensor | None:
+    main = main_grads or Gradients(*6 * (None,))
+
+    def returned(grad: torch.Tensor | None, main_grad: torch.Tensor | None) -> torch.Tensor | None:
+        if grad is not None and main_grad is not None:
+            main_grad += grad
+            return None
         return None if grad is None else grad.to(down_SHI.dtype)
 
     return Gradients(
         grad_x,
         grad_row_weights,
-        rounded(grad_gate_up),
-        rounded(grad_gate_up_bias),
-        rounded(grad_down),
-        rounded(grad_down_bias),
+        returned(grad_gate_up, main.gate_up_SNH),
+        returned(grad_gate_up_bias, main.gate_up_bias_SN),
+        returned(grad_down, main.down_SHI),
+        returned(grad_down_bias, main.down_bias_SH),
     )

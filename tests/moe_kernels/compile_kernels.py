@@ -107,10 +107,10 @@ def compile_gemms(
     options = {"num_warps": config.num_warps, "num_stages": config.num_stages}
     up = tiles | {"BLOCK_I": config.block_n // 2, "ACTIVATION": activation}
     down = tiles | {"BLOCK_N": config.block_n}
+    # What serving, training and a backward that recomputes need.
+    unwanted = {"pre_ptr": None} if activation == "silu" else {"hidden_ptr": None} if activation == "gelu" else {}
     for module, name, constants in (
-        ("expert_up_triton", "_expert_up_kernel", up | {"pre_ptr": None}),
-        ("expert_up_triton", "_expert_up_kernel", up),
-        ("expert_up_triton", "_expert_up_kernel", up | {"hidden_ptr": None}),
+        ("expert_up_triton", "_expert_up_kernel", up | unwanted),
         ("expert_down_triton", "_expert_down_kernel", down | {"homes_ptr": None}),
         ("expert_down_triton", "_expert_down_kernel", down),
     ):
@@ -118,35 +118,36 @@ def compile_gemms(
         assert compiled.metadata.shared <= 99 * 1024, f"{compiled.metadata.shared} bytes of shared memory"
 
 
-def compile_gradients(arch: int, dtype: torch.dtype, configs: GradientConfigs, activation: str, biased: bool) -> None:
-    """The backward, of sizes that tiles divide and of others."""
+def compile_gradients(
+    arch: int, dtype: torch.dtype, place: int, configs: GradientConfigs, activation: str, biased: bool
+) -> None:
+    """The backward, by the line of the table at `place`."""
     names = ("grad", "down", "pre", "grad_pre", "weighted", "gate_up", "rows", "left", "right", "bias")
     types = dict.fromkeys((f"{name}_ptr" for name in names), f"*{DTYPES[dtype]}")
     types |= dict.fromkeys(("row_weights_ptr", "partials_ptr", "grad_row_weights_ptr"), "*fp32") | {
         "stride_slot": "i64"
     }
-    hidden = [{"ACTIVATION": activation} | one for one in ({}, {"weighted_ptr": None}, {"grad_pre_ptr": None})]
-    weights = [{"ADDS": False, "left_fanout": None}, {"ADDS": True, "right_fanout": None}]
-    for module, config, variants, inner in (
-        ("experts_grad_hidden", configs.hidden, hidden, "EVEN_K"),
-        ("experts_grad_x", configs.x, [{}], "EVEN_K"),
+    # By turns with all outputs and with some, even and uneven: each configuration once.
+    unwanted = {} if place != 1 else {"weighted_ptr": None} if biased else {"grad_pre_ptr": None}
+    weights = {"ADDS": place == 1} | ({"left_fanout": None} if place % 2 else {"right_fanout": None})
+    is_even = place % 2 == 0
+    for module, config, variant, inner in (
+        ("experts_grad_hidden", configs.hidden, {"ACTIVATION": activation} | unwanted, "EVEN_K"),
+        ("experts_grad_x", configs.x, {}, "EVEN_K"),
         ("experts_grad_weights", configs.weights, weights, "EVEN_M"),
     ):
         tiles = {"BLOCK_M": config.block_m, "BLOCK_N": config.block_n, "BLOCK_K": config.block_k}
         tiles |= {"GROUP_M": config.group_m, "PDL": arch >= 90}
         options = {"num_warps": config.num_warps, "num_stages": config.num_stages}
-        for variant in variants:
-            for is_even in (True, False):
-                even = {"EVEN_N": is_even, inner: is_even}
-                grads = {"grad_ptr": "*fp32"} if variant.get("ADDS") else {}
-                constants = tiles | even | variant
-                compiled = compile_kernel(module, f"_{module}_kernel", types | grads, constants, arch, **options)
-                ptx = compiled.asm["ptx"]
-                assert "cp.async" in ptx, "operands must be loaded ahead"
-                if dtype != torch.float32:
-                    assert ("wgmma" in ptx and "mma.sync" not in ptx) if arch == 90 else "mma.sync" in ptx
-                most = 227 if arch == 90 else 99
-                assert compiled.metadata.shared <= most * 1024, f"{compiled.metadata.shared} bytes of shared memory"
+        grads = {"grad_ptr": "*fp32"} if variant.get("ADDS") else {}
+        constants = tiles | {"EVEN_N": is_even, inner: is_even} | variant
+        compiled = compile_kernel(module, f"_{module}_kernel", types | grads, constants, arch, **options)
+        ptx = compiled.asm["ptx"]
+        assert "cp.async" in ptx, "operands must be loaded ahead"
+        if dtype != torch.float32:
+            assert ("wgmma" in ptx and "mma.sync" not in ptx) if arch == 90 else "mma.sync" in ptx
+        most = 227 if arch == 90 else 99
+        assert compiled.metadata.shared <= most * 1024, f"{compiled.metadata.shared} bytes of shared memory"
     blocks = {"BLOCK_M": configs.hidden.block_m, "BLOCK_H": 64}
     absent = {} if biased else {"bias_ptr": None}
     compile_small_one("experts_grad_hidden", "_row_weights_kernel", types, blocks | absent, arch)
@@ -402,8 +403,8 @@ def compile_tma_gemms(
                 types[name] = f"tensordesc<{element}[{rows or config.block_m},{k}]>"
             tiles |= {"PERSISTENT": config.programs_per_sm > 0, "BLOCK_N": n}
         options = {"num_warps": config.num_warps, "num_stages": config.num_stages, "launch_pdl": True}
-        outputs = ({"homes_ptr": None}, {}) if module == "expert_down_tma" else ({"pre_ptr": None}, {})
-        for absent in outputs:
+        without_pre = {"pre_ptr": None} if activation == "silu" else {}
+        for absent in ({"homes_ptr": None}, {}) if module == "expert_down_tma" else (without_pre,):
             compiled = compile_kernel(module, f"_{module}_kernel", types, sizes | tiles | absent, arch, **options)
             ptx = compiled.asm["ptx"]
             is_kept = re.search(r"st\.global\S*evict_last\S*cache_hint", ptx) is not None
@@ -427,7 +428,7 @@ if __name__ == "__main__":
     tables = {torch.float32: _TABLE_32_BIT, torch.bfloat16: _TABLE_HOPPER if arch == 90 else _TABLE_16_BIT}
     for dtype, table in tables.items():
         for place, (_, configs) in enumerate(table):
-            compile_gradients(arch, dtype, configs, *KINDS[place])
+            compile_gradients(arch, dtype, place, configs, *KINDS[place])
     if arch == 90:
         for hidden_size, intermediate in ((2048, 768), (2880, 2880), (4096, 14336)):  # one for each column
             column = bisect.bisect_left(_INTERMEDIATE, intermediate)
