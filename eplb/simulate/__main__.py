@@ -54,6 +54,7 @@ def _parser() -> argparse.ArgumentParser:
     system.add_argument("--bytes-per-expert", type=_at_least(0), default=0)
     system.add_argument("--batches-per-window", type=_at_least(1), default=16)
     system.add_argument("--sub-windows", type=_at_least(1), default=4)
+    system.add_argument("--forecast-windows", type=_at_least(1), default=8, help="1: plan for the last window")
     parser.add_argument("--policies", default="static,deepseek,adaptive", help="comma-separated names")
     parser.add_argument("--min-gain", type=float, help="of the policy adaptive")
     parser.add_argument("--json", type=Path, metavar="FILE", help="write all windows of all policies")
@@ -144,6 +145,7 @@ def _run(
             num_redundant_experts=options.redundant,
             batches_per_window=batches,
             sub_windows=min(options.sub_windows, batches),
+            forecast_windows=options.forecast_windows,
             bytes_per_expert=options.bytes_per_expert,
             free_slots=options.free_slots,
             progress=bar.update if bar is not None else lambda: None,

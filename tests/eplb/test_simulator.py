@@ -74,6 +74,19 @@ def test_policies_side_by_side():
             assert result.moved_bytes == 3 * result.moves
 
 
+def test_a_forecast_serves_the_next_window_better():
+    load = base_load("lognormal:0.8", 4, 32, np.random.default_rng(0))
+    noise = np.random.default_rng(1).lognormal(0, 0.2, (16, 1, 4, 32))
+    windows = np.repeat(load * 1000 * noise, 4, axis=1)  # batches of a window are alike
+    trace = Trace("noise", windows.reshape(-1, 4, 32).astype(np.int64))
+    sizes = {"num_redundant_experts": 8, "batches_per_window": 4}
+    last, several = (
+        simulate(trace, make_policy("adaptive"), Topology(4), forecast_windows=count, **sizes)[4:] for count in (1, 8)
+    )
+    assert np.mean([r.max_over_mean for r in several]) < np.mean([r.max_over_mean for r in last]) - 0.01
+    assert sum(r.moves for r in several) < 0.5 * sum(r.moves for r in last)
+
+
 def test_generators():
     rng = np.random.default_rng(0)
     zipf = base_load("zipf:1.2", 3, 64, rng)
@@ -255,6 +268,7 @@ def test_bad_sizes_are_refused():
         ({"batches_per_window": 5}, "batches_per_window=5"),
         ({"batches_per_window": 2, "sub_windows": 3}, "sub_windows=3"),
         ({"batches_per_window": 2, "sub_windows": 1, "free_slots": 0}, "free_slots=0"),
+        ({"batches_per_window": 2, "sub_windows": 1, "forecast_windows": 0}, "forecast_windows=0"),
     ]
     for options, name in cases:
         with pytest.raises(ValueError, match=name):
