@@ -16,9 +16,11 @@ from eplb.planning.balance import (
     rank_loads,
 )
 from eplb.planning.placement import Placement
+from eplb.planning.placement_file import load_placements
 from eplb.planning.policy import Topology, make_policy
 from eplb.planning.shares import balanced_shares, equal_shares
 from eplb.simulate import __main__ as command
+from eplb.simulate.offline import plan_offline
 from eplb.simulate.replay import simulate
 from eplb.simulate.traces import DEEPSEEK_EXAMPLE, Trace, base_load, change_load, generate, load_trace
 
@@ -261,6 +263,29 @@ def test_a_min_gain_of_zero_is_zero(monkeypatch):
     assert made == {"adaptive": {"min_gain": 0.0}, "deepseek": {}}
 
 
+def test_a_plan_made_offline_serves_what_comes_next(tmp_path, capsys):
+    """Loaded again it is where a controller that served the trace would be: far more even than the usual start."""
+    trace = generate("zipf:1.0", "noise:0.02", num_layers=3, num_experts=32, num_windows=6, batches_per_window=8)
+    np.savez(tmp_path / "trace.npz", load_BLE=trace.load_BLE[:-8])
+    arguments = ["--trace", str(tmp_path / "trace.npz"), "--batches-per-window", "8", "--policies", "static,adaptive"]
+    assert command.main([*arguments, "--save-placements", str(tmp_path / "placements.json")]) == 0
+    assert "adaptive has the experts of 3 layers" in capsys.readouterr().out
+    saved = load_placements(tmp_path / "placements.json")
+    start = Placement.initial(32, 8, 4, 10)
+    load = trace.load_BLE[-8:].sum(axis=0)
+    for layer, one in enumerate(saved):
+        begun, usual = (
+            max_over_mean(rank_loads(load[layer, None], lanes_WS[None], shares_WS[None]))[0]
+            for lanes_WS, shares_WS in (
+                (one.placement.lanes_WS, one.shares_WS),
+                (start.lanes_WS, equal_shares(start)),
+            )
+        )
+        assert begun < 1.05 < 1.3 < usual
+    assert command.main([*arguments, "--save-placements", str(tmp_path)]) == 2
+    assert "--save-placements" in capsys.readouterr().err
+
+
 def test_bad_sizes_are_refused():
     trace = Trace("x", np.ones((4, 1, 8)))
     policy, topology = make_policy("static"), Topology(2)
@@ -273,6 +298,9 @@ def test_bad_sizes_are_refused():
     for options, name in cases:
         with pytest.raises(ValueError, match=name):
             simulate(trace, policy, topology, num_redundant_experts=0, **options)
+        if "free_slots" not in options:
+            with pytest.raises(ValueError, match=name):
+                plan_offline(trace, policy, topology, num_redundant_experts=0, **options)
     sizes = {"num_layers": 1, "num_experts": 4, "num_windows": 1, "batches_per_window": 1}
     for name in sizes:
         with pytest.raises(ValueError, match=f"{name}=0"):
