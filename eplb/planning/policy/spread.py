@@ -28,7 +28,7 @@ LEAST_GAIN = 0.02
 """The part of a layer's exposure that a move has to take off."""
 
 ITER, NEAR = 4, 1e-3
-"""Iterations and nearness of the levelled loads, as in `eplb.planning.policy.repair`."""
+"""Iterations and nearness of the levelled loads."""
 
 
 def spread(load_LE: np.ndarray, physical_LWP: np.ndarray, limit_L: np.ndarray, max_moves: int) -> np.ndarray:
