@@ -99,3 +99,16 @@ def test_a_plan_spreads_a_little_and_comes_to_rest():
 def test_a_part_of_the_slots_is_a_part(value):
     with pytest.raises(ValueError, match="spread="):
         make_policy("adaptive", spread=value)
+
+
+def test_balance_comes_first():
+    """Without a limit some of these moves make a layer uneven; with it none does."""
+    load, live, bound = settled("zipf:0.8", 8, 24, 40, 8)
+    uneven = {"loose": 0, "limited": 0}
+    for _ in range(10):
+        most = np.maximum(bound * 1.0025, best_balance(load, live)) + 1e-3
+        limited = spread(load, live, bound * 1.0025, 100)
+        uneven["loose"] += (best_balance(load, spread(load, live, bound * 9, 100)) > most).sum()
+        uneven["limited"] += (best_balance(load, limited) > most).sum()
+        live = limited
+    assert uneven["loose"] > 0 and uneven["limited"] == 0
