@@ -4,9 +4,11 @@ Every policy starts from the initial placement and plans for one window after an
 is judged by the window that it was made from (`own`) and by the next one (`next`), as max/mean of the rank loads over
 B* (`eplb.planning.balance.free_placement_bound`); the worst layer counts. Loads and processes: `bench.policy_loads`.
 
-Policies: `adaptive` as the product runs it, with 4 sub-windows; `adaptive, 1 sub-window`, which trusts the window's mean;
-`adaptive, prepared`, which has planned for 8 more windows with 20 % of noise before the first one; `hottest everywhere`, with
-the hottest experts on every rank and the others packed; `deepseek`; `static+shares`, which moves nothing.
+Policies: `adaptive` as the product runs it, with 4 sub-windows and a forecast from the last 8 windows
+(`eplb.planning.forecast`); `adaptive, last window`, without the forecast; `adaptive, 1 sub-window`, which also trusts the
+window's mean; `adaptive, prepared`, like the first, which has planned for 8 more windows with 20 % of noise before the first
+one; `hottest everywhere`, with the hottest experts on every rank and the others packed; `deepseek`; `static+shares`, which
+moves nothing.
 """
 
 from __future__ import annotations
@@ -15,6 +17,7 @@ import itertools
 import json
 import sys
 import time
+from collections import deque
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
@@ -24,6 +27,7 @@ from bench.command import make_parser
 from bench.policy import SETUPS, Setup, machine
 from bench.policy_loads import LOADS, PROCESSES, windows
 from eplb.planning.balance import free_placement_bound, rank_loads
+from eplb.planning.forecast import forecast
 from eplb.planning.make_plan import make_plan
 from eplb.planning.placement import Placement, count_experts
 from eplb.planning.policy import Policy, Proposal, Topology, make_policy
@@ -33,12 +37,16 @@ from eplb.planning.shares import balanced_shares
 
 POLICIES = (
     "adaptive",
+    "adaptive, last window",
     "adaptive, 1 sub-window",
     "adaptive, prepared",
     "hottest everywhere",
     "deepseek",
     "static+shares",
 )
+FORECAST_WINDOWS = 8
+"""The default of `EplbConfig`."""
+
 FIRST = 10
 """Windows that are not counted as settled."""
 
@@ -99,12 +107,14 @@ def run(setup: Setup, process: str, load: str, name: str, num_windows: int, seed
             noisy = first.mean(axis=1, keepdims=True) * rng.lognormal(0.0, 0.2, (setup.layers, 1, setup.experts))
             live_LWP = policy.propose(noisy, live_LWP, topology).physical_LWP
     proposal = None
+    seen: deque[np.ndarray] = deque(maxlen=FORECAST_WINDOWS if name in ("adaptive", "adaptive, prepared") else 1)
     for window in range(num_windows):
         load_LNE = next(source)
         served_L = None if proposal is None else over_bound(load_LNE, proposal)
-        seen_LNE = load_LNE.mean(axis=1, keepdims=True) if name == "adaptive, 1 sub-window" else load_LNE
+        sampled_LNE = load_LNE.mean(axis=1, keepdims=True) if name == "adaptive, 1 sub-window" else load_LNE
+        seen.append(load_LNE.sum(axis=1))
         begin = time.process_time()
-        proposal = policy.propose(seen_LNE, live_LWP, topology)
+        proposal = policy.propose(forecast(sampled_LNE, np.array(seen)[:-1]), live_LWP, topology)
         planning_ms = (time.process_time() - begin) * 1e3
         own_L = over_bound(load_LNE, proposal)
         yield {

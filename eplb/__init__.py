@@ -13,6 +13,7 @@ if TYPE_CHECKING:
     from eplb.decorator import step_eplb_after
     from eplb.health import Health, HealthState, Metrics
     from eplb.planning.placement import Placement
+    from eplb.planning.placement_file import SavedLayer, load_placements, save_placements
     from eplb.registration import RelocatableLayer
     from eplb.relocation.events import CpuGpuEvent
     from eplb.relocation.pool import SlotPool, TensorSpec
@@ -26,8 +27,11 @@ __all__ = [
     "Metrics",
     "Placement",
     "RelocatableLayer",
+    "SavedLayer",
     "SlotPool",
     "TensorSpec",
+    "load_placements",
+    "save_placements",
     "step_eplb_after",
 ]
 
@@ -40,6 +44,9 @@ _HOMES = {
     "HealthState": "eplb.health",
     "Metrics": "eplb.health",
     "Placement": "eplb.planning.placement",
+    "SavedLayer": "eplb.planning.placement_file",
+    "load_placements": "eplb.planning.placement_file",
+    "save_placements": "eplb.planning.placement_file",
     "RelocatableLayer": "eplb.registration",
     "CpuGpuEvent": "eplb.relocation.events",
     "SlotPool": "eplb.relocation.pool",

@@ -17,6 +17,8 @@ class EplbConfig(BaseModel):
         step_interval: steps (calls of `EplbController.step()`) between two looks at the load.
         window_size: steps before each look whose load counts; at most `step_interval`, 1000 by default.
         window_samples: sub-windows that the policy sees of each window, to tell drift from noise; at most `window_size`.
+        forecast_windows: the last windows, at most so many, from which rank 0 forecasts the load of the next one: it smooths
+            noise, follows changes, and goes on with trends (`eplb.planning.forecast`). 1: it gets the last window itself.
         use_async: relocate in the background; False does the same inside `step()`, which is then collective.
         policy: name of a registered policy, or an object with its `propose()`, which is called where `planning` says.
         policy_options: keyword arguments of the named policy.
@@ -63,6 +65,7 @@ class EplbConfig(BaseModel):
     step_interval: int = Field(default=3000, ge=1)
     window_size: int = Field(default=1000, ge=1)
     window_samples: int = Field(default=4, ge=1)
+    forecast_windows: int = Field(default=8, ge=1)
     use_async: bool = True
     policy: Any = "adaptive"
     policy_options: dict[str, Any] = Field(default_factory=dict)

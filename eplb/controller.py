@@ -9,19 +9,20 @@ from contextlib import contextmanager, nullcontext
 from dataclasses import replace
 from pathlib import Path
 
-import numpy as np
 import torch.distributed as dist
 from torch import nn
 
 from eplb.config import EplbConfig
 from eplb.connect import TorchTransport, Transport
 from eplb.health import Health, HealthState, Metrics
-from eplb.load_window import LoadWindowRecorder
+from eplb.load_window import LoadWindowRecorder, recorders
 from eplb.plan_process import PlanProcess
 from eplb.planner import Planner, plans_in_a_process
 from eplb.planning.policy import Topology
 from eplb.registration import RelocatableLayer, check_layer, find_layers
+from eplb.relocation.resident import ResidentExperts
 from eplb.rounds.protocol import Work
+from eplb.saving import write_load_trace, write_placements
 from eplb.streams import DeviceStreams
 from eplb.worker import Clock, InsideStep, Worker, WorkerThread
 
@@ -96,26 +97,17 @@ class EplbController:
         self._layers += found
         return len(found)
 
+    @property
+    def _residents(self) -> list[ResidentExperts]:
+        return [layer.resident for layer in self._layers]
+
     def _start(self) -> Worker:
         """Begin to connect to the other ranks, at the first step."""
         config = self.config
-        residents = [layer.resident for layer in self._layers]
+        residents = self._residents
         streams = self._streams = residents[0].streams
         backends = {layer.dispatch_backend for layer in self._layers}
-        self._windows = {
-            Work.REBALANCE: LoadWindowRecorder(
-                residents,
-                streams,
-                interval=config.step_interval,
-                window_size=config.window_size,
-                num_samples=config.window_samples,
-            )
-        }
-        if config.log_balancedness:
-            interval = config.log_balancedness_interval
-            self._windows[Work.REPORT] = LoadWindowRecorder(
-                residents, streams, interval=interval, window_size=interval, num_samples=1
-            )
+        self._windows = recorders(residents, streams, config)
         earlier = streams.gate.events()
         is_child_needed = self._plans_aside and residents[0].rank == 0
         process = PlanProcess(self._policy, self._topology) if is_child_needed else None
@@ -263,7 +255,7 @@ class EplbController:
                 self._count_tokens_as(1)
 
     def _count_tokens_as(self, increment: int) -> None:
-        for resident in [layer.resident for layer in self._layers]:
+        for resident in self._residents:
             write = functools.partial(resident.load_increment_1.fill_, increment)
             resident.streams.run(resident.streams.current(), write)
 
@@ -312,15 +304,16 @@ class EplbController:
         Raises:
             ValueError: the registered layers have different numbers of experts.
         """
-        sizes = {layer.resident.num_experts for layer in self._layers}
-        if len(sizes) > 1:
-            raise ValueError(f"a load trace needs layers with equally many experts, got {sorted(sizes)}")
         windows = self._worker.planning.load_trace() if self._worker is not None else []
-        if not windows:
-            return 0
-        load_BLE = np.concatenate(windows).reshape(-1, len(self._layers), sizes.pop())
-        np.savez_compressed(path, load_BLE=load_BLE)
-        return len(load_BLE)
+        return write_load_trace(path, self._residents, windows)
+
+    def save_placements(self, path: str | Path) -> None:
+        """Write where experts are now, with shares, by layer as registered, for `eplb.load_placements()`; local, at any time.
+
+        Raises:
+            ValueError: no layer is registered.
+        """
+        write_placements(path, self._residents)
 
     def close(self) -> None:
         """Stop, tell the other ranks, and give back threads and connections; the layers go on serving. Local.

@@ -9,7 +9,9 @@ from collections.abc import Sequence
 import numpy as np
 import torch
 
+from eplb.config import EplbConfig
 from eplb.relocation.resident import ResidentExperts
+from eplb.rounds.protocol import Work
 from eplb.streams import DeviceStreams, EventLike
 
 
@@ -149,3 +151,18 @@ class LoadWindowRecorder:
         side, snapshot = self._streams.side, self._snapshots[buffer]
         self._streams.run(side, lambda: self._host.copy_(snapshot, non_blocking=True))
         return side.record_event()
+
+
+def recorders(
+    residents: Sequence[ResidentExperts], streams: DeviceStreams, config: EplbConfig
+) -> dict[Work, LoadWindowRecorder]:
+    """What a controller of `config` records: the windows that it plans from, and those that it only reports."""
+    sizes = {Work.REBALANCE: (config.step_interval, config.window_size, config.window_samples)}
+    if config.log_balancedness:
+        sizes[Work.REPORT] = (config.log_balancedness_interval, config.log_balancedness_interval, 1)
+    return {
+        work: LoadWindowRecorder(
+            residents, streams, interval=interval, window_size=window_size, num_samples=num_samples
+        )
+        for work, (interval, window_size, num_samples) in sizes.items()
+    }

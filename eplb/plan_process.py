@@ -39,6 +39,7 @@ class PlanRequest:
     placements: list[Placement]
     shares: list[np.ndarray]
     load_NA: np.ndarray
+    past_HA: np.ndarray
     free_slots_GW: np.ndarray
     max_bytes_in_flight: int | None
 
@@ -69,6 +70,7 @@ def make(request: PlanRequest, policy: Policy, topology: Topology) -> MadePlan:
         request.placements,
         request.shares,
         request.load_NA,
+        request.past_HA,
         request.free_slots_GW,
         policy,
         topology,

@@ -84,10 +84,16 @@ class Planner:
         """What the ranks' messages of loads (`encode_loads`) say together."""
         return decode_loads(messages, len(self.pools), sum(f.num_experts for f in self._facts))
 
-    def request(self, loads: Loads) -> PlanRequest:
-        """What a plan is made from now."""
+    def request(self, loads: Loads, past: Sequence[np.ndarray]) -> PlanRequest:
+        """What a plan is made from now. `past`: the load of each earlier window that counts, oldest first."""
         return PlanRequest(
-            self._facts, self.placements, self._shares, loads.load_NA, loads.free_slots_GW, self._max_bytes_in_flight
+            self._facts,
+            self.placements,
+            self._shares,
+            loads.load_NA,
+            np.array(past, dtype=np.int64).reshape(len(past), loads.load_NA.shape[1]),
+            loads.free_slots_GW,
+            self._max_bytes_in_flight,
         )
 
     def plan(self, request: PlanRequest) -> MadePlan:

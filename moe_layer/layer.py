@@ -14,6 +14,7 @@ import torch.distributed as dist
 from torch import nn
 
 from eplb.groups import check_member
+from eplb.planning.placement_file import SavedLayer
 from eplb.relocation.pool import SlotPool
 from eplb.relocation.resident import ResidentExperts
 from eplb.streams import streams_of
@@ -46,6 +47,7 @@ from moe_layer.relocatable import Relocatable
 from moe_layer.router import Router, RouterRule
 from moe_layer.shared_pool import resolve_pool
 from moe_layer.slot_experts import SlotExperts
+from moe_layer.starting import starting_point
 from moe_layer.trainable import TrainableExperts
 
 
@@ -72,12 +74,15 @@ class MoELayer(Relocatable, nn.Module):
             the layer's dtype.
         activation: of the gate: "silu" (SwiGLU), "gelu" (exact GELU; GeGLU), "gelu_tanh" or "relu2" (relu squared).
         trainable: whether the router's and the experts' weights are parameters that require gradients. The experts are
-            then this rank's E / ranks, at `experts.gate_up_proj` and `experts.down_proj`; `num_redundant_experts` and
-            `pool` must be left alone, and the layer cannot be registered. For DDP see `moe_layer.ignore_in_ddp`.
+            then this rank's E / ranks, at `experts.gate_up_proj` and `experts.down_proj`; `num_redundant_experts`,
+            `pool` and `placement` must be left alone, and the layer cannot be registered. For DDP see
+            `moe_layer.ignore_in_ddp`.
         num_redundant_experts: physical experts beyond one per logical expert; E plus these must divide by the ranks.
         num_shadow_slots: experts of this layer that a relocation may replace at once on a rank; as many slots of memory
             on top, if the pool is the layer's own. 0: its experts never move.
         pool: slots shared with other layers, from `make_pool()`; the layer's own if None.
+        placement: where the experts are at first, and their shares, from `eplb.load_placements()`; equal on all ranks. None:
+            in order, replicas of the first experts after them.
         process_group: the ranks that share the experts; None: all experts are on this rank.
         dispatcher: "auto", "local" (needs one rank), "all_to_all", "all_gather" and "symm_mem" (need `max_tokens`; the
             latter GPUs, or CPUs, of one host), or a `Dispatcher`. "auto" logs what it has chosen.
@@ -108,6 +113,7 @@ class MoELayer(Relocatable, nn.Module):
         num_redundant_experts: int = 0,
         num_shadow_slots: int = 1,
         pool: SlotPool | None = None,
+        placement: SavedLayer | None = None,
         process_group: dist.ProcessGroup | None = None,
         dispatcher: str | Dispatcher = "auto",
         max_tokens: int | None = None,
@@ -126,7 +132,7 @@ class MoELayer(Relocatable, nn.Module):
         check_integer("num_shadow_slots", num_shadow_slots, 0)
         if top_k > num_experts:
             raise ValueError(f"top_k must be at most num_experts={num_experts}, got {top_k}")
-        check_trainable(trainable, num_redundant_experts=num_redundant_experts, pool=pool)
+        check_trainable(trainable, num_redundant_experts=num_redundant_experts, pool=pool, placement=placement)
         if max_tokens is not None:
             check_integer("max_tokens", max_tokens, 1)
         device, dtype = resolve_device(device), resolve_dtype(dtype)
@@ -158,9 +164,9 @@ class MoELayer(Relocatable, nn.Module):
         self.executor: Executor = LocalExecutor()
         if sender is not None:
             self.executor = ExpertParallelExecutor(sender, batch_shares)
-        sizes = (hidden_size, num_experts, top_k)
+        routed = (hidden_size, num_experts, top_k)
         options: dict[str, Any] = {"device": device, "layer_dtype": dtype, "dtype": router_dtype}
-        gate = None if router is None else Router(*sizes, router, backend, trainable=trainable, **options)
+        gate = None if router is None else Router(*routed, router, backend, trainable=trainable, **options)
         self.gate: Router | None
         self.register_module("gate", gate)
         self.experts: Experts
@@ -171,6 +177,8 @@ class MoELayer(Relocatable, nn.Module):
                 names = [f"experts.{name}" for name, _ in self.experts.named_parameters()]
                 self._ddp_params_and_buffers_to_ignore = names
         else:
+            sizes = (num_experts, num_redundant_experts, num_ranks, num_lanes)
+            start, start_shares = starting_point(placement, *sizes, process_group)
             # Last, as it takes slots of the pool: a layer that is refused takes none.
             resident = ResidentExperts(
                 num_experts=num_experts,
@@ -180,6 +188,8 @@ class MoELayer(Relocatable, nn.Module):
                 num_ranks=num_ranks,
                 pool=resolve_pool(pool, format, num_physical + num_shadow_slots, device),
                 streams=streams_of(home_of(device)),
+                placement=start,
+                shares_WS=start_shares,
             )
             self.experts = SlotExperts(format, resident, process_group, backend)
         if device.type != "meta":

@@ -9,8 +9,11 @@ import torch.distributed as dist
 _held: Counter[str] = Counter()
 
 
-def meet(group: dist.ProcessGroup, what: str, timeout: float) -> None:
+def meet(group: dist.ProcessGroup, what: str, timeout: float, say: str | None = None) -> list[str]:
     """Return when every rank of `group` has called this as often; `timeout` in seconds. Moves no tensors.
+
+    Returns:
+        What each rank of the group said, in order; nothing if this one said nothing.
 
     Raises:
         TimeoutError: some ranks did not come. The message names them, and `what` they should have called.
@@ -20,7 +23,7 @@ def meet(group: dist.ProcessGroup, what: str, timeout: float) -> None:
     number = _held[name]
     # Whoever is here has been at the last meeting, so all have left the one before.
     store.delete_key(f"{number - 2}/{rank}")
-    store.set(f"{number}/{rank}", what)
+    store.set(f"{number}/{rank}", say or what)
     keys = [f"{number}/{other}" for other in range(dist.get_world_size(group))]
     try:
         store.wait(keys, timedelta(seconds=timeout))
@@ -30,4 +33,6 @@ def meet(group: dist.ProcessGroup, what: str, timeout: float) -> None:
         raise TimeoutError(
             f"{what} is collective here, but within {timeout} s the ranks {missing} did not call it"
         ) from error
+    said = [store.get(key).decode() for key in keys] if say is not None else []
     _held[name] += 1
+    return said

@@ -497,9 +497,48 @@ PLANNING = (
         "wrong = np.flatnonzero((counts_E > 0) & (np.abs(sums_E - 1) > 1))",
         (f"{E}shares.py", f"{E}table.py"),
     ),
+    # Windows before the last one count for nothing.
+    Mutant(
+        "eplb/worker/planning.py",
+        "self._seen.append(self.loads.load_NA.sum(axis=0))",
+        "pass",
+        (f"{E}worker.py",),
+    ),
+    # Noise is taken for a walk.
+    Mutant(
+        "eplb/planning/forecast.py",
+        "correlation_L = np.clip(covariance_L / variance_L, -0.5, 1.0)",
+        "correlation_L = np.clip(covariance_L / variance_L, 0.0, 1.0)",
+        (f"{E}forecast.py",),
+    ),
+    # After a sudden change, windows before it still count.
+    Mutant(
+        "eplb/planning/forecast.py",
+        "weight_HL1 = (1 - gain_L1) ** age_H11",
+        "weight_HL1 = (1 - gain_L1) ** 0 * np.ones_like(age_H11)",
+        (f"{E}forecast.py",),
+    ),
+    # Spreading the hottest experts makes ranks uneven.
+    Mutant(
+        "eplb/planning/policy/spread.py",
+        "fits_T = (gain_T >= LEAST_GAIN) & (highest_T <= np.maximum(limit_L, highest_L)[layer_T] + 1e-9)",
+        "fits_T = gain_T >= LEAST_GAIN",
+        (f"{E}spread.py",),
+    ),
 )
 
 LAYER = (
+    # Ranks that start from different files compute with wrong experts.
+    Mutant("moe_layer/starting.py", "_check_equal(start, process_group, name)", "pass", (f"{L}placement_start.py",)),
+    # A saved placement is checked and then not used.
+    Mutant("moe_layer/layer.py", "placement=start,", "placement=None,", (f"{L}placement_start.py",)),
+    # Blocks of a transformers model start as if there were no file.
+    Mutant(
+        "moe_layer/hf/make.py",
+        "placement=placement,",
+        "placement=None,",
+        ("tests/moe_layer/hf/test_swap.py::test_blocks_start_from_a_file",),
+    ),
     # `state_dict()` between two ranks' flips: an expert that is in no rank's current table.
     Mutant(
         "moe_layer/logical.py",

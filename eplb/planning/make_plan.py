@@ -16,7 +16,7 @@ from eplb.planning.policy import Proposal, Topology
 from eplb.planning.shares import balanced_shares, cumulative_shares, equal_shares
 from eplb.planning.waves import LayerWork, Move, schedule_waves
 
-GAP_BETWEEN = 1e-3
+GAP_BETWEEN = 1e-2
 """How near to the optimum the shares of placements between two waves are: they serve for one wave."""
 
 SHARE_TOLERANCE = 1e-6

@@ -31,6 +31,22 @@ class SavedLayer:
     placement: Placement
     shares_WS: np.ndarray
 
+    @property
+    def num_physical_per_rank(self) -> int:
+        """P."""
+        return int((self.placement.lanes_WS[0] != EMPTY).sum())
+
+    def with_lanes(self, num_lanes: int) -> SavedLayer:
+        """The same with another S, at least P."""
+        per_rank, num_ranks = self.num_physical_per_rank, self.placement.num_ranks
+        if num_lanes < per_rank:
+            raise ValueError(f"{per_rank} experts on a rank: num_lanes={num_lanes} must be at least as many")
+        lanes_WS = np.full((num_ranks, num_lanes), EMPTY, dtype=np.int64)
+        lanes_WS[:, :per_rank] = self.placement.lanes_WS[:, :per_rank]
+        shares_WS = np.zeros(lanes_WS.shape)
+        shares_WS[:, :per_rank] = self.shares_WS[:, :per_rank]
+        return SavedLayer(Placement(lanes_WS, self.placement.num_experts), shares_WS)
+
 
 def save_placements(
     path: str | Path, placements: Sequence[Placement], shares: Sequence[np.ndarray] | None = None
@@ -69,11 +85,11 @@ def save_placements(
     os.replace(part, path)
 
 
-def load_placements(path: str | Path, num_lanes: int | Sequence[int]) -> list[SavedLayer]:
-    """Reads what `save_placements` wrote.
+def load_placements(path: str | Path, num_lanes: int | Sequence[int] | None = None) -> list[SavedLayer]:
+    """Reads what `save_placements` wrote: for `MoELayer(placement=...)` and `swap_experts(placements=...)`.
 
     Args:
-        num_lanes: S of all layers, or of each: it may differ from what it was.
+        num_lanes: S of all layers, or of each: it may differ from what it was. None: as many as are filled.
 
     Raises:
         ValueError: the file is no such file, breaks a rule of placements or shares, or does not fit `num_lanes`; the message
@@ -88,7 +104,7 @@ def load_placements(path: str | Path, num_lanes: int | Sequence[int]) -> list[Sa
         raise ValueError(f"{where}: is no JSON ({error})") from None
     if not isinstance(raw, dict) or raw.get("format") != FORMAT or not isinstance(raw.get("layers"), list):
         raise ValueError(f"{where}: must be a JSON object with 'format': {FORMAT!r} and a list 'layers'")
-    lanes = [num_lanes] * len(raw["layers"]) if isinstance(num_lanes, int) else list(num_lanes)
+    lanes = list(num_lanes) if isinstance(num_lanes, Sequence) else [num_lanes] * len(raw["layers"])
     if len(lanes) != len(raw["layers"]):
         raise ValueError(f"{where}: holds {len(raw['layers'])} layers, num_lanes has {len(lanes)}")
     return [
@@ -97,7 +113,7 @@ def load_placements(path: str | Path, num_lanes: int | Sequence[int]) -> list[Sa
     ]
 
 
-def _layer(raw: object, num_lanes: int, where: str) -> SavedLayer:
+def _layer(raw: object, num_lanes: int | None, where: str) -> SavedLayer:
     try:
         if not isinstance(raw, dict):
             raise ValueError("must be an object")
@@ -109,20 +125,13 @@ def _layer(raw: object, num_lanes: int, where: str) -> SavedLayer:
             raise ValueError(
                 "experts and shares must be tables [ranks, experts of a rank] of equal shape, experts of integers"
             )
-        num_ranks, per_rank = physical_WP.shape
-        if num_lanes < per_rank:
-            raise ValueError(f"{per_rank} experts on a rank: num_lanes={num_lanes} must be at least as many")
         if physical_WP.size and physical_WP.min() < 0:
             raise ValueError("experts must not be negative")
-        lanes_WS = np.full((num_ranks, num_lanes), EMPTY, dtype=np.int64)
-        lanes_WS[:, :per_rank] = physical_WP
-        shares_WS = np.zeros(lanes_WS.shape)
-        shares_WS[:, :per_rank] = shares_WP
-        placement = Placement(lanes_WS, num_experts)
-        placement.validate()
-        cumulative_shares(placement, shares_WS)
+        saved = SavedLayer(Placement(physical_WP, num_experts), shares_WP)
+        saved.placement.validate()
+        cumulative_shares(saved.placement, shares_WP)
+        return saved if num_lanes is None else saved.with_lanes(num_lanes)
     except KeyError as error:
         raise ValueError(f"{where}: lacks {error}") from None
     except (TypeError, ValueError) as error:
         raise ValueError(f"{where}: {error}") from None
-    return SavedLayer(placement, shares_WS)

@@ -1,10 +1,11 @@
-"""Rebalance, window → plan: policy, then waves, for all registered layers. Pure."""
+"""Rebalance, windows → plan: forecast, policy, then waves, for all registered layers. Pure."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 import numpy as np
 
+from eplb.planning.forecast import forecast
 from eplb.planning.make_plan import make_plan
 from eplb.planning.placement import Placement
 from eplb.planning.plan import LayerUpdate, Plan, Wave
@@ -32,6 +33,7 @@ def plan_rebalance(
     placements: Sequence[Placement],
     shares: Sequence[np.ndarray],
     load_NA: np.ndarray,
+    past_HA: np.ndarray,
     free_slots_GW: np.ndarray,
     policy: Policy,
     topology: Topology,
@@ -42,11 +44,13 @@ def plan_rebalance(
     Args:
         layers: facts of every registered layer.
         placements, shares: the live ones of each.
-        load_NA: int64, N sub-windows of the load, the layers' logical experts side by side, summed over ranks.
+        load_NA: int64, N sub-windows of the last load window, the layers' logical experts side by side, summed over ranks.
+        past_HA: int64, the windows before it, oldest first; may be none. The policy gets the `forecast()` from all of them.
         free_slots_GW: free slots of every pool on every rank.
     """
     ends = np.cumsum([layer.num_experts for layer in layers])
     loads_NE = np.split(load_NA, ends[:-1], axis=1)
+    pasts_HE = np.split(past_HA, ends[:-1], axis=1)
     groups: dict[tuple[int, int, int], list[int]] = {}
     for index, layer in enumerate(layers):
         key = (layer.num_experts, layer.num_physical_per_rank, placements[index].num_lanes)
@@ -54,6 +58,7 @@ def plan_rebalance(
     plans = []
     for members in groups.values():
         load_LNE = np.stack([loads_NE[index] for index in members])
+        load_LNE = forecast(load_LNE, np.stack([pasts_HE[index] for index in members], axis=1))
         current = [placements[index] for index in members]
         proposal = policy.propose(load_LNE, np.stack([placement.compact() for placement in current]), topology)
         plan = make_plan(

@@ -13,7 +13,7 @@ While moves remain and each rank has a free slot, one of the two exists, so ever
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -46,6 +46,11 @@ class LayerWork:
         adds, drops: [W], experts that each rank still lacks, and holds too many; equally many. Adds: heaviest first. Drops:
             lightest first.
         counts: [E], replicas so far.
+        empty: [W], empty lanes before each wave: a wave leaves as many as it finds.
+        add_bits, drop_bits: [W], `adds` and `drops` as sets: bit e for expert e. What most layers cannot do in most waves is
+            seen in them at once.
+        spare_bits: the experts with several replicas, in the same way.
+        adding: bit w for each rank w that still lacks something.
         live: expert → (rank, lane) that hold it before the wave that is being made.
     """
 
@@ -56,6 +61,11 @@ class LayerWork:
     adds: list[list[int]]
     drops: list[list[int]]
     counts: list[int]
+    empty: list[int]
+    add_bits: list[int]
+    drop_bits: list[int]
+    spare_bits: int
+    adding: int
     live: dict[int, list[tuple[int, int]]]
 
     @staticmethod
@@ -73,6 +83,7 @@ class LayerWork:
 
         live: dict[int, list[tuple[int, int]]] = {}
         lanes = placement.lanes_WS.tolist()
+        adds, drops, counts = listed(change_WE, -1), listed(-change_WE, 1), placement.replica_counts().tolist()
         for rank, experts in enumerate(lanes):
             for lane, expert in enumerate(experts):
                 if expert != EMPTY:
@@ -82,15 +93,42 @@ class LayerWork:
             pool=pool,
             num_bytes=int(num_bytes),
             lanes=lanes,
-            adds=listed(change_WE, -1),
-            drops=listed(-change_WE, 1),
-            counts=placement.replica_counts().tolist(),
+            adds=adds,
+            drops=drops,
+            counts=counts,
+            empty=[experts.count(EMPTY) for experts in lanes],
+            add_bits=[_bits(experts) for experts in adds],
+            drop_bits=[_bits(experts) for experts in drops],
+            spare_bits=_bits(expert for expert, count in enumerate(counts) if count > 1),
+            adding=_bits(rank for rank, experts in enumerate(adds) if experts),
             live=live,
         )
 
     @property
     def done(self) -> bool:
-        return not any(self.adds)
+        return not self.adding
+
+    def take(self, rank: int, added: int, dropped: int) -> None:
+        """`rank` gets `added` in place of `dropped`; the lanes change at the end of the wave."""
+        for experts, bits, expert in ((self.adds, self.add_bits, added), (self.drops, self.drop_bits, dropped)):
+            experts[rank].remove(expert)
+            if expert not in experts[rank]:
+                bits[rank] ^= 1 << expert
+        if not self.adds[rank]:
+            self.adding ^= 1 << rank
+        self.counts[added] += 1
+        self.counts[dropped] -= 1
+        for expert in (added, dropped):
+            bit = 1 << expert
+            self.spare_bits = self.spare_bits | bit if self.counts[expert] > 1 else self.spare_bits & ~bit
+
+
+def _bits(numbers: Iterable[int]) -> int:
+    """The set of these numbers, as bits of an integer."""
+    bits = 0
+    for number in numbers:
+        bits |= 1 << number
+    return bits
 
 
 def schedule_waves(
@@ -145,10 +183,12 @@ class _Pair:
 
 
 class _Wave:
-    """What one wave still has: room [G][W], bytes, and how much each rank sends already."""
+    """What one wave still has: room [G][W] and the ranks with room (`open`, as bits), bytes, and what each rank sends."""
 
     def __init__(self, room: list[list[int]], nodes: list[int], max_bytes: int | None) -> None:
         self.room, self.nodes, self.max_bytes = room, nodes, max_bytes
+        self.open = [_bits(rank for rank, free in enumerate(free_W) if free > 0) for free_W in room]
+        self.ranks = range(len(nodes))
         self.used = 0
         self.sent = [0] * len(nodes)
 
@@ -169,12 +209,16 @@ def _choose(work: LayerWork, wave: _Wave, most_sent: int | None, busy: list[int]
 
     With `most_sent`, only replacements whose source then sends no more bytes than that.
     """
-    room = wave.room[work.pool]
-    waiting = [rank for rank, adds in enumerate(work.adds) if adds and room[rank] > 0]
-    if not waiting:
-        return []  # most layers in most waves
-    lanes_free = {rank: work.lanes[rank].count(EMPTY) - busy.count(rank) for rank in waiting}
     pairs: list[_Pair] = []
+    waiting = work.adding & wave.open[work.pool]
+    if not waiting:
+        return pairs
+    ranks = [rank for rank in wave.ranks if waiting >> rank & 1]
+    taken_in, given_up = _exchangeable(work, ranks)
+    if not given_up & work.spare_bits and (most_sent is not None or not given_up & taken_in):
+        return pairs  # most layers in most waves
+    room = wave.room[work.pool]
+    lanes_free = {rank: work.empty[rank] - busy.count(rank) for rank in ranks}
 
     def usable(rank: int) -> bool:
         return bool(work.adds[rank]) and room[rank] > 0 and lanes_free[rank] > 0
@@ -183,22 +227,21 @@ def _choose(work: LayerWork, wave: _Wave, most_sent: int | None, busy: list[int]
         source = wave.source(work, added, rank)
         wave.sent[source[0]] += work.num_bytes
         wave.used += work.num_bytes
-        work.adds[rank].remove(added)
-        work.drops[rank].remove(dropped)
-        work.counts[added] += 1
-        work.counts[dropped] -= 1
+        work.take(rank, added, dropped)
         room[rank] -= 1
+        if not room[rank]:
+            wave.open[work.pool] ^= 1 << rank
         lanes_free[rank] -= 1
         pairs.append(_Pair(rank, added, dropped, source))
 
     # Ranks with most left to do go first: they decide how many waves there are.
-    ranks = sorted(filter(usable, waiting), key=lambda r: (-len(work.adds[r]), r))
+    ranks = sorted(filter(usable, ranks), key=lambda r: (-len(work.adds[r]), r))
     progress = bool(ranks)
     while progress:
         progress = False
         # 1. Replacements; an expert added here may free a last copy elsewhere, so until none is left.
         for rank in ranks:
-            while usable(rank) and wave.has_bytes(work.num_bytes):
+            while work.drop_bits[rank] & work.spare_bits and usable(rank) and wave.has_bytes(work.num_bytes):
                 dropped = next((e for e in work.drops[rank] if work.counts[e] > 1), None)
                 added = None if dropped is None else _best_add(work, rank, wave, most_sent)
                 if dropped is None or added is None:
@@ -208,9 +251,13 @@ def _choose(work: LayerWork, wave: _Wave, most_sent: int | None, busy: list[int]
         if progress or most_sent is not None:
             continue
         # 2. Exchanges.
+        taken_in, given_up = _exchangeable(work, filter(usable, ranks))
+        if not taken_in & given_up:
+            continue
         adders = _adders(work, usable)
         for rank in ranks:
-            cycle = _cycle(work, rank, adders) if usable(rank) else None
+            possible = work.drop_bits[rank] & taken_in and work.add_bits[rank] & given_up and usable(rank)
+            cycle = _cycle(work, rank, adders) if possible else None
             if cycle and wave.has_bytes(work.num_bytes * len(cycle)):
                 for step in cycle:
                     take(*step)
@@ -230,6 +277,15 @@ def _best_add(work: LayerWork, rank: int, wave: _Wave, most_sent: int | None) ->
         if work.counts[expert] == 1 and any(expert in drops for drops in work.drops):
             return expert
     return able[0] if able else None
+
+
+def _exchangeable(work: LayerWork, ranks: Iterable[int]) -> tuple[int, int]:
+    """What any of `ranks` lacks, and what any of them drops, as bits. A cycle needs both of each expert on it."""
+    taken_in = given_up = 0
+    for rank in ranks:
+        taken_in |= work.add_bits[rank]
+        given_up |= work.drop_bits[rank]
+    return taken_in, given_up
 
 
 def _adders(work: LayerWork, usable: Callable[[int], bool]) -> dict[int, list[int]]:

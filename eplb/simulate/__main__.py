@@ -13,7 +13,9 @@ from pathlib import Path
 
 import numpy as np
 
-from eplb.planning.policy import Topology, known_policies, make_policy
+from eplb.planning.placement_file import save_placements
+from eplb.planning.policy import Policy, Topology, known_policies, make_policy
+from eplb.simulate.offline import plan_offline
 from eplb.simulate.replay import WindowResult, simulate
 from eplb.simulate.traces import DEEPSEEK_EXAMPLE, Trace, generate, load_trace
 
@@ -54,9 +56,16 @@ def _parser() -> argparse.ArgumentParser:
     system.add_argument("--bytes-per-expert", type=_at_least(0), default=0)
     system.add_argument("--batches-per-window", type=_at_least(1), default=16)
     system.add_argument("--sub-windows", type=_at_least(1), default=4)
+    system.add_argument("--forecast-windows", type=_at_least(1), default=8, help="1: plan for the last window")
     parser.add_argument("--policies", default="static,deepseek,adaptive", help="comma-separated names")
     parser.add_argument("--min-gain", type=float, help="of the policy adaptive")
     parser.add_argument("--json", type=Path, metavar="FILE", help="write all windows of all policies")
+    parser.add_argument(
+        "--save-placements",
+        type=Path,
+        metavar="FILE",
+        help="plan the whole trace by the last policy; see load_placements()",
+    )
     parser.add_argument("--plot", type=Path, metavar="FILE", help="write a picture (needs matplotlib)")
     return parser
 
@@ -76,6 +85,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
             options.json.write_text(json.dumps({"trace": trace.name, "policies": records}, indent=1) + "\n")
         if options.plot:
             _plot(trace, runs, options.plot)
+        if options.save_placements:
+            _save_placements(trace, names[-1], topology, options)
     except (ValueError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
@@ -84,7 +95,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 def _check_outputs(options: argparse.Namespace) -> None:
     """What would fail after the whole run fails before it."""
-    for name, path in (("--json", options.json), ("--plot", options.plot)):
+    outputs = {"--json": options.json, "--plot": options.plot, "--save-placements": options.save_placements}
+    for name, path in outputs.items():
         if path is None:
             continue
         if not path.parent.is_dir():
@@ -126,8 +138,7 @@ def _run(
 ) -> dict[str, list[WindowResult]]:
     if not names:
         raise ValueError(f"policies={options.policies!r}: names none; known policies: {', '.join(known_policies())}")
-    own = {} if options.min_gain is None else {"adaptive": {"min_gain": options.min_gain}}
-    policies = {name: make_policy(name, **own.get(name, {})) for name in names}
+    policies = {name: _policy(name, options) for name in names}
     batches = min(options.batches_per_window, trace.load_BLE.shape[0])
     total = len(names) * (trace.load_BLE.shape[0] // batches)
     bar = tqdm(total=total, unit="window", file=sys.stderr) if tqdm else None
@@ -144,6 +155,7 @@ def _run(
             num_redundant_experts=options.redundant,
             batches_per_window=batches,
             sub_windows=min(options.sub_windows, batches),
+            forecast_windows=options.forecast_windows,
             bytes_per_expert=options.bytes_per_expert,
             free_slots=options.free_slots,
             progress=bar.update if bar is not None else lambda: None,
@@ -151,6 +163,26 @@ def _run(
     if bar is not None:
         bar.close()
     return runs
+
+
+def _policy(name: str, options: argparse.Namespace) -> Policy:
+    own = {} if options.min_gain is None else {"adaptive": {"min_gain": options.min_gain}}
+    return make_policy(name, **own.get(name, {}))
+
+
+def _save_placements(trace: Trace, name: str, topology: Topology, options: argparse.Namespace) -> None:
+    batches = min(options.batches_per_window, trace.load_BLE.shape[0])
+    placements, shares = plan_offline(
+        trace,
+        _policy(name, options),
+        topology,
+        num_redundant_experts=options.redundant,
+        batches_per_window=batches,
+        sub_windows=min(options.sub_windows, batches),
+        forecast_windows=options.forecast_windows,
+    )
+    save_placements(options.save_placements, placements, shares)
+    print(f"{options.save_placements}: where {name} has the experts of {len(placements)} layers after the last window")
 
 
 def _table(trace: Trace, runs: dict[str, list[WindowResult]], options: argparse.Namespace) -> str:

@@ -1,18 +1,20 @@
 """Replays a load trace through a policy: would relocation pay?
 
-The trace is cut into windows. Each window is served with the placement and shares that the policy chose from the window
+The trace is cut into windows. Each window is served with the placement and shares that the policy chose from the windows
 before it; the first one with what a layer starts with. Shape letters: B batches, L layers, E experts, W ranks.
 """
 
 from __future__ import annotations
 
 import time
+from collections import deque
 from collections.abc import Callable
 from dataclasses import dataclass
 
 import numpy as np
 
 from eplb.planning.balance import free_placement_bound, max_over_mean, per_batch_imbalance, rank_loads
+from eplb.planning.forecast import forecast
 from eplb.planning.make_plan import make_plan
 from eplb.planning.placement import Placement, count_experts
 from eplb.planning.policy import Policy, Topology
@@ -54,6 +56,7 @@ def simulate(
     num_redundant_experts: int,
     batches_per_window: int,
     sub_windows: int = 4,
+    forecast_windows: int = 8,
     bytes_per_expert: int = 0,
     free_slots: int = 1,
     progress: Callable[[], None] = lambda: None,
@@ -63,6 +66,7 @@ def simulate(
     Args:
         num_redundant_experts: per layer.
         sub_windows: parts of a window that the policy sees apart; at most `batches_per_window`.
+        forecast_windows: see `EplbConfig`.
         free_slots: of a pool that all layers share, on each rank; bounds the moves of a wave.
         progress: called after each window.
 
@@ -76,6 +80,8 @@ def simulate(
         )
     if not 1 <= sub_windows <= batches_per_window:
         raise ValueError(f"sub_windows={sub_windows}: must lie in [1, batches_per_window={batches_per_window}]")
+    if forecast_windows < 1:
+        raise ValueError(f"forecast_windows={forecast_windows}: must be at least 1")
     if free_slots < 1:
         raise ValueError(f"free_slots={free_slots}: must be at least 1")
     num_ranks = topology.num_ranks
@@ -84,6 +90,7 @@ def simulate(
     live, shares = [start] * num_layers, [equal_shares(start)] * num_layers
     results: list[WindowResult] = []
     previous_BLE: np.ndarray | None = None
+    seen: deque[np.ndarray] = deque(maxlen=forecast_windows)
     for first in range(0, num_batches - batches_per_window + 1, batches_per_window):
         window_BLE = trace.load_BLE[first : first + batches_per_window]
         moves = waves = 0
@@ -91,8 +98,10 @@ def simulate(
         if previous_BLE is not None:
             parts = np.array_split(previous_BLE, sub_windows)
             load_LNE = np.stack([part.sum(axis=0) for part in parts], axis=1)
+            seen.append(load_LNE.sum(axis=1))
             physical_LWP = np.stack([placement.compact() for placement in live])
             begin = time.perf_counter()
+            load_LNE = forecast(load_LNE, np.array(seen)[:-1])
             proposal = policy.propose(load_LNE, physical_LWP, topology)
             planned = time.perf_counter()
             plan = make_plan(

@@ -61,6 +61,7 @@ class Planning:
         self._job_began_at = 0.0
         self._message = NOTHING
         self._load_trace: deque[np.ndarray] = deque(maxlen=config.load_trace_windows)
+        self._seen: deque[np.ndarray] = deque(maxlen=config.forecast_windows)  # by window, newest last
         self.proposal = 0
         self.work = Work.NONE
         self.loads: Loads | None = None
@@ -133,7 +134,7 @@ class Planning:
             assert loads is not None
             self._abandoned_job = None
             self._job_began_at = self._clock()
-            request = self._planner.request(loads)
+            request = self._planner.request(loads, list(self._seen)[:-1])
             self._job = self.start(lambda: self._planner.plan(request), self._notify)
         if not self._job.done():
             if self._clock() - self._job_began_at > self._config.planning_timeout:
@@ -192,3 +193,4 @@ class Planning:
             self.loads = self._planner.decode_loads([message[RECORD_WORDS:] for message in heard.messages])
             if old.work is Work.REBALANCE:
                 self._load_trace.append(self.loads.load_NA)
+                self._seen.append(self.loads.load_NA.sum(axis=0))

@@ -5,6 +5,7 @@ Legend: E experts.
 
 from collections.abc import Mapping
 
+import numpy as np
 import torch
 import torch.distributed as dist
 from torch import nn
@@ -24,6 +25,8 @@ from moe_layer.shared_pool import resolve_pool
 _Kind = tuple[tuple[TensorSpec, ...], torch.device]
 _Weights = dict[int, dict[str, torch.Tensor]]
 """{expert: {name: tensor}}, as our kernels read them."""
+Start = tuple[Placement | None, np.ndarray | None]
+"""Placement and shares_WS that a block begins with; None for the usual ones."""
 
 
 class Maker:
@@ -31,6 +34,7 @@ class Maker:
 
     Args:
         pool: a pool for all blocks; "shared": one for all blocks of a kind; "own": one for each block.
+        starts: placement and shares of blocks that do not begin with the usual ones.
     """
 
     def __init__(
@@ -41,6 +45,7 @@ class Maker:
         num_redundant_experts: int,
         num_shadow_slots: int,
         pool: str | SlotPool,
+        starts: Mapping[nn.Module, Start],
         dispatcher: str | Dispatcher,
         backend: str,
     ) -> None:
@@ -53,6 +58,7 @@ class Maker:
         self.dispatcher = dispatcher
         self.backend = backend
         self._pool = pool
+        self._starts = starts
         self._pools: dict[_Kind, SlotPool] = {}
         self._staged: dict[int, _Weights] = {}
 
@@ -100,6 +106,7 @@ class Maker:
                 free(original)
             return swapped
         pool = self._pools.get((one.format.specs, one.device))
+        placement, shares_WS = self._starts.get(original, (None, None))
         if pool is None:
             pool = SlotPool(one.format.specs, num_physical + self.num_shadow_slots, one.device)
         resident = ResidentExperts(
@@ -110,6 +117,8 @@ class Maker:
             num_ranks=self.num_ranks,
             pool=pool,
             streams=streams_of(one.device),
+            placement=placement,
+            shares_WS=shares_WS,
         )
         slots = SwappedSlots(original, one, resident, self.group, executor, self.backend)
         staged = self._staged.pop(id(original), None)
@@ -141,8 +150,10 @@ class Maker:
 
     def _on_host(self, module: nn.Module, one: Understood) -> _Weights:
         """The experts of `module` that this rank begins with."""
-        num_lanes = (one.num_experts + self.num_redundant_experts) // self.num_ranks + self.num_shadow_slots
-        placement = Placement.initial(one.num_experts, self.num_redundant_experts, self.num_ranks, num_lanes=num_lanes)
+        placement, _ = self._starts.get(module, (None, None))
+        if placement is None:
+            num_lanes = (one.num_experts + self.num_redundant_experts) // self.num_ranks + self.num_shadow_slots
+            placement = Placement.initial(one.num_experts, self.num_redundant_experts, self.num_ranks, num_lanes)
         mine = sorted({expert for expert in placement.lanes_WS[self.rank].tolist() if expert >= 0})
         host = torch.device("cpu")
         return {e: {name: t.to(host) for name, t in expert_of(one, module, e).items()} for e in mine}

@@ -3,7 +3,7 @@
 Legend: E experts, W ranks.
 """
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -11,6 +11,7 @@ import torch.distributed as dist
 from torch import nn
 
 from eplb.groups import check_member
+from eplb.planning.placement_file import SavedLayer
 from eplb.relocation.pool import SlotPool
 from moe_kernels import resolve_backend
 from moe_layer.arguments import check_choice, check_integer, physical_per_rank
@@ -21,6 +22,7 @@ from moe_layer.hf.make import Maker
 from moe_layer.hf.routing import Routing
 from moe_layer.hf.swapped import Swapped
 from moe_layer.router import RouterRule
+from moe_layer.starting import starting_point
 
 _SHADOW_SLOTS = 4  # of all layers together, where experts may move and the caller does not say
 
@@ -62,6 +64,7 @@ def swap_experts(
     num_redundant_experts: int = 0,
     num_shadow_slots: int | None = None,
     pool: str | SlotPool = "shared",
+    placements: Sequence[SavedLayer] | None = None,
     strict: bool = True,
     fuse_routing: bool | str = "auto",
     dispatcher: str | Dispatcher = "auto",
@@ -85,6 +88,8 @@ def swap_experts(
             None: 4 if there are several ranks, else 0, as nothing moves on one.
         pool: "shared": blocks of like experts share one pool and its free slots; "own": each has its own; or one
             made with `moe_layer.make_pool()`.
+        placements: where the experts of each swapped block are at first, in the model's order, from `eplb.load_placements()`;
+            equal on all ranks. None: in order.
         strict: whether to refuse the model if one block is not understood. Otherwise such blocks are left alone.
         fuse_routing: whether the models' routers choose in our kernel, in evaluation mode: "auto": those whose rule is found
             to be one of ours, by trying it, and that have float32 logits. Among equal scores, which are common in bfloat16,
@@ -114,6 +119,7 @@ def swap_experts(
         ("num_redundant_experts", num_redundant_experts),
         ("num_shadow_slots", num_shadow_slots),
         ("pool", isinstance(pool, SlotPool)),
+        ("placements", placements is not None),
     ):
         if trainable and is_given:
             raise ValueError(f"{name} does not go with trainable=True: such experts do not move")
@@ -127,6 +133,21 @@ def swap_experts(
     for one in understood.values():
         physical_per_rank(one.format.hidden_size, 1, one.num_experts, num_redundant_experts, num_ranks)
         resolve_backend(backend, one.device)
+    if placements is not None and len(placements) != len(understood):
+        raise ValueError(f"placements has {len(placements)} layers: the model has {len(understood)} blocks to swap")
+    blocks = {model.get_submodule(name): one for name, one in understood.items()}
+    starts = {
+        module: starting_point(
+            saved,
+            one.num_experts,
+            num_redundant_experts,
+            num_ranks,
+            (one.num_experts + num_redundant_experts) // num_ranks + num_shadow_slots,
+            process_group,
+            f"placements[{index}]",
+        )
+        for index, ((module, one), saved) in enumerate(zip(blocks.items(), placements or (), strict=False))
+    }
     routings, not_fused = _find_routings(model, understood, fuse_routing)
     maker = Maker(
         process_group,
@@ -134,10 +155,10 @@ def swap_experts(
         num_redundant_experts=num_redundant_experts,
         num_shadow_slots=num_shadow_slots,
         pool=pool,
+        starts=starts,
         dispatcher=dispatcher,
         backend=backend,
     )
-    blocks = {model.get_submodule(name): one for name, one in understood.items()}
     maker.prepare(blocks)
     fused: dict[str, RouterRule] = {}
     for name, (original, one) in zip(understood, blocks.items(), strict=True):

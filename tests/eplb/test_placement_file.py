@@ -75,6 +75,7 @@ def test_other_files_are_refused_with_their_path(tmp_path):
     path.write_text(json.dumps(good))
     with pytest.raises(ValueError, match="layer 0: 2 experts on a rank"):
         load_placements(path, 1)
+    assert [one.placement.num_lanes for one in load_placements(path)] == [2, 2]
     with pytest.raises(ValueError, match="holds 2 layers, num_lanes has 3"):
         load_placements(path, [3, 3, 3])
     with pytest.raises(FileNotFoundError, match="nowhere"):

@@ -33,6 +33,7 @@ def request_of(num_layers: int = 3, num_ranks: int = 2) -> PlanRequest:
         placements,
         [equal_shares(one) for one in placements],
         load,
+        np.zeros((0, load.shape[1]), dtype=np.int64),
         np.ones((1, num_ranks), dtype=np.int64),
         None,
     )

@@ -7,6 +7,7 @@ from collections.abc import Callable
 
 import numpy as np
 import pytest
+import torch
 
 from eplb import EplbController
 from eplb.planning.policy import Proposal
@@ -298,6 +299,23 @@ def test_a_window_is_sent_once():
         controller._wake.set()
         eventually(lambda: len(policy.asked) == 6, "the policy is asked")
         assert [int(load.sum()) for load in policy.asked] == [4, 16, 24, 32, 40, 0]
+
+
+@pytest.mark.parametrize("forecast_windows", [1, 3, 8])
+def test_the_policy_gets_the_forecast_of_as_many_windows(forecast_windows):
+    """Which swing from window to window, so that the forecast is the mean of those that are seen."""
+    policy, layer = Recording(), StubLayer()
+    controller = controller_of(layer, use_async=False, policy=policy, forecast_windows=forecast_windows)
+    windows = [torch.tensor([10, 30, 8, 32]), torch.tensor([30, 10, 32, 8])] * 3
+    for window_E in windows:
+        for _ in range(2):
+            layer.resident.load_E += window_E
+            controller.step()
+    assert len(policy.asked) == 6
+    for index, asked in enumerate(policy.asked):
+        seen = windows[: index + 1][-forecast_windows:]
+        expected_E = torch.stack(seen).double().mean(dim=0) if len(seen) > 2 else seen[-1]
+        np.testing.assert_allclose(asked[0, 0] / asked.sum(), expected_E / 80, rtol=1e-3)
 
 
 # ---- two controllers of one pool

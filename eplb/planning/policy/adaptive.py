@@ -17,6 +17,7 @@ from eplb.planning.policy.base import Proposal, Topology, check_input, register_
 from eplb.planning.policy.decode import decode_shares, expert_costs, per_batch
 from eplb.planning.policy.groups import regroup, split_by_node
 from eplb.planning.policy.repair import repair
+from eplb.planning.policy.spread import spread as spread_hot
 from eplb.planning.shares import balanced_shares
 
 
@@ -36,6 +37,8 @@ class AdaptivePolicy:
     3. Layers whose repair gains less than `min_gain` keep their placement after all; so do those that `max_moves` leaves out,
        the least gain per move first.
     4. Two replicas of one expert on one rank, where it can be avoided, give way to another expert.
+    5. In layers that are left alone, spare replicas go to the hottest experts, few in each plan, so that their noise falls on
+       many ranks (`eplb.planning.policy.spread`).
 
     With node-limited routing (`Topology.num_groups` divisible by more than one node) the experts of a group stay in one node.
     With several nodes and no groups, replicas inside the node of another replica are preferred.
@@ -45,6 +48,8 @@ class AdaptivePolicy:
         target: how near to the bound a repair goes; at most `min_gain`. None: 5/6 of `min_gain`.
         confidence: with N ≥ 2 sub-windows, a layer's overload must exceed so many of its standard errors beyond what the worst
             of W equal ranks show by chance (`overload_is_significant`); 0 trusts the mean.
+        spread: the part of all slots that step 5 may change in one plan; 0: none. Not for "decode", which splits no expert
+            without need.
         max_moves, max_moves_per_layer: most experts moved in one plan, or in one layer of it; None: no limit.
         objective: "tokens" balances tokens (compute-bound: prefill, training); "decode" what a batch costs a rank where reading
             experts counts (`eplb.planning.policy.decode`): activated experts + `token_cost` · tokens, and splits an expert
@@ -61,6 +66,7 @@ class AdaptivePolicy:
         min_gain: float = 0.003,
         target: float | None = None,
         confidence: float = 1.0,
+        spread: float = 0.002,
         max_moves: int | None = None,
         max_moves_per_layer: int | None = None,
         objective: Literal["tokens", "decode"] = "tokens",
@@ -73,6 +79,8 @@ class AdaptivePolicy:
             raise ValueError(f"target={target}: must lie in [0, min_gain={min_gain}]")
         if not confidence >= 0:
             raise ValueError(f"confidence={confidence}: must not be negative")
+        if not 0 <= spread <= 1:
+            raise ValueError(f"spread={spread}: must lie in [0, 1]")
         for name, value in (("max_moves", max_moves), ("max_moves_per_layer", max_moves_per_layer)):
             if value is not None and value < 0:
                 raise ValueError(f"{name}={value}: must not be negative")
@@ -87,6 +95,7 @@ class AdaptivePolicy:
         self.min_gain = min_gain
         self.target = min_gain * 5 / 6 if target is None else target
         self.confidence = confidence
+        self.spread = spread if objective == "tokens" else 0.0
         self.max_moves = max_moves
         self.max_moves_per_layer = max_moves_per_layer
         self.objective = objective
@@ -127,9 +136,13 @@ class AdaptivePolicy:
         poor_L = (mean_L > 0) & (stale_L > bound_L * (1 + self.min_gain))
         if load_LNE.shape[1] > 1 and self.confidence > 0 and poor_L.any():
             poor_L &= overload_is_significant(load_LNE, base_LWP, rank_load_LW, bound_L, self.confidence)
-        poor = np.flatnonzero(poor_L)
+        poor, calm = np.flatnonzero(poor_L), np.flatnonzero(~poor_L & (mean_L > 0))
+        new_LWP = base_LWP.copy()
+        if calm.size and self.spread and self.max_moves_per_layer != 0:
+            most = int(self.spread * base_LWP.size)
+            new_LWP[calm] = spread_hot(load_LE[calm], base_LWP[calm], limit_L[calm], most)
         if not poor.size:
-            return base_LWP
+            return new_LWP
         budget_L = None
         if self.max_moves_per_layer is not None:
             budget_L = np.maximum(self.max_moves_per_layer - num_moves(live_LWP, base_LWP, load_LE.shape[1])[poor], 0)
@@ -137,7 +150,6 @@ class AdaptivePolicy:
         after_L = max_over_mean(rank_loads(load_LE[poor], found_LWP, balanced_shares(load_LE[poor], found_LWP)))
         # Compared with the limits, a layer that was just above min_gain and is now at the target counts as gaining enough.
         pays = stale_L[poor] - after_L >= (self.min_gain - self.target) * bound_L[poor]
-        new_LWP = base_LWP.copy()
         new_LWP[poor[pays]] = found_LWP[pays]
         return new_LWP
 

@@ -70,7 +70,8 @@ class Policy(Protocol):
 
         Args:
             load_LNE: float64 or int64 [L, N, E], tokens of each expert in N ≥ 1 consecutive sub-windows of the load
-                window, oldest first.
+                window, oldest first. From a controller: a forecast (`eplb.planning.forecast`), whose mean over N is what the
+                next window is expected to have, and whose scatter says how well that is known.
             physical_LWP: int64 [L, W, P], what is live now.
             topology: where the ranks are.
         """

@@ -35,7 +35,7 @@ IDLE_FLOW = 0.05
 IDLE_ROUNDS = 2
 """Moves of a layer that are taken back at most."""
 
-ITER = 4
+ITER = 3
 NEAR = 1e-3
 """Iterations and nearness for the shares in between: close is good enough, the step after corrects it."""
 

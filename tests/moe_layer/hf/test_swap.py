@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import copy
+import tempfile
 import time
 
+import numpy as np
 import pytest
 import torch
 import torch.distributed as dist
@@ -12,6 +14,7 @@ from torch import nn
 
 pytest.importorskip("transformers")
 
+from eplb import Placement, load_placements, save_placements
 from moe_layer import make_pool
 from moe_layer.hf import swap_experts, unswap_experts
 from moe_layer.hf.layout import Layout
@@ -332,3 +335,30 @@ def test_two_ranks_with_relocation(rank, num_ranks, group, device):
     dist.barrier(group)
     unswap_experts(model)
     assert torch.equal(logits_of(model, tokens), expected)
+
+
+@pytest.mark.parametrize("pool", ["shared", "own"])
+@distributed(num_ranks=2)
+def test_blocks_start_from_a_file(rank, num_ranks, group, device, pool):
+    tokens = make_tokens(str(device), (2, 5 + 3 * rank))
+    twin, model = make_model("qwen3_moe", device=str(device)), make_model("qwen3_moe", device=str(device))
+    placements = [
+        Placement(np.array([[7, 6, 5, 4, 0], [3, 2, 1, 0, 7]]), 8),
+        Placement(np.array([[0, 2, 4, 6, 1], [1, 3, 5, 7, 0]]), 8),
+    ]
+    with tempfile.TemporaryDirectory() as folder:
+        save_placements(f"{folder}/file", placements)
+        saved = load_placements(f"{folder}/file")
+    with pytest.raises(ValueError, match="placements has 1 layers: the model has 2 blocks"):
+        swap_experts(model, group, num_redundant_experts=2, placements=saved[:1])
+    with pytest.raises(ValueError, match=r"placements\[0\] is of 8 .* with 5 .*, but the layer has 8 .* with 4 "):
+        swap_experts(model, group, placements=saved)
+    expected = logits_of(twin, tokens)
+    assert torch.equal(logits_of(model, tokens), expected)  # refused: unchanged
+    swap_experts(model, group, num_redundant_experts=2, placements=saved, pool=pool)
+    for layer, placement in enumerate(placements):
+        current = experts_of(model, layer).resident.current.placement
+        np.testing.assert_array_equal(current.compact(), placement.compact())
+    assert_near(logits_of(model, tokens), expected)
+    saved_state = model.state_dict()
+    assert all(torch.equal(saved_state[name].to(device), tensor) for name, tensor in twin.state_dict().items())
