@@ -1,9 +1,12 @@
 """One line into a transformers model: `swap_experts(model)` puts our experts in the place of each block's `experts`.
 
 `inspect` says what a block's experts are, `activation` what is between their matrices, `layout` how their tensors lie in a
-checkpoint; `swapped` is the module in their place; `swap` does it. Nothing here imports transformers: a model brings it.
+checkpoint; `swapped` is the module in their place; `swap` does it. `deferred` makes a model without its experts' weights,
+and `load` streams these from a checkpoint. Nothing here needs transformers before `load`: a model brings it.
 """
 
+from moe_layer.hf.deferred import experts_on_meta
+from moe_layer.hf.load import load_experts_from
 from moe_layer.hf.swap import SwapReport, swap_experts, unswap_experts
 
-__all__ = ["SwapReport", "swap_experts", "unswap_experts"]
+__all__ = ["SwapReport", "experts_on_meta", "load_experts_from", "swap_experts", "unswap_experts"]

@@ -7,6 +7,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import Any
 
+import torch
 import torch.distributed as dist
 from torch import nn
 
@@ -76,7 +77,8 @@ def swap_experts(
 
     Args:
         model: on its devices and with its weights. Each rank of `process_group` has all experts, until the swap leaves it
-            its part.
+            its part; or none, on the meta device (see `experts_on_meta`): then forwards are refused until
+            `load_experts_from` or `load_state_dict` has brought them.
         process_group: the ranks that share the experts, each with tokens of its own; None: all experts are on this rank.
         trainable: whether the experts stay parameters. Otherwise they live in slots, get no gradients, and may move.
             Gradients flow through them in either case.
@@ -161,11 +163,12 @@ def unswap_experts(model: nn.Module) -> int:
         How many modules were put back.
 
     Raises:
-        RuntimeError: a module is registered with a controller: close that first.
+        RuntimeError: a module is registered with a controller: close that first; or it has no weights yet.
         TimeoutError: other ranks did not call it.
     """
     swapped = [module for module in model.modules() if isinstance(module, Swapped)]
     for module in swapped:
+        module.check_loaded()
         if module.trainable and module.resident.num_ranks > 1:
             raise RuntimeError("unswap_experts() is refused: no rank has all parameters of the trainable experts")
         if getattr(module.resident, "controller", None) is not None and not module.resident.controller.is_over:
@@ -194,10 +197,17 @@ def _understand_all(model: nn.Module) -> tuple[dict[str, Understood], dict[str, 
                 raise NotUnderstoodError("it is swapped already")
             if any(uses[id(parameter)] > 1 for parameter in module.parameters(recurse=False)):
                 raise NotUnderstoodError("its parameters are also those of another module")
-            understood[name] = understand(module)
+            understood[name] = understand(module, _home(model, name, module))
         except NotUnderstoodError as error:
             left[name] = str(error)
     return understood, left
+
+
+def _home(model: nn.Module, name: str, experts: nn.Module) -> torch.device | None:
+    """The device of the rest of the block, where experts on the meta device get their slots."""
+    block, own = model.get_submodule(name.rpartition(".")[0]), {id(one) for one in experts.parameters()}
+    devices = (one.device for one in [*block.parameters(), *block.buffers()] if id(one) not in own)
+    return next((device for device in devices if device.type in ("cpu", "cuda")), None)
 
 
 def _find_routings(
@@ -248,5 +258,9 @@ def _give_back(module: Swapped) -> None:
         return  # they were never taken
     tensors = module.state_dict()
     for name, parameter in original.named_parameters():
-        parameter.data = tensors[name].to(module.device)
+        value = tensors[name].to(module.device)
+        if parameter.is_meta:  # it cannot get memory
+            original._parameters[name] = nn.Parameter(value, requires_grad=parameter.requires_grad)
+        else:
+            parameter.data = value
     original.train(module.training)

@@ -69,6 +69,8 @@ class Swapped(Relocatable, Experts):
         Raises:
             ValueError: shape, dtype or device of an argument do not fit.
         """
+        if not self.is_loaded:
+            self.check_loaded()
         x, shape = hidden_states, hidden_states.shape
         hidden_size = self.format.hidden_size
         if not shape or shape[-1] != hidden_size or x.device != self.device or x.dtype not in FLOATS:
@@ -108,6 +110,7 @@ class Swapped(Relocatable, Experts):
         return isinstance(value, torch.Tensor) and value.dim() == dims.get(name)
 
     def _save_to_state_dict(self, destination: dict[str, Any], prefix: str, keep_vars: bool) -> None:
+        self.check_loaded()
         super()._save_to_state_dict(destination, prefix, keep_vars)
         if not self.layout.is_ours:
             for tensor in self.format.tensors:
@@ -123,7 +126,11 @@ class Swapped(Relocatable, Experts):
                 if value is not None and self._fits(tensor.name, value, 1):
                     converted[prefix + tensor.name] = self.layout.to_ours(tensor.name, value)
             state_dict = {**state_dict, **converted}
+        errors: list[str] = rest[-1]
+        before = len(errors)
         super()._load_from_state_dict(state_dict, prefix, *rest)
+        if len(errors) == before and all(prefix + tensor.name in state_dict for tensor in self.format.tensors):
+            self.is_loaded = True
 
     def __deepcopy__(self, memo: dict[int, Any]) -> "Swapped":
         memo[id(self.executor.dispatcher)] = self.executor.dispatcher
@@ -170,7 +177,12 @@ class SwappedParameters(Swapped, TrainableExperts):
         with torch.no_grad():
             for tensor in format.tensors:
                 parameter = getattr(original, tensor.name)
-                if resident.num_ranks > 1 or not understood.layout.is_ours:
+                if understood.is_meta:
+                    value = torch.empty(
+                        (resident.num_lanes, *tensor.shape), dtype=tensor.dtype, device=understood.device
+                    )
+                    parameter = nn.Parameter(value, requires_grad=parameter.requires_grad)
+                elif resident.num_ranks > 1 or not understood.layout.is_ours:
                     mine = parameter.detach()[resident.experts.start : resident.experts.stop]
                     value = understood.layout.to_ours(tensor.name, mine).clone(memory_format=torch.contiguous_format)
                     parameter = nn.Parameter(value, requires_grad=parameter.requires_grad)
