@@ -19,6 +19,7 @@ from moe_layer.dispatch import Dispatcher
 from moe_layer.hf.fuse import find_routers, fuse, unfuse
 from moe_layer.hf.inspect import SUPPORTED, NotUnderstoodError, Understood, find_experts, understand
 from moe_layer.hf.make import Maker
+from moe_layer.hf.padding import Padding
 from moe_layer.hf.routing import Routing
 from moe_layer.hf.swapped import Swapped
 from moe_layer.router import RouterRule
@@ -59,12 +60,14 @@ def swap_experts(
     model: nn.Module,
     process_group: dist.ProcessGroup | None = None,
     *,
+    tokens: str = "own",
     trainable: bool = False,
     num_redundant_experts: int = 0,
     num_shadow_slots: int | None = None,
     pool: str | SlotPool = "shared",
     strict: bool = True,
     fuse_routing: bool | str = "auto",
+    count_padding: bool = False,
     dispatcher: str | Dispatcher = "auto",
     backend: str = "auto",
 ) -> SwapReport:
@@ -79,7 +82,10 @@ def swap_experts(
         model: on its devices and with its weights. Each rank of `process_group` has all experts, until the swap leaves it
             its part; or none, on the meta device (see `experts_on_meta`): then forwards are refused until
             `load_experts_from` or `load_state_dict` has brought them.
-        process_group: the ranks that share the experts, each with tokens of its own; None: all experts are on this rank.
+        process_group: the ranks that share the experts; None: all experts are on this rank. Over several ranks every rank
+            calls the model equally often (`generate()` with ``synced_gpus=True``).
+        tokens: "own": each rank has tokens of its own; "replicated": all ranks hold the same batch, of which each computes
+            the experts of a part, and all get equal outputs and gradients.
         trainable: whether the experts stay parameters. Otherwise they live in slots, get no gradients, and may move.
             Gradients flow through them in either case.
         num_redundant_experts: of each block, as of `MoELayer`.
@@ -92,6 +98,9 @@ def swap_experts(
             to be one of ours, by trying it, and that have float32 logits. Among equal scores, which are common in bfloat16,
             the kernel takes the lowest id, while PyTorch's choice is open. True: such routers too, and refuse the model if
             the rule of one is not ours. Their logits are recorded as before.
+        count_padding: whether padding goes to experts and counts as load. Otherwise, over several ranks and without
+            gradients, tokens go nowhere that the model is told of by a 2-D `attention_mask`: what it says at these positions
+            is then something else.
         dispatcher, backend: as of `MoELayer`.
 
     Returns:
@@ -108,6 +117,7 @@ def swap_experts(
     if num_shadow_slots is None:
         num_shadow_slots = _SHADOW_SLOTS if num_ranks > 1 and not trainable else 0
     check_integer("num_shadow_slots", num_shadow_slots, 0)
+    check_choice("tokens", tokens, ("own", "replicated"))
     if fuse_routing not in (True, False, "auto"):
         raise ValueError(f"fuse_routing must be True, False or 'auto', got {fuse_routing!r}")
     if not isinstance(pool, SlotPool):
@@ -142,8 +152,10 @@ def swap_experts(
     blocks = {model.get_submodule(name): one for name, one in understood.items()}
     maker.prepare(blocks)
     fused: dict[str, RouterRule] = {}
+    padding = Padding(model) if blocks and num_ranks > 1 and not trainable and not count_padding else None
     for name, (original, one) in zip(understood, blocks.items(), strict=True):
         swapped = maker.make(original, one)
+        swapped.tokens, swapped.padding = tokens, padding
         _replace(model, original, swapped)
         if name in routings:
             gate, routing = routings[name]
@@ -179,6 +191,8 @@ def unswap_experts(model: nn.Module) -> int:
         _give_back(module)
         for gate in module.fused_gate:
             unfuse(gate)
+        if module.padding is not None:
+            module.padding.remove()
         _replace(model, module, module.original)
     return len(swapped)
 
