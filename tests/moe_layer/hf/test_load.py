@@ -2,38 +2,26 @@
 
 from __future__ import annotations
 
-import tempfile
-import time
-from contextlib import contextmanager
-
 import pytest
 import torch
-import torch.distributed as dist
 
 pytest.importorskip("transformers")
 pytest.importorskip("safetensors")
 
 import safetensors.torch as st
 
-from moe_layer.checkpoint.folder import Checkpoint, CheckpointError
+from moe_layer.checkpoint.folder import CheckpointError
 from moe_layer.hf import experts_on_meta, load_experts_from, swap_experts, unswap_experts
 from moe_layer.hf.load import _check_steps
-from tests.distributed import distributed
-from tests.moe_layer.hf.models import families, make_config, make_model, make_tokens, relative
-from tests.moe_layer.ranks import DEADLINE, everybody, make_controller
-
-
-def logits_of(model, tokens):
-    with torch.no_grad():
-        return model(tokens, use_cache=False).logits
-
-
-def without_experts(model, folder, device):
-    with experts_on_meta():
-        made, info = type(model).from_pretrained(folder, output_loading_info=True)
-        made.to(device)
-    assert not info["missing_keys"] and not info["unexpected_keys"], info
-    return made.eval()
+from tests.moe_layer.hf.models import (
+    families,
+    logits_of,
+    make_config,
+    make_model,
+    make_tokens,
+    relative,
+    without_experts,
+)
 
 
 # One by one as w1, w3, w2 and as projections; without a gate; fused; fused, transposed and interleaved, with biases; fused
@@ -144,59 +132,3 @@ def test_models_made_meanwhile():
     assert type(experts).__name__ == "MixtralExperts" and experts.down_proj.is_meta
     assert not model.model.layers[0].mlp.gate.weight.is_meta
     assert not AutoModelForCausalLM.from_config(make_config("mixtral")).model.layers[0].mlp.experts.down_proj.is_meta
-
-
-@contextmanager
-def shared_folder(rank, group):
-    """The same new folder for all ranks."""
-    with tempfile.TemporaryDirectory() as folder:
-        names = [folder]
-        dist.broadcast_object_list(names, group=group)
-        yield names[0]
-        dist.barrier(group)
-
-
-@distributed(num_ranks=2)
-def test_two_ranks_read_their_own(rank, num_ranks, group, device):
-    """And while experts move, another checkpoint is loaded over them."""
-    tokens = make_tokens(str(device), (2, 5 + 3 * rank))
-    models = [make_model("qwen3_moe", device=str(device), seed=seed) for seed in (0, 1)]
-    with shared_folder(rank, group) as folder:
-        folders = [f"{folder}/{seed}" for seed in (0, 1)]
-        for model, one in zip(models, folders, strict=True):
-            model.save_pretrained(one)  # transformers writes on rank 0
-        dist.barrier(group)
-        _load_on_two_ranks(rank, group, device, tokens, models, folders)
-
-
-def _load_on_two_ranks(rank, group, device, tokens, models, folders):
-    lean = without_experts(models[0], folders[0], device)
-    swap_experts(lean, group, num_redundant_experts=2)
-    read, names = Checkpoint.read, []
-    Checkpoint.read = lambda self, name, row=None: names.append(name) or read(self, name, row)
-    assert load_experts_from(lean, folders[0], progress=False) == 2 * 5
-    placement = lean.get_submodule("model.layers.0.mlp.experts").resident.current.placement
-    mine = {int(expert) for expert in placement.compact()[rank]}
-    assert {int(name.split(".")[5]) for name in names if ".layers.0." in name} == mine and len(mine) == 5
-    expected = logits_of(models[0], tokens)
-    assert relative(logits_of(lean, tokens), expected) <= 1e-5
-
-    # Its parameters beside the experts are those of the first model.
-    for name, one in models[1].named_parameters():
-        if ".experts." not in name:
-            one.data.copy_(models[0].get_parameter(name))
-    renewed = logits_of(models[1], tokens)
-    assert relative(renewed, expected) > 1e-2
-    controller = make_controller(group, [lean], num_redundant_experts=2)
-    deadline, flips, experts = time.monotonic() + DEADLINE, 0, lean.get_submodule("model.layers.0.mlp.experts")
-    for number in (2, 4):
-        while not everybody(flips >= number, group, device):
-            assert time.monotonic() < deadline, controller.health()
-            assert relative(logits_of(lean, tokens), expected) <= 1e-5
-            controller.step()
-            flips = experts.resident.current.number
-        if number == 2:
-            load_experts_from(lean, folders[1], progress=False)
-            expected = renewed
-    controller.close()
-    dist.barrier(group)

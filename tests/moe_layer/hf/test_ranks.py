@@ -1,9 +1,11 @@
-"""Swapped models over two ranks: one batch for all of them, padding, and `generate()` to different lengths."""
+"""Swapped models over two ranks: loading, one batch for all of them, padding, and `generate()` to different lengths."""
 
 from __future__ import annotations
 
 import copy
+import tempfile
 import time
+from contextlib import contextmanager
 from datetime import timedelta
 
 import pytest
@@ -11,20 +13,18 @@ import torch
 import torch.distributed as dist
 
 pytest.importorskip("transformers")
+pytest.importorskip("safetensors")
 
+from moe_layer.checkpoint.folder import Checkpoint
 from moe_layer.collectives import all_gather_rows
-from moe_layer.hf import swap_experts, unswap_experts
+from moe_layer.hf import load_experts_from, swap_experts, unswap_experts
 from moe_layer.hf.padding import Padding
 from tests.distributed import distributed
-from tests.moe_layer.hf.models import make_model, make_tokens, relative
+from tests.moe_layer.hf.models import logits_of, make_model, make_tokens, relative, without_experts
+from tests.moe_layer.ranks import DEADLINE, everybody, make_controller
 
 GREEDY = {"do_sample": False, "eos_token_id": None, "pad_token_id": 0}
 TOP_K = 2
-
-
-def logits_of(model, tokens, **options):
-    with torch.no_grad():
-        return model(tokens, use_cache=False, **options).logits
 
 
 def swapped(seed, device, group, **options):
@@ -119,8 +119,65 @@ def _different_lengths(rank, group, device):
     dist.barrier(group)
 
 
+@contextmanager
+def shared_folder(rank, group):
+    """The same new folder for all ranks."""
+    with tempfile.TemporaryDirectory() as folder:
+        names = [folder]
+        dist.broadcast_object_list(names, group=group)
+        yield names[0]
+        dist.barrier(group)
+
+
+def _loading(rank, group, device):
+    tokens = make_tokens(str(device), (2, 5 + 3 * rank))
+    models = [make_model("qwen3_moe", device=str(device), seed=seed) for seed in (0, 1)]
+    with shared_folder(rank, group) as folder:
+        folders = [f"{folder}/{seed}" for seed in (0, 1)]
+        for model, one in zip(models, folders, strict=True):
+            model.save_pretrained(one)  # transformers writes on rank 0
+        dist.barrier(group)
+        _their_own_experts(rank, group, device, tokens, models, folders)
+
+
+def _their_own_experts(rank, group, device, tokens, models, folders):
+    """Each rank reads its own; and while experts move, another checkpoint is loaded over them."""
+    lean = without_experts(models[0], folders[0], device)
+    swap_experts(lean, group, num_redundant_experts=2)
+    read, names = Checkpoint.read, []
+    Checkpoint.read = lambda self, name, row=None: names.append(name) or read(self, name, row)
+    assert load_experts_from(lean, folders[0], progress=False) == 2 * 5
+    Checkpoint.read = read
+    placement = lean.get_submodule("model.layers.0.mlp.experts").resident.current.placement
+    mine = {int(expert) for expert in placement.compact()[rank]}
+    assert {int(name.split(".")[5]) for name in names if ".layers.0." in name} == mine and len(mine) == 5
+    expected = logits_of(models[0], tokens)
+    assert relative(logits_of(lean, tokens), expected) <= 1e-5
+
+    # Its parameters beside the experts are those of the first model.
+    for name, one in models[1].named_parameters():
+        if ".experts." not in name:
+            one.data.copy_(models[0].get_parameter(name))
+    renewed = logits_of(models[1], tokens)
+    assert relative(renewed, expected) > 1e-2
+    controller = make_controller(group, [lean], num_redundant_experts=2)
+    deadline, flips, experts = time.monotonic() + DEADLINE, 0, lean.get_submodule("model.layers.0.mlp.experts")
+    for number in (2, 4):
+        while not everybody(flips >= number, group, device):
+            assert time.monotonic() < deadline, controller.health()
+            assert relative(logits_of(lean, tokens), expected) <= 1e-5
+            controller.step()
+            flips = experts.resident.current.number
+        if number == 2:
+            load_experts_from(lean, folders[1], progress=False)
+            expected = renewed
+    controller.close()
+    dist.barrier(group)
+
+
 @distributed(num_ranks=2)
 def test_over_two_ranks(rank, num_ranks, group, device):
+    _loading(rank, group, device)
     _one_batch_for_all(rank, group, device)
     _padding(rank, group, device)
     _different_lengths(rank, group, device)  # last: its group is of no use afterwards
