@@ -5,6 +5,7 @@ schedule → GEMMs (`moe_kernels`) → combine (`dispatch`). On one rank all of 
 """
 
 from moe_layer.batch_shares import BatchShares
+from moe_layer.checkpoint import load_experts_from
 from moe_layer.ddp import ignore_in_ddp
 from moe_layer.dispatch import AllGatherDispatcher, AllToAllDispatcher, Dispatched, Dispatcher
 from moe_layer.expert_format import Activation, ExpertFormat, ExpertTensor
@@ -25,5 +26,6 @@ __all__ = [
     "MoELayer",
     "RouterRule",
     "ignore_in_ddp",
+    "load_experts_from",
     "make_pool",
 ]

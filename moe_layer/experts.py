@@ -4,7 +4,7 @@ The module holds weights and is not called: hooks belong on the layer or on its 
 """
 
 import copy
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, NoReturn
 
 import torch
@@ -36,11 +36,13 @@ class Experts(nn.Module):
         backend: of the kernels on this device: "triton" or "torch".
         tma: whether tiles are chosen for the tensor memory accelerator.
         number: names this object to compiled graphs.
+        is_loaded: False while the weights are known to lack, or to be half-loaded: forwards are refused then.
     """
 
     trainable: bool
     device: torch.device
     dtype: torch.dtype
+    is_loaded: bool = True
 
     def __init__(
         self,
@@ -93,12 +95,44 @@ class Experts(nn.Module):
     def load_experts(self, weights: NewWeights) -> None:
         """See `MoELayer.load_experts`."""
         self._check_new(weights)
-        with self.resident.quiesced(), torch.no_grad():
+        with self.resident.quiesced():
             live = self.resident.live_slots()  # only now: what was under way may have moved experts
             for expert, tensors in weights.items():
-                for name, value in tensors.items():
-                    for slot in live.get(expert, []):
-                        self._rows(name)[slot].copy_(value)
+                self._write(tensors, live.get(expert, []))
+        if len(weights) == self.num_experts and all(len(one) == len(self.format.tensors) for one in weights.values()):
+            self.is_loaded = True
+
+    def load_own_experts(
+        self, read: Callable[[Sequence[int]], Iterator[tuple[int, Mapping[str, torch.Tensor]]]]
+    ) -> int:
+        """Write the experts that this rank holds, as `read` of their ids yields them, whole; returns how many.
+
+        If it fails half-way, forwards are refused until the layer has been loaded.
+        """
+        with self.resident.quiesced():
+            live = self.resident.live_slots()
+            self.is_loaded = False
+            written = 0
+            for expert, tensors in read(sorted(live)):
+                self._check_new({expert: tensors})
+                self._write(tensors, live[expert])
+                written += 1
+            assert written == len(live), "some experts were not read"
+            self.is_loaded = True
+        return written
+
+    @torch.no_grad()
+    def _write(self, tensors: Mapping[str, torch.Tensor], slots: Sequence[int]) -> None:
+        for name, value in tensors.items():
+            for slot in slots:
+                self._rows(name)[slot].copy_(value)
+
+    def check_loaded(self) -> None:
+        """Raises RuntimeError if the experts wait for their weights."""
+        if not self.is_loaded:
+            raise RuntimeError(
+                "the experts have no weights, or only some: load them with load_experts_from() or load_state_dict()"
+            )
 
     def _rows(self, name: str) -> torch.Tensor:
         """The tensors ``[S, *shape]`` that `resident.live_slots()` numbers."""

@@ -57,6 +57,8 @@ class SlotExperts(Experts):
         return self.resident.pool
 
     def matrices(self) -> ExpertMatrices:
+        if not self.is_loaded:
+            self.check_loaded()
         return self._matrices
 
     def _rows(self, name: str) -> torch.Tensor:
@@ -76,6 +78,7 @@ class SlotExperts(Experts):
 
     def _save_to_state_dict(self, destination: dict[str, Any], prefix: str, keep_vars: bool) -> None:
         del keep_vars  # logical tensors are copies: no graph leads to them
+        self.check_loaded()
         device = torch.device("cpu") if self.state_dict_on_host else self.device
         for name, tensor in self._logical().read(self.state_dict_scope == "all", device).items():
             destination[prefix + name] = tensor
@@ -113,6 +116,8 @@ class SlotExperts(Experts):
             logical = self._logical()
             with self.resident.quiesced(), torch.no_grad():
                 logical.write({spec.name: value for spec, value in given.items()})
+            if len(given) == len(specs):
+                self.is_loaded = True
 
     # ---- what would break the pool, or miss the slots
 

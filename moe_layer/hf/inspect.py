@@ -36,6 +36,7 @@ class Understood:
         layout: how the model stores it.
         num_experts: E.
         device: of its weights.
+        is_meta: whether it has no weights yet.
         parameters: names of its parameters, those of `format`.
     """
 
@@ -43,6 +44,7 @@ class Understood:
     layout: Layout
     num_experts: int
     device: torch.device
+    is_meta: bool = False
 
     @property
     def parameters(self) -> tuple[str, ...]:
@@ -54,12 +56,13 @@ def find_experts(model: nn.Module) -> dict[str, nn.Module]:
     found: dict[str, nn.Module] = {}
     for name, module in model.named_modules():
         is_inside = any(name.startswith(f"{other}.") for other in found)
-        if not is_inside and (_is_on_interface(module) or _looks_like_experts(name, module)):
+        if not is_inside and (is_on_interface(module) or _looks_like_experts(name, module)):
             found[name] = module
     return found
 
 
-def _is_on_interface(module: nn.Module) -> bool:
+def is_on_interface(module: nn.Module) -> bool:
+    """Whether `module` is one of transformers' experts interface."""
     return all(isinstance(getattr(module, flag, None), bool) for flag in FLAGS)
 
 
@@ -73,13 +76,13 @@ def _looks_like_experts(name: str, module: nn.Module) -> bool:
     )
 
 
-def understand(module: nn.Module) -> Understood:
-    """What `module` is.
+def understand(module: nn.Module, home: torch.device | None = None) -> Understood:
+    """What `module` is; if it is on the meta device, `home` is where its experts go.
 
     Raises:
         NotUnderstoodError: it is not what we can compute; says why.
     """
-    if not _is_on_interface(module):
+    if not is_on_interface(module):
         raise NotUnderstoodError(
             f"a {type(module).__name__} is not on transformers' experts interface, so what its forward expects is not known"
         )
@@ -90,15 +93,14 @@ def understand(module: nn.Module) -> Understood:
     names = [("gate_up_proj" if flags["has_gate"] else "up_proj"), "down_proj"]
     if flags["has_bias"]:
         names = [one for name in names for one in (name, f"{name}_bias")]
-    tensors = _tensors(module, names)
+    tensors = _tensors(module, names, home)
     layout = Layout(flags["is_transposed"], flags["has_gate"] and not flags["is_concatenated"])
     hidden_size, intermediate_size = layout.shape_of("down_proj", tensors["down_proj"])
     first = tensors["down_proj"]
+    device = home if first.is_meta and home is not None else first.device
     what = "_apply_gate" if flags["has_gate"] else "act_fn"
     try:
-        activation = find_activation(
-            module, intermediate_size, flags["has_gate"], flags["is_concatenated"], first.device
-        )
+        activation = find_activation(module, intermediate_size, flags["has_gate"], flags["is_concatenated"], device)
     except Exception as error:  # the model's own code
         raise NotUnderstoodError(f"its {what} raised {error!r} for numbers of the right shape") from error
     if activation is None:
@@ -111,7 +113,7 @@ def understand(module: nn.Module) -> Understood:
         shape, wanted = layout.shape_of(tensor.name, tensors[tensor.name]), tensor.shape
         if shape != wanted:
             raise NotUnderstoodError(f"{tensor.name} of one expert must have the shape {wanted}, has {shape}")
-    return Understood(format, layout, first.shape[0], first.device)
+    return Understood(format, layout, first.shape[0], device, is_meta=first.is_meta)
 
 
 def _check_untouched(module: nn.Module) -> None:
@@ -127,8 +129,8 @@ def _check_untouched(module: nn.Module) -> None:
         )
 
 
-def _tensors(module: nn.Module, names: list[str]) -> dict[str, nn.Parameter]:
-    """Its parameters, by name: `names` and no others."""
+def _tensors(module: nn.Module, names: list[str], home: torch.device | None) -> dict[str, nn.Parameter]:
+    """Its parameters, by name: `names` and no others; on the meta device only if they have a `home`."""
     held = {name for name, _ in [*module.named_parameters(), *module.named_buffers()]}
     if held != set(names):
         raise NotUnderstoodError(f"its parameters and buffers must be {sorted(names)}, are {sorted(held)}")
@@ -143,7 +145,7 @@ def _tensors(module: nn.Module, names: list[str]) -> dict[str, nn.Parameter]:
             )
         if tensor.dtype not in FLOATS:
             raise NotUnderstoodError(f"{name} must be float32, float16 or bfloat16, is {tensor.dtype}")
-        if tensor.device.type not in ("cpu", "cuda"):
+        if tensor.device.type not in ("cpu", "cuda") and not (tensor.is_meta and home is not None):
             raise NotUnderstoodError(f"{name} is on the device {tensor.device}: load the weights before the swap")
         found[name] = tensor
     for what, values in (("dtype", {t.dtype for t in found.values()}), ("device", {t.device for t in found.values()})):

@@ -85,7 +85,7 @@ class Maker:
             for module in modules:
                 one = blocks[module]
                 num_slots += (one.num_experts + self.num_redundant_experts) // self.num_ranks
-                if device.type == "cuda":
+                if device.type == "cuda" and not one.is_meta:
                     self._staged[id(module)] = self._on_host(module, one)
                     free(module)
             self._pools[specs, device] = SlotPool(specs, num_slots, device)
@@ -96,12 +96,13 @@ class Maker:
         return isinstance(self._pool, SlotPool) or (self._pool == "shared" and self.num_shadow_slots > 0)
 
     def make(self, original: nn.Module, one: Understood) -> Swapped:
-        """What takes the place of `original`, with its weights. Frees those of the original."""
+        """What takes the place of `original`, with its weights, if there are any. Frees those of the original."""
         num_physical = (one.num_experts + self.num_redundant_experts) // self.num_ranks
         executor = self._executor(one, num_physical + self.num_shadow_slots)
         if self.trainable:
             fixed = FixedExperts(one.num_experts, self.rank, self.num_ranks, one.device)
             swapped = SwappedParameters(original, one, fixed, self.group, executor, self.backend)
+            swapped.is_loaded = not one.is_meta
             if all(parameter is not getattr(swapped, name) for name, parameter in original.named_parameters()):
                 free(original)
             return swapped
@@ -121,6 +122,9 @@ class Maker:
             shares_WS=shares_WS,
         )
         slots = SwappedSlots(original, one, resident, self.group, executor, self.backend)
+        if one.is_meta:
+            slots.is_loaded = False
+            return slots
         staged = self._staged.pop(id(original), None)
         with torch.no_grad():
             for expert, places in resident.live_slots().items():

@@ -7,6 +7,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
+import torch
 import torch.distributed as dist
 from torch import nn
 
@@ -19,6 +20,7 @@ from moe_layer.dispatch import Dispatcher
 from moe_layer.hf.fuse import find_routers, fuse, unfuse
 from moe_layer.hf.inspect import SUPPORTED, NotUnderstoodError, Understood, find_experts, understand
 from moe_layer.hf.make import Maker
+from moe_layer.hf.padding import Padding
 from moe_layer.hf.routing import Routing
 from moe_layer.hf.swapped import Swapped
 from moe_layer.router import RouterRule
@@ -60,6 +62,7 @@ def swap_experts(
     model: nn.Module,
     process_group: dist.ProcessGroup | None = None,
     *,
+    tokens: str = "own",
     trainable: bool = False,
     num_redundant_experts: int = 0,
     num_shadow_slots: int | None = None,
@@ -67,6 +70,7 @@ def swap_experts(
     placements: Sequence[SavedLayer] | None = None,
     strict: bool = True,
     fuse_routing: bool | str = "auto",
+    count_padding: bool = False,
     dispatcher: str | Dispatcher = "auto",
     backend: str = "auto",
 ) -> SwapReport:
@@ -79,8 +83,12 @@ def swap_experts(
 
     Args:
         model: on its devices and with its weights. Each rank of `process_group` has all experts, until the swap leaves it
-            its part.
-        process_group: the ranks that share the experts, each with tokens of its own; None: all experts are on this rank.
+            its part; or none, on the meta device (see `experts_on_meta`): then forwards are refused until
+            `load_experts_from` or `load_state_dict` has brought them.
+        process_group: the ranks that share the experts; None: all experts are on this rank. Over several ranks every rank
+            calls the model equally often (`generate()` with ``synced_gpus=True``).
+        tokens: "own": each rank has tokens of its own; "replicated": all ranks hold the same batch, of which each computes
+            the experts of a part, and all get equal outputs and gradients.
         trainable: whether the experts stay parameters. Otherwise they live in slots, get no gradients, and may move.
             Gradients flow through them in either case.
         num_redundant_experts: of each block, as of `MoELayer`.
@@ -95,6 +103,9 @@ def swap_experts(
             to be one of ours, by trying it, and that have float32 logits. Among equal scores, which are common in bfloat16,
             the kernel takes the lowest id, while PyTorch's choice is open. True: such routers too, and refuse the model if
             the rule of one is not ours. Their logits are recorded as before.
+        count_padding: whether padding goes to experts and counts as load. Otherwise, over several ranks and without
+            gradients, tokens go nowhere that the model is told of by a 2-D `attention_mask`: what it says at these positions
+            is then something else.
         dispatcher, backend: as of `MoELayer`.
 
     Returns:
@@ -111,6 +122,7 @@ def swap_experts(
     if num_shadow_slots is None:
         num_shadow_slots = _SHADOW_SLOTS if num_ranks > 1 and not trainable else 0
     check_integer("num_shadow_slots", num_shadow_slots, 0)
+    check_choice("tokens", tokens, ("own", "replicated"))
     if fuse_routing not in (True, False, "auto"):
         raise ValueError(f"fuse_routing must be True, False or 'auto', got {fuse_routing!r}")
     if not isinstance(pool, SlotPool):
@@ -161,8 +173,10 @@ def swap_experts(
     )
     maker.prepare(blocks)
     fused: dict[str, RouterRule] = {}
+    padding = Padding(model) if blocks and num_ranks > 1 and not trainable and not count_padding else None
     for name, (original, one) in zip(understood, blocks.items(), strict=True):
         swapped = maker.make(original, one)
+        swapped.tokens, swapped.padding = tokens, padding
         _replace(model, original, swapped)
         if name in routings:
             gate, routing = routings[name]
@@ -182,11 +196,12 @@ def unswap_experts(model: nn.Module) -> int:
         How many modules were put back.
 
     Raises:
-        RuntimeError: a module is registered with a controller: close that first.
+        RuntimeError: a module is registered with a controller: close that first; or it has no weights yet.
         TimeoutError: other ranks did not call it.
     """
     swapped = [module for module in model.modules() if isinstance(module, Swapped)]
     for module in swapped:
+        module.check_loaded()
         if module.trainable and module.resident.num_ranks > 1:
             raise RuntimeError("unswap_experts() is refused: no rank has all parameters of the trainable experts")
         if getattr(module.resident, "controller", None) is not None and not module.resident.controller.is_over:
@@ -197,6 +212,8 @@ def unswap_experts(model: nn.Module) -> int:
         _give_back(module)
         for gate in module.fused_gate:
             unfuse(gate)
+        if module.padding is not None:
+            module.padding.remove()
         _replace(model, module, module.original)
     return len(swapped)
 
@@ -215,10 +232,17 @@ def _understand_all(model: nn.Module) -> tuple[dict[str, Understood], dict[str, 
                 raise NotUnderstoodError("it is swapped already")
             if any(uses[id(parameter)] > 1 for parameter in module.parameters(recurse=False)):
                 raise NotUnderstoodError("its parameters are also those of another module")
-            understood[name] = understand(module)
+            understood[name] = understand(module, _home(model, name, module))
         except NotUnderstoodError as error:
             left[name] = str(error)
     return understood, left
+
+
+def _home(model: nn.Module, name: str, experts: nn.Module) -> torch.device | None:
+    """The device of the rest of the block, where experts on the meta device get their slots."""
+    block, own = model.get_submodule(name.rpartition(".")[0]), {id(one) for one in experts.parameters()}
+    devices = (one.device for one in [*block.parameters(), *block.buffers()] if id(one) not in own)
+    return next((device for device in devices if device.type in ("cpu", "cuda")), None)
 
 
 def _find_routings(
@@ -269,5 +293,9 @@ def _give_back(module: Swapped) -> None:
         return  # they were never taken
     tensors = module.state_dict()
     for name, parameter in original.named_parameters():
-        parameter.data = tensors[name].to(module.device)
+        value = tensors[name].to(module.device)
+        if parameter.is_meta:  # it cannot get memory
+            original._parameters[name] = nn.Parameter(value, requires_grad=parameter.requires_grad)
+        else:
+            parameter.data = value
     original.train(module.training)

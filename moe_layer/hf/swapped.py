@@ -20,6 +20,8 @@ from moe_layer.experts import Experts, NewWeights
 from moe_layer.fixed import FixedExperts
 from moe_layer.hf.inspect import Understood
 from moe_layer.hf.layout import Layout
+from moe_layer.hf.padding import Padding
+from moe_layer.hf.replicated import GatherParts, Parts, TakePart
 from moe_layer.relocatable import Relocatable
 from moe_layer.slot_experts import SlotExperts
 from moe_layer.trainable import TrainableExperts
@@ -33,11 +35,15 @@ class Swapped(Relocatable, Experts):
         executor: computes the experts.
         original: the module whose place this took. It has lost its weights.
         fused_gate: the router that chooses in our kernel, if one does; in a tuple, as it is no part of this module.
+        tokens: "own" of each rank, or "replicated": all ranks hold the same.
+        padding: says which tokens are padding, where they must not count.
     """
 
     layout: Layout
     executor: Executor
     fused_gate: tuple[nn.Module, ...] = ()
+    tokens: str = "own"
+    padding: Padding | None = None
 
     def _take_place_of(self, original: nn.Module, layout: Layout, executor: Executor) -> None:
         self.layout = layout
@@ -68,7 +74,11 @@ class Swapped(Relocatable, Experts):
 
         Raises:
             ValueError: shape, dtype or device of an argument do not fit.
+            RuntimeError: the experts have no weights yet; or another rank does not take part, within the deadline of its
+                process group or dispatcher.
         """
+        if not self.is_loaded:
+            self.check_loaded()
         x, shape = hidden_states, hidden_states.shape
         hidden_size = self.format.hidden_size
         if not shape or shape[-1] != hidden_size or x.device != self.device or x.dtype not in FLOATS:
@@ -84,9 +94,34 @@ class Swapped(Relocatable, Experts):
         x_TH = x.to(self.dtype).reshape(-1, hidden_size).contiguous()
         ids_TK = top_k_index.reshape(-1, top_k).int().contiguous()  # kernels skip what names no expert
         weights_TK = top_k_weights.reshape(-1, top_k).float().contiguous()
+        mask_T = None if self.padding is None else self.padding.mask_of(len(x_TH))
+        if mask_T is not None:
+            ids_TK = ids_TK.masked_fill(~mask_T.to(ids_TK.device)[:, None], -1)
         with torch.autocast(x.device.type, enabled=False):
-            y_TH = self.executor.from_ids(self, x_TH, ids_TK, weights_TK)
+            if self.resident.num_ranks == 1:
+                y_TH = self.executor.from_ids(self, x_TH, ids_TK, weights_TK)
+            else:
+                y_TH = self._over_ranks(x_TH, ids_TK, weights_TK)
         return y_TH.to(x.dtype).view(shape)
+
+    @torch.compiler.disable
+    def _over_ranks(self, x_TH: torch.Tensor, ids_TK: torch.Tensor, weights_TK: torch.Tensor) -> torch.Tensor:
+        assert self.process_group is not None
+        try:
+            if self.tokens == "own":
+                return self.executor.from_ids(self, x_TH, ids_TK, weights_TK)
+            parts = Parts(len(x_TH), self.process_group, x_TH.device)
+            x_NH, weights_NK = TakePart.apply(x_TH, parts), TakePart.apply(weights_TK, parts)
+            y_NH = self.executor.from_ids(self, x_NH, parts.mine(ids_TK).contiguous(), weights_NK)
+            return GatherParts.apply(y_NH, parts)
+        except (RuntimeError, TimeoutError) as error:
+            if not isinstance(error, (dist.DistBackendError, TimeoutError)) and "gloo" not in str(error):
+                raise
+            raise RuntimeError(
+                f"another of the {self.resident.num_ranks} ranks that share the experts did not take part in this forward. "
+                "All call the model equally often: where they generate() to different lengths, each needs "
+                f"generate(..., synced_gpus=True). ({error})"
+            ) from error
 
     # ---- the model's names and layout
 
@@ -108,6 +143,7 @@ class Swapped(Relocatable, Experts):
         return isinstance(value, torch.Tensor) and value.dim() == dims.get(name)
 
     def _save_to_state_dict(self, destination: dict[str, Any], prefix: str, keep_vars: bool) -> None:
+        self.check_loaded()
         super()._save_to_state_dict(destination, prefix, keep_vars)
         if not self.layout.is_ours:
             for tensor in self.format.tensors:
@@ -123,7 +159,11 @@ class Swapped(Relocatable, Experts):
                 if value is not None and self._fits(tensor.name, value, 1):
                     converted[prefix + tensor.name] = self.layout.to_ours(tensor.name, value)
             state_dict = {**state_dict, **converted}
+        errors: list[str] = rest[-1]
+        before = len(errors)
         super()._load_from_state_dict(state_dict, prefix, *rest)
+        if len(errors) == before and all(prefix + tensor.name in state_dict for tensor in self.format.tensors):
+            self.is_loaded = True
 
     def __deepcopy__(self, memo: dict[int, Any]) -> "Swapped":
         memo[id(self.executor.dispatcher)] = self.executor.dispatcher
@@ -170,7 +210,12 @@ class SwappedParameters(Swapped, TrainableExperts):
         with torch.no_grad():
             for tensor in format.tensors:
                 parameter = getattr(original, tensor.name)
-                if resident.num_ranks > 1 or not understood.layout.is_ours:
+                if understood.is_meta:
+                    value = torch.empty(
+                        (resident.num_lanes, *tensor.shape), dtype=tensor.dtype, device=understood.device
+                    )
+                    parameter = nn.Parameter(value, requires_grad=parameter.requires_grad)
+                elif resident.num_ranks > 1 or not understood.layout.is_ours:
                     mine = parameter.detach()[resident.experts.start : resident.experts.stop]
                     value = understood.layout.to_ours(tensor.name, mine).clone(memory_format=torch.contiguous_format)
                     parameter = nn.Parameter(value, requires_grad=parameter.requires_grad)

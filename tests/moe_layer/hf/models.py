@@ -9,6 +9,8 @@ import torch
 import transformers
 from torch import nn
 
+from moe_layer.hf import experts_on_meta
+
 # What a field is set to, in any config that has it.
 SMALL: dict[str, Any] = {
     "vocab_size": 64,
@@ -164,3 +166,17 @@ def families(names: list[str]) -> list:
 def relative(found: torch.Tensor, expected: torch.Tensor) -> float:
     """The largest difference, over the largest element."""
     return float((found - expected).abs().max() / expected.abs().max())
+
+
+def logits_of(model: nn.Module, tokens: torch.Tensor, **options: Any) -> torch.Tensor:
+    with torch.no_grad():
+        return model(tokens, use_cache=False, **options).logits
+
+
+def without_experts(model: nn.Module, folder: Any, device: Any) -> nn.Module:
+    """What `from_pretrained` makes of `model`, saved in `folder`, with its experts on the meta device."""
+    with experts_on_meta():
+        made, info = type(model).from_pretrained(folder, output_loading_info=True)
+        made.to(device)
+    assert not info["missing_keys"] and not info["unexpected_keys"], info
+    return made.eval()

@@ -1,0 +1,129 @@
+"""Loading: a checkpoint as `save_pretrained()` writes it: one safetensors file, or several with an index, in a folder."""
+
+import json
+from collections import Counter
+from collections.abc import Mapping
+from contextlib import ExitStack
+from pathlib import Path
+from types import TracebackType
+from typing import Any
+
+import torch
+
+_INDEX = "model.safetensors.index.json"
+_DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
+
+
+class CheckpointError(ValueError):
+    """A checkpoint does not hold what is asked of it. Nothing was written."""
+
+
+class Checkpoint:
+    """The tensors of a folder, by name. Reads headers at once, and data only when asked. A context manager.
+
+    Args:
+        folder: of a local checkpoint. With an index its files are those that it names; else all ``*.safetensors``.
+
+    Raises:
+        CheckpointError: no such folder; no safetensors files; the index names a file that is missing.
+        ImportError: the package safetensors is missing.
+    """
+
+    def __init__(self, folder: str | Path) -> None:
+        try:
+            from safetensors import safe_open
+        except ImportError as error:
+            raise ImportError(
+                "load_experts_from() needs the package safetensors: pip install 'moe-layer[checkpoint]'"
+            ) from error
+        self.folder = Path(folder)
+        if not self.folder.is_dir():
+            raise CheckpointError(
+                f"folder must be a local folder, got {str(folder)!r}: download a checkpoint of the hub first, with "
+                "huggingface_hub.snapshot_download()"
+            )
+        self._files = ExitStack()
+        self._where: dict[str, Any] = {}
+        with ExitStack() as opened:
+            for path, wanted in self._paths().items():
+                file = opened.enter_context(safe_open(path, framework="pt", device="cpu"))
+                held = set(file.keys())
+                if wanted is not None and wanted - held:
+                    raise CheckpointError(f"{path} lacks tensors that {_INDEX} says it has: {_some(wanted - held)}")
+                both = held & self._where.keys()
+                if both:
+                    raise CheckpointError(f"several files of {self.folder} hold {_some(both)}")
+                self._where |= dict.fromkeys(held if wanted is None else wanted, file)
+            self._files = opened.pop_all()
+
+    def _paths(self) -> Mapping[Path, set[str] | None]:
+        """Its files, with the tensors that the index says are there."""
+        index = self.folder / _INDEX
+        if not index.exists():
+            paths = sorted(self.folder.glob("*.safetensors"))
+            if not paths:
+                raise CheckpointError(f"folder must hold *.safetensors files, {str(self.folder)!r} has none")
+            return dict.fromkeys(paths)
+        files: dict[Path, set[str] | None] = {}
+        for name, file in json.loads(index.read_text())["weight_map"].items():
+            wanted = files.setdefault(self.folder / file, set())
+            assert wanted is not None
+            wanted.add(name)
+        missing = [path.name for path in files if not path.exists()]
+        if missing:
+            raise CheckpointError(f"{index} names files that {str(self.folder)!r} lacks: {_some(missing)}")
+        return files
+
+    def __enter__(self) -> "Checkpoint":
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self._files.close()
+
+    def __contains__(self, name: str) -> bool:
+        return name in self._where
+
+    @property
+    def names(self) -> list[str]:
+        return list(self._where)
+
+    def like(self, name: str) -> torch.Tensor:
+        """A tensor of the same shape and dtype on the meta device; from the header alone.
+
+        Raises:
+            CheckpointError: its dtype is none that experts can be loaded from.
+        """
+        header = self._where[name].get_slice(name)
+        dtype = _DTYPES.get(header.get_dtype())
+        if dtype is None:
+            raise CheckpointError(
+                f"{name} must be float64, float32, float16 or bfloat16, is {header.get_dtype()}: quantized experts cannot "
+                "be loaded"
+            )
+        return torch.empty(header.get_shape(), dtype=dtype, device="meta")
+
+    def read(self, name: str, row: int | None = None) -> torch.Tensor:
+        """The tensor in host memory; with `row` only that row, ``[1, …]``."""
+        if row is None:
+            return self._where[name].get_tensor(name)
+        return self._where[name].get_slice(name)[row : row + 1]
+
+    def beside(self, prefix: str) -> str:
+        """For messages: what there is under `prefix`, numbers left out; or that there is nothing."""
+        found = Counter(_without_numbers(name) for name in self._where if name.startswith(prefix))
+        if not found:
+            return f"no tensor's name begins with {prefix!r}; others are {_some(map(_without_numbers, self._where))}"
+        return f"under {prefix!r} there are {_some(found)}"
+
+
+def _without_numbers(name: str) -> str:
+    return ".".join("*" if part.isdigit() else part for part in name.split("."))
+
+
+def _some(names: Any, count: int = 6) -> str:
+    """The first few of `names`, and how many more there are."""
+    distinct = sorted(set(names))
+    more = f" and {len(distinct) - count} more" if len(distinct) > count else ""
+    return ", ".join(distinct[:count]) + more
