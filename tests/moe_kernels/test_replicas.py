@@ -150,7 +150,11 @@ def test_kernel_equals_reference_over_several_chunks(small_chunks, device, table
 # Up to one full block of each size, two; in chunks.
 @pytest.mark.parametrize(
     ("tokens", "low"),
-    [*product([600, 2047, 8192, 8193, MANY_KEYS - 1], [-1, 2]), (MANY_KEYS, -1), (MANY_KEYS + 1234, 2)],
+    [
+        *product([600, 2047, 8192, 8193, MANY_KEYS - 1], [-1, 2]),
+        pytest.param(MANY_KEYS, -1, marks=pytest.mark.gpu),  # slow, where interpreted
+        (MANY_KEYS + 1234, 2),
+    ],
 )
 def test_kernel_equals_reference_for_many_tokens(device, tokens, low):
     """Of all experts, and all of one."""

@@ -337,7 +337,7 @@ def test_two_ranks_with_relocation(rank, num_ranks, group, device):
     assert torch.equal(logits_of(model, tokens), expected)
 
 
-@pytest.mark.parametrize("pool", ["shared", "own"])
+@pytest.mark.parametrize("pool", ["shared", pytest.param("own", marks=pytest.mark.gpu)])
 @distributed(num_ranks=2)
 def test_blocks_start_from_a_file(rank, num_ranks, group, device, pool):
     tokens = make_tokens(str(device), (2, 5 + 3 * rank))
