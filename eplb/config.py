@@ -29,7 +29,7 @@ class EplbConfig(BaseModel):
             beside NCCL dispatch), "torch_gloo" (through host memory; always works), or "auto": the first of these that can be
             used; which one and why is logged.
         min_gain: of the policy "adaptive": how far a layer's largest rank load may be above the best that there is, as
-            a fraction of it, before experts move.
+            a fraction of it, before experts move. (Few move besides, to spread the hottest: its option `spread`, 0 for none.)
         max_bytes_in_flight: bytes that all ranks together move in one wave; None for no bound but the free slots.
         max_bytes_per_second: that each rank copies to its slots at most, so that forwards keep the rest of the links; needs
             "symm_mem", as a communicator or by "auto". None for no bound: as fast as the copy engines are.

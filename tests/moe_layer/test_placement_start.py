@@ -125,6 +125,19 @@ def test_what_does_not_fit_is_refused(tmp_path, device):
     assert layer.resident.current.placement.num_lanes == 9
 
 
+def test_a_layer_without_memory_starts_there_too(tmp_path, device):
+    (saved,) = saved_layers(tmp_path, Placement(np.array([[5, 3, 1, 7, 0, 2, 4, 6]]), EXPERTS))
+    state = MoELayer(HIDDEN, INTERMEDIATE, EXPERTS, TOP_K, device=device).state_dict()
+    layer = MoELayer(HIDDEN, INTERMEDIATE, EXPERTS, TOP_K, placement=saved, device="meta").to_empty(device=device)
+    layer.load_state_dict(state)
+    assert all(torch.equal(tensor, state[name]) for name, tensor in layer.state_dict().items())
+    start = layer.resident.current
+    np.testing.assert_array_equal(start.placement.compact(), saved.placement.compact())
+    down = layer.resident.pool.tensors["down_proj"]
+    for expert, (slot,) in layer.resident.live_slots().items():
+        assert torch.equal(down[slot], state["experts.down_proj"][expert])
+
+
 def test_a_controller_saves_what_is_published(tmp_path):
     layer = make_layer(None, torch.device("cpu"))
     config = EplbConfig(use_async=False)
