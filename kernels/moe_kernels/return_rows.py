@@ -94,16 +94,16 @@ def _return_sums_kernel(
             token = item // blocks
             column = item % blocks * BLOCK_H + tl.arange(0, BLOCK_H)
             inside = column < hidden_size
-            here = tl.sum(tl.where(seen == epoch, 1 << k, 0), axis=0)  # a bit for each choice
+            here = seen == epoch
+            row = (home * bound + token) * TOP_K + k
+            rows = rows_ptr + row.to(tl.int64)[:, None] * hidden_size + column[None, :]
+            rows = tl.load(rows, mask=here[:, None] & inside[None, :], other=0.0)
             later = item + programs  # ahead of the stores
             seen = tl.load(here_at + later // blocks * TOP_K, mask=(later < items) & (k < TOP_K), other=0)
-            rows_at = rows_ptr + ((home * bound + token) * TOP_K).to(tl.int64) * hidden_size + column
-            total = tl.zeros((BLOCK_H,), dtype=tl.float32)
-            for choice in tl.static_range(TOP_K):
-                is_here = (here >> choice) & 1 != 0
-                total += widen(tl.load(rows_at + choice * hidden_size, mask=inside & is_here, other=0.0))
+            total = tl.sum(widen(rows), axis=0)
+            wanted = tl.max(here.to(tl.int32), axis=0) > 0
             to = at + (token.to(tl.int64) * W + rank) * hidden_size + column
-            tl.store(to, narrow(total, rows_ptr.dtype.element_ty), mask=inside & (here != 0))
+            tl.store(to, narrow(total, rows_ptr.dtype.element_ty), mask=inside & wanted)
 
 
 @Launcher
