@@ -306,6 +306,8 @@ def expert_rows(
         check_tma("matrices.gate_up_SNH", matrices.gate_up_SNH, columns=matrices.down_SHI.shape[2])
     if down.tma:
         check_tma("matrices.down_SHI", matrices.down_SHI)
+    if adds_to_main_grads and torch.compiler.is_compiling():
+        raise ValueError("adds_to_main_grads=True: must be False under torch.compile, whose graphs see no attributes")
     if combine_into is not None:
         check_tensor("combine_into", combine_into, (None, None), torch.int32, device)
         if combine_into.shape[0] * combine_into.shape[1] != num_rows:

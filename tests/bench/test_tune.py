@@ -1,17 +1,19 @@
+import argparse
 from dataclasses import replace
 
 import pytest
 import torch
 from triton.runtime.errors import OutOfResources
 
-from bench import tune
+from bench import tune, tune_gradients
 from bench.cases import CASES, Case, Shape
 from bench.kernel import Inputs
 from bench.providers import make_weights
 from bench.report import Report
 from bench.timing import Timing
 from bench.tune import candidates
-from moe_kernels import gemm_configs
+from moe_kernels import GemmConfig, gemm_configs
+from moe_kernels.gradient_configs import _TABLE_32_BIT, _TABLE_HOPPER
 
 
 @pytest.mark.parametrize("case", [case for case in CASES if case.num_tokens > 1], ids=lambda case: case.name)
@@ -43,3 +45,40 @@ def test_a_candidate_that_does_not_fit_is_passed_over(monkeypatch, capsys):
     assert [row["op"] for row in report.rows] == (len(up) - 1) * ["up"] + len(down) * ["down"]
     out = capsys.readouterr().out
     assert out.count("out of resource: shared memory") == 1 and f"tiny/T20 up {up[0]}" in out
+
+
+def test_gradients_what_is_served_is_among_the_candidates():
+    for table, dtype in ((_TABLE_HOPPER, torch.bfloat16), (_TABLE_32_BIT, torch.float32)):
+        for _, configs in table:
+            for op in tune_gradients.OPS:
+                assert getattr(configs, op) in set(tune_gradients.candidates(op, dtype)), (op, configs)
+
+
+def test_gradients_of_candidates_are_compared(monkeypatch, tmp_path, capsys):
+    """Two that agree; and one that does not fit is passed over."""
+    tiles = [GemmConfig(16, 32, 16, 4, 2), GemmConfig(32, 64, 32, 4, 2), GemmConfig(16, 64, 16, 4, 2)]
+    times = iter(3 * [30.0, 20.0, None])
+
+    def time_graph(*_):
+        time = next(times)
+        if time is None:
+            raise OutOfResources(300_000, 232_448, "shared memory")
+        return Timing(time, time, time, 10)
+
+    monkeypatch.setattr(tune_gradients, "time_graph", time_graph)
+    monkeypatch.setattr(tune_gradients, "candidates", lambda op, dtype: tiles)
+    shape = Shape("tiny", 4, 2, 48, 40)
+    weights = make_weights(shape, torch.float32, torch.device("cpu"))
+    case = Case(shape, 20)
+    inputs = Inputs(case, torch.float32, torch.device("cpu"), lambda: weights)
+    options = argparse.Namespace(ops=tune_gradients.OPS, seconds=0.01, best=1)
+    with Report(tmp_path / "out.csv") as report:
+        backward = tune_gradients.Backward(inputs, case)
+        assert tune_gradients.tune(report, case, backward, torch.float32, options) == []
+        rows = report.rows
+    assert [(row["op"], row["config"]) for row in rows] == [
+        (op, config) for op in tune_gradients.OPS for config in ("16 32 16 4 2 8", "32 64 32 4 2 8")
+    ]
+    assert all(row["rel_err"] < 1e-6 and row["tflops"] > 0 for row in rows)
+    out = capsys.readouterr().out
+    assert out.count("shared memory") == 3 and out.count("20.0 µs") == 3

@@ -17,7 +17,9 @@ from moe_kernels import (
     expert_rows,
     expert_up,
     gemm_config,
+    gemm_configs,
     gradient_configs,
+    has_tma,
 )
 from moe_kernels.expert_rows import _expert_rows
 from moe_kernels.gradient_tiles import cut_tiles
@@ -366,6 +368,68 @@ def test_main_grads_that_do_not_fit_are_refused(make_experts):
     del leaves[2].main_grad
     with pytest.raises(RuntimeError, match="needs a plain eager call"), FlopCounterMode(display=False):
         run()
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("recompute", [False, True])
+def test_a_step_in_a_cuda_graph(make_experts, recompute):
+    """Forward and backward wait for nothing on the host, and a replay with other inputs has the bits of an eager step."""
+    experts = make_experts(300, 2, 5, 256, 192, torch.bfloat16)
+    matrices = formatted(experts, *FORMATS["gpt-oss"])
+    leaves = leaves_of(experts, matrices)
+    config, _ = configs_of(experts)
+    counts = experts.counts_L.clone()
+    run = partial(computed, experts, matrices, leaves, "triton", combines=True, recompute=recompute)
+
+    def step():
+        schedule = build_schedule(experts.lanes_N, counts, block_m=config.block_m, backend="triton")
+        y = run(schedule=schedule)
+        return y, *torch.autograd.grad(y, leaves, upstream)
+
+    upstream = upstream_of(experts.x_RH)
+    side = torch.cuda.Stream()
+    side.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(side):
+        step()
+    torch.cuda.current_stream().wait_stream(side)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        captured = step()
+    for seed in (1, 2):
+        other = make_experts(300, 2, 5, 256, 192, torch.bfloat16, seed=seed)
+        with torch.no_grad():
+            leaves[0].copy_(other.x_RH)
+        experts.lanes_N.copy_(other.lanes_N)
+        counts.copy_(other.counts_L)
+        torch.cuda.synchronize()
+        torch.cuda.set_sync_debug_mode("error")
+        try:
+            expected = step()
+        finally:
+            torch.cuda.set_sync_debug_mode("default")
+        graph.replay()
+        assert all(torch.equal(one, two) for one, two in zip(captured, expected, strict=True))
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
+def test_larger_sizes_natively(make_experts, dtype):
+    """By the tiles that a large batch gets, on Hopper by TMA, against the reference; two runs have equal bits."""
+    tma = has_tma(torch.device("cuda"))
+    experts = make_experts(3000, 4, 8, 704, 576, dtype)
+    experts.lanes_N[experts.lanes_N == 3] = 2
+    up, down = gemm_configs(704, 576, dtype, 3000, 4, 8, tma=tma)
+    grads = gradient_configs(704, 576, dtype, 3000, 4, 8, tma=tma)
+    found = []
+    for backend in ("torch", "triton", "triton"):
+        leaves = leaves_of(experts, experts.matrices)
+        y = computed(experts, experts.matrices, leaves, backend, combines=True, configs=(up, down), grads=grads)
+        y.backward(upstream_of(y))
+        found.append([y.detach(), *(leaf.grad for leaf in leaves if leaf is not None)])
+    for wanted, first, second in zip(*found, strict=True):
+        assert torch.equal(first, second)
+        error = torch.linalg.vector_norm(first.double() - wanted.double()) / torch.linalg.vector_norm(wanted.double())
+        assert error < (1e-5 if dtype == torch.float32 else 1e-2)
 
 
 def test_tiles_by_hand(device):

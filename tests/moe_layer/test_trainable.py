@@ -113,6 +113,26 @@ def test_other_memory_behind_a_parameter(device):
     torch.testing.assert_close(layer(x), 4 * y)
 
 
+def test_gradients_go_to_main_grads_where_there_are_any(device):
+    """As Megatron keeps them; the router's and the input's go where they always go."""
+    layer, twin = make_layer(device, trainable=True), make_layer(device, trainable=True)
+    down = layer.experts.down_proj
+    down.main_grad = torch.zeros(down.shape, device=device)
+    x = torch.randn(5, 16, device=device)
+    for one in (layer, layer, twin):
+        one(x).square().sum().backward()
+    assert down.grad is None
+    torch.testing.assert_close(down.main_grad, 2 * twin.experts.down_proj.grad)
+    for ours, theirs in (
+        (layer.gate.weight, twin.gate.weight),
+        (layer.experts.gate_up_proj, twin.experts.gate_up_proj),
+    ):
+        torch.testing.assert_close(ours.grad, 2 * theirs.grad)
+    torch._dynamo.reset()
+    with pytest.raises(Exception, match="adds_to_main_grads=True: must be False"):
+        torch.compile(layer, fullgraph=True, backend="aot_eager")(x)
+
+
 def test_functional_call_and_parametrizations(device):
     layer = make_layer(device, trainable=True)
     x = torch.randn(5, 16, device=device)
