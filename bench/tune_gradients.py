@@ -7,6 +7,7 @@ is compared with the first one, within what roundings explain.
 
 import sys
 from collections.abc import Callable, Iterator, Sequence
+from dataclasses import astuple, replace
 from itertools import groupby, product
 from typing import Any
 
@@ -40,7 +41,10 @@ def candidates(op: str, dtype: torch.dtype) -> Iterator[GemmConfig]:
         squares, ((64, 3), (64, 4), (32, 4), (32, 5), (128, 3)), (4, 8, 16)
     ):
         if group_m == 8 or (block_k, num_stages) == (64, 4):
-            yield GemmConfig(block_m, block_n, block_k, num_warps, num_stages, group_m)
+            config = GemmConfig(block_m, block_n, block_k, num_warps, num_stages, group_m)
+            yield config
+            if op != "weights" and block_k == 64:
+                yield replace(config, tma=True)
     if op == "weights":
         for num_stages in (5, 6):
             yield GemmConfig(128, 128, 64, 8, num_stages)
@@ -142,8 +146,7 @@ def tune(report: Report, case: Case, backward: Backward, dtype: torch.dtype, opt
 
 
 def _fields(config: GemmConfig) -> str:
-    sizes = (config.block_m, config.block_n, config.block_k, config.num_warps, config.num_stages, config.group_m)
-    return " ".join(map(str, sizes))
+    return " ".join(str(int(value)) for value in astuple(config)[:7])
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -160,7 +163,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     cases, dtype = chosen_cases(parser, options), DTYPES[options.dtype]
     complaints: list[str] = []
     with Report(options.csv, len(cases)) as report, torch.no_grad():
-        report.line("fields: block_m block_n block_k num_warps num_stages group_m")
+        report.line("fields: block_m block_n block_k num_warps num_stages group_m tma")
         for shape, of_shape in groupby(cases, key=lambda case: case.shape):
             weights: Weights = make_weights(shape, dtype, options.device)
             for case in of_shape:

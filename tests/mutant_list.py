@@ -749,7 +749,7 @@ KERNELS = (
         "kernels/moe_kernels/combine.py",
         "grad_TKH = torch.where((lanes_TK >= 0)[:, :, None], grad_y_TH[:, None, :], 0.0)",
         "grad_TKH = grad_y_TH[:, None, :].expand(*lanes_TK.shape, -1)",
-        (f"{K}combine.py", f"{K}chain.py"),
+        (f"{K}combine.py",),
     ),
     # NaN logits win.
     Mutant(
@@ -802,6 +802,72 @@ KERNELS = (
     ),
 )
 
+GRADIENTS = (
+    # The routing weight is left out of the pre-activation's gradient.
+    Mutant(
+        "kernels/moe_kernels/experts_grad_hidden.py",
+        "hidden, grad_gate, grad_up = activated_backward(product * row_weight[:, None], gate, up, ACTIVATION)",
+        "hidden, grad_gate, grad_up = activated_backward(product, gate, up, ACTIVATION)",
+        (f"{K}expert_rows.py",),
+    ),
+    # A clamped gate has a gradient.
+    Mutant(
+        "kernels/moe_kernels/numerics.py",
+        "grad_gate = tl.where(gate <= LIMIT, grad_gate, 0.0)",
+        "grad_gate = grad_gate",
+        (f"{K}expert_rows.py",),
+    ),
+    # Of several lanes of a slot only the first counts.
+    Mutant(
+        "kernels/moe_kernels/gradient_tiles.py",
+        "later = (lane > own) & (slot == own_slot) & (slot >= 0)",
+        "later = (lane > own) & (slot == own_slot) & (slot < 0)",
+        (f"{K}expert_rows.py",),
+    ),
+    # The sum over a lane's rows goes on into the next lane.
+    Mutant(
+        "kernels/moe_kernels/experts_grad_weights.py",
+        "left_exists, right_exists = inside[:, None], inside[:, None]",
+        "left_exists, right_exists = (k >= 0)[:, None], (k >= 0)[:, None]",
+        (f"{K}expert_rows.py",),
+    ),
+    # Rows of no lane give x a gradient.
+    Mutant(
+        "kernels/moe_kernels/experts_grad_x.py",
+        "for first in range(0, tl.where(lane < num_lanes, inner, 0), BLOCK_K):",
+        "for first in range(0, inner, BLOCK_K):",
+        (f"{K}expert_rows.py",),
+    ),
+    # A bias of the down projection gets unweighted gradients.
+    Mutant(
+        "kernels/moe_kernels/expert_rows_triton.py",
+        "experts_grad_bias(grad_GH, row_weights_N, *sums, grad_fanout, out_SP=out, adds=adds)",
+        "experts_grad_bias(grad_GH, None, *sums, grad_fanout, out_SP=out, adds=adds)",
+        (f"{K}expert_rows.py",),
+    ),
+    # A backward that may run again finds its pre-activation overwritten.
+    Mutant(
+        "kernels/moe_kernels/expert_rows.py",
+        "overwrites = ctx.owns_pre and not torch._C._autograd._get_current_graph_task_keep_graph()",
+        "overwrites = ctx.owns_pre",
+        (f"{K}expert_rows.py",),
+    ),
+    # An output that a caller holds is overwritten.
+    Mutant(
+        "kernels/moe_kernels/expert_rows.py",
+        "ctx.owns_pre = ctx.is_direct and torch._C._autograd._top_saved_tensors_default_hooks(False) is None",
+        "ctx.owns_pre = True",
+        (f"{K}expert_rows.py",),
+    ),
+    # Frozen experts keep x.
+    Mutant(
+        "kernels/moe_kernels/expert_rows.py",
+        "x_RH if needs_x else None,",
+        "x_RH,",
+        (f"{K}expert_rows.py",),
+    ),
+)
+
 ONE_SIDED = (
     # A lane's rows begin with those of the lane before.
     Mutant(
@@ -847,4 +913,7 @@ ONE_SIDED = (
     ),
 )
 
-MUTANTS = (*RELOCATION, *LOAD, *ROUNDS, *WORKER, *CONTROLLER, *PLANNING, *LAYER, *BATCH_SHARES, *KERNELS, *ONE_SIDED)
+MUTANTS = (
+    *RELOCATION, *LOAD, *ROUNDS, *WORKER, *CONTROLLER, *PLANNING, *LAYER, *BATCH_SHARES, *KERNELS, *ONE_SIDED,
+    *GRADIENTS,
+)  # fmt: skip

@@ -302,9 +302,9 @@ def expert_rows(
     check_tensor("row_weights_N", row_weights_N, (num_rows,), torch.float32, device)
     schedule.check_config(up)
     schedule.check_config(down)
-    if up.tma:
+    if up.tma or gradient_configs.x.tma:
         check_tma("matrices.gate_up_SNH", matrices.gate_up_SNH, columns=matrices.down_SHI.shape[2])
-    if down.tma:
+    if down.tma or gradient_configs.hidden.tma:
         check_tma("matrices.down_SHI", matrices.down_SHI)
     if adds_to_main_grads and torch.compiler.is_compiling():
         raise ValueError("adds_to_main_grads=True: must be False under torch.compile, whose graphs see no attributes")

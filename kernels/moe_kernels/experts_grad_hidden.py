@@ -10,7 +10,7 @@ import triton
 import triton.language as tl
 
 from moe_kernels.config import GemmConfig
-from moe_kernels.gradient_tiles import GradientTiles
+from moe_kernels.gradient_tiles import GradientTiles, weights_descriptor
 from moe_kernels.integers import cdiv
 from moe_kernels.launch import Launcher, gdc_launch_dependents, gdc_wait
 from moe_kernels.numerics import activated_backward, dot, is_gated, narrow, widen
@@ -105,6 +105,7 @@ def _experts_grad_hidden_kernel(
     # inputs
     grad_ptr,
     down_ptr,
+    down,  # descriptor [S, H, I], or None: by `down_ptr`
     pre_ptr,
     row_weights_ptr,
     lane_to_slot_ptr,
@@ -158,12 +159,14 @@ def _experts_grad_hidden_kernel(
     product = tl.zeros((BLOCK_M, BLOCK_N), dtype=tl.float32)
     for first in range(0, hidden_size, BLOCK_K):
         grad = tl.load(grad_at) if EVEN_K else tl.load(grad_at, mask=k[None, :] < hidden_size - first, other=0.0)
-        if EVEN_N and EVEN_K:
-            down = tl.load(down_at)
+        if down is not None:
+            weights = down.load([slot.to(tl.int32), first, column_block * BLOCK_N]).reshape(BLOCK_K, BLOCK_N)
+        elif EVEN_N and EVEN_K:
+            weights = tl.load(down_at)
         else:
             exists = (column[None, :] < intermediate) & (k[:, None] < hidden_size - first)
-            down = tl.load(down_at, mask=exists, other=0.0)
-        product = dot(grad, down, product)
+            weights = tl.load(down_at, mask=exists, other=0.0)
+        product = dot(grad, weights, product)
         grad_at += BLOCK_K
         down_at += BLOCK_K * intermediate
 
@@ -264,6 +267,7 @@ def experts_grad_hidden(
     _experts_grad_hidden_kernel[(num_tiles * num_parts,)](
         grad_GH,
         down_SHI,
+        weights_descriptor("down_SHI", down_SHI, config),
         pre_NJ,
         row_weights_N,
         lane_to_slot_L,

@@ -12,7 +12,10 @@ from moe_kernels.integers import next_power_of_2
 
 @dataclass(frozen=True)
 class GradientConfigs:
-    """Tiles of the three GEMMs of a backward. Fields of `GemmConfig` after `group_m` are not used.
+    """Tiles of the three GEMMs of a backward. Fields of `GemmConfig` after `tma` are not used.
+
+    With `tma` the weights of `hidden`, and weights and rows of `x`, come through the tensor memory accelerator: on Hopper, for
+    16-bit dtypes and sizes divisible by 8. It changes no bit.
 
     Attributes:
         hidden: of the gradient of the hidden rows: `block_m` rows, `block_n` columns of I, `block_k` of H.
@@ -27,9 +30,8 @@ class GradientConfigs:
     def __post_init__(self) -> None:
         if self.x.block_m != self.hidden.block_m:
             raise ValueError(f"x.block_m={self.x.block_m}: must be hidden.block_m, {self.hidden.block_m}")
-        for name in ("hidden", "weights", "x"):
-            if getattr(self, name).tma:
-                raise ValueError(f"{name}={getattr(self, name)}: tma must be False, as the backward loads by pointers")
+        if self.weights.tma:
+            raise ValueError(f"weights={self.weights}: tma must be False, as rows that end within a block are masked")
 
 
 _ANY = 1 << 62  # more than there can be
@@ -59,7 +61,7 @@ def _within(config: GemmConfig, n: int, k: int, m: int | None = None) -> GemmCon
     block_m = config.block_m if m is None else min(config.block_m, max(16, next_power_of_2(m)))
     block_n = min(config.block_n, max(32, next_power_of_2(n)))
     block_k = min(config.block_k, max(16, next_power_of_2(k)))
-    return GemmConfig(block_m, block_n, block_k, config.num_warps, config.num_stages, config.group_m)
+    return replace(config, block_m=block_m, block_n=block_n, block_k=block_k)
 
 
 def gradient_configs(
@@ -80,15 +82,18 @@ def gradient_configs(
         num_tokens: tokens of the whole batch, summed over all ranks. Only its bucket (the next power of two) counts.
         top_k: experts per token.
         num_experts: logical experts of the layer.
-        tma: `has_tma(device)`: whether tiles may need as much shared memory as Hopper has.
+        tma: `has_tma(device)`: whether tiles may need as much shared memory as Hopper has, and use its accelerator, where
+            sizes are divisible by 8.
     """
     rows_per_expert = next_power_of_2(num_tokens) * top_k // num_experts
     table = _TABLE_32_BIT if dtype.itemsize == 4 else _TABLE_HOPPER if tma else _TABLE_16_BIT
     configs = next(configs for most, configs in table if rows_per_expert <= most)
-    # `weights` is of both matrices, [J, H] and [H, I].
-    smaller = min(hidden_size, intermediate_size)
+    hidden, x = configs.hidden, configs.x
+    if hidden_size % 8 or intermediate_size % 8:
+        hidden, x = replace(hidden, tma=False), replace(x, tma=False)
+    smaller = min(hidden_size, intermediate_size)  # `weights` is of both matrices, [J, H] and [H, I]
     return GradientConfigs(
-        _within(configs.hidden, intermediate_size, hidden_size),
+        _within(hidden, intermediate_size, hidden_size),
         _within(configs.weights, smaller, configs.weights.block_k, smaller),
-        _within(configs.x, hidden_size, intermediate_size),
+        _within(x, hidden_size, intermediate_size),
     )

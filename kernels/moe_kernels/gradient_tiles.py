@@ -10,7 +10,10 @@ from dataclasses import dataclass
 import torch
 import triton
 import triton.language as tl
+from triton.tools.tensor_descriptor import TensorDescriptor
 
+from moe_kernels.checks import check_tma_address, slot_stride
+from moe_kernels.config import GemmConfig
 from moe_kernels.integers import next_power_of_2
 from moe_kernels.launch import Launcher, gdc_launch_dependents, gdc_wait
 from moe_kernels.tiles import max_tiles
@@ -122,3 +125,12 @@ def cut_tiles(
         BLOCK_T=64,
     )
     return GradientTiles(tile_lane, tile_start, tile_end, first_lane_S, next_lane_L)
+
+
+def weights_descriptor(name: str, weights_SKN: torch.Tensor, config: GemmConfig) -> TensorDescriptor | None:
+    """Of slots whose matrices are multiplied from the right, in boxes ``[block_k, block_n]``; None without `config.tma`."""
+    if not config.tma:
+        return None
+    check_tma_address(f"matrices.{name}", weights_SKN)
+    strides = [slot_stride(weights_SKN), weights_SKN.shape[2], 1]
+    return TensorDescriptor(weights_SKN, list(weights_SKN.shape), strides, [1, config.block_k, config.block_n])

@@ -77,7 +77,7 @@ def test_gradients_of_candidates_are_compared(monkeypatch, tmp_path, capsys):
         assert tune_gradients.tune(report, case, backward, torch.float32, options) == []
         rows = report.rows
     assert [(row["op"], row["config"]) for row in rows] == [
-        (op, config) for op in tune_gradients.OPS for config in ("16 32 16 4 2 8", "32 64 32 4 2 8")
+        (op, config) for op in tune_gradients.OPS for config in ("16 32 16 4 2 8 0", "32 64 32 4 2 8 0")
     ]
     assert all(row["rel_err"] < 1e-6 and row["tflops"] > 0 for row in rows)
     out = capsys.readouterr().out

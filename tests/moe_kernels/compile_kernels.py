@@ -8,6 +8,7 @@ from __future__ import annotations
 import bisect
 import re
 import sys
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -118,6 +119,10 @@ def compile_gemms(
         assert compiled.metadata.shared <= 99 * 1024, f"{compiled.metadata.shared} bytes of shared memory"
 
 
+def _arguments(module: str) -> list[str]:
+    return getattr(MODULES[module], f"_{module}_kernel").jit.arg_names
+
+
 def compile_gradients(
     arch: int, dtype: torch.dtype, place: int, configs: GradientConfigs, activation: str, biased: bool
 ) -> None:
@@ -141,7 +146,13 @@ def compile_gradients(
         options = {"num_warps": config.num_warps, "num_stages": config.num_stages}
         grads = {"grad_ptr": "*fp32"} if variant.get("ADDS") else {}
         constants = tiles | {"EVEN_N": is_even, inner: is_even} | variant
-        compiled = compile_kernel(module, f"_{module}_kernel", types | grads, constants, arch, **options)
+        descriptors = [name for name in ("down", "gate_up", "grad_pre") if name in _arguments(module)]
+        weights_box = f"tensordesc<{DTYPES[dtype]}[1,{config.block_k},{config.block_n}]>"
+        boxes = dict.fromkeys(descriptors, weights_box)
+        if "grad_pre" in boxes:
+            boxes["grad_pre"] = f"tensordesc<{DTYPES[dtype]}[{config.block_m},{config.block_k}]>"
+        constants |= {} if config.tma else dict.fromkeys(descriptors)
+        compiled = compile_kernel(module, f"_{module}_kernel", types | grads | boxes, constants, arch, **options)
         ptx = compiled.asm["ptx"]
         assert "cp.async" in ptx, "operands must be loaded ahead"
         if dtype != torch.float32:
@@ -429,6 +440,9 @@ if __name__ == "__main__":
     for dtype, table in tables.items():
         for place, (_, configs) in enumerate(table):
             compile_gradients(arch, dtype, place, configs, *KINDS[place])
+            if arch == 90 and dtype == torch.bfloat16 and place:
+                tma = GradientConfigs(replace(configs.hidden, tma=True), configs.weights, replace(configs.x, tma=True))
+                compile_gradients(arch, dtype, place, tma, *KINDS[place])
     if arch == 90:
         for hidden_size, intermediate in ((2048, 768), (2880, 2880), (4096, 14336)):  # one for each column
             column = bisect.bisect_left(_INTERMEDIATE, intermediate)

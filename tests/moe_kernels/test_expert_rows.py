@@ -10,6 +10,7 @@ import torch
 from torch.utils.flop_counter import FlopCounterMode
 
 from moe_kernels import (
+    GemmConfig,
     GradientConfigs,
     build_schedule,
     combine,
@@ -184,6 +185,23 @@ def test_tma_keeps_the_pre_activation_too(make_experts, form, config):
     for kept, again, portable in zip(grads[False, True], grads[True, True], grads[False, False], strict=True):
         assert torch.equal(kept, again)
         assert (kept.float() - portable.float()).abs().max() <= 0.02 * portable.abs().max()
+
+
+def test_weights_by_tma_change_no_bit(make_experts):
+    """Sizes that no tile divides; the last slot's box ends with the tensor."""
+    if torch.cuda.is_available() and not has_tma(torch.device("cuda")):
+        pytest.skip("needs a Hopper GPU, or none")
+    experts = make_experts(20, 2, 3, 88, 72, torch.bfloat16)
+    matrices = formatted(experts, *FORMATS["clamped"])
+    tile = GemmConfig(64, 64, 32, 4, 3)
+    found = []
+    for tma in (False, True):
+        leaves = leaves_of(experts, matrices)
+        config = replace(tile, tma=tma)
+        y = computed(experts, matrices, leaves, "triton", combines=True, grads=GradientConfigs(config, tile, config))
+        y.backward(upstream_of(y))
+        found.append(grads_of(leaves))
+    assert all(one is other is None or torch.equal(one, other) for one, other in zip(*found, strict=True))
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
@@ -486,4 +504,4 @@ def test_configs_go_together():
     with pytest.raises(ValueError, match=r"x\.block_m"):
         GradientConfigs(config, config, replace(config, block_m=64))
     with pytest.raises(ValueError, match="tma must be False"):
-        GradientConfigs(config, config, replace(MERGED, block_m=config.block_m, tail_m=0, extra_m=0))
+        GradientConfigs(config, replace(MERGED, block_m=64, tail_m=0, extra_m=0), config)
