@@ -4,6 +4,7 @@ The way of a forward: check and route (`layer`, `router`) → choose replicas (`
 schedule → GEMMs (`moe_kernels`) → combine (`dispatch`). On one rank all of it is one op.
 """
 
+from moe_layer.balance import TrainingBalancer
 from moe_layer.batch_shares import BatchShares
 from moe_layer.checkpoint import load_experts_from
 from moe_layer.ddp import ignore_in_ddp
@@ -25,6 +26,7 @@ __all__ = [
     "ExpertTensor",
     "MoELayer",
     "RouterRule",
+    "TrainingBalancer",
     "ignore_in_ddp",
     "load_experts_from",
     "make_pool",

@@ -19,13 +19,16 @@ def check_choice(name: str, value: Any, choices: tuple[str, ...], otherwise: str
         raise ValueError(f"{name} must be one of {', '.join(map(repr, choices))}{otherwise}; got {value!r}")
 
 
-def check_trainable(trainable: Any, **unmoved: Any) -> None:
-    """Raises ValueError unless `trainable` is a bool and goes with the arguments that say how experts move."""
+def check_trainable(trainable: Any, num_experts: int, num_ranks: int, *, pool: Any) -> None:
+    """Raises ValueError unless `trainable` is a bool and goes with the other arguments."""
     if not isinstance(trainable, bool):
         raise ValueError(f"trainable must be True or False, got {trainable!r}")
-    for name, given in unmoved.items():
-        if trainable and given:
-            raise ValueError(f"{name}={given!r} does not go with trainable=True: such experts do not move")
+    if trainable and pool is not None:
+        raise ValueError(f"pool={pool!r} does not go with trainable=True: such experts have no slots")
+    if trainable and num_experts % num_ranks:
+        raise ValueError(
+            f"num_experts={num_experts} must be divisible by the {num_ranks} ranks with trainable=True: each owns as many"
+        )
 
 
 def check_tokens(num_tokens: int, bound: Any, default: int | None) -> int:

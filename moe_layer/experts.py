@@ -16,7 +16,7 @@ from moe_kernels import GOLDEN, SHARE_BITS, ExpertMatrices, LoadCounter, Replica
 from moe_kernels.checks import FLOATS
 from moe_layer.arguments import resolve_device
 from moe_layer.expert_format import ExpertFormat
-from moe_layer.fixed import FixedExperts
+from moe_layer.owned import OwnedExperts
 from moe_layer.versions import home_number
 
 NewWeights = Mapping[int, Mapping[str, torch.Tensor]]
@@ -47,7 +47,7 @@ class Experts(nn.Module):
     def __init__(
         self,
         format: ExpertFormat,
-        resident: ResidentExperts | FixedExperts,
+        resident: ResidentExperts | OwnedExperts,
         process_group: dist.ProcessGroup | None,
         backend: str,
     ) -> None:
@@ -58,7 +58,7 @@ class Experts(nn.Module):
         self.number = home_number(self)
         self._attach(resident)
 
-    def _attach(self, resident: ResidentExperts | FixedExperts) -> None:
+    def _attach(self, resident: ResidentExperts | OwnedExperts) -> None:
         self.resident = resident
         self.num_experts = resident.num_experts
         self.backend = resolve_backend(self.requested_backend, resident.streams.device)
@@ -176,7 +176,7 @@ class Experts(nn.Module):
             )
         return self.format.cast(probe.dtype), resolve_device(probe.device)
 
-    def _resident_of_copy(self) -> ResidentExperts | FixedExperts:
+    def _resident_of_copy(self) -> ResidentExperts | OwnedExperts:
         """What a deep copy gets in the place of `resident`, with slots of its own."""
         raise NotImplementedError
 
@@ -185,7 +185,7 @@ class Experts(nn.Module):
         memo[id(self.process_group)] = self.process_group
         fresh = self.__class__.__new__(self.__class__)
         memo[id(self)] = fresh
-        anew = ("resident", "table", "load", "number", "_matrices")
+        anew = ("resident", "table", "load", "number", "_matrices", "_copies", "_route")
         fresh.__dict__.update(
             copy.deepcopy({name: one for name, one in self.__dict__.items() if name not in anew}, memo)
         )

@@ -42,7 +42,7 @@ from moe_layer.dispatch import Dispatcher, make_dispatcher
 from moe_layer.executors import Executor, ExpertParallelExecutor, LocalExecutor
 from moe_layer.expert_format import gated_format
 from moe_layer.experts import Experts, NewWeights, refuse_pickling
-from moe_layer.fixed import FixedExperts
+from moe_layer.owned import OwnedExperts
 from moe_layer.relocatable import Relocatable
 from moe_layer.router import Router, RouterRule
 from moe_layer.shared_pool import resolve_pool
@@ -61,7 +61,7 @@ class MoELayer(Relocatable, nn.Module):
 
     A serving layer (the default) has its experts in slots: they are no parameters. Write them with `load_experts()` or
     `load_state_dict()`: nothing else waits for relocations and reaches all replicas. A trainable layer has ordinary
-    parameters, and its experts do not move.
+    parameters; where they compute may change between steps (`experts.place()`, `moe_layer.TrainingBalancer`).
 
     Args:
         hidden_size: H.
@@ -74,9 +74,8 @@ class MoELayer(Relocatable, nn.Module):
             the layer's dtype.
         activation: of the gate: "silu" (SwiGLU), "gelu" (exact GELU; GeGLU), "gelu_tanh" or "relu2" (relu squared).
         trainable: whether the router's and the experts' weights are parameters that require gradients. The experts are
-            then this rank's E / ranks, at `experts.gate_up_proj` and `experts.down_proj`; `num_redundant_experts`,
-            `pool` and `placement` must be left alone, and the layer cannot be registered. For DDP see
-            `moe_layer.ignore_in_ddp`.
+            then this rank's E / ranks, at `experts.gate_up_proj` and `experts.down_proj`; `pool` must be left alone, and the
+            layer cannot be registered. For DDP see `moe_layer.ignore_in_ddp`.
         num_redundant_experts: physical experts beyond one per logical expert; E plus these must divide by the ranks.
         num_shadow_slots: experts of this layer that a relocation may replace at once on a rank; as many slots of memory
             on top, if the pool is the layer's own. 0: its experts never move.
@@ -132,7 +131,7 @@ class MoELayer(Relocatable, nn.Module):
         check_integer("num_shadow_slots", num_shadow_slots, 0)
         if top_k > num_experts:
             raise ValueError(f"top_k must be at most num_experts={num_experts}, got {top_k}")
-        check_trainable(trainable, num_redundant_experts=num_redundant_experts, pool=pool, placement=placement)
+        check_trainable(trainable, num_experts, num_ranks, pool=pool)
         if max_tokens is not None:
             check_integer("max_tokens", max_tokens, 1)
         device, dtype = resolve_device(device), resolve_dtype(dtype)
@@ -170,15 +169,16 @@ class MoELayer(Relocatable, nn.Module):
         self.gate: Router | None
         self.register_module("gate", gate)
         self.experts: Experts
+        sizes = (num_experts, num_redundant_experts, num_ranks, num_lanes)
+        start, start_shares = starting_point(placement, *sizes, process_group)
         if trainable:
-            fixed = FixedExperts(num_experts, rank, num_ranks, home_of(device))
-            self.experts = TrainableExperts(format, fixed, process_group, backend, device)
+            where = (num_redundant_experts, start, start_shares)
+            owned = OwnedExperts(num_experts, rank, num_ranks, home_of(device), *where)
+            self.experts = TrainableExperts(format, owned, process_group, backend, device)
             if num_ranks > 1:
                 names = [f"experts.{name}" for name, _ in self.experts.named_parameters()]
                 self._ddp_params_and_buffers_to_ignore = names
         else:
-            sizes = (num_experts, num_redundant_experts, num_ranks, num_lanes)
-            start, start_shares = starting_point(placement, *sizes, process_group)
             # Last, as it takes slots of the pool: a layer that is refused takes none.
             resident = ResidentExperts(
                 num_experts=num_experts,
@@ -197,7 +197,7 @@ class MoELayer(Relocatable, nn.Module):
 
     @property
     def resident(self) -> ResidentExperts:
-        """Slots, table and load counters on this rank: what a controller registers. (`FixedExperts` if trainable.)"""
+        """Slots, table and load counters on this rank: what a controller registers. (`OwnedExperts` if trainable.)"""
         return cast(ResidentExperts, self.experts.resident)
 
     # ---- weights

@@ -13,8 +13,8 @@ from moe_kernels import ExpertMatrices
 from moe_layer.arguments import home_of
 from moe_layer.expert_format import ExpertFormat
 from moe_layer.experts import Experts
-from moe_layer.fixed import FixedExperts
 from moe_layer.logical import LogicalWeights
+from moe_layer.owned import OwnedExperts
 
 
 class SlotExperts(Experts):
@@ -44,7 +44,7 @@ class SlotExperts(Experts):
         self.state_dict_on_host = False
         self.state_dict_timeout = 60.0
 
-    def _attach(self, resident: ResidentExperts | FixedExperts) -> None:
+    def _attach(self, resident: ResidentExperts | OwnedExperts) -> None:
         super()._attach(resident)
         self.device, self.dtype = self.pool.device, self.format.dtype
         # `.data`: the same memory with a version counter of its own, as a slot that is filled between a forward and its

@@ -1,41 +1,56 @@
 """`TrainableExperts`: the experts of a trainable layer are ordinary parameters: this rank's fixed range."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
+import numpy as np
 import torch
 import torch.distributed as dist
 from torch import nn
 
+from eplb.planning.placement import Placement
+from eplb.relocation.resident import ResidentExperts
 from moe_kernels import ExpertMatrices
+from moe_layer.collectives import all_gather_rows
 from moe_layer.ddp import refuse_sharding
 from moe_layer.expert_format import ExpertFormat
-from moe_layer.experts import Experts
-from moe_layer.fixed import FixedExperts
+from moe_layer.experts import Experts, NewWeights
+from moe_layer.owned import OwnedExperts
+from moe_layer.publish import PublishWeights, Route
 
 
 class TrainableExperts(Experts):
-    """One parameter ``[experts of this rank, *shape]`` for each tensor of the format; the kernels read them directly.
+    """One parameter ``[experts of this rank, *shape]`` for each tensor of the format.
 
-    Optimizers, FSDP2's `fully_shard`, parametrizations and `state_dict()` treat them as those of any module. For
-    `DistributedDataParallel` over ranks that share the experts see `moe_layer.ignore_in_ddp`; `fully_shard` over them
-    needs ``ignored_params=set(layer.experts.parameters())``, and raises RuntimeError without.
+    Optimizers, FSDP2's `fully_shard`, parametrizations and `state_dict()` treat them as those of any module, whatever the
+    placement. For `DistributedDataParallel` over ranks that share the experts see `moe_layer.ignore_in_ddp`; `fully_shard`
+    over them needs ``ignored_params=set(layer.experts.parameters())``, and raises RuntimeError without.
+
+    While each expert computes at its owner alone, the kernels read the parameters themselves. Else they read copies, one a
+    lane: the first forward after a backward, a load or `place()` sends the weights to them, and each backward returns their
+    gradients. What writes parameters otherwise (through ``.data``) must call `publish()`, on all ranks.
     """
 
     trainable = True
+    _copies: dict[str, torch.Tensor] | None
+    _route: Route | None
 
     def __init__(
         self,
         format: ExpertFormat,
-        resident: FixedExperts,
+        resident: OwnedExperts,
         process_group: dist.ProcessGroup | None,
         backend: str,
         device: torch.device,
     ) -> None:
         super().__init__(format, resident, process_group, backend)
         for tensor in format.tensors:
-            value = torch.empty((resident.num_lanes, *tensor.shape), dtype=tensor.dtype, device=device)
+            value = torch.empty((resident.num_owned, *tensor.shape), dtype=tensor.dtype, device=device)
             self.register_parameter(tensor.name, nn.Parameter(value))
+
+    def _attach(self, resident: ResidentExperts | OwnedExperts) -> None:
+        super()._attach(resident)
+        self._forget_copies()
 
     @property
     def dtype(self) -> torch.dtype:  # type: ignore[override]
@@ -45,9 +60,12 @@ class TrainableExperts(Experts):
     def device(self) -> torch.device:  # type: ignore[override]
         return self._rows(self.format.tensors[0].name).device
 
+    @property
+    def owned(self) -> OwnedExperts:
+        assert isinstance(self.resident, OwnedExperts)
+        return self.resident
+
     def matrices(self) -> ExpertMatrices:
-        if not self.is_loaded:
-            self.check_loaded()
         weights = {tensor.name: getattr(self, tensor.name) for tensor in self.format.tensors}
         for name, weight in weights.items():
             if type(weight) not in (torch.Tensor, nn.Parameter):
@@ -55,7 +73,83 @@ class TrainableExperts(Experts):
                     f"experts.{name} must be a plain tensor in the forward, got a {type(weight).__name__}: shard the "
                     "layer or a module around it, not its experts alone, as they are not called"
                 )
+        if not self.resident.is_at_home:  # type: ignore[union-attr]
+            assert self.process_group is not None
+            if self._route is None:
+                self._route = Route(self.owned.placement, self.owned.num_owned, self.owned.rank, self.device)
+            links = (lambda: self._published(weights), self._note_backward, self._route, self.process_group)
+            weights = dict(zip(weights, PublishWeights.apply(*links, *weights.values()), strict=True))
         return self.format.matrices(weights)
+
+    # ---- placement
+
+    def place(self, placement: Placement, shares_WS: np.ndarray | None = None) -> None:
+        """Let experts compute elsewhere from the next forward on. Collective; between steps, with no backward to come.
+
+        Parameters, gradients and the optimizer's state stay where they are. Outputs and gradients stay the same: bit for bit
+        where an expert has one replica before and after, else to rounding.
+
+        Args:
+            placement: of all lanes of all ranks, equal on all ranks.
+            shares_WS: the part of its expert's tokens that each lane gets; equal parts if None.
+
+        Raises:
+            ValueError: it does not fit, or differs between ranks; nothing has changed then. Or all experts are on this rank.
+        """
+        if self.process_group is None or self.owned.num_ranks == 1:
+            raise ValueError("place() needs a process_group of several ranks: here all experts are on one")
+        digest = torch.tensor([[placement.digest()]], dtype=torch.int64, device=self.device)
+        if len(all_gather_rows(digest, self.process_group).unique()) > 1:
+            raise ValueError("placement must be equal on all ranks")
+        self.owned.place(placement, shares_WS)
+        self._forget_copies(keep=self._copies)
+
+    def publish(self) -> None:
+        """The next forward sends the weights to all copies. On all ranks, where parameters were written through ``.data``."""
+        self._is_stale = True
+
+    def _forget_copies(self, keep: dict[str, torch.Tensor] | None = None) -> None:
+        self._copies, self._route = keep, None
+        self._is_stale = True
+
+    @torch.no_grad()
+    def _published(self, weights: Mapping[str, torch.Tensor]) -> Sequence[torch.Tensor]:
+        """The lanes' copies, up to date."""
+        assert self._route is not None and self.process_group is not None
+        if self._copies is None:
+            num_lanes = self.owned.num_lanes
+            self._copies = {name: weight.new_empty((num_lanes, *weight.shape[1:])) for name, weight in weights.items()}
+        if self._is_stale:
+            for name, weight in weights.items():
+                self._route.publish(weight.detach(), self._copies[name], self.process_group)
+            self._is_stale = False
+        return list(self._copies.values())
+
+    def _note_backward(self) -> None:
+        # An optimizer step may follow. Every rank has come here equally often, so all publish alike, as they would not if each
+        # looked whether its own parameters have changed.
+        self._is_stale = True
+
+    # ---- writing the parameters
+
+    def reset_parameters(self, seed: int) -> None:
+        super().reset_parameters(seed)
+        self.publish()
+
+    def load_experts(self, weights: NewWeights) -> None:
+        super().load_experts(weights)
+        self.publish()
+
+    def load_own_experts(
+        self, read: Callable[[Sequence[int]], Iterator[tuple[int, Mapping[str, torch.Tensor]]]]
+    ) -> int:
+        written = super().load_own_experts(read)
+        self.publish()
+        return written
+
+    def _load_from_state_dict(self, *arguments: Any) -> None:
+        super()._load_from_state_dict(*arguments)
+        self.publish()
 
     def _rows(self, name: str) -> torch.Tensor:
         return getattr(self, name)
@@ -69,14 +163,13 @@ class TrainableExperts(Experts):
     def refuse_conversion(self, fn: Callable[[torch.Tensor], torch.Tensor]) -> None:
         self._converted(fn)
 
-    def _resident_of_copy(self) -> FixedExperts:
-        assert isinstance(self.resident, FixedExperts)
-        return self.resident.moved_to(self.resident.streams.device)
+    def _resident_of_copy(self) -> OwnedExperts:
+        return self.owned.moved_to(self.owned.streams.device)
 
     def _apply(self, fn: Any, recurse: bool = True) -> "TrainableExperts":
         self.format, device = self._converted(fn)
         super()._apply(fn, recurse)
         if device.type != "meta" and device != self.resident.streams.device:
-            assert isinstance(self.resident, FixedExperts)
-            self._attach(self.resident.moved_to(device))
+            self._attach(self.owned.moved_to(device))
+        self._forget_copies()
         return self

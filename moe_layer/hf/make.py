@@ -17,9 +17,9 @@ from eplb.streams import streams_of
 from moe_kernels import resolve_backend
 from moe_layer.dispatch import Dispatcher, make_dispatcher
 from moe_layer.executors import Executor, ExpertParallelExecutor, LocalExecutor
-from moe_layer.fixed import FixedExperts
 from moe_layer.hf.inspect import Understood
 from moe_layer.hf.swapped import Swapped, SwappedParameters, SwappedSlots
+from moe_layer.owned import OwnedExperts
 from moe_layer.shared_pool import resolve_pool
 
 _Kind = tuple[tuple[TensorSpec, ...], torch.device]
@@ -100,7 +100,7 @@ class Maker:
         num_physical = (one.num_experts + self.num_redundant_experts) // self.num_ranks
         executor = self._executor(one, num_physical + self.num_shadow_slots)
         if self.trainable:
-            fixed = FixedExperts(one.num_experts, self.rank, self.num_ranks, one.device)
+            fixed = OwnedExperts(one.num_experts, self.rank, self.num_ranks, one.device)
             swapped = SwappedParameters(original, one, fixed, self.group, executor, self.backend)
             swapped.is_loaded = not one.is_meta
             if all(parameter is not getattr(swapped, name) for name, parameter in original.named_parameters()):

@@ -17,11 +17,11 @@ from moe_layer.arguments import check_per_token
 from moe_layer.ddp import check_ddp
 from moe_layer.executors import Executor
 from moe_layer.experts import Experts, NewWeights
-from moe_layer.fixed import FixedExperts
 from moe_layer.hf.inspect import Understood
 from moe_layer.hf.layout import Layout
 from moe_layer.hf.padding import Padding
 from moe_layer.hf.replicated import GatherParts, Parts, TakePart
+from moe_layer.owned import OwnedExperts
 from moe_layer.relocatable import Relocatable
 from moe_layer.slot_experts import SlotExperts
 from moe_layer.trainable import TrainableExperts
@@ -200,7 +200,7 @@ class SwappedParameters(Swapped, TrainableExperts):
         self,
         original: nn.Module,
         understood: Understood,
-        resident: FixedExperts,
+        resident: OwnedExperts,
         process_group: dist.ProcessGroup | None,
         executor: Executor,
         backend: str,

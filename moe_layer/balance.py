@@ -1,0 +1,121 @@
+"""`TrainingBalancer`: plans where the experts of trainable layers compute, from the load, between steps.
+
+Legend: L layers, E logical experts, W ranks, P physical experts of a rank.
+"""
+
+import numpy as np
+import torch
+import torch.distributed as dist
+from torch import nn
+
+from eplb.planning.placement import Placement
+from eplb.planning.policy import Policy, Topology, make_policy
+from moe_layer.arguments import check_integer
+from moe_layer.collectives import all_gather_rows
+from moe_layer.trainable import TrainableExperts
+
+
+class TrainingBalancer:
+    """Call `step()` after each optimizer step, on every rank. What the weights' next way is, is all that it changes.
+
+    ::
+
+        balancer = TrainingBalancer(model, process_group, interval=100)
+        for batch in batches:
+            loss(model(batch)).backward()
+            optimizer.step(); optimizer.zero_grad()
+            balancer.step()
+
+    Args:
+        model: every trainable `MoELayer` in it that spreads its experts over `process_group` is balanced.
+        process_group: of several ranks.
+        interval: steps from one look at the load to the next.
+        policy: name of a registered policy, or an object with `propose` (see `eplb.EplbConfig.policy`). It must be a pure
+            function, as every rank plans for itself.
+        options: of a policy that is named.
+
+    Attributes:
+        num_moved: copies whose place has changed, over all layers and ranks, so far.
+
+    Raises:
+        ValueError: no layer of the model can be balanced over the group, or layers differ in their numbers of experts or
+            replicas.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        process_group: dist.ProcessGroup,
+        *,
+        interval: int = 100,
+        policy: str | Policy = "adaptive",
+        **options: object,
+    ) -> None:
+        check_integer("interval", interval, 1)
+        self.layers = [
+            module
+            for module in model.modules()
+            if isinstance(module, TrainableExperts)
+            and module.process_group is process_group
+            and module.owned.num_ranks > 1
+        ]
+        sizes = {(one.num_experts, one.owned.num_redundant_experts) for one in self.layers}
+        if len(sizes) != 1:
+            what = "no trainable layer" if not sizes else f"layers with (experts, redundant experts) of {sorted(sizes)}"
+            raise ValueError(
+                f"model has {what} over process_group: it needs trainable layers of equal numbers of experts"
+            )
+        self.interval = interval
+        self.num_moved = 0
+        self._group = process_group
+        self._policy = make_policy(policy, **options)
+        self._topology = Topology(self.layers[0].owned.num_ranks)
+        self._num_steps = 0
+        self._seen_LE = self._load()
+
+    def step(self) -> bool:
+        """Returns whether it looked at the load, which is collective: every `interval`-th call."""
+        self._num_steps += 1
+        if self._num_steps % self.interval:
+            return False
+        load_LE = self._load()
+        window_LE, self._seen_LE = load_LE - self._seen_LE, load_LE
+        gathered = all_gather_rows(window_LE.flatten()[None], self._group).sum(dim=0).view_as(window_LE)
+        self._rebalance(gathered.cpu().numpy())
+        return True
+
+    def _load(self) -> torch.Tensor:
+        """int64 [L, E], of this rank since the start."""
+        return torch.stack([one.owned.load_E for one in self.layers])
+
+    def _rebalance(self, load_LE: np.ndarray) -> None:
+        physical_LWP = np.stack([one.owned.placement.compact() for one in self.layers])
+        proposal = self._policy.propose(load_LE[:, None, :], physical_LWP, self._topology)
+        for experts, physical_WP, shares_WP in zip(
+            self.layers, proposal.physical_LWP, proposal.shares_LWP, strict=True
+        ):
+            old = experts.owned.placement.lanes_WS
+            new, shares_WS = _in_place(old, physical_WP, shares_WP)
+            self.num_moved += int((new != old).sum())
+            experts.place(Placement(new, experts.num_experts), shares_WS)
+
+
+def _in_place(lanes_WS: np.ndarray, physical_WP: np.ndarray, shares_WP: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """The wanted experts of each rank in its lanes, those that stay in the lanes that they have.
+
+    Example: lanes `[[3, 1]]`, wanted `[[2, 3]]` → `[[3, 2]]`.
+    """
+    new_WS, shares_WS = np.empty_like(lanes_WS), np.zeros(lanes_WS.shape)
+    for rank, (held, wanted, shares) in enumerate(zip(lanes_WS, physical_WP, shares_WP, strict=True)):
+        left = list(range(len(wanted)))
+        empty = []
+        for lane, expert in enumerate(held):
+            at = next((place for place in left if wanted[place] == expert), None)
+            if at is None:
+                empty.append(lane)
+            else:
+                left.remove(at)
+                new_WS[rank, lane], shares_WS[rank, lane] = expert, shares[at]
+        for lane, at in zip(empty, left, strict=True):
+            new_WS[rank, lane], shares_WS[rank, lane] = wanted[at], shares[at]
+    return new_WS, shares_WS
