@@ -57,6 +57,13 @@ class TrainableExperts(Experts):
                 )
         return self.format.matrices(weights)
 
+    def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *rest: Any) -> None:
+        errors: list[str] = rest[-1]
+        before = len(errors)
+        super()._load_from_state_dict(state_dict, prefix, *rest)
+        if len(errors) == before and all(prefix + tensor.name in state_dict for tensor in self.format.tensors):
+            self.is_loaded = True
+
     def _rows(self, name: str) -> torch.Tensor:
         return getattr(self, name)
 

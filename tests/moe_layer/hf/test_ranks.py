@@ -203,8 +203,9 @@ def test_what_is_known_of_padding():
     assert [None if one is None else one.tolist() for one, _ in heard] == masks
     assert all(other is None for _, other in heard), "of another number of tokens"
     assert padding.mask_of(4) is None, "after the forward"
+    model.own = padding
     other = copy.deepcopy(model)
-    (hook,) = other._forward_pre_hooks.values()
-    assert hook.__self__ is not padding
+    hooks = [*other._forward_pre_hooks.values(), *other._forward_hooks.values()]
+    assert len(hooks) == 2 and all(hook.__self__ is other.own is not padding for hook in hooks)
     padding.remove()
     assert not model._forward_pre_hooks and not model._forward_hooks

@@ -100,6 +100,8 @@ def _trained(model, folder):
         disable_tqdm=True,
         save_strategy="no",
     )
+    assert arguments.device.type == next(model.parameters()).device.type
+    arguments._n_gpu = 1  # it would copy the model to every GPU
     trainer = Trainer(model=model, args=arguments, train_dataset=data)
     trainer.train()
     trainer.save_model(folder)
