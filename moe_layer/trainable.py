@@ -147,8 +147,12 @@ class TrainableExperts(Experts):
         self.publish()
         return written
 
-    def _load_from_state_dict(self, *arguments: Any) -> None:
-        super()._load_from_state_dict(*arguments)
+    def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *rest: Any) -> None:
+        errors: list[str] = rest[-1]
+        before = len(errors)
+        super()._load_from_state_dict(state_dict, prefix, *rest)
+        if len(errors) == before and all(prefix + tensor.name in state_dict for tensor in self.format.tensors):
+            self.is_loaded = True
         self.publish()
 
     def _rows(self, name: str) -> torch.Tensor:

@@ -4,6 +4,7 @@
 `MoELayer`, by a plain mapping; `load` checks everything, then streams into the slots.
 """
 
+from moe_layer.checkpoint.folder import CheckpointError
 from moe_layer.checkpoint.load import load_experts_from
 
-__all__ = ["load_experts_from"]
+__all__ = ["CheckpointError", "load_experts_from"]

@@ -7,7 +7,7 @@ Legend: E experts.
 
 import re
 from collections import defaultdict
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -122,7 +122,10 @@ class _Sources:
             names_of_all = numbered(names, experts.num_experts) if is_merged else tuple(names)
             parts.append(Part(names_of_all, is_fused=not is_merged))
         stored = layout.to_stored(name, torch.empty(_shape(experts, name), device="meta"))
-        convert = _Conversion(self._model, converter, patterns, target, stored.shape, is_merged)
+        steps = (
+            converter.operations[1:] if is_merged else converter.operations
+        )  # of one expert there is nothing to merge
+        convert = _Conversion(self._model, converter, steps, patterns, target, stored.shape)
         return Recipe(tuple(parts), lambda parts: layout.to_ours(name, convert(parts)))
 
 
@@ -130,9 +133,15 @@ class _Conversion:
     """transformers' steps, done to one expert: `convert(parts)` takes and gives tensors without a dimension for experts."""
 
     def __init__(
-        self, model: nn.Module, converter: Any, patterns: list[str], target: str, shape: torch.Size, is_merged: bool
+        self,
+        model: nn.Module,
+        converter: Any,
+        steps: Sequence[Any],
+        patterns: list[str],
+        target: str,
+        shape: torch.Size,
     ) -> None:
-        self._converter, self._patterns, self._target, self._is_merged = converter, patterns, target, is_merged
+        self._converter, self._steps, self._patterns, self._target = converter, steps, patterns, target
         self._config = getattr(model, "config", None)
         self._like = torch.empty((1, *shape), device="meta")
 
@@ -142,12 +151,8 @@ class _Conversion:
         return self._like
 
     def __call__(self, parts: list[torch.Tensor]) -> torch.Tensor:
-        # A list of one expert's tensors, which the first step merges; or a tensor of all experts, with one row.
-        held: Any = {
-            pattern: [part] if self._is_merged else [part[None]]
-            for pattern, part in zip(self._patterns, parts, strict=True)
-        }
-        for step in self._converter.operations:
+        held = {pattern: part[None] for pattern, part in zip(self._patterns, parts, strict=True)}
+        for step in self._steps:
             held = step.convert(
                 held,
                 source_patterns=self._converter.source_patterns,
@@ -158,7 +163,6 @@ class _Conversion:
                 missing_keys=None,
             )
         (made,) = held.values()
-        made = made[0] if isinstance(made, list) else made
         if made.shape[:1] != (1,):
             raise CheckpointError(f"transformers' conversion of one expert gives {tuple(made.shape)}")
         return made[0]

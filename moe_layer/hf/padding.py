@@ -54,6 +54,5 @@ class Padding:
     def __deepcopy__(self, memo: dict[int, Any]) -> "Padding":
         """Of a copy of the model, whose hooks are copies of these methods. Its handles are not copied."""
         copy = Padding.__new__(Padding)
-        memo[id(self)] = copy
         copy._current, copy._names, copy._handles = threading.local(), self._names, []
         return copy

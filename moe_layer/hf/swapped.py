@@ -159,11 +159,7 @@ class Swapped(Relocatable, Experts):
                 if value is not None and self._fits(tensor.name, value, 1):
                     converted[prefix + tensor.name] = self.layout.to_ours(tensor.name, value)
             state_dict = {**state_dict, **converted}
-        errors: list[str] = rest[-1]
-        before = len(errors)
         super()._load_from_state_dict(state_dict, prefix, *rest)
-        if len(errors) == before and all(prefix + tensor.name in state_dict for tensor in self.format.tensors):
-            self.is_loaded = True
 
     def __deepcopy__(self, memo: dict[int, Any]) -> "Swapped":
         memo[id(self.executor.dispatcher)] = self.executor.dispatcher

@@ -178,10 +178,12 @@ def test_the_experts_number():
             numbered(names, 3)
 
 
-def test_half_loaded_experts_are_refused(device, tmp_path, monkeypatch):
+@pytest.mark.parametrize("trainable", [False, True])
+def test_half_loaded_experts_are_refused(trainable, device, tmp_path, monkeypatch):
     every = tensors("mlp", ("gate_proj", "up_proj", "down_proj"))
     st.save_file(every, tmp_path / "model.safetensors")
-    layer, x = make_layer(None, device), torch.randn(3, HIDDEN, device=device)
+    layer, x = make_layer(None, device, trainable=trainable), torch.randn(3, HIDDEN, device=device)
+    whole = {name: one.clone() for name, one in layer.state_dict().items()}
     read = Checkpoint.read
 
     def failing(self, name, row=None):
@@ -192,9 +194,15 @@ def test_half_loaded_experts_are_refused(device, tmp_path, monkeypatch):
     monkeypatch.setattr(Checkpoint, "read", failing)
     with pytest.raises(OSError, match="the disk is gone"):
         load_experts_from(layer, tmp_path, prefix="mlp", progress=False)
-    for use in (lambda: layer(x), layer.state_dict):
+    for use in (lambda: layer(x), layer.state_dict)[: 1 if trainable else 2]:
         with pytest.raises(RuntimeError, match="the experts have no weights, or only some"):
             use()
+    with pytest.raises(RuntimeError, match="Missing key"):
+        layer.load_state_dict({name: one for name, one in whole.items() if "down" not in name})
+    with pytest.raises(RuntimeError, match="the experts have no weights, or only some"):
+        layer(x)
+    layer.load_state_dict(whole)
+    assert layer(x).isfinite().all()
     monkeypatch.undo()
     load_experts_from(layer, tmp_path, prefix="mlp", progress=False)
     assert layer(x).isfinite().all()

@@ -21,7 +21,7 @@ step, and our kernels once. The next layer's router may then choose another expe
 above 0.1 are.
 
 `python -m tests.moe_layer.hf.table` writes this page. `tests/moe_layer/hf` checks more of each family: router logits, auxiliary
-loss, greedy generation, saving and loading.
+loss, greedy generation, saving, loading whole and expert by expert (`load_experts_from`).
 
 | family | experts | fp32 | bf16 | routing in our kernel |
 |---|---|---|---|---|

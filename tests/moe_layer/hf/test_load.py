@@ -60,6 +60,10 @@ def test_trainable(family, device, tmp_path):
         logits_of(lean, tokens)
     load_experts_from(lean, tmp_path, progress=False)
     assert relative(logits_of(lean, tokens), logits_of(model.to(device), tokens)) <= 1e-5
+    other = without_experts(model, tmp_path, device)
+    swap_experts(other, trainable=True)
+    other.load_state_dict(model.state_dict())
+    assert torch.equal(logits_of(other, tokens), logits_of(lean, tokens))
     lean(tokens, labels=tokens, use_cache=False).loss.backward()
     assert all(one.grad is not None for name, one in lean.named_parameters() if ".experts." in name)
 
@@ -120,6 +124,33 @@ def test_steps_that_are_not_of_one_expert():
             CheckpointError, match="t: the checkpoint stores experts in a way that cannot be read one by"
         ):
             _check_steps("t", loading.WeightConverter("a.*.x", "c", steps))
+
+
+@pytest.mark.parametrize("family", families(["aria_text"]))
+def test_conversions_to_a_transposed_layout(family, device, tmp_path, monkeypatch):
+    """One by one, as the model has them; and fused, as `nn.Linear` would."""
+    from transformers import conversion_mapping
+    from transformers.core_model_loading import MergeModulelist, Transpose, WeightConverter
+
+    model = make_model(family, device=device)
+    before = {name: one.cpu().clone() for name, one in model.state_dict().items() if ".experts." in name}
+    saved = {}
+    for name, tensor in before.items():
+        if "gate_up_proj" in name:
+            saved |= {name.replace("gate_up_proj", f"{e}.up"): tensor[e].clone() for e in range(8)}
+        else:
+            saved[name.replace("down_proj", "turned")] = tensor.transpose(1, 2).contiguous()
+    st.save_file(saved, tmp_path / "model.safetensors")
+    mapping = [
+        WeightConverter("mlp.experts.*.up", "mlp.experts.gate_up_proj", [MergeModulelist(dim=0)]),
+        WeightConverter("mlp.experts.turned", "mlp.experts.down_proj", [Transpose(1, 2, check_dims=True)]),
+    ]
+    monkeypatch.setattr(conversion_mapping, "get_model_conversion_mapping", lambda _: mapping)
+    swap_experts(model)
+    model.load_state_dict({name: torch.zeros_like(one) for name, one in before.items()}, strict=False)
+    assert load_experts_from(model, tmp_path, progress=False) == 16
+    after = model.state_dict()
+    assert all(torch.equal(after[name].cpu(), tensor) for name, tensor in before.items())
 
 
 def test_models_made_meanwhile():

@@ -27,12 +27,23 @@ def pair(family: str, device: str, **options):
     return model, twin
 
 
+GREEDY = {"max_new_tokens": 6, "do_sample": False, "eos_token_id": None, "cache_implementation": "static"}
+
+
 @pytest.mark.parametrize("family", families(["qwen3_moe", "gpt_oss", "deepseek_v3:groups"]))
 def test_generate_with_a_static_cache(family, device):
     model, twin = pair(family, device)
-    greedy = {"max_new_tokens": 6, "do_sample": False, "eos_token_id": None, "cache_implementation": "static"}
-    tokens = make_tokens(device)
+    greedy, tokens = {**GREEDY, "disable_compile": True}, make_tokens(device)
     assert torch.equal(model.generate(tokens, **greedy), twin.generate(tokens, **greedy))
+
+
+@pytest.mark.gpu
+def test_generate_compiles_for_a_static_cache():
+    """On a GPU `generate()` compiles the decode of itself, into CUDA graphs."""
+    model, twin = pair("qwen3_moe", "cuda")
+    tokens = make_tokens("cuda")
+    expected = twin.generate(tokens, **GREEDY, disable_compile=True)
+    assert torch.equal(model.generate(tokens, **GREEDY), expected)
 
 
 class _Logits(nn.Module):
@@ -100,6 +111,8 @@ def _trained(model, folder):
         disable_tqdm=True,
         save_strategy="no",
     )
+    assert arguments.device.type == next(model.parameters()).device.type
+    arguments._n_gpu = 1  # it would copy the model to every GPU
     trainer = Trainer(model=model, args=arguments, train_dataset=data)
     trainer.train()
     trainer.save_model(folder)
