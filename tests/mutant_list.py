@@ -913,7 +913,52 @@ ONE_SIDED = (
     ),
 )
 
+TRAINING = (
+    # The weights of the last step stay in the lanes.
+    Mutant(
+        "moe_layer/trainable.py",
+        "self._is_stale = True",
+        "pass",
+        (f"{L}training_moves.py",),
+        inside="def _note_backward",
+    ),
+    # Of an expert's replicas one has a gradient.
+    Mutant(
+        "moe_layer/publish.py",
+        "total[self._rows[turn]] += received[turn].float()  # no row twice: no order among threads",
+        "pass",
+        (f"{L}training_moves.py",),
+    ),
+    # A new placement goes by the old one's route.
+    Mutant(
+        "moe_layer/trainable.py",
+        "self._copies, self._route = keep, None",
+        "self._copies = keep",
+        (f"{L}training_moves.py",),
+    ),
+    # An expert that stays is said to have moved.
+    Mutant("moe_layer/balance.py", "left.remove(at)", "left.remove(left[0])", (f"{L}training_moves.py",)),
+    # Ids past the last expert are computed by one of them.
+    Mutant(
+        "kernels/moe_kernels/experts.py",
+        "exists = (expert_ids_TK >= 0) & (expert_ids_TK < num_experts)",
+        "exists = expert_ids_TK >= 0",
+        (f"{K}experts.py",),
+    ),
+    # A step that has something to do is passed over.
+    Mutant(
+        "eplb/load_window.py",
+        "later = [sample for sample in (*self._sample_at, self._interval) if sample > position]",
+        "later = [self._interval]",
+        (f"{E}load_window.py", f"{E}controller.py"),
+    ),
+    # A bound of bytes earns while it is spent.
+    Mutant(
+        "eplb/relocation/communicator/pace.py", "self._budget -= piece", "self.look()", (f"{E}communicator_pieces.py",)
+    ),
+)
+
 MUTANTS = (
     *RELOCATION, *LOAD, *ROUNDS, *WORKER, *CONTROLLER, *PLANNING, *LAYER, *BATCH_SHARES, *KERNELS, *ONE_SIDED,
-    *GRADIENTS,
+    *GRADIENTS, *TRAINING,
 )  # fmt: skip

@@ -11,7 +11,7 @@ from eplb.planning.placement import Placement
 from eplb.planning.shares import equal_shares
 from eplb.relocation.pins import Pin, Pins
 from eplb.relocation.pool import SlotPool
-from eplb.relocation.table import ExpertTable, map_lanes
+from eplb.relocation.table import ExpertTable
 from eplb.relocation.versions import Version
 from eplb.streams import DeviceStreams
 
@@ -71,8 +71,7 @@ class ResidentExperts:
         self.versions = pool.place(placement, shares_WS, rank)
         self.pins = Pins(self.versions, streams.gate)
         streams.gate.join(streams.current())  # forwards of a layer that was dropped may still read the slots
-        lanes = [(self.table, lane, slot) for lane, slot in enumerate(self.current.slots_S)]
-        map_lanes(lanes, streams.current())
+        self.table.map_all(self.current.slots_S)
         self.controller: Any = None
         self.quiesced: Callable[[], AbstractContextManager[None]] = nullcontext
 

@@ -57,6 +57,11 @@ class ExpertTable:
         """`stage()` of this table alone."""
         stage([self], [table_words(placement, shares_WS)], stream)
 
+    def map_all(self, slots_S: Sequence[int]) -> None:
+        """What `map_lanes` says of single lanes, of all; it is there, for every stream, when this returns."""
+        self._lane_words[:] = slots_S
+        self.lane_to_slot_S.copy_(self._lanes_host)
+
     def _write_host(self, words: np.ndarray) -> None:
         if len(words) != len(self._host_words) or words[self.num_experts] != self.num_physical:
             raise ValueError(
