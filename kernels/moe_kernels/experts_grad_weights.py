@@ -73,13 +73,17 @@ def _experts_grad_weights_kernel(
     lane = tl.load(first_lane_ptr + slot)
     while lane >= 0:  # as a rule one
         start, end = tl.load(offsets_ptr + lane), tl.load(offsets_ptr + lane + 1)
+        left_rows = _rows_at(order_ptr, start + k, start + k < end, left_fanout, stride_left)
+        right_rows = _rows_at(order_ptr, start + k, start + k < end, right_fanout, stride_right)
         for first in range(start, end, BLOCK_K):
-            position = first + k
-            inside = position < end
-            left_at = left_ptr + _rows_at(order_ptr, position, inside, left_fanout, stride_left)[:, None] + m[None, :]
-            right_at = (
-                right_ptr + _rows_at(order_ptr, position, inside, right_fanout, stride_right)[:, None] + n[None, :]
-            )
+            inside = first + k < end
+            left_at = left_ptr + left_rows[:, None] + m[None, :]
+            right_at = right_ptr + right_rows[:, None] + n[None, :]
+            # The next rows' numbers are loaded here, so that no load of an iteration waits for another one of it: for such
+            # chains Triton's pipeline keeps two buffers, however many stages it has.
+            position = first + BLOCK_K + k
+            left_rows = _rows_at(order_ptr, position, position < end, left_fanout, stride_left)
+            right_rows = _rows_at(order_ptr, position, position < end, right_fanout, stride_right)
             left_exists, right_exists = inside[:, None], inside[:, None]
             if not EVEN_M:
                 left_exists &= m[None, :] < height

@@ -35,7 +35,6 @@ class GradientConfigs:
 
 
 _ANY = 1 << 62  # more than there can be
-# For `weights` the first of `num_stages` loads the numbers of rows, so one buffer less is needed.
 _FEW = GemmConfig(block_m=64, block_n=128, block_k=64, num_warps=4, num_stages=3)
 _SQUARE = GemmConfig(block_m=128, block_n=128, block_k=64, num_warps=8, num_stages=3)
 _WIDE = GemmConfig(block_m=128, block_n=256, block_k=64, num_warps=8, num_stages=3)
