@@ -44,13 +44,14 @@ _TABLE_16_BIT = (
     (64, GradientConfigs(_FEW, replace(_SQUARE, block_k=32), _FEW)),
     (_ANY, GradientConfigs(_SQUARE, _SQUARE, _SQUARE)),
 )
-# Measured on an H200 with 128 to 4,096 rows per expert (qwen3, gptoss, dsv3, mixtral). Loads of `weights` wait for the rows'
-# numbers, which takes two of its stages: so shallow blocks and many stages.
+# Measured on an H200 with 128 to 4,096 rows per expert (qwen3, gptoss, dsv3, mixtral; docs/log.md). Two programs of `weights`
+# must fit on a multiprocessor: where rows are few, one stores while the other multiplies.
 _HOPPER = replace(_WIDE, num_stages=4)
+_SHALLOW = replace(_SQUARE, block_k=32, num_stages=4)
 _TABLE_HOPPER = (
-    (64, GradientConfigs(_FEW, replace(_SQUARE, block_k=32, num_stages=6), _FEW)),
-    (512, GradientConfigs(_HOPPER, replace(_SQUARE, block_k=32, num_stages=6), _HOPPER)),
-    (_ANY, GradientConfigs(_HOPPER, replace(_SQUARE, num_stages=5, group_m=4), _HOPPER)),
+    (64, GradientConfigs(_FEW, _SHALLOW, _FEW)),
+    (128, GradientConfigs(_HOPPER, _SHALLOW, _HOPPER)),
+    (_ANY, GradientConfigs(_HOPPER, _SQUARE, _HOPPER)),
 )
 _TABLE_32_BIT = ((_ANY, GradientConfigs(_IEEE, replace(_IEEE, block_m=64), _IEEE)),)
 
