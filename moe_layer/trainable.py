@@ -19,7 +19,7 @@ class TrainableExperts(Experts):
 
     Optimizers, FSDP2's `fully_shard`, parametrizations and `state_dict()` treat them as those of any module. For
     `DistributedDataParallel` over ranks that share the experts see `moe_layer.ignore_in_ddp`; `fully_shard` over them
-    needs ``ignored_params=set(layer.experts.parameters())``, and raises RuntimeError without.
+    needs ``ignored_params=moe_layer.ignore_in_fsdp(model)``, and raises RuntimeError without.
     """
 
     trainable = True
