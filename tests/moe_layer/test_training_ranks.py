@@ -35,6 +35,7 @@ def test_two_ranks(rank, num_ranks, group, device):
     if device.type == "cpu":  # gloo does not gather a GPU's parameters
         for options in DISPATCHERS:
             check_training(rank, group, device, wrap_in_fsdp, options)
+    dist.barrier(group)  # gloo's threads then hold no tensor any more, which they could not free while Python ends
 
 
 @distributed(num_ranks=2, backend="nccl")
