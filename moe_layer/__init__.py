@@ -7,7 +7,7 @@ schedule → GEMMs (`moe_kernels`) → combine (`dispatch`). On one rank all of 
 from moe_layer.balance import TrainingBalancer
 from moe_layer.batch_shares import BatchShares
 from moe_layer.checkpoint import load_experts_from
-from moe_layer.ddp import ignore_in_ddp
+from moe_layer.ddp import ignore_in_ddp, ignore_in_fsdp
 from moe_layer.dispatch import AllGatherDispatcher, AllToAllDispatcher, Dispatched, Dispatcher
 from moe_layer.expert_format import Activation, ExpertFormat, ExpertTensor
 from moe_layer.layer import MoELayer
@@ -28,6 +28,7 @@ __all__ = [
     "RouterRule",
     "TrainingBalancer",
     "ignore_in_ddp",
+    "ignore_in_fsdp",
     "load_experts_from",
     "make_pool",
 ]

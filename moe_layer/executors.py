@@ -26,6 +26,7 @@ from moe_kernels.main_grads import has_main_grads
 from moe_layer.batch_shares import BatchShares
 from moe_layer.dispatch import Dispatched, Dispatcher
 from moe_layer.dispatch.base import Incoming
+from moe_layer.divided import with_gradients_over, with_gradients_times
 from moe_layer.experts import Experts
 from moe_layer.recomputed import Recomputed
 from moe_layer.router import Router
@@ -220,7 +221,13 @@ class ExpertParallelExecutor:
         assert self.dispatcher is not None
         known = {} if incoming is None else {"incoming": incoming}  # only where the dispatcher has asked for it
         sent = self.dispatcher.dispatch(x_TH, weights_TK, lanes_TK, counts_L, experts.backend, max_tokens, **known)
-        rows_NH = compute_rows(experts, sent, lanes_TK.shape[1])
+        divisor = experts.gradient_divisor or 1
+        if divisor != 1 and torch.is_grad_enabled():
+            rows_NH = compute_rows(experts, with_gradients_times(sent, divisor), lanes_TK.shape[1])
+            assert rows_NH is not None
+            rows_NH = with_gradients_over(rows_NH, divisor)
+        else:
+            rows_NH = compute_rows(experts, sent, lanes_TK.shape[1])
         return self.dispatcher.combine(rows_NH, sent, lanes_TK, experts.backend)
 
 

@@ -36,12 +36,15 @@ class Experts(nn.Module):
         backend: of the kernels on this device: "triton" or "torch".
         tma: whether tiles are chosen for the tensor memory accelerator.
         number: names this object to compiled graphs.
+        gradient_divisor: what gradients of the weights, if they are parameters, are divided by, because those of dense
+            parameters are averaged over as many ranks; None: nobody has said, and they are not. See `moe_layer.ddp`.
         is_loaded: False while the weights are known to lack, or to be half-loaded: forwards are refused then.
     """
 
     trainable: bool
     device: torch.device
     dtype: torch.dtype
+    gradient_divisor: float | None = None
     is_loaded: bool = True
 
     def __init__(

@@ -75,7 +75,8 @@ class MoELayer(Relocatable, nn.Module):
         activation: of the gate: "silu" (SwiGLU), "gelu" (exact GELU; GeGLU), "gelu_tanh" or "relu2" (relu squared).
         trainable: whether the router's and the experts' weights are parameters that require gradients. The experts are
             then this rank's E / ranks, at `experts.gate_up_proj` and `experts.down_proj`; `pool` must be left alone, and the
-            layer cannot be registered. For DDP see `moe_layer.ignore_in_ddp`.
+            layer cannot be registered. For DDP see `moe_layer.ignore_in_ddp`, for FSDP2 `ignore_in_fsdp`; for losses and
+            clipping `moe_layer.training`.
         num_redundant_experts: physical experts beyond one per logical expert; E plus these must divide by the ranks.
         num_shadow_slots: experts of this layer that a relocation may replace at once on a rank; as many slots of memory
             on top, if the pool is the layer's own. 0: its experts never move.

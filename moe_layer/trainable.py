@@ -24,7 +24,7 @@ class TrainableExperts(Experts):
 
     Optimizers, FSDP2's `fully_shard`, parametrizations and `state_dict()` treat them as those of any module, whatever the
     placement. For `DistributedDataParallel` over ranks that share the experts see `moe_layer.ignore_in_ddp`; `fully_shard`
-    over them needs ``ignored_params=set(layer.experts.parameters())``, and raises RuntimeError without.
+    over them needs ``ignored_params=moe_layer.ignore_in_fsdp(model)``, and raises RuntimeError without.
 
     While each expert computes at its owner alone, the kernels read the parameters themselves. Else they read copies, one a
     lane: the first forward after a backward, a load or `place()` sends the weights to them, and each backward returns their

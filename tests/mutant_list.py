@@ -956,6 +956,76 @@ TRAINING = (
     Mutant(
         "eplb/relocation/communicator/pace.py", "self._budget -= piece", "self.look()", (f"{E}communicator_pieces.py",)
     ),
+    # Gradients of experts are sums where others are means.
+    Mutant(
+        "moe_layer/executors.py",
+        "divisor = experts.gradient_divisor or 1",
+        "divisor = 1",
+        (f"{L}training_ranks.py",),
+    ),
+    # The gradient of x is divided too.
+    Mutant(
+        "moe_layer/divided.py",
+        "rows_RH=_ScaleGradient.apply(rows.rows_RH, divisor),",
+        "rows_RH=rows.rows_RH,",
+        (f"{L}training_ranks.py",),
+    ),
+    # A router's gradient through its weights is divided too.
+    Mutant(
+        "moe_layer/divided.py",
+        "row_weights_N=_ScaleGradient.apply(rows.row_weights_N, divisor),",
+        "row_weights_N=rows.row_weights_N,",
+        (f"{L}training_ranks.py",),
+    ),
+    # Each rank clips by the norm of its own experts.
+    Mutant(
+        "moe_layer/training/clip_grad.py",
+        "yield parameter, (*_sharded_over(parameter), *experts.get(id(parameter), ()))",
+        "yield parameter, _sharded_over(parameter)",
+        (f"{L}training_ranks.py",),
+    ),
+    # FSDP2's shards count on their own rank alone.
+    Mutant(
+        "moe_layer/training/clip_grad.py",
+        "if isinstance(placement, Shard) and mesh.size(dim) > 1",
+        "if isinstance(placement, Shard) and mesh.size(dim) > 2",
+        (f"{L}training_ranks.py",),
+    ),
+    # A rank with fewer tokens weighs as much as the others.
+    Mutant(
+        "moe_layer/training/losses.py",
+        "tokens_1, counts_E = sums[:1], sums[1:]",
+        "tokens_1, counts_E = tokens_1 * num_ranks, sums[1:]",
+        (f"{L}training_ranks.py",),
+    ),
+    # Scores of padding count.
+    Mutant(
+        "moe_layer/training/losses.py",
+        "scores_TE = scores_TE.masked_fill(~mask_T[:, None], 0)",
+        "scores_TE = scores_TE",
+        (f"{L}training.py",),
+    ),
+    # The bias goes the wrong way.
+    Mutant(
+        "moe_layer/training/correction_bias.py",
+        "return bias_E.sub_(above_E.sign().float(), alpha=rate)",
+        "return bias_E.add_(above_E.sign().float(), alpha=rate)",
+        (f"{L}training.py",),
+    ),
+    # The mean over one batch that all ranks hold is divided once more.
+    Mutant(
+        "moe_layer/ddp.py",
+        'return 1 if getattr(experts, "tokens", "own") == "replicated" else len(ranks)',
+        "return len(ranks)",
+        ("tests/moe_layer/hf/test_ranks.py",),
+    ),
+    # DDP does not hear of a swapped model's experts.
+    Mutant(
+        "moe_layer/ddp.py",
+        'ignored += [f"{prefix}{one}" for one, _ in experts.named_parameters()]',
+        "pass",
+        ("tests/moe_layer/hf/test_ranks.py",),
+    ),
 )
 
 MUTANTS = (

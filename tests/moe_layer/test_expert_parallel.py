@@ -9,7 +9,7 @@ from torch.nn.parallel import DistributedDataParallel
 from torch.utils.checkpoint import checkpoint
 
 from eplb import EplbController
-from moe_layer import AllToAllDispatcher, MoELayer, ignore_in_ddp, make_pool
+from moe_layer import AllToAllDispatcher, MoELayer, ignore_in_ddp, ignore_in_fsdp, make_pool
 from tests.conftest import TOLERANCES
 from tests.distributed import distributed
 from tests.moe_layer.ranks import EXPERTS, HIDDEN, INTERMEDIATE, TOP_K, make_layer, tokens
@@ -56,6 +56,7 @@ def test_four_ranks(rank, num_ranks, group, device):
     check_outputs(rank, num_ranks, group, device, torch.float32)
     check_states_between_rank_counts(rank, num_ranks, group, device)
     check_other_group(rank, device)
+    check_copies(rank, group, device)
 
 
 @distributed(num_ranks=2, backend="nccl")
@@ -383,6 +384,7 @@ def check_ddp(rank, group, device):
         trained = model(trainable=True) if around else make_layer(group, device, trainable=True)
         layer = trained[1] if around else trained
         names = ignore_in_ddp(trained)
+        assert layer.experts.gradient_divisor is None
         prefix = "1." if around else ""
         assert names == [f"{prefix}experts.down_proj", f"{prefix}experts.gate_up_proj"]
         before = {name: tensor.clone() for name, tensor in layer.state_dict().items()}
@@ -390,6 +392,7 @@ def check_ddp(rank, group, device):
         wrapped = DistributedDataParallel(trained)
         assert all(torch.equal(tensor, before[name]) for name, tensor in layer.state_dict().items())
         assert torch.equal(wrapped(x), y)
+        assert layer.experts.gradient_divisor == 2
         wrapped(x).square().sum().backward()
         gate = layer.gate.weight.grad.clone()
         dist.broadcast(gate, 0, group=group)
@@ -469,6 +472,26 @@ def check_other_group(rank, device):
         EplbController(process_group=columns[rank % 2]).register(layer)
 
 
+def check_copies(rank, group, device):
+    """Two groups of two ranks share experts, under DDP over all four: nothing would keep the copies equal."""
+    rows = [dist.new_group(ranks) for ranks in ([0, 1], [2, 3])]
+    layer = make_layer(rows[rank // 2], device, trainable=True)
+    x = torch.randn(6, HIDDEN, generator=torch.Generator().manual_seed(rank)).to(device)
+    others = [[2, 3], [0, 1]][rank // 2]
+    wrapped = DistributedDataParallel(layer, process_group=group)
+    with pytest.raises(RuntimeError, match=rf"over ranks that do not share the experts, \{others}: they hold copies"):
+        wrapped(x)
+    with pytest.raises(ValueError, match=rf"mesh must have no ranks but .* got also \{others}: they hold copies"):
+        ignore_in_fsdp(layer)
+    ignore_in_ddp(layer, gradient_divisor=4)  # who reduces them says so
+    wrapped(x).sum().backward()
+    assert ignore_in_fsdp(layer, gradient_divisor=3) == set(layer.experts.parameters())
+    own = layer.experts.down_proj.grad.clone()
+    layer.zero_grad()
+    layer(x).sum().backward()
+    torch.testing.assert_close(own * 4, layer.experts.down_proj.grad * 3)
+
+
 def assert_replicas_are_equal(layer, state):
     for expert, slots in layer.resident.live_slots().items():
         for slot in slots:
@@ -502,7 +525,7 @@ def check_fsdp2(rank, group, device):
         RuntimeError, match=r"experts.gate_up_proj cannot be sharded over the ranks \[0, 1\], which hold"
     ):
         fully_shard(model(trainable=True), mesh=mesh)
-    fully_shard(trained, mesh=mesh, ignored_params=set(trained[1].experts.parameters()))
+    fully_shard(trained, mesh=mesh, ignored_params=ignore_in_fsdp(trained, mesh))
     sharded = trained(x)
     assert torch.equal(sharded, y)
     sharded.square().sum().backward()

@@ -11,10 +11,12 @@ from datetime import timedelta
 import pytest
 import torch
 import torch.distributed as dist
+from torch.nn.parallel import DistributedDataParallel
 
 pytest.importorskip("transformers")
 pytest.importorskip("safetensors")
 
+from moe_layer import ignore_in_ddp
 from moe_layer.checkpoint.folder import Checkpoint
 from moe_layer.collectives import all_gather_rows
 from moe_layer.hf import load_experts_from, swap_experts, unswap_experts
@@ -58,8 +60,11 @@ def _one_batch_for_all(rank, group, device):
     trained, _ = swapped(0, device, group, tokens="replicated", trainable=True)
     for one in (model, trained, twin):
         one(tokens, labels=tokens, use_cache=False).loss.backward()
+    wrapped, _ = swapped(0, device, group, tokens="replicated", trainable=True)
+    ignore_in_ddp(wrapped)
+    DistributedDataParallel(wrapped)(tokens, labels=tokens, use_cache=False).loss.backward()
     wanted = dict(twin.named_parameters())
-    for one in (model, trained):
+    for one in (model, trained, wrapped):
         for name, parameter in one.named_parameters():
             gradient = wanted[name].grad
             if ".experts." in name:  # this rank's four

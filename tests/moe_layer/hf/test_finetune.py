@@ -1,0 +1,42 @@
+"""`examples/finetune.py` as a user runs it."""
+
+from __future__ import annotations
+
+import importlib.util
+import re
+from pathlib import Path
+
+import pytest
+
+pytest.importorskip("transformers")
+
+from moe_layer.hf import implementation
+
+EXAMPLE = Path(__file__).parents[3] / "examples" / "finetune.py"
+SMALL = ["--batch", "4", "--length", "32", "--hidden-size", "32"]
+
+
+@pytest.fixture
+def example():
+    spec = importlib.util.spec_from_file_location("finetune", EXAMPLE)
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+def test_it_learns_as_its_twin_does(example, capsys):
+    assert example.main([*SMALL, "--steps", "20"]) == 0
+    said = capsys.readouterr().out
+    steps = re.findall(r"^ +\d+ +(\d+\.\d+) +(\d+\.\d+) ", said, re.MULTILINE)
+    assert len(steps) == 20
+    losses = [float(one) for one, _ in steps]
+    assert losses == pytest.approx([float(other) for _, other in steps], rel=1e-4)
+    assert sum(losses[-5:]) < sum(losses[:5]) - 1
+    assert re.search(r"largest relative difference of the losses \d\.\de-\d", said)
+
+
+def test_it_says_when_the_losses_differ(example, monkeypatch):
+    """Experts that say a tenth too much."""
+    right = implementation.moe_experts
+    monkeypatch.setattr(implementation, "moe_experts", lambda *args, **options: 1.1 * right(*args, **options))
+    assert example.main([*SMALL, "--steps", "3"]) == 1
