@@ -39,6 +39,21 @@ TINY = 1e-6
 """Benefits below this (a millionth of a rank's mean load) are none."""
 
 
+def largest(value_AK: np.ndarray, num: int) -> np.ndarray:
+    """Where the `num` largest values of each row are, the largest first; ties go to the first: int64 [A, ≤ num].
+
+    As a stable sort, whose time would be most of the search's: few are asked for, of thousands.
+    """
+    # Rounded: the last bits differ between platforms (BLAS), and must not decide. Above -inf, which marks the places found.
+    left_AK = np.maximum(np.round(value_AK, 9), np.finfo(np.float64).min)
+    rows = np.arange(len(left_AK))
+    place_AK = np.zeros((len(left_AK), min(num, left_AK.shape[1])), dtype=np.int64)
+    for k in range(place_AK.shape[1]):
+        place_AK[:, k] = left_AK.argmax(axis=1)
+        left_AK[rows, place_AK[:, k]] = -np.inf
+    return place_AK
+
+
 @dataclass
 class Changes:
     """K candidates of each layer, best first: put `expert_AKM[..., i]` into lane `lane_AKM[..., i]`; M is 1 or 2 moves.
@@ -55,10 +70,9 @@ class Changes:
 
     def best(self, num: int) -> Changes:
         """The `num` best of each layer; ties go to the first."""
-        # Rounded: the last bits differ between platforms (BLAS), and must not decide.
-        order = np.argsort(-np.round(self.score_AK, 9), axis=1, kind="stable")[:, :num]
-        if not order.shape[1]:
+        if not self.score_AK.shape[1]:
             return self._none()
+        order = largest(self.score_AK, num)
         rows = np.arange(len(order))[:, None]
         return Changes(
             self.lane_AKM[rows, order],
@@ -178,8 +192,8 @@ def singles(now: Situation, num: int) -> Changes:
     num_layers = len(now.limit_A)
     rows = np.arange(num_layers)[:, None]
     worth_AE = now.load_AE / (now.count_AE + 1)
-    promise = np.where(now.gain_AE > TINY, np.round(now.gain_AE + FLEXIBILITY * worth_AE, 9), -np.inf)
-    expert_AK = np.argsort(-promise, axis=1, kind="stable")[:, :EXPERTS_TRIED]
+    promise = np.where(now.gain_AE > TINY, now.gain_AE + FLEXIBILITY * worth_AE, -np.inf)
+    expert_AK = largest(promise, EXPERTS_TRIED)
     num_tried = expert_AK.shape[1]
     lane_AS = now.by_layer(split.lane_R, 0)
     rank_AS = now.rank_Q[lane_AS]
@@ -202,11 +216,7 @@ def singles(now: Situation, num: int) -> Changes:
     worth_AK = worth_AE[rows, expert_AK]
     score_AKS = score_AKS + FLEXIBILITY * (worth_AK[:, :, None] - spared_AS[:, None])
     score_AKS = np.where(useful_AKS, score_AKS, -np.inf)
-    rounded = np.round(score_AKS, 9)
-    if num == 1 and lane_AS.size:
-        place_AKn = rounded.argmax(axis=2)[:, :, None]
-    else:
-        place_AKn = np.argsort(-rounded, axis=2, kind="stable")[:, :, :num]
+    place_AKn = largest(score_AKS.reshape(num_layers * num_tried, -1), num).reshape(num_layers, num_tried, -1)
     score = np.take_along_axis(score_AKS, place_AKn, axis=2).reshape(num_layers, -1)
     lane = lane_AS[rows[:, :, None], place_AKn].reshape(num_layers, -1)
     expert = np.repeat(expert_AK, place_AKn.shape[2], axis=1)
@@ -227,16 +237,16 @@ def doubles(now: Situation, num: int, num_sources: int = 1) -> Changes:
     rows = np.arange(num_layers)[:, None]
     holds_AWE = np.zeros((num_layers, now.num_ranks, now.load_AE.shape[1]), dtype=bool)
     holds_AWE[rows, now.rank_Q, now.physical_AQ] = True
-    hottest_AH = np.argsort(-np.round(now.excess_AW, 9), axis=1, kind="stable")[:, :num_sources]
+    hottest_AH = largest(now.excess_AW, num_sources)
     found = [_exchanges(now, holds_AWE, hottest_AH[:, h]).best(num) for h in range(hottest_AH.shape[1])]
     if now.flow_R.size:
-        hot_AH = np.argsort(-np.round(now.gain_AE, 9), axis=1, kind="stable")[:, :num_sources]
+        hot_AH = largest(now.gain_AE, num_sources)
         # The lane to give up: one whose rank has room without it, and better one of a light expert.
         split = now.split
         lane_AS = now.by_layer(split.lane_R, 0)
         spare_AS = now.by_layer(now.room_without_R - now.loss_R, -np.inf)
         worth_AS = now.by_layer(split.load_per_replica_R, 0.0)
-        third_AH = np.argsort(-np.round(spare_AS - FLEXIBILITY * worth_AS, 9), axis=1, kind="stable")[:, :num_sources]
+        third_AH = largest(spare_AS - FLEXIBILITY * worth_AS, num_sources)
         for t in range(third_AH.shape[1]):
             third_A1 = third_AH[:, t : t + 1]
             lane_A1, spare_A1 = lane_AS[rows, third_A1], spare_AS[rows, third_A1]
