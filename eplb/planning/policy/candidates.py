@@ -16,7 +16,6 @@ cycles it overestimates, which the caller finds out by solving the shares.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -238,7 +237,7 @@ def doubles(now: Situation, num: int, num_sources: int = 1) -> Changes:
     holds_AWE = np.zeros((num_layers, now.num_ranks, now.load_AE.shape[1]), dtype=bool)
     holds_AWE[rows, now.rank_Q, now.physical_AQ] = True
     hottest_AH = largest(now.excess_AW, num_sources)
-    found = [_exchanges(now, holds_AWE, hottest_AH[:, h]).best(num) for h in range(hottest_AH.shape[1])]
+    found = [_exchanges(now, holds_AWE, hottest_AH[:, h], num) for h in range(hottest_AH.shape[1])]
     if now.flow_R.size:
         hot_AH = largest(now.gain_AE, num_sources)
         # The lane to give up: one whose rank has room without it, and better one of a light expert.
@@ -251,35 +250,43 @@ def doubles(now: Situation, num: int, num_sources: int = 1) -> Changes:
             third_A1 = third_AH[:, t : t + 1]
             lane_A1, spare_A1 = lane_AS[rows, third_A1], spare_AS[rows, third_A1]
             for h in range(hot_AH.shape[1]):
-                found.append(_chains(now, holds_AWE, hot_AH[:, h : h + 1], lane_A1, spare_A1).best(num))
+                found.append(_chains(now, holds_AWE, hot_AH[:, h : h + 1], lane_A1, spare_A1, num))
     changes = found[0]
     for other in found[1:]:
         changes = changes.with_(other)
     return changes
 
 
-def _exchanges(now: Situation, holds_AWE: np.ndarray, hot_A: np.ndarray) -> Changes:
+def _exchanges(now: Situation, holds_AWE: np.ndarray, hot_A: np.ndarray, num: int) -> Changes:
+    """The `num` best exchanges of rank `hot_A` of each layer with others."""
     num_layers, num_lanes = now.physical_AQ.shape
     rows = np.arange(num_layers)[:, None]
     per_rank = num_lanes // now.num_ranks
     lane_AP = hot_A[:, None] * per_rank + np.arange(per_rank)
     out_AP = now.physical_AQ[rows, lane_AP]
     shift_APQ = now.flow_AQ[rows, lane_AP][:, :, None] - now.flow_AQ[:, None]
-    pull_A = now.pull_AW[np.arange(num_layers), hot_A]
+    pull_A = now.pull_AW[rows[:, 0], hot_A]
     room_AQ = now.room_AW[:, now.rank_Q]
     score = np.minimum(shift_APQ, pull_A[:, None, None]) - np.maximum(shift_APQ - room_AQ[:, None], 0.0)
-    out_is_there_APQ = holds_AWE[rows[:, :, None], now.rank_Q[None, None], out_AP[:, :, None]]
+    out_is_there_APW = holds_AWE[rows[:, :, None], np.arange(now.num_ranks), out_AP[:, :, None]]
     in_is_here_AQ = holds_AWE[rows, hot_A[:, None], now.physical_AQ]
     cold_AQ = ~now.hot_AW[:, now.rank_Q]
-    fits = (cold_AQ & ~in_is_here_AQ)[:, None] & ~out_is_there_APQ & (score > TINY)
-    lanes = np.broadcast_arrays(np.arange(num_lanes)[None, None], lane_AP[:, :, None], shift_APQ)[:2]
-    experts = np.broadcast_arrays(out_AP[:, :, None], now.physical_AQ[:, None], shift_APQ)[:2]
-    return _two_moves(lanes, experts, np.where(fits, score / 2, -np.inf))
+    fits = (cold_AQ & ~in_is_here_AQ)[:, None] & ~np.repeat(out_is_there_APW, per_rank, axis=2) & (score > TINY)
+    score = np.where(fits, score / 2, -np.inf).reshape(num_layers, -1)
+    place_AK = largest(score, num)
+    number_AK, lane_AK = np.divmod(place_AK, num_lanes)
+    return Changes(
+        np.stack([lane_AK, lane_AP[rows, number_AK]], axis=2),
+        np.stack([out_AP[rows, number_AK], now.physical_AQ[rows, lane_AK]], axis=2),
+        score[rows, place_AK],
+        np.full(place_AK.shape, 2),
+    )
 
 
 def _chains(
-    now: Situation, holds_AWE: np.ndarray, hot_A1: np.ndarray, third_A1: np.ndarray, spare_A1: np.ndarray
+    now: Situation, holds_AWE: np.ndarray, hot_A1: np.ndarray, third_A1: np.ndarray, spare_A1: np.ndarray, num: int
 ) -> Changes:
+    """The `num` best chains that begin with expert `hot_A1` of each layer and end in lane `third_A1`."""
     num_layers, num_lanes = now.physical_AQ.shape
     rows = np.arange(num_layers)[:, None]
     third_rank_A1 = third_A1 // (num_lanes // now.num_ranks)
@@ -294,16 +301,11 @@ def _chains(
         & np.isfinite(spare_A1)
         & (score > TINY)
     )
-    lanes = np.broadcast_arrays(np.arange(num_lanes)[None], third_A1, score)[:2]
-    experts = np.broadcast_arrays(hot_A1, now.physical_AQ, score)[:2]
-    return _two_moves(lanes, experts, np.where(fits, score / 2, -np.inf))
-
-
-def _two_moves(lanes: Sequence[np.ndarray], experts: Sequence[np.ndarray], score: np.ndarray) -> Changes:
-    num_layers = len(score)
+    score = np.where(fits, score / 2, -np.inf)
+    lane_AK = largest(score, num)
     return Changes(
-        np.stack([a.reshape(num_layers, -1) for a in lanes], axis=2),
-        np.stack([a.reshape(num_layers, -1) for a in experts], axis=2),
-        score.reshape(num_layers, -1),
-        np.full((num_layers, score[0].size), 2, dtype=np.int64),
+        np.stack(np.broadcast_arrays(lane_AK, third_A1), axis=2),
+        np.stack(np.broadcast_arrays(hot_A1, now.physical_AQ[rows, lane_AK]), axis=2),
+        score[rows, lane_AK],
+        np.full(lane_AK.shape, 2),
     )
