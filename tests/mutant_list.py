@@ -466,8 +466,8 @@ PLANNING = (
     # The last copy of an expert is dropped.
     Mutant(
         "eplb/planning/waves.py",
-        "dropped = next((e for e in work.drops[rank] if work.counts[e] > 1), None)",
-        "dropped = next((e for e in work.drops[rank]), None)",
+        "dropped = next(e for e in work.drops[rank] if work.counts[e] > 1)",
+        "dropped = next(e for e in work.drops[rank])",
         (f"{E}plan.py",),
     ),
     # More moves than free slots.

@@ -10,14 +10,15 @@ from collections.abc import Sequence
 import numpy as np
 
 from eplb.planning.balance import free_placement_bound, max_over_mean, rank_loads
+from eplb.planning.layer_work import LayerWork, Move
 from eplb.planning.placement import EMPTY, Placement, count_experts
 from eplb.planning.plan import LayerUpdate, Plan, PlanSummary, Wave
 from eplb.planning.policy import Proposal, Topology
 from eplb.planning.shares import balanced_shares, cumulative_shares, equal_shares
-from eplb.planning.waves import LayerWork, Move, schedule_waves
+from eplb.planning.waves import schedule_waves
 
 GAP_BETWEEN = 1e-2
-"""How near to the optimum the shares of placements between two waves are: they serve for one wave."""
+"""How near to the optimum the largest rank load is between two waves: these shares serve for one wave."""
 
 SHARE_TOLERANCE = 1e-6
 """Shares that differ by less than this are the same: a millionth of an expert's tokens is worth no flip."""
@@ -113,7 +114,7 @@ def _with_shares(
     shares = iter(())
     if between:
         layers, lanes = zip(*between, strict=True)
-        shares = iter(balanced_shares(load_LE[list(layers)], np.stack(lanes), GAP_BETWEEN))
+        shares = iter(balanced_shares(load_LE[list(layers)], np.stack(lanes), GAP_BETWEEN, below=False))
     waves = []
     for wave in scheduled:
         updates = []
@@ -136,12 +137,16 @@ def _summarise(
     updates = [update for wave in waves for update in wave.updates]
     num_moves = sum(len(update.moves) for update in updates)
     balance_L, after = stale_L.copy(), []
-    for wave in waves:
-        layers = [update.layer for update in wave.updates]
-        lanes = np.stack([update.placement.lanes_WS for update in wave.updates])
-        shares = np.stack([update.shares_WS for update in wave.updates])
-        balance_L[layers] = max_over_mean(rank_loads(load_LE[layers], lanes, shares))
-        after.append(float(balance_L.mean()))
+    if updates:  # of all waves in one call
+        lanes = np.stack([update.placement.lanes_WS for update in updates])
+        shares = np.stack([update.shares_WS for update in updates])
+        balances = iter(
+            max_over_mean(rank_loads(load_LE[[update.layer for update in updates]], lanes, shares)).tolist()
+        )
+        for wave in waves:
+            for update in wave.updates:
+                balance_L[update.layer] = next(balances)
+            after.append(float(balance_L.mean()))
     num_ranks, per_rank = shape_WP
     mean_L = load_LE.sum(axis=1) / num_ranks
     bound_L = free_placement_bound(load_LE, num_ranks, num_ranks * per_rank)

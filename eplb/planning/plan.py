@@ -17,9 +17,9 @@ from itertools import islice
 
 import numpy as np
 
+from eplb.planning.layer_work import Move
 from eplb.planning.placement import EMPTY, Placement
 from eplb.planning.shares import table_words
-from eplb.planning.waves import Move
 
 __all__ = ["LayerUpdate", "Move", "Plan", "PlanSummary", "Wave"]
 

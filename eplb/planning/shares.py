@@ -27,18 +27,19 @@ def equal_shares_of(physical_LWP: np.ndarray, num_experts: int) -> np.ndarray:
     return np.where(physical_LWP == EMPTY, 0.0, 1.0 / np.maximum(counts.ravel()[ids].reshape(physical_LWP.shape), 1))
 
 
-def balanced_shares(load_LE: np.ndarray, physical_LWP: np.ndarray, gap: float = GAP) -> np.ndarray:
+def balanced_shares(load_LE: np.ndarray, physical_LWP: np.ndarray, gap: float = GAP, below: bool = True) -> np.ndarray:
     """The shares that minimise the largest rank load of each layer.
 
     Args:
         load_LE: [L, E], tokens per logical expert; not negative.
         physical_LWP: int [L, W, P], the expert of each lane, -1 for an empty one. Two replicas of an expert may share a rank.
         gap: how near to the exact optimum the largest rank load must be: 0.00001 is 0.001 %.
+        below: whether the loads below the largest are levelled too.
 
     Returns:
         float64 [L, W, P]; sums to 1 over the replicas of each expert that has one, 0 at empty lanes. Experts without load
-        have equal shares. The largest rank load is within `gap` of the exact optimum, and the loads below the largest are
-        levelled too: no load could go from a rank to a less loaded one.
+        have equal shares. The largest rank load is within `gap` of the exact optimum. With `below`, no load could go from a
+        rank to a less loaded one.
 
     Raises:
         ValueError: shapes that do not go together, or a load that is negative or not finite.
@@ -54,7 +55,7 @@ def balanced_shares(load_LE: np.ndarray, physical_LWP: np.ndarray, gap: float = 
     if not np.isfinite(load_LE).all() or (load_LE < 0).any():
         raise ValueError("load_LE: must be finite and not negative")
     shares_LWP = equal_shares_of(physical_LWP, load_LE.shape[1])
-    split, flow_R, _ = level_loads(load_LE, physical_LWP, gap=gap)
+    split, flow_R, _ = level_loads(load_LE, physical_LWP, gap=gap, below=below)
     total_R = split.per_expert(flow_R)[split.expert_R]
     loaded_R = total_R > 0
     num_lanes = physical_LWP[0].size if len(physical_LWP) else 0

@@ -7,12 +7,13 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from eplb.planning.balance import max_over_mean, rank_loads
+from eplb.planning.layer_work import LayerWork
 from eplb.planning.make_plan import make_plan
 from eplb.planning.placement import EMPTY, Placement
 from eplb.planning.plan import Plan
 from eplb.planning.policy import Proposal, Topology, make_policy
 from eplb.planning.shares import balanced_shares, equal_shares, equal_shares_of
-from eplb.planning.waves import LayerWork, schedule_waves
+from eplb.planning.waves import schedule_waves
 from eplb.simulate.traces import base_load
 
 

@@ -5,6 +5,7 @@ from hypothesis import strategies as st
 from scipy.optimize import linprog
 
 from eplb.planning.balance import rank_loads
+from eplb.planning.levelling import level_loads
 from eplb.planning.placement import Placement
 from eplb.planning.policy.adaptive import without_twins
 from eplb.planning.policy.deepseek import deepseek_placement
@@ -129,6 +130,62 @@ def test_levels_below_the_maximum_at_real_sizes(experts, physical, ranks, kind):
     made = without_twins(load, deepseek_placement(load, physical, 1, 1, ranks).reshape(8, ranks, -1))
     for after in (change_load(load, "noise:0.2", kind, rng), change_load(load, "hotset", kind, rng), rng.poisson(load)):
         assert highest_step_down(after, made).max() <= 1e-5
+
+
+@settings(max_examples=100, deadline=None)
+@given(problems(), st.integers(0, 2**32 - 1))
+def test_levelling_ends_at_the_same_loads_wherever_it_begins(problem, seed):
+    load, physical = problem
+    begin = np.random.default_rng(seed).exponential(size=(len(physical), physical[0].size))
+    _, _, expected = level_loads(load, physical)
+    _, _, found = level_loads(load, physical, begin_LQ=begin)
+    np.testing.assert_allclose(found, expected, atol=1e-4)
+
+
+@settings(max_examples=50, deadline=None)
+@given(problems())
+def test_without_an_iteration_levelling_returns_what_it_began_with(problem):
+    load, physical = problem
+    split, flow, expected = level_loads(load, physical)
+    begin = np.full((len(physical), physical[0].size), np.nan)  # lanes of experts with one replica are not looked at
+    begin[split.layer_R, split.lane_R] = flow
+    _, same, found = level_loads(load, physical, max_iterations=0, begin_LQ=begin)
+    np.testing.assert_allclose(same, flow, atol=1e-12)
+    np.testing.assert_allclose(found, expected, atol=1e-12)
+
+
+def test_few_iterations_suffice_from_a_solution_with_one_replica_replaced():
+    """What the search of `adaptive` relies on; from equal parts three iterations leave some layers well above."""
+    rng = np.random.default_rng(3)
+    load = base_load("r1", 30, 256, rng)
+    before = without_twins(load, deepseek_placement(load, 288, 1, 1, 32).reshape(30, 32, -1))
+    split, flow, _ = level_loads(load, before)
+    begin = np.zeros((30, 288))
+    begin[split.layer_R, split.lane_R] = flow
+    after = before.copy()
+    for layer in range(30):  # the heaviest expert gets a replica in place of one of another split expert
+        lanes = after[layer].ravel()
+        counts = np.bincount(lanes, minlength=256)
+        absent = ~(after[layer] == load[layer].argmax()).any(axis=1).repeat(9)
+        lane = np.flatnonzero((counts[lanes] > 1) & absent)[0]
+        lanes[lane], begin[layer, lane] = load[layer].argmax(), 0.0
+    _, _, best = level_loads(load, after)
+    _, _, warm = level_loads(load, after, 3, 1e-3, begin)
+    _, _, cold = level_loads(load, after, 3, 1e-3)
+    assert (warm.max(axis=1) / best.max(axis=1)).max() < 1.003
+    assert warm.max(axis=1).sum() < cold.max(axis=1).sum()
+
+
+@settings(max_examples=100, deadline=None)
+@given(problems())
+def test_shares_for_the_maximum_alone(problem):
+    load, physical = problem
+    shares = balanced_shares(load, physical, 1e-2, below=False)
+    highest = rank_loads(load, physical, shares).max(axis=1)
+    for layer in range(len(load)):
+        for expert in np.unique(physical[layer]):
+            assert shares[layer][physical[layer] == expert].sum() == pytest.approx(1, abs=1e-9)
+        assert highest[layer] <= least_maximum(load[layer], physical[layer]) * 1.0101 + 1e-9
 
 
 def test_zero_load_means_equal_shares():

@@ -16,7 +16,6 @@ cycles it overestimates, which the caller finds out by solving the shares.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -39,6 +38,21 @@ TINY = 1e-6
 """Benefits below this (a millionth of a rank's mean load) are none."""
 
 
+def largest(value_AK: np.ndarray, num: int) -> np.ndarray:
+    """Where the `num` largest values of each row are, the largest first; ties go to the first: int64 [A, ≤ num].
+
+    As a stable sort, whose time would be most of the search's: few are asked for, of thousands.
+    """
+    # Rounded: the last bits differ between platforms (BLAS), and must not decide. Above -inf, which marks the places found.
+    left_AK = np.maximum(np.round(value_AK, 9), np.finfo(np.float64).min)
+    rows = np.arange(len(left_AK))
+    place_AK = np.zeros((len(left_AK), min(num, left_AK.shape[1])), dtype=np.int64)
+    for k in range(place_AK.shape[1]):
+        place_AK[:, k] = left_AK.argmax(axis=1)
+        left_AK[rows, place_AK[:, k]] = -np.inf
+    return place_AK
+
+
 @dataclass
 class Changes:
     """K candidates of each layer, best first: put `expert_AKM[..., i]` into lane `lane_AKM[..., i]`; M is 1 or 2 moves.
@@ -55,10 +69,9 @@ class Changes:
 
     def best(self, num: int) -> Changes:
         """The `num` best of each layer; ties go to the first."""
-        # Rounded: the last bits differ between platforms (BLAS), and must not decide.
-        order = np.argsort(-np.round(self.score_AK, 9), axis=1, kind="stable")[:, :num]
-        if not order.shape[1]:
+        if not self.score_AK.shape[1]:
             return self._none()
+        order = largest(self.score_AK, num)
         rows = np.arange(len(order))[:, None]
         return Changes(
             self.lane_AKM[rows, order],
@@ -178,8 +191,8 @@ def singles(now: Situation, num: int) -> Changes:
     num_layers = len(now.limit_A)
     rows = np.arange(num_layers)[:, None]
     worth_AE = now.load_AE / (now.count_AE + 1)
-    promise = np.where(now.gain_AE > TINY, np.round(now.gain_AE + FLEXIBILITY * worth_AE, 9), -np.inf)
-    expert_AK = np.argsort(-promise, axis=1, kind="stable")[:, :EXPERTS_TRIED]
+    promise = np.where(now.gain_AE > TINY, now.gain_AE + FLEXIBILITY * worth_AE, -np.inf)
+    expert_AK = largest(promise, EXPERTS_TRIED)
     num_tried = expert_AK.shape[1]
     lane_AS = now.by_layer(split.lane_R, 0)
     rank_AS = now.rank_Q[lane_AS]
@@ -202,11 +215,7 @@ def singles(now: Situation, num: int) -> Changes:
     worth_AK = worth_AE[rows, expert_AK]
     score_AKS = score_AKS + FLEXIBILITY * (worth_AK[:, :, None] - spared_AS[:, None])
     score_AKS = np.where(useful_AKS, score_AKS, -np.inf)
-    rounded = np.round(score_AKS, 9)
-    if num == 1 and lane_AS.size:
-        place_AKn = rounded.argmax(axis=2)[:, :, None]
-    else:
-        place_AKn = np.argsort(-rounded, axis=2, kind="stable")[:, :, :num]
+    place_AKn = largest(score_AKS.reshape(num_layers * num_tried, -1), num).reshape(num_layers, num_tried, -1)
     score = np.take_along_axis(score_AKS, place_AKn, axis=2).reshape(num_layers, -1)
     lane = lane_AS[rows[:, :, None], place_AKn].reshape(num_layers, -1)
     expert = np.repeat(expert_AK, place_AKn.shape[2], axis=1)
@@ -227,49 +236,57 @@ def doubles(now: Situation, num: int, num_sources: int = 1) -> Changes:
     rows = np.arange(num_layers)[:, None]
     holds_AWE = np.zeros((num_layers, now.num_ranks, now.load_AE.shape[1]), dtype=bool)
     holds_AWE[rows, now.rank_Q, now.physical_AQ] = True
-    hottest_AH = np.argsort(-np.round(now.excess_AW, 9), axis=1, kind="stable")[:, :num_sources]
-    found = [_exchanges(now, holds_AWE, hottest_AH[:, h]).best(num) for h in range(hottest_AH.shape[1])]
+    hottest_AH = largest(now.excess_AW, num_sources)
+    found = [_exchanges(now, holds_AWE, hottest_AH[:, h], num) for h in range(hottest_AH.shape[1])]
     if now.flow_R.size:
-        hot_AH = np.argsort(-np.round(now.gain_AE, 9), axis=1, kind="stable")[:, :num_sources]
+        hot_AH = largest(now.gain_AE, num_sources)
         # The lane to give up: one whose rank has room without it, and better one of a light expert.
         split = now.split
         lane_AS = now.by_layer(split.lane_R, 0)
         spare_AS = now.by_layer(now.room_without_R - now.loss_R, -np.inf)
         worth_AS = now.by_layer(split.load_per_replica_R, 0.0)
-        third_AH = np.argsort(-np.round(spare_AS - FLEXIBILITY * worth_AS, 9), axis=1, kind="stable")[:, :num_sources]
+        third_AH = largest(spare_AS - FLEXIBILITY * worth_AS, num_sources)
         for t in range(third_AH.shape[1]):
             third_A1 = third_AH[:, t : t + 1]
             lane_A1, spare_A1 = lane_AS[rows, third_A1], spare_AS[rows, third_A1]
             for h in range(hot_AH.shape[1]):
-                found.append(_chains(now, holds_AWE, hot_AH[:, h : h + 1], lane_A1, spare_A1).best(num))
+                found.append(_chains(now, holds_AWE, hot_AH[:, h : h + 1], lane_A1, spare_A1, num))
     changes = found[0]
     for other in found[1:]:
         changes = changes.with_(other)
     return changes
 
 
-def _exchanges(now: Situation, holds_AWE: np.ndarray, hot_A: np.ndarray) -> Changes:
+def _exchanges(now: Situation, holds_AWE: np.ndarray, hot_A: np.ndarray, num: int) -> Changes:
+    """The `num` best exchanges of rank `hot_A` of each layer with others."""
     num_layers, num_lanes = now.physical_AQ.shape
     rows = np.arange(num_layers)[:, None]
     per_rank = num_lanes // now.num_ranks
     lane_AP = hot_A[:, None] * per_rank + np.arange(per_rank)
     out_AP = now.physical_AQ[rows, lane_AP]
     shift_APQ = now.flow_AQ[rows, lane_AP][:, :, None] - now.flow_AQ[:, None]
-    pull_A = now.pull_AW[np.arange(num_layers), hot_A]
+    pull_A = now.pull_AW[rows[:, 0], hot_A]
     room_AQ = now.room_AW[:, now.rank_Q]
     score = np.minimum(shift_APQ, pull_A[:, None, None]) - np.maximum(shift_APQ - room_AQ[:, None], 0.0)
-    out_is_there_APQ = holds_AWE[rows[:, :, None], now.rank_Q[None, None], out_AP[:, :, None]]
+    out_is_there_APW = holds_AWE[rows[:, :, None], np.arange(now.num_ranks), out_AP[:, :, None]]
     in_is_here_AQ = holds_AWE[rows, hot_A[:, None], now.physical_AQ]
     cold_AQ = ~now.hot_AW[:, now.rank_Q]
-    fits = (cold_AQ & ~in_is_here_AQ)[:, None] & ~out_is_there_APQ & (score > TINY)
-    lanes = np.broadcast_arrays(np.arange(num_lanes)[None, None], lane_AP[:, :, None], shift_APQ)[:2]
-    experts = np.broadcast_arrays(out_AP[:, :, None], now.physical_AQ[:, None], shift_APQ)[:2]
-    return _two_moves(lanes, experts, np.where(fits, score / 2, -np.inf))
+    fits = (cold_AQ & ~in_is_here_AQ)[:, None] & ~np.repeat(out_is_there_APW, per_rank, axis=2) & (score > TINY)
+    score = np.where(fits, score / 2, -np.inf).reshape(num_layers, -1)
+    place_AK = largest(score, num)
+    number_AK, lane_AK = np.divmod(place_AK, num_lanes)
+    return Changes(
+        np.stack([lane_AK, lane_AP[rows, number_AK]], axis=2),
+        np.stack([out_AP[rows, number_AK], now.physical_AQ[rows, lane_AK]], axis=2),
+        score[rows, place_AK],
+        np.full(place_AK.shape, 2),
+    )
 
 
 def _chains(
-    now: Situation, holds_AWE: np.ndarray, hot_A1: np.ndarray, third_A1: np.ndarray, spare_A1: np.ndarray
+    now: Situation, holds_AWE: np.ndarray, hot_A1: np.ndarray, third_A1: np.ndarray, spare_A1: np.ndarray, num: int
 ) -> Changes:
+    """The `num` best chains that begin with expert `hot_A1` of each layer and end in lane `third_A1`."""
     num_layers, num_lanes = now.physical_AQ.shape
     rows = np.arange(num_layers)[:, None]
     third_rank_A1 = third_A1 // (num_lanes // now.num_ranks)
@@ -284,16 +301,11 @@ def _chains(
         & np.isfinite(spare_A1)
         & (score > TINY)
     )
-    lanes = np.broadcast_arrays(np.arange(num_lanes)[None], third_A1, score)[:2]
-    experts = np.broadcast_arrays(hot_A1, now.physical_AQ, score)[:2]
-    return _two_moves(lanes, experts, np.where(fits, score / 2, -np.inf))
-
-
-def _two_moves(lanes: Sequence[np.ndarray], experts: Sequence[np.ndarray], score: np.ndarray) -> Changes:
-    num_layers = len(score)
+    score = np.where(fits, score / 2, -np.inf)
+    lane_AK = largest(score, num)
     return Changes(
-        np.stack([a.reshape(num_layers, -1) for a in lanes], axis=2),
-        np.stack([a.reshape(num_layers, -1) for a in experts], axis=2),
-        score.reshape(num_layers, -1),
-        np.full((num_layers, score[0].size), 2, dtype=np.int64),
+        np.stack(np.broadcast_arrays(lane_AK, third_A1), axis=2),
+        np.stack(np.broadcast_arrays(hot_A1, now.physical_AQ[rows, lane_AK]), axis=2),
+        score[rows, lane_AK],
+        np.full(lane_AK.shape, 2),
     )

@@ -11,6 +11,7 @@ Shape letters as in `eplb.planning.policy.candidates`.
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import dataclass, field
 
 import numpy as np
 
@@ -97,6 +98,45 @@ def _num_moved(old_LWP: np.ndarray, new_LWP: np.ndarray) -> np.ndarray:
     return (new_LWP[:, :, :, None] != old_LWP[:, :, None]).all(axis=3).sum(axis=(1, 2))
 
 
+@dataclass
+class _Placed:
+    """The layers' placements while the search changes them.
+
+    Attributes:
+        physical_LQ: int64, the expert of each lane.
+        flow_LQ: float64, the load that each lane carried when the shares were last solved; 0 in lanes changed since. Levelling
+            begins with it: few replicas differ from step to step.
+        budget_L: int64, moves that each layer may still make.
+        before: layer → its physical_LQ and flow_LQ before its last change, and the moves of that.
+    """
+
+    physical_LQ: np.ndarray
+    flow_LQ: np.ndarray
+    budget_L: np.ndarray
+    before: dict[int, tuple[np.ndarray, np.ndarray, int]] = field(default_factory=dict)
+
+    def change(self, changes: Changes, layers: np.ndarray) -> np.ndarray:
+        """Makes the first change of each of `layers` where there is one and the budget has it. Returns where it was made."""
+        moves = changes.num_moves_AK[:, 0]
+        can = np.isfinite(changes.score_AK[:, 0]) & (moves <= self.budget_L[layers])
+        layers = layers[can]
+        old = (layers.tolist(), self.physical_LQ[layers], self.flow_LQ[layers], moves[can].tolist())
+        for layer, physical_Q, flow_Q, num_moves in zip(*old, strict=True):
+            self.before[layer] = (physical_Q, flow_Q, num_moves)
+        for i in range(2):
+            lane = changes.lane_AKM[can, 0, i]
+            self.physical_LQ[layers, lane] = changes.expert_AKM[can, 0, i]
+            self.flow_LQ[layers, lane] = 0.0
+        self.budget_L[layers] -= moves[can]
+        return can
+
+    def take_back(self, layers: np.ndarray) -> None:
+        """Undoes the last change of each layer."""
+        for layer in layers.tolist():
+            self.physical_LQ[layer], self.flow_LQ[layer], num_moves = self.before[layer]
+            self.budget_L[layer] += num_moves
+
+
 def _search(
     load_LE: np.ndarray,
     physical_LWP: np.ndarray,
@@ -106,17 +146,23 @@ def _search(
     pause: Callable[[], None],
 ) -> tuple[np.ndarray, np.ndarray]:
     """Steps until the limit is reached or nothing helps. Returns the placement, and what is left of each layer's excess."""
-    num_layers, num_ranks = physical_LWP.shape[:2]
+    num_layers = len(physical_LWP)
     physical_LQ = physical_LWP.reshape(num_layers, -1).copy()
     budget_L = np.full(num_layers, physical_LQ.shape[1]) if max_moves_L is None else max_moves_L.copy()
+    placed = _Placed(physical_LQ, np.zeros(physical_LQ.shape), budget_L)
+
+    def solve(layers: np.ndarray, iterations: int) -> Situation:
+        begin_AQ = placed.flow_LQ[layers]
+        return _solve(load_LE[layers], physical_LQ[layers], limit_L[layers], node_W, iterations, begin_AQ)
+
     excess_L = np.full(num_layers, np.inf)
     failed_L = np.zeros(num_layers, dtype=np.int64)
-    undo: dict[int, tuple[np.ndarray, int]] = {}
     left_L = np.zeros(num_layers)
     todo = np.flatnonzero((load_LE.sum(axis=1) > 0) & (budget_L > 0))
     while todo.size:
         pause()
-        now = _solve(load_LE, physical_LQ, limit_L, node_W, num_ranks, todo)
+        now = solve(todo, ITER)
+        placed.flow_LQ[todo] = now.flow_AQ
         excess_A = now.excess_AW.sum(axis=1)
         left_L[todo] = np.minimum(excess_A, excess_L[todo])
         above = excess_A > TINY
@@ -125,14 +171,12 @@ def _search(
         next_todo = []
         if worse.any():  # take the last step of those layers back, and look more closely
             layers = todo[worse]
-            for layer in layers.tolist():
-                physical_LQ[layer], moves = undo[layer]
-                budget_L[layer] += moves
+            placed.take_back(layers)
             failed_L[layers] += 1
             layers = layers[failed_L[layers] <= len(EXACT_TRIES)]  # else what was tried exactly did not hold: given up
             if layers.size:
-                again = _solve(load_LE, physical_LQ, limit_L, node_W, num_ranks, layers)
-                next_todo.append(_step_exactly(again, physical_LQ, budget_L, layers, failed_L, undo, pause))
+                again = solve(layers, 0)  # with the loads that were solved before that step
+                next_todo.append(_step_exactly(again, placed, layers, failed_L, pause))
         better &= budget_L[todo] > 0
         if better.any():
             layers = todo[better]
@@ -140,11 +184,11 @@ def _search(
             excess_L[layers] = excess_A[better]
             if not better.all():
                 now = now.take(better)
-            done_A = _step_by_estimate(now, physical_LQ, budget_L, layers, undo)
+            done_A = placed.change(_by_estimate(now), layers)
             next_todo.append(layers[done_A])
             if not done_A.all():  # nothing that the estimate likes
                 now, layers = now.take(~done_A), layers[~done_A]
-                next_todo.append(_step_exactly(now, physical_LQ, budget_L, layers, failed_L, undo, pause))
+                next_todo.append(_step_exactly(now, placed, layers, failed_L, pause))
         todo = np.sort(np.concatenate(next_todo)) if next_todo else todo[:0]
     return physical_LQ.reshape(physical_LWP.shape), left_L
 
@@ -158,7 +202,7 @@ def _without_idle_moves(
     todo = np.flatnonzero((found_LQ != live_LQ).any(axis=1))
     for _ in range(IDLE_ROUNDS if todo.size else 0):
         pause()
-        now = _solve(load_LE, found_LQ, limit_L, np.zeros(num_ranks, dtype=np.int64), num_ranks, todo)
+        now = _solve(load_LE[todo], found_LQ[todo], limit_L[todo], np.zeros(num_ranks, dtype=np.int64))
         old_AQ = live_LQ[todo]
         new_AW1P = now.physical_AQ.reshape(len(todo), num_ranks, 1, per_rank)
         still_there = (old_AQ.reshape(len(todo), num_ranks, per_rank, 1) == new_AW1P).any(axis=3)
@@ -181,26 +225,21 @@ def _without_idle_moves(
 
 
 def _solve(
-    load_LE: np.ndarray,
-    physical_LQ: np.ndarray,
-    limit_L: np.ndarray,
+    load_AE: np.ndarray,
+    physical_AQ: np.ndarray,
+    limit_A: np.ndarray,
     node_W: np.ndarray,
-    num_ranks: int,
-    layers: np.ndarray,
+    iterations: int = ITER,
+    begin_AQ: np.ndarray | None = None,
 ) -> Situation:
-    load_AE, physical_AQ = load_LE[layers], physical_LQ[layers]
-    split, flow_R, rank_load_AW = level_loads(load_AE, physical_AQ.reshape(len(layers), num_ranks, -1), ITER, NEAR)
-    return Situation(load_AE, physical_AQ, num_ranks, limit_L[layers], split, flow_R, rank_load_AW, node_W)
+    """`begin_AQ`: loads of the lanes to begin with (`eplb.planning.levelling.level_loads`)."""
+    physical_AWP = physical_AQ.reshape(len(physical_AQ), len(node_W), -1)
+    split, flow_R, rank_load_AW = level_loads(load_AE, physical_AWP, iterations, NEAR, begin_AQ)
+    return Situation(load_AE, physical_AQ, len(node_W), limit_A, split, flow_R, rank_load_AW, node_W)
 
 
-def _step_by_estimate(
-    now: Situation,
-    physical_LQ: np.ndarray,
-    budget_L: np.ndarray,
-    layers: np.ndarray,
-    undo: dict[int, tuple[np.ndarray, int]],
-) -> np.ndarray:
-    """Applies the most promising change of each layer. Returns who got one."""
+def _by_estimate(now: Situation) -> Changes:
+    """The most promising change of each layer."""
     excess_A = now.excess_AW.sum(axis=1)
     best = singles(now, 1).best(1)
     poor = ~(best.score_AK[:, 0] >= POOR_SINGLE * excess_A)
@@ -210,25 +249,15 @@ def _step_by_estimate(
         at = np.flatnonzero(poor)[better]
         for name in ("lane_AKM", "expert_AKM", "score_AK", "num_moves_AK"):
             getattr(best, name)[at, 0] = getattr(pairs, name)[better, 0]
-    before = physical_LQ[layers].copy()
-    done_A = _apply(best, physical_LQ, budget_L, layers)
-    _remember(undo, layers[done_A], before[done_A], physical_LQ)
-    return done_A
+    return best
 
 
 def _step_exactly(
-    now: Situation,
-    physical_LQ: np.ndarray,
-    budget_L: np.ndarray,
-    layers: np.ndarray,
-    failed_L: np.ndarray,
-    undo: dict[int, tuple[np.ndarray, int]],
-    pause: Callable[[], None],
+    now: Situation, placed: _Placed, layers: np.ndarray, failed_L: np.ndarray, pause: Callable[[], None]
 ) -> np.ndarray:
     """Tries candidates out and applies what takes off most per move. Returns the layers that found something."""
     found_A = np.zeros(len(layers), dtype=bool)
     excess_A = now.excess_AW.sum(axis=1)
-    before = physical_LQ[layers].copy()
     first = int(np.clip(failed_L[layers].min() - 1, 0, len(EXACT_TRIES) - 1))
     for num, num_sources in EXACT_TRIES[first:]:
         left = np.flatnonzero(~found_A)
@@ -236,7 +265,7 @@ def _step_exactly(
             break
         part = now.take(~found_A)
         tried = singles(part, num).best(num).with_(doubles(part, num, num_sources))
-        affordable = tried.num_moves_AK <= budget_L[layers[left]][:, None]
+        affordable = tried.num_moves_AK <= placed.budget_L[layers[left]][:, None]
         row, at = np.nonzero(np.isfinite(tried.score_AK) & affordable)
         if not row.size:
             continue
@@ -244,33 +273,16 @@ def _step_exactly(
         for first_tried in range(0, row.size, TRIED_AT_ONCE):
             some = slice(first_tried, first_tried + TRIED_AT_ONCE)
             layer, k = row[some], at[some]
-            physical = part.physical_AQ[layer]
+            physical, flow, number = part.physical_AQ[layer], part.flow_AQ[layer], np.arange(layer.size)
             for i in range(2):
-                physical[np.arange(layer.size), tried.lane_AKM[layer, k, i]] = tried.expert_AKM[layer, k, i]
+                lane = tried.lane_AKM[layer, k, i]
+                physical[number, lane], flow[number, lane] = tried.expert_AKM[layer, k, i], 0.0
             physical_WP = physical.reshape(layer.size, now.num_ranks, -1)
-            _, _, rank_load = level_loads(part.load_AE[layer], physical_WP, ITER, NEAR)
+            _, _, rank_load = level_loads(part.load_AE[layer], physical_WP, ITER, NEAR, flow)
             after[some] = np.maximum(rank_load - part.limit_A[layer][:, None], 0.0).sum(axis=1)
             pause()
         gain = np.full(tried.score_AK.shape, -np.inf)
         gain[row, at] = (excess_A[left][row] - after) / tried.num_moves_AK[row, at]
         tried.score_AK = np.where(gain > 2 * TINY, gain, -np.inf)
-        found_A[left] = _apply(tried.best(1), physical_LQ, budget_L, layers[left])
-    _remember(undo, layers[found_A], before[found_A], physical_LQ)
+        found_A[left] = placed.change(tried.best(1), layers[left])
     return layers[found_A]
-
-
-def _apply(changes: Changes, physical_LQ: np.ndarray, budget_L: np.ndarray, layers: np.ndarray) -> np.ndarray:
-    """Makes the first change of each layer where there is one and the budget has it. Returns where it was made."""
-    moves = changes.num_moves_AK[:, 0]
-    can = np.isfinite(changes.score_AK[:, 0]) & (moves <= budget_L[layers])
-    for i in range(2):
-        physical_LQ[layers[can], changes.lane_AKM[can, 0, i]] = changes.expert_AKM[can, 0, i]
-    budget_L[layers[can]] -= moves[can]
-    return can
-
-
-def _remember(
-    undo: dict[int, tuple[np.ndarray, int]], layers: np.ndarray, before: np.ndarray, physical_LQ: np.ndarray
-) -> None:
-    for layer, old in zip(layers.tolist(), before, strict=True):
-        undo[layer] = (old, int((physical_LQ[layer] != old).sum()))
