@@ -13,6 +13,7 @@ from moe_layer.expert_format import Activation, ExpertFormat, ExpertTensor
 from moe_layer.layer import MoELayer
 from moe_layer.router import ROUTER_RULES, RouterRule
 from moe_layer.shared_pool import make_pool
+from moe_layer.train_checkpoint import TrainingState
 
 __all__ = [
     "ROUTER_RULES",
@@ -27,6 +28,7 @@ __all__ = [
     "MoELayer",
     "RouterRule",
     "TrainingBalancer",
+    "TrainingState",
     "ignore_in_ddp",
     "ignore_in_fsdp",
     "load_experts_from",

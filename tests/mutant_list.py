@@ -454,7 +454,7 @@ CONTROLLER = (
     # Step counts although the stream is captured.
     Mutant(
         "eplb/controller.py",
-        "if self._streams.is_capturing():",
+        "if streams.is_capturing():",
         "if False:",
         (f"{E}controller.py",),
     ),
@@ -549,8 +549,8 @@ LAYER = (
     # Loading reaches one replica of each expert.
     Mutant(
         "moe_layer/experts.py",
-        "for slot in live.get(expert, []):",
-        "for slot in live.get(expert, [])[:1]:",
+        "self._write(tensors, live.get(expert, []))",
+        "self._write(tensors, live.get(expert, [])[:1])",
         (f"{L}state_dict.py", f"{L}registration.py", f"{L}serving.py"),
         inside="def load_experts(",
     ),
@@ -768,14 +768,14 @@ KERNELS = (
     # Shares by batch: a rank splits an expert though that saves nothing.
     Mutant(
         "kernels/moe_kernels/solve_shares_triton.py",
-        "is_whole = least + both <= ((both + sum_rest + 1) >> 1) + EXPERT_COST // 8",
-        "is_whole = least + both <= ((both + sum_rest + 1) >> 1)",
+        "is_whole = gathers | (whole <= tl.maximum(bound, ((both + sum_rest + 1) >> 1) + EXPERT_COST))",
+        "is_whole = gathers | (whole <= ((both + sum_rest + 1) >> 1) + EXPERT_COST)",
         (f"{K}batch_shares.py",),
     ),
     # One round is all.
     Mutant(
         "kernels/moe_kernels/solve_shares_triton.py",
-        "goes_on = (round < _ROUNDS) & (tl.max(moved, axis=0) > 0) & (tl.max(load, axis=0) > bound)",
+        "goes_on = (round < _ROUNDS) & has_moved & (tl.max(load, axis=0) > bound)",
         "goes_on = round < 1",
         (f"{K}batch_shares.py",),
     ),

@@ -1,0 +1,217 @@
+"""`TrainingState`: weights and optimizer state for `torch.distributed.checkpoint`, to be read by any number of ranks.
+
+Every rank has other experts under the same names. Here they become rows of one tensor over all ranks, and so do their moments:
+`DTensor`s over the memory that is there, without a copy.
+
+Legend: E logical experts, W ranks, O = E / W experts that each rank owns.
+"""
+
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import nn
+from torch.distributed.checkpoint.state_dict import (
+    get_model_state_dict,
+    get_optimizer_state_dict,
+    set_model_state_dict,
+    set_optimizer_state_dict,
+)
+from torch.distributed.checkpoint.stateful import Stateful
+from torch.distributed.device_mesh import DeviceMesh
+from torch.distributed.tensor import DTensor, Shard
+from torch.nn.parallel import DistributedDataParallel
+from torch.optim import Optimizer
+
+from moe_layer.trainable import TrainableExperts
+
+_WRAPPERS = ("_orig_mod", "_checkpoint_wrapped_module")  # of torch.compile and of activation checkpointing
+
+
+class TrainingState(Stateful):
+    """Weights and optimizer state of a model with trainable layers, to be saved by W ranks and read by another number.
+
+    ::
+
+        state = TrainingState(model, optimizer)
+        dcp.save({"training": state, "step": step}, checkpoint_id=folder)  # torch.distributed.checkpoint
+        …
+        state = TrainingState(new_model, new_optimizer)  # on more or fewer ranks, under any placement
+        dcp.load({"training": state}, checkpoint_id=folder)
+
+    An expert's weights ``[O, *shape]`` of each rank are saved as one tensor ``[E, *shape]``, and so is each tensor of its
+    optimizer state with as many rows; each rank reads its own rows. All else is as PyTorch's `get_model_state_dict` and
+    `get_optimizer_state_dict` make it: names without the wrappers of DDP and `torch.compile`, FSDP2's shards as such. What is
+    neither an expert nor sharded must be equal on all ranks, as under DDP: one rank's is saved.
+
+    Saving changes nothing. Optimizers that have not stepped yet can be saved and loaded. `dcp.load` writes into the weights and
+    the state that are there; if it fails, they are half-written. The experts' copies follow in the next forward. Where experts
+    compute is not saved: it changes no result, with replicas but for rounding, and `TrainingBalancer` plans it anew.
+
+    `dcp.save` and `dcp.load` are collective over the ranks that have the model. `dcp.load` raises `CheckpointException`, which
+    names the key, if the checkpoint lacks it ("Missing key") or has other sizes ("Size mismatch"). `state_dict()` and
+    `load_state_dict()` are theirs to call.
+
+    Args:
+        model: also wrapped in DDP or FSDP2. Build it, wrap it and put it on its device first.
+        optimizers: one or several, over parameters of `model`.
+
+    Raises:
+        ValueError: an optimizer has parameters that are not the model's. When saving or loading: experts that are spread over
+            ranks are on the meta device or sharded once more, or have optimizer state that cannot be divided by experts.
+    """
+
+    def __init__(self, model: nn.Module, optimizers: Optimizer | Sequence[Optimizer]) -> None:
+        self.model = model
+        self.optimizers = [optimizers] if isinstance(optimizers, Optimizer) else list(optimizers)
+        known = {id(parameter) for parameter in model.parameters()}
+        foreign = [tuple(one.shape) for one in self._optimized() if id(one) not in known]
+        if foreign:
+            raise ValueError(
+                f"optimizers must be over parameters of model, got {len(foreign)} others, the first of shape {foreign[0]}: "
+                "make the optimizer after fully_shard() and after the model has its device"
+            )
+
+    def state_dict(self) -> dict[str, Any]:
+        """What `dcp.save` writes, and what `dcp.load` writes into."""
+        homes, names = self._spread(), self._names()
+        with _state_for_all(self.optimizers) as made_up:
+            weights = get_model_state_dict(self.model)
+            optimizer: dict[str, Any] = get_optimizer_state_dict(self.model, self.optimizers)
+            without_state = sorted(names[parameter] for parameter in made_up)
+        meshes: dict[dist.ProcessGroup, DeviceMesh] = {}
+        for name, experts in homes.items():
+            group = experts.process_group
+            assert group is not None
+            if group not in meshes:
+                meshes[group] = DeviceMesh.from_group(group, experts.device.type)
+            shard = _Sharder(name, experts.owned.num_owned, meshes[group])
+            weights[name] = shard(name, weights[name])
+            if name in optimizer["state"]:
+                optimizer["state"][name] = {key: shard(key, one) for key, one in optimizer["state"][name].items()}
+        return {"model": weights, "optimizer": optimizer, "without_state": without_state}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Takes what `dcp.load` has read into a `state_dict()` of this object."""
+        homes, names = self._spread(), self._names()
+        weights, state = dict(state_dict["model"]), dict(state_dict["optimizer"]["state"])
+        for name in homes:
+            weights[name] = _local(weights[name])
+            if name in state:
+                state[name] = {key: _local(one) for key, one in state[name].items()}
+        set_model_state_dict(self.model, weights)
+        for optimizer in self.optimizers:
+            for parameter in _without_state(optimizer):
+                if names[parameter] in state:  # else PyTorch makes up another state, only to throw it away
+                    optimizer.state[parameter] = dict(state[names[parameter]])
+        set_optimizer_state_dict(self.model, self.optimizers, {**state_dict["optimizer"], "state": state})
+        fresh = set(state_dict["without_state"])
+        for optimizer in self.optimizers:
+            _forget(optimizer, [one for one in _parameters(optimizer) if names[one] in fresh])
+
+    def _optimized(self) -> Iterator[nn.Parameter]:
+        for optimizer in self.optimizers:
+            yield from _parameters(optimizer)
+
+    def _names(self) -> dict[nn.Parameter, str]:
+        return {parameter: _plain_name(self.model, name) for name, parameter in self.model.named_parameters()}
+
+    def _spread(self) -> dict[str, TrainableExperts]:
+        """The experts of each parameter that has other rows on each rank, by its name in the checkpoint."""
+        homes = {}
+        for prefix, module in self.model.named_modules():
+            if isinstance(module, TrainableExperts) and module.owned.num_ranks > 1:
+                for tensor in module.format.tensors:
+                    parameter = getattr(module, tensor.name)
+                    name = _plain_name(self.model, f"{prefix}.{tensor.name}" if prefix else tensor.name)
+                    if parameter.is_meta or isinstance(parameter, DTensor):
+                        what = "on the meta device" if parameter.is_meta else "a DTensor, sharded once more"
+                        raise ValueError(
+                            f"{name} must be a plain tensor of this rank's experts, to be saved or loaded; it is {what}"
+                        )
+                    homes[name] = module
+        return homes
+
+
+class _Sharder:
+    """Makes this rank's rows of an expert parameter, and of its optimizer state, part of a tensor over all ranks."""
+
+    def __init__(self, name: str, num_owned: int, mesh: DeviceMesh) -> None:
+        self._name, self._num_owned, self._mesh = name, num_owned, mesh
+
+    def __call__(self, key: str, value: Any) -> Any:
+        if not isinstance(value, torch.Tensor) or value.dim() == 0:
+            return value  # a step count, equal on all ranks
+        if value.shape[0] != self._num_owned or value.dim() == 1:
+            raise ValueError(
+                f"optimizer state {key!r} of {self._name} must be a scalar or have a row for each of this rank's "
+                f"{self._num_owned} experts, to be read by other numbers of ranks; got shape {tuple(value.shape)}"
+            )
+        return DTensor.from_local(value.detach(), self._mesh, [Shard(0)], run_check=False)
+
+
+def _local(value: Any) -> Any:
+    return value.to_local() if isinstance(value, DTensor) else value
+
+
+def _plain_name(model: nn.Module, name: str) -> str:
+    """The name of a parameter as `get_model_state_dict` has it: without those of wrapping modules."""
+    kept: list[str] = []
+    module: Any = model
+    for part in name.split("."):
+        if not isinstance(module, DistributedDataParallel) and part not in _WRAPPERS:
+            kept.append(part)
+        module = getattr(module, part)
+    return ".".join(kept)
+
+
+def _parameters(optimizer: Optimizer) -> list[nn.Parameter]:
+    return [parameter for group in optimizer.param_groups for parameter in group["params"]]
+
+
+def _without_state(optimizer: Optimizer) -> list[nn.Parameter]:
+    return [one for one in _parameters(optimizer) if one.requires_grad and not optimizer.state.get(one)]
+
+
+@contextmanager
+def _state_for_all(optimizers: Iterable[Optimizer]) -> Iterator[list[nn.Parameter]]:
+    """Inside, parameters without optimizer state (these are yielded) have what a step with gradients of 0 makes.
+
+    Such a state is what `dcp.load` reads into. It is no state to go on from, as its step count is 1.
+    """
+    made_up = [(optimizer, _without_state(optimizer)) for optimizer in optimizers]
+    try:
+        for optimizer, lacking in made_up:
+            if lacking:
+                _step_by_nothing(optimizer, lacking)
+        yield [parameter for _, lacking in made_up for parameter in lacking]
+    finally:
+        for optimizer, lacking in made_up:
+            _forget(optimizer, lacking)
+
+
+def _forget(optimizer: Optimizer, parameters: Iterable[nn.Parameter]) -> None:
+    for parameter in parameters:
+        optimizer.state.pop(parameter, None)
+
+
+@torch.no_grad()
+def _step_by_nothing(optimizer: Optimizer, parameters: Sequence[nn.Parameter]) -> None:
+    """A step of learning rate 0 with gradients of 0 for `parameters`, none for others: it writes no weight."""
+    grads = [(parameter, parameter.grad) for parameter in _parameters(optimizer)]
+    rates = [(group, group["lr"]) for group in optimizer.param_groups if "lr" in group]
+    try:
+        for parameter, _ in grads:
+            parameter.grad = None
+        for parameter in parameters:
+            parameter.grad = torch.zeros_like(parameter)
+        for group, rate in rates:
+            group["lr"] = torch.zeros_like(rate) if isinstance(rate, torch.Tensor) else 0.0
+        optimizer.step()
+    finally:
+        for group, rate in rates:
+            group["lr"] = rate
+        for parameter, grad in grads:
+            parameter.grad = grad

@@ -1,0 +1,257 @@
+"""Checkpoints of training: what 2 ranks wrote goes on over 1, 2 and 4 ranks, each expert with its own moments."""
+
+from __future__ import annotations
+
+import functools
+
+import numpy as np
+import pytest
+import torch
+import torch.distributed as dist
+import torch.distributed.checkpoint as dcp
+from torch import nn
+from torch.distributed.checkpoint.api import CheckpointException
+from torch.distributed.fsdp import fully_shard
+from torch.distributed.tensor import DTensor
+from torch.nn.parallel import DistributedDataParallel
+
+from eplb.planning.placement import Placement
+from moe_layer import TrainingState, ignore_in_ddp
+from moe_layer.collectives import all_gather_rows
+from tests.distributed import distributed
+from tests.moe_layer.ranks import EXPERTS, HIDDEN, Restless, make_layer
+
+BEFORE, AFTER = 4, 8  # steps before and after the checkpoint
+TOKENS = 24  # of all ranks together
+
+pytestmark = pytest.mark.filterwarnings("ignore:torch.distributed is disabled")  # a checkpoint of one process
+
+
+class Model(nn.Module):
+    def __init__(self, group, device, **options):
+        super().__init__()
+        torch.manual_seed(0)
+        self.dense = nn.Linear(HIDDEN, HIDDEN, device=device)
+        self.layers = nn.ModuleList(make_layer(group, device, seed, trainable=True, **options) for seed in (1, 2))
+
+    def forward(self, x):
+        x = self.dense(x)
+        for layer in self.layers:
+            x = x + layer(x)
+        return x
+
+
+def place(model, seed):
+    """Another random placement for each layer, equal on all ranks. On one rank there is none."""
+    policy = Restless(seed)
+    for layer in model.layers:
+        owned = layer.experts.owned
+        if owned.num_ranks > 1:
+            proposal = policy.propose(np.zeros((1, 1, EXPERTS)), owned.placement.lanes_WS[None], None)
+            layer.experts.place(Placement(proposal.physical_LWP[0], EXPERTS), proposal.shares_LWP[0])
+
+
+def train(model, optimizer, steps, group, device):
+    """The same tokens, over however many ranks; gradients of what every rank has are summed over them."""
+    ranks, rank = (1, 0) if group is None else (dist.get_world_size(group), dist.get_rank(group))
+    for step in steps:
+        place(model, step)
+        x = torch.randn(TOKENS, HIDDEN, generator=torch.Generator().manual_seed(step))[rank::ranks].to(device)
+        (model(x) ** 2).sum().backward()
+        for name, parameter in model.named_parameters():
+            if group is not None and ".experts." not in name:
+                dist.all_reduce(parameter.grad, group=group)
+        optimizer.step()
+        optimizer.zero_grad()
+
+
+def adamw(model):
+    return torch.optim.AdamW(model.parameters(), lr=1e-2, weight_decay=0.1)
+
+
+def whole(model, optimizer, group):
+    """Weights and optimizer state by name, experts' of all ranks together; on the CPU."""
+    found = {}
+    for name, parameter in model.named_parameters():
+        for key, value in {"weight": parameter.detach(), **optimizer.state[parameter]}.items():
+            value = value.full_tensor() if isinstance(value, DTensor) else value
+            is_spread = group is not None and ".experts." in name and value.dim() > 0
+            found[f"{name} {key}"] = (all_gather_rows(value, group) if is_spread else value).cpu().clone()
+    return found
+
+
+def from_rank_0(value):
+    box = [value]
+    dist.broadcast_object_list(box, 0, device=torch.device("cpu"))
+    return box[0]
+
+
+@pytest.fixture
+def folder(tmp_path_factory):
+    return str(tmp_path_factory.mktemp("checkpoint"))
+
+
+@distributed(num_ranks=4)
+def test_two_ranks_write_and_others_go_on(rank, num_ranks, group, device, folder):
+    pair = dist.new_group([0, 1])
+    saved = later = None
+    if rank < 2:
+        model = Model(pair, device)
+        optimizer = adamw(model)
+        train(model, optimizer, range(BEFORE), pair, device)
+        saved = whole(model, optimizer, pair)
+        state = TrainingState(model, optimizer)
+        one = state.state_dict()["model"]["layers.0.experts.down_proj"]
+        assert isinstance(one, DTensor) and one.shape[0] == EXPERTS, "all experts are one tensor"
+        assert one.to_local().data_ptr() == model.layers[0].experts.down_proj.data_ptr(), "nothing is copied"
+        dcp.save({"training": state}, checkpoint_id=folder, process_group=pair)
+        train(model, optimizer, range(BEFORE, BEFORE + AFTER), pair, device)
+        later = whole(model, optimizer, pair)
+    saved, later = from_rank_0(saved), from_rank_0(later)
+    assert any(not torch.equal(saved[name], later[name]) for name in saved)
+
+    alone = dist.new_group([0])
+    for ranks, readers, experts_group in ((2, pair, pair), (4, group, group), (1, alone, None)):
+        if rank >= ranks:
+            continue
+        other = Model(experts_group, device)
+        spoil(other)
+        optimizer = adamw(other)
+        place(other, 77)
+        dcp.load({"training": TrainingState(other, optimizer)}, checkpoint_id=folder, process_group=readers)
+        assert_equal(whole(other, optimizer, experts_group), saved, f"{ranks} ranks, what was read")
+        train(other, optimizer, range(BEFORE, BEFORE + AFTER), experts_group, device)
+        found = whole(other, optimizer, experts_group)
+        if ranks == 2:
+            assert_equal(found, later, "the run that went on")
+        for name, value in found.items():  # relative to the tensor's largest element: sums over ranks round otherwise
+            error = (value - later[name]).abs().max() / later[name].abs().max()
+            assert error <= 1e-6, f"{ranks} ranks: {name} is off by {error:.1e}"
+    if rank == 0:
+        dcp.save({"training": TrainingState(other, optimizer)}, checkpoint_id=f"{folder}/alone", process_group=alone)
+    alone_then = from_rank_0(whole(other, optimizer, None) if rank == 0 else None)
+    if rank < 2:
+        check_wrapped(pair, device, alone_then, folder)
+        check_replicas(pair, device, alone_then, folder)
+        check_refusals(pair, device)
+
+
+def check_wrapped(pair, device, expected, folder):
+    """What one rank wrote is read under FSDP2, written from there, and read under DDP."""
+    sharded = Model(pair, device)
+    experts = {one for layer in sharded.layers for one in layer.experts.parameters()}
+    mesh = dist.device_mesh.DeviceMesh.from_group(pair, device.type)
+    fully_shard(sharded, mesh=mesh, ignored_params=experts)
+    spoil(sharded)
+    optimizer = adamw(sharded)
+    dcp.load({"training": TrainingState(sharded, optimizer)}, checkpoint_id=f"{folder}/alone", process_group=pair)
+    assert isinstance(sharded.dense.weight, DTensor)
+    assert_equal(whole(sharded, optimizer, pair), expected, "FSDP2")
+    dcp.save({"training": TrainingState(sharded, optimizer)}, checkpoint_id=f"{folder}/fsdp", process_group=pair)
+
+    plain = Model(pair, device)
+    compiled = torch.compile(plain, backend="eager")
+    assert "_orig_mod.layers.0.experts.down_proj" in ignore_in_ddp(compiled)
+    wrapped = DistributedDataParallel(compiled, process_group=pair)
+    spoil(plain)
+    optimizer = adamw(wrapped)
+    dcp.load({"training": TrainingState(wrapped, optimizer)}, checkpoint_id=f"{folder}/fsdp", process_group=pair)
+    assert_equal(whole(plain, optimizer, pair), expected, "DDP")
+
+
+def check_replicas(pair, device, expected, folder):
+    """Copies of the weights follow in the next forward."""
+    replicated = Model(pair, device, num_redundant_experts=2)
+    x = torch.randn(5, HIDDEN, device=device)
+    with torch.no_grad():
+        before = replicated(x)
+    optimizer = adamw(replicated)
+    dcp.load({"training": TrainingState(replicated, optimizer)}, checkpoint_id=f"{folder}/alone", process_group=pair)
+    assert_equal(whole(replicated, optimizer, pair), expected, "replicas")
+    with torch.no_grad():
+        after = replicated(x)
+        for layer in replicated.layers:
+            layer.experts.publish()
+        assert torch.equal(replicated(x), after) and not torch.equal(after, before)
+
+
+def check_refusals(pair, device):
+    model = Model(pair, device)
+    optimizer = adamw(model)
+    down = model.layers[1].experts.down_proj
+    optimizer.state[down]["mean"] = torch.zeros(3, HIDDEN, device=device)
+    with pytest.raises(
+        ValueError, match=r"'mean' of layers.1.experts.down_proj must be .* 4 experts, .* shape \(3, 24\)"
+    ):
+        TrainingState(model, optimizer).state_dict()
+    away = Model(pair, device).to("meta")
+    with pytest.raises(ValueError, match=r"layers.0.experts.gate_up_proj must be a plain tensor .* on the meta device"):
+        TrainingState(away, []).state_dict()
+
+
+def spoil(model):
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.fill_(float("nan"))
+
+
+def assert_equal(found, expected, what):
+    assert found.keys() == expected.keys(), what
+    for name, value in found.items():
+        assert torch.equal(value, expected[name]), f"{what}: {name} differs"
+
+
+def sgd(model, momentum=0.0):
+    return torch.optim.SGD(model.parameters(), lr=1e-2, weight_decay=0.1, momentum=momentum)
+
+
+@pytest.mark.parametrize("make_optimizer", [adamw, sgd, functools.partial(sgd, momentum=0.9)])
+def test_parameters_without_optimizer_state(make_optimizer, device, folder):
+    """Saving makes up no state that training would go on from, and reading restores that there was none."""
+
+    def save(name):
+        dcp.save({"training": TrainingState(model, optimizer)}, checkpoint_id=f"{folder}/{name}")
+
+    def load(name):
+        spoil(other)
+        other_optimizer.param_groups[0]["lr"] = 0.5
+        dcp.load({"training": TrainingState(other, other_optimizer)}, checkpoint_id=f"{folder}/{name}")
+        assert other_optimizer.param_groups[0]["lr"] == 1e-2
+        return whole(other, other_optimizer, None)
+
+    model = Model(None, device)
+    optimizer = make_optimizer(model)
+    (model(torch.randn(5, HIDDEN, device=device)) ** 2).sum().backward()
+    grads = [(parameter, parameter.grad, parameter.grad.clone()) for parameter in model.parameters()]
+    fresh = whole(model, optimizer, None)
+    save("fresh")
+    assert_equal(whole(model, optimizer, None), fresh, "saved before the first step")
+    assert len(fresh) == len(grads), "weights alone"
+    assert all(parameter.grad is grad and torch.equal(grad, value) for parameter, grad, value in grads)
+    assert optimizer.param_groups[0]["lr"] == 1e-2
+
+    model.dense.weight.grad = model.dense.bias.grad = None
+    optimizer.step()
+    partly = whole(model, optimizer, None)
+    save("partly")
+    assert_equal(whole(model, optimizer, None), partly, "saved after a step of some parameters")
+
+    other = Model(None, device)
+    other_optimizer = make_optimizer(other)
+    for name, expected in (("partly", partly), ("fresh", fresh), ("partly", partly)):
+        assert_equal(load(name), expected, name)
+
+
+def test_errors_name_what_is_wrong(device, folder):
+    model = Model(None, device)
+    optimizer = adamw(model)
+    with pytest.raises(ValueError, match=r"got 1 others, the first of shape \(2, 3\): make the optimizer after"):
+        TrainingState(model, torch.optim.SGD([*model.parameters(), nn.Parameter(torch.zeros(2, 3))]))
+    dcp.save({"training": TrainingState(model, optimizer)}, checkpoint_id=folder)
+
+    smaller = Model(None, device, intermediate_size=8)
+    with pytest.raises(CheckpointException, match=r"Size mismatch between saved torch.Size\(\[8, .*layers.0.experts"):
+        dcp.load({"training": TrainingState(smaller, adamw(smaller))}, checkpoint_id=folder)
+    model.more = nn.Linear(2, 2, device=device)
+    with pytest.raises(CheckpointException, match=r"Missing key in checkpoint state_dict: training.*more"):
+        dcp.load({"training": TrainingState(model, adamw(model))}, checkpoint_id=folder)
