@@ -101,7 +101,7 @@ def test_two_ranks(rank, num_ranks, group, device):
         check_gradients(rank, group, device, trainable)
 
 
-@distributed(num_ranks=4)
+@distributed(num_ranks=4, on_cpu=False)
 def test_four_ranks(rank, num_ranks, group, device):
     for dtype in (torch.float32, torch.bfloat16):
         check_outputs(rank, num_ranks, group, device, dtype)

@@ -75,7 +75,7 @@ def test_two_ranks(rank, num_ranks, group, device):
     check_a_flip_meanwhile(rank, group, device)
 
 
-@distributed(num_ranks=4)
+@distributed(num_ranks=4, on_cpu=False)
 def test_four_ranks(rank, num_ranks, group, device):
     check_outputs(rank, group, device)
     check_balance(rank, group, device)

@@ -51,7 +51,7 @@ def test_two_ranks(rank, num_ranks, group, device):
     check_fsdp2(rank, group, device)
 
 
-@distributed(num_ranks=4)
+@distributed(num_ranks=4, on_cpu=False)
 def test_four_ranks(rank, num_ranks, group, device):
     check_outputs(rank, num_ranks, group, device, torch.float32)
     check_states_between_rank_counts(rank, num_ranks, group, device)

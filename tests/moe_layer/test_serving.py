@@ -118,7 +118,7 @@ def test_i5_two_ranks(rank, num_ranks, group, device):
     check_steps_beside_forwards_on_another_thread(rank, group, device)
 
 
-@distributed(num_ranks=4, timeout=150)
+@distributed(num_ranks=4, timeout=150, on_cpu=False)
 def test_i5_four_ranks(rank, num_ranks, group, device):
     service = make_service(rank, group, device, dtype=torch.bfloat16)
     service.serve_until(moved_by(service, 5), "relocations")
