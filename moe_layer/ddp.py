@@ -30,7 +30,11 @@ def ignore_in_ddp(model: nn.Module, *, gradient_divisor: float | None = None) ->
 
     Returns:
         The names of the parameters that DDP will ignore, earlier ones included.
+
+    Raises:
+        ValueError: `gradient_divisor` is no number above 0.
     """
+    _check_divisor(gradient_divisor)
     ignored = list(getattr(model, "_ddp_params_and_buffers_to_ignore", []))
     for name, module in model.named_modules():
         own = getattr(module, "_ddp_params_and_buffers_to_ignore", []) if module is not model else []
@@ -61,8 +65,10 @@ def ignore_in_fsdp(
         Parameters of `model`.
 
     Raises:
-        ValueError: `mesh` has ranks that do not share a layer's experts; they hold copies, which nothing keeps equal.
+        ValueError: `mesh` has ranks that do not share a layer's experts; they hold copies, which nothing keeps equal. Or
+            `gradient_divisor` is no number above 0.
     """
+    _check_divisor(gradient_divisor)
     found = [experts for _, experts in _spread_experts(model)]
     ranks = list(range(dist.get_world_size())) if mesh is None else mesh.mesh.flatten().tolist()
     for experts in found:
@@ -83,6 +89,11 @@ _COPIES = (
 )
 
 
+def _check_divisor(gradient_divisor: float | None) -> None:
+    if gradient_divisor is not None and not 0 < gradient_divisor < float("inf"):
+        raise ValueError(f"gradient_divisor must be None or a number above 0, got {gradient_divisor!r}")
+
+
 def _spread_experts(model: nn.Module) -> Iterator[tuple[str, Experts]]:
     """Names and trainable experts that are spread over ranks: of our layers and of swapped models."""
     for name, module in model.named_modules():
@@ -101,7 +112,8 @@ def _divisor(experts: Experts, ranks: Sequence[int]) -> int:
     return 1 if getattr(experts, "tokens", "own") == "replicated" else len(ranks)
 
 
-def refuse_managed_experts(experts: Experts, process_group: dist.ProcessGroup) -> None:
+@torch.compiler.disable
+def check_ddp(experts: Experts, process_group: dist.ProcessGroup) -> None:
     """Looks whether a DDP module around this forward treats the experts rightly, and by what it divides gradients.
 
     DDP over other ranks, each of which has the same experts, is right and allowed.
@@ -144,9 +156,3 @@ def refuse_sharding(name: str, ranks: list[int], process_group: dist.ProcessGrou
             "Call fully_shard(..., ignored_params=moe_layer.ignore_in_fsdp(model)), or shard over other ranks than "
             "process_group's"
         )
-
-
-@torch.compiler.disable
-def check_ddp(experts: Experts, process_group: dist.ProcessGroup) -> None:
-    """`refuse_managed_experts`, outside of compiled code."""
-    refuse_managed_experts(experts, process_group)

@@ -127,7 +127,8 @@ def _norms_over_ranks(
     norms = []
     for alike in _by_device_and_dtype(local):
         # In float32: rounded to bfloat16, as PyTorch's is for such gradients, a norm differs by up to 0.2 %.
-        norms += [norm.to(device) for norm in torch._foreach_norm(alike, norm_type, torch.float32)]
+        dtype = torch.promote_types(alike[0].dtype, torch.float32)
+        norms += [norm.to(device, torch.float32) for norm in torch._foreach_norm(alike, norm_type, dtype)]
     if not groups:
         return norms
     norm = torch.zeros((), device=device)

@@ -29,7 +29,8 @@ def route(layer: MoELayer, x: torch.Tensor, token_mask: torch.Tensor | None = No
     """What `layer`'s router chooses for `x`, for the forward and for losses.
 
     ``layer(x, mask, expert_ids=routed.expert_ids, expert_weights=routed.expert_weights)`` is then the same, bit for bit, as
-    ``layer(x, mask)`` with gradients.
+    ``layer(x, mask)`` with gradients. Under FSDP2 shard a module around the layer, not the layer alone: its router is used here
+    before the layer is called.
 
     Args:
         layer: with a router of its own.

@@ -483,6 +483,9 @@ def check_copies(rank, group, device):
         wrapped(x)
     with pytest.raises(ValueError, match=rf"mesh must have no ranks but .* got also \{others}: they hold copies"):
         ignore_in_fsdp(layer)
+    for ignore in (ignore_in_ddp, ignore_in_fsdp):
+        with pytest.raises(ValueError, match="gradient_divisor must be None or a number above 0, got 0"):
+            ignore(layer, gradient_divisor=0)
     ignore_in_ddp(layer, gradient_divisor=4)  # who reduces them says so
     wrapped(x).sum().backward()
     assert ignore_in_fsdp(layer, gradient_divisor=3) == set(layer.experts.parameters())
