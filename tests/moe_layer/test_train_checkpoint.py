@@ -130,10 +130,27 @@ def test_two_ranks_write_and_others_go_on(rank, num_ranks, group, device, folder
     if rank == 0:
         dcp.save({"training": TrainingState(other, optimizer)}, checkpoint_id=f"{folder}/alone", process_group=alone)
     alone_then = from_rank_0(whole(other, optimizer, None) if rank == 0 else None)
+    check_two_copies(group, [pair, dist.new_group([2, 3])][rank // 2], device, alone_then, folder)
     if rank < 2:
         check_wrapped(pair, device, alone_then, folder)
         check_replicas(pair, device, alone_then, folder)
         check_refusals(pair, device)
+
+
+def check_two_copies(group, own, device, expected, folder):
+    """Two pairs of ranks, each with all experts: expert parallelism within data parallelism."""
+    for name, following in (("alone", "copies"), ("copies", None)):
+        model = Model(own, device)
+        spoil(model)
+        optimizer = adamw(model)
+        dcp.load({"training": TrainingState(model, optimizer)}, checkpoint_id=f"{folder}/{name}")
+        assert_equal(whole(model, optimizer, own), expected, f"two copies, {name}")
+        if following is not None:
+            dcp.save({"training": TrainingState(model, optimizer)}, checkpoint_id=f"{folder}/{following}")
+            written = dcp.FileSystemReader(f"{folder}/{following}").read_metadata().state_dict_metadata
+            chunks = written["training.optimizer.state.layers.0.experts.down_proj.exp_avg"].chunks
+            assert sorted(chunk.offsets[0] for chunk in chunks) == [0, EXPERTS // 2], "each expert is written once"
+    dist.barrier(group)
 
 
 def check_wrapped(pair, device, expected, folder):
