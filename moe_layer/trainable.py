@@ -66,6 +66,8 @@ class TrainableExperts(Experts):
         return self.resident
 
     def matrices(self) -> ExpertMatrices:
+        if not self.is_loaded:
+            self.check_loaded()
         weights = {tensor.name: getattr(self, tensor.name) for tensor in self.format.tensors}
         for name, weight in weights.items():
             if type(weight) not in (torch.Tensor, nn.Parameter):
