@@ -8,7 +8,6 @@ from __future__ import annotations
 import bisect
 import re
 import sys
-from dataclasses import replace
 from typing import Any
 
 import torch
@@ -426,31 +425,29 @@ def compile_tma_gemms(
 
 
 if __name__ == "__main__":
-    arch = int(sys.argv[1])
+    arch, all_of_them = int(sys.argv[1]), sys.argv[2:] == ["all"]  # all of them takes minutes
     compile_small(arch)
-    for dtype, num_ranks in ((torch.bfloat16, 4), (torch.float32, 2), (torch.bfloat16, 8)):
+    for dtype, num_ranks in ((torch.bfloat16, 4), (torch.float32, 2), *(((torch.bfloat16, 8),) if all_of_them else ())):
         compile_peers(arch, dtype, num_ranks)
     for dtype in DTYPES if arch >= 90 else (torch.bfloat16,):  # an older one shows what must not be used there
         compile_one_token(arch, dtype)
-        for rows in (16, 32, 64, 128):
+        is_usual = all_of_them or dtype == torch.bfloat16
+        for rows in (16, 32, 64, 128) if is_usual else (64,):
             compile_gemms(arch, dtype, rows, rows != 16, "gelu" if rows == 32 else "silu", biased=False)
-        for activation, biased in KINDS:
+        for activation, biased in KINDS if is_usual else ():
             compile_gemms(arch, dtype, 64, True, activation, biased)
     tables = {torch.float32: _TABLE_32_BIT, torch.bfloat16: _TABLE_HOPPER if arch == 90 else _TABLE_16_BIT}
     for dtype, table in tables.items():
         for place, (_, configs) in enumerate(table):
             compile_gradients(arch, dtype, place, configs, *KINDS[place])
-            if arch == 90 and dtype == torch.bfloat16 and place:
-                tma = GradientConfigs(replace(configs.hidden, tma=True), configs.weights, replace(configs.x, tma=True))
-                compile_gradients(arch, dtype, place, tma, *KINDS[place])
     if arch == 90:
         for hidden_size, intermediate in ((2048, 768), (2880, 2880), (4096, 14336)):  # one for each column
             column = bisect.bisect_left(_INTERMEDIATE, intermediate)
             dtypes = (torch.bfloat16,) if column else (torch.bfloat16, torch.float16)  # whose tiles are the same
-            for dtype in dtypes:
+            for dtype in dtypes if all_of_them else dtypes[:1]:
                 table = _KEPT_TMA if dtype == torch.bfloat16 and not column else _TABLE_TMA
-                for up, down in dict.fromkeys(pairs[column] for *_, pairs in table):
+                for number, (up, down) in enumerate(dict.fromkeys(pairs[column] for *_, pairs in table)):
                     compile_tma_gemms(arch, dtype, up, down, hidden_size, intermediate)
-                    if hidden_size == 2880 and dtype == torch.bfloat16:
+                    if hidden_size == 2880 and dtype == torch.bfloat16 and (all_of_them or number % 3 == 0):
                         for kind in KINDS[1:4]:
                             compile_tma_gemms(arch, dtype, up, down, hidden_size, intermediate, *kind)
