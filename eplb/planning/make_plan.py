@@ -77,7 +77,7 @@ def make_plan(
     for index in by_gain:
         pool = pool_of_layer[index]
         if moves_L[index] == 0:
-            shares_WS = _shares_in_lanes(current[index].lanes_WS, proposal, index)
+            shares_WS = shares_in_lanes(current[index].lanes_WS, proposal, index)
         elif (free_slots_GW[pool] < 1).any() or (current[index].lanes_WS != EMPTY).all(axis=1).any():
             degraded.append(index)
             shares_WS = balanced_shares(load_LE[[index]], current[index].lanes_WS[None])[0]
@@ -119,7 +119,7 @@ def _with_shares(
     for wave in scheduled:
         updates = []
         for layer, moves, lanes_WS, last in wave:
-            shares_WS = _shares_in_lanes(lanes_WS, proposal, layer) if last else next(shares)
+            shares_WS = shares_in_lanes(lanes_WS, proposal, layer) if last else next(shares)
             updates.append(LayerUpdate(layer, moves, Placement(lanes_WS, num_experts), shares_WS))
         waves.append(Wave(tuple(sorted(updates, key=lambda update: update.layer))))
     return waves
@@ -165,7 +165,7 @@ def _summarise(
     )
 
 
-def _shares_in_lanes(lanes_WS: np.ndarray, proposal: Proposal, layer: int) -> np.ndarray:
+def shares_in_lanes(lanes_WS: np.ndarray, proposal: Proposal, layer: int) -> np.ndarray:
     """The proposal's shares, moved to the lanes that hold the same experts on the same ranks."""
     physical_WP = proposal.physical_LWP[layer]
     order_WP = np.argsort(physical_WP, axis=1, kind="stable")

@@ -7,19 +7,18 @@ before it; the first one with what a layer starts with. Shape letters: B batches
 from __future__ import annotations
 
 import time
-from collections import deque
 from collections.abc import Callable
 from dataclasses import dataclass
 
 import numpy as np
 
 from eplb.planning.balance import free_placement_bound, max_over_mean, per_batch_imbalance, rank_loads
-from eplb.planning.forecast import forecast
 from eplb.planning.make_plan import make_plan
 from eplb.planning.placement import Placement, count_experts
 from eplb.planning.policy import Policy, Topology
 from eplb.planning.shares import equal_shares
 from eplb.simulate.traces import Trace
+from eplb.simulate.windows import Forecasts
 
 
 @dataclass(frozen=True)
@@ -74,14 +73,7 @@ def simulate(
         ValueError: sizes that do not go together.
     """
     num_batches, num_layers, num_experts = trace.load_BLE.shape
-    if not 1 <= batches_per_window <= num_batches:
-        raise ValueError(
-            f"batches_per_window={batches_per_window}: must lie in [1, {num_batches}], the trace's batches"
-        )
-    if not 1 <= sub_windows <= batches_per_window:
-        raise ValueError(f"sub_windows={sub_windows}: must lie in [1, batches_per_window={batches_per_window}]")
-    if forecast_windows < 1:
-        raise ValueError(f"forecast_windows={forecast_windows}: must be at least 1")
+    forecasts = Forecasts(trace, batches_per_window, sub_windows, forecast_windows)
     if free_slots < 1:
         raise ValueError(f"free_slots={free_slots}: must be at least 1")
     num_ranks = topology.num_ranks
@@ -90,18 +82,15 @@ def simulate(
     live, shares = [start] * num_layers, [equal_shares(start)] * num_layers
     results: list[WindowResult] = []
     previous_BLE: np.ndarray | None = None
-    seen: deque[np.ndarray] = deque(maxlen=forecast_windows)
     for first in range(0, num_batches - batches_per_window + 1, batches_per_window):
         window_BLE = trace.load_BLE[first : first + batches_per_window]
         moves = waves = 0
         planning_ms = plan_ms = 0.0
         if previous_BLE is not None:
-            parts = np.array_split(previous_BLE, sub_windows)
-            load_LNE = np.stack([part.sum(axis=0) for part in parts], axis=1)
-            seen.append(load_LNE.sum(axis=1))
+            load_LNE = forecasts.cut(previous_BLE)
             physical_LWP = np.stack([placement.compact() for placement in live])
             begin = time.perf_counter()
-            load_LNE = forecast(load_LNE, np.array(seen)[:-1])
+            load_LNE = forecasts.after(load_LNE)
             proposal = policy.propose(load_LNE, physical_LWP, topology)
             planned = time.perf_counter()
             plan = make_plan(
