@@ -2,26 +2,21 @@
 
 from __future__ import annotations
 
-import importlib.util
 import re
-from pathlib import Path
 
 import pytest
 
 pytest.importorskip("transformers")
 
 from moe_layer.hf import implementation
+from tests.examples import load_example
 
-EXAMPLE = Path(__file__).parents[3] / "examples" / "finetune.py"
 SMALL = ["--batch", "4", "--length", "32", "--hidden-size", "32"]
 
 
 @pytest.fixture
 def example():
-    spec = importlib.util.spec_from_file_location("finetune", EXAMPLE)
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
+    return load_example("finetune")
 
 
 def test_it_learns_as_its_twin_does(example, capsys):
