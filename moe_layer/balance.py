@@ -8,8 +8,9 @@ import torch
 import torch.distributed as dist
 from torch import nn
 
+from eplb.planning.make_plan import shares_in_lanes
 from eplb.planning.placement import Placement
-from eplb.planning.policy import Policy, Topology, make_policy
+from eplb.planning.policy import Policy, Proposal, Topology, make_policy
 from moe_layer.arguments import check_integer
 from moe_layer.collectives import all_gather_rows
 from moe_layer.trainable import TrainableExperts
@@ -97,7 +98,8 @@ class TrainingBalancer:
             old = experts.owned.placement.lanes_WS
             new, shares_WS = _in_place(old, physical_WP, shares_WP)
             self.num_moved += int((new != old).sum())
-            experts.place(Placement(new, experts.num_experts), shares_WS)
+            if not np.array_equal(new, old) or not np.array_equal(shares_WS, experts.owned.shares_WS):
+                experts.place(Placement(new, experts.num_experts), shares_WS)
 
 
 def _in_place(lanes_WS: np.ndarray, physical_WP: np.ndarray, shares_WP: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
@@ -105,17 +107,15 @@ def _in_place(lanes_WS: np.ndarray, physical_WP: np.ndarray, shares_WP: np.ndarr
 
     Example: lanes `[[3, 1]]`, wanted `[[2, 3]]` → `[[3, 2]]`.
     """
-    new_WS, shares_WS = np.empty_like(lanes_WS), np.zeros(lanes_WS.shape)
-    for rank, (held, wanted, shares) in enumerate(zip(lanes_WS, physical_WP, shares_WP, strict=True)):
-        left = list(range(len(wanted)))
+    new_WS = np.empty_like(lanes_WS)
+    for rank, (held, wanted) in enumerate(zip(lanes_WS, physical_WP, strict=True)):
+        left = wanted.tolist()
         empty = []
-        for lane, expert in enumerate(held):
-            at = next((place for place in left if wanted[place] == expert), None)
-            if at is None:
-                empty.append(lane)
+        for lane, expert in enumerate(held.tolist()):
+            if expert in left:
+                left.remove(expert)
+                new_WS[rank, lane] = expert
             else:
-                left.remove(at)
-                new_WS[rank, lane], shares_WS[rank, lane] = expert, shares[at]
-        for lane, at in zip(empty, left, strict=True):
-            new_WS[rank, lane], shares_WS[rank, lane] = wanted[at], shares[at]
-    return new_WS, shares_WS
+                empty.append(lane)
+        new_WS[rank, empty] = left
+    return new_WS, shares_in_lanes(new_WS, Proposal(physical_WP[None], shares_WP[None]), 0)

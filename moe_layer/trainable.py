@@ -103,16 +103,17 @@ class TrainableExperts(Experts):
         digest = torch.tensor([[placement.digest()]], dtype=torch.int64, device=self.device)
         if len(all_gather_rows(digest, self.process_group).unique()) > 1:
             raise ValueError("placement must be equal on all ranks")
+        moves = placement != self.owned.placement
         self.owned.place(placement, shares_WS)
-        self._forget_copies(keep=self._copies)
+        if moves:  # with new shares alone the copies are where they are wanted
+            self._route, self._is_stale = None, True
 
     def publish(self) -> None:
         """The next forward sends the weights to all copies. On all ranks, where parameters were written through ``.data``."""
         self._is_stale = True
 
-    def _forget_copies(self, keep: dict[str, torch.Tensor] | None = None) -> None:
-        self._copies, self._route = keep, None
-        self._is_stale = True
+    def _forget_copies(self) -> None:
+        self._copies, self._route, self._is_stale = None, None, True
 
     @torch.no_grad()
     def _published(self, weights: Mapping[str, torch.Tensor]) -> Sequence[torch.Tensor]:

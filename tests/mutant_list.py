@@ -933,12 +933,12 @@ TRAINING = (
     # A new placement goes by the old one's route.
     Mutant(
         "moe_layer/trainable.py",
-        "self._copies, self._route = keep, None",
-        "self._copies = keep",
+        "self._route, self._is_stale = None, True",
+        "self._is_stale = True",
         (f"{L}training_moves.py",),
     ),
     # An expert that stays is said to have moved.
-    Mutant("moe_layer/balance.py", "left.remove(at)", "left.remove(left[0])", (f"{L}training_moves.py",)),
+    Mutant("moe_layer/balance.py", "left.remove(expert)", "left.remove(left[0])", (f"{L}training_moves.py",)),
     # Ids past the last expert are computed by one of them.
     Mutant(
         "kernels/moe_kernels/experts.py",
