@@ -22,7 +22,7 @@ from bench import against
 from bench.cases import Case, count_hit, forward_work, make_logits
 from bench.ceilings import Ceilings, measure_ceilings
 from bench.command import make_parser
-from bench.providers import Problem, Provider, Unavailable, find, make_problem, make_weights, reference
+from bench.providers import Problem, Provider, complaining, find, make_problem, make_weights, reference
 from bench.report import (
     DTYPES,
     WORST_ERROR,
@@ -116,22 +116,15 @@ def _measure(
     checked: dict[str, tuple[float, int | None]] = {}
     complaints: list[str] = []
     for provider in providers:
-        try:
+        with complaining(provider.name, case.name, complaints):
             forward = provider.prepare(problem)
             error = relative_error(forward(), expected)
             checked[provider.name] = error, extra_bytes(forward, options.device)
             if is_gpu:
                 graphs[provider.name] = capture(forward, options.device)
-        except Unavailable as reason:
-            complaints.append(f"skipped {provider.name}, {case.name}: {reason}")
-            continue
-        except Exception as failure:  # a peer's failure, of whatever kind, must not end the others' run
-            message = str(failure).partition("\n")[0]
-            complaints.append(f"FAILED {provider.name}, {case.name}: {type(failure).__name__}: {message}")
-            continue
-        forwards[provider.name] = forward
-        if not error <= WORST_ERROR:
-            complaints.append(f"FAILED {provider.name}, {case.name}: error {error:.2e} against float32, or NaN")
+            forwards[provider.name] = forward
+            if not error <= WORST_ERROR:
+                complaints.append(f"FAILED {provider.name}, {case.name}: error {error:.2e} against float32, or NaN")
     rows = [
         {
             "case": case.name,

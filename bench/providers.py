@@ -7,7 +7,8 @@ The function that it returns does the rest, routing included, and is captured in
 
 import importlib
 import weakref
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -22,6 +23,18 @@ Forward = Callable[[], torch.Tensor]
 
 class Unavailable(Exception):  # noqa: N818
     """A provider cannot run here, or cannot run this problem; the message says why, and which package is missing."""
+
+
+@contextmanager
+def complaining(provider: str, case: str, complaints: list[str]) -> Iterator[None]:
+    """What goes wrong inside ends it, and is told as "skipped …" or "FAILED …": it must not end the other providers' run."""
+    try:
+        yield
+    except Unavailable as reason:
+        complaints.append(f"skipped {provider}, {case}: {reason}")
+    except Exception as failure:  # a peer's, of whatever kind
+        message = str(failure).partition("\n")[0]
+        complaints.append(f"FAILED {provider}, {case}: {type(failure).__name__}: {message}")
 
 
 @dataclass(frozen=True, eq=False)

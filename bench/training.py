@@ -22,7 +22,7 @@ import torch.nn.functional as F
 from bench.cases import Case, Shape, count_hit, forward_work, make_logits
 from bench.ceilings import measure_ceilings
 from bench.command import make_parser
-from bench.providers import Problem, Unavailable, find, make_problem, make_weights, routing_of
+from bench.providers import Problem, complaining, find, make_problem, make_weights, routing_of
 from bench.report import DTYPES, Report, add_arguments, chosen_cases, geometric_mean, relative_error
 from bench.timing import Timing, capture, extra_bytes, time_captured, time_eager
 from bench.training_providers import PROVIDERS, Step, TrainingProvider
@@ -141,23 +141,16 @@ def _measure(
     checked: dict[str, tuple[float, int | None]] = {}
     complaints: list[str] = []
     for provider in providers:
-        try:
+        with complaining(provider.name, case.name, complaints):
             both, forward = _functions(provider.prepare(problem), grad_TH)
             errors = [relative_error(*pair) for pair in zip(both(), expected, strict=True)]
             checked[provider.name] = max(errors), extra_bytes(both, device)
             if is_gpu:
                 graphs[provider.name] = capture(both, device), capture(forward, device)
-        except Unavailable as reason:
-            complaints.append(f"skipped {provider.name}, {case.name}: {reason}")
-            continue
-        except Exception as failure:  # a peer's failure, of whatever kind, must not end the others' run
-            message = str(failure).partition("\n")[0]
-            complaints.append(f"FAILED {provider.name}, {case.name}: {type(failure).__name__}: {message}")
-            continue
-        steps[provider.name] = both, forward
-        if not max(errors) <= WORST_ERROR:
-            each = ", ".join(f"{name} {error:.2e}" for name, error in zip(GRADIENTS, errors, strict=True))
-            complaints.append(f"FAILED {provider.name}, {case.name}: errors against float32: {each}")
+            steps[provider.name] = both, forward
+            if not max(errors) <= WORST_ERROR:
+                each = ", ".join(f"{name} {error:.2e}" for name, error in zip(GRADIENTS, errors, strict=True))
+                complaints.append(f"FAILED {provider.name}, {case.name}: errors against float32: {each}")
     del expected
     rows = []
     for (name, mode), (both_timing, forward_timing) in _times(steps, graphs, options).items():
