@@ -11,6 +11,7 @@ from torch import nn
 from eplb.planning.placement import Placement
 from eplb.relocation.resident import ResidentExperts
 from moe_kernels import ExpertMatrices
+from moe_kernels.main_grads import has_main_grads
 from moe_layer.collectives import all_gather_rows
 from moe_layer.ddp import refuse_sharding
 from moe_layer.expert_format import ExpertFormat
@@ -77,6 +78,10 @@ class TrainableExperts(Experts):
                 )
         if not self.resident.is_at_home:  # type: ignore[union-attr]
             assert self.process_group is not None
+            if has_main_grads(self.format.matrices(weights)):
+                raise ValueError(
+                    "experts that compute away from their owners cannot have a main_grad: their gradients come back to grad"
+                )
             if self._route is None:
                 self._route = Route(self.owned.placement, self.owned.num_owned, self.owned.rank, self.device)
             links = (lambda: self._published(weights), self._note_backward, self._route, self.process_group)

@@ -108,9 +108,13 @@ def test_the_balancer(rank, num_ranks, group, device):
     after = loads()
     assert before.max() / before.mean() > 1.3 and after.max() / after.mean() < 1.05
     assert balancer.num_moved > 0 and after.sum() == pytest.approx(len(ids) * TOP_K)
+    experts = stack.layers[0].experts
+    experts.down_proj.main_grad = torch.zeros_like(experts.down_proj)
+    with pytest.raises(ValueError, match="cannot have a main_grad"):
+        stack.layers[0](x, expert_ids=ids, expert_weights=weights)
+    del experts.down_proj.main_grad
     with pytest.raises(ValueError, match="no trainable layer"):
         TrainingBalancer(nn.Linear(2, 2), group)
-    experts = stack.layers[0].experts
     own = np.roll(experts.owned.placement.lanes_WS, rank, axis=0)
     with pytest.raises(ValueError, match="must be equal on all ranks"):
         experts.place(Placement(own, EXPERTS))
