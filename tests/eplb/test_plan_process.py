@@ -148,7 +148,7 @@ from tests.eplb.test_plan_process import request_of
 process = PlanProcess(HangingOnce(sys.argv[1]), Topology(2))
 threading.Thread(target=process.plan, args=(request_of(),), daemon=True).start()
 if sys.argv[2] == "forked" and os.fork() == 0:
-    time.sleep(20)  # holds the pipe open
+    time.sleep(12)  # holds the pipe open
     os._exit(0)
 while not os.path.exists(sys.argv[1]) or not open(sys.argv[1]).read():
     time.sleep(0.01)

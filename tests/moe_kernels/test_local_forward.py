@@ -128,7 +128,7 @@ def test_equals_the_separate_ops(
 
 
 @pytest.mark.parametrize("backend", ["torch", "triton"])
-@pytest.mark.parametrize(("num_tokens", "top_k"), [(2, 2), (100, 2), (300, 4)])
+@pytest.mark.parametrize(("num_tokens", "top_k"), [(2, 2), (100, 2), pytest.param(300, 4, marks=pytest.mark.gpu)])
 def test_bits_are_those_of_the_separate_ops(make_experts, backend, num_tokens, top_k):
     """On a GPU with TMA too."""
     dtype, sizes = torch.bfloat16, (6, top_k, 64, 48)

@@ -153,7 +153,7 @@ def test_kernel_equals_reference_over_several_chunks(small_chunks, device, table
     [
         *product([600, 2047, 8192, 8193, MANY_KEYS - 1], [-1, 2]),
         pytest.param(MANY_KEYS, -1, marks=pytest.mark.gpu),  # slow, where interpreted
-        (MANY_KEYS + 1234, 2),
+        pytest.param(MANY_KEYS + 1234, 2, marks=pytest.mark.gpu),
     ],
 )
 def test_kernel_equals_reference_for_many_tokens(device, tokens, low):

@@ -142,7 +142,14 @@ def test_kernel_equals_reference_over_several_chunks(small_chunks, device, rows,
 # Up to one full block of each size, two; in chunks.
 @pytest.mark.parametrize(
     "rows",
-    [600, 2047, 8192, 8193, MANY_KEYS - 1, pytest.param(MANY_KEYS, marks=pytest.mark.gpu), MANY_KEYS + 1234],
+    [
+        600,
+        2047,
+        8192,
+        8193,
+        MANY_KEYS - 1,
+        *(pytest.param(n, marks=pytest.mark.gpu) for n in (MANY_KEYS, MANY_KEYS + 1234)),
+    ],
 )
 def test_kernel_equals_reference_for_many_rows(device, rows):
     assert_kernel_equals_reference(rows, 3, 16, 0, device)

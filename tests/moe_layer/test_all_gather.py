@@ -112,7 +112,7 @@ def test_four_ranks(rank, num_ranks, group, device):
     check_partial(rank, group, device)
 
 
-@distributed(num_ranks=4, timeout=150)
+@distributed(num_ranks=4, timeout=150, on_cpu=False)
 def test_i5_random_placements(rank, num_ranks, group, device):
     """Experts move at random; a layer that dispatches by all_to_all and never moves says the same, bit for bit."""
     layers = [
@@ -130,7 +130,7 @@ def test_i5_random_placements(rank, num_ranks, group, device):
     controller.close()
 
 
-@distributed(num_ranks=2, timeout=150)
+@distributed(num_ranks=2, timeout=150, on_cpu=False)
 def test_i3_gradients_across_flips(rank, num_ranks, group, device):
     num_lanes = (EXPERTS + 2) // 2 + 2
     for static in STATIC:

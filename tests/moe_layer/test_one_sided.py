@@ -96,8 +96,9 @@ def test_outputs(num_ranks, tokens, sums, device, assert_close):
 
 @pytest.mark.parametrize(
     ("dtype", "skewed"),
-    [pytest.param(torch.float32, False, marks=pytest.mark.gpu), (torch.bfloat16, True)],  # slow, where interpreted
+    [(torch.float32, False), (torch.bfloat16, True)],
 )
+@pytest.mark.gpu  # slow, where interpreted
 def test_no_bit_depends_on_the_placement(dtype, skewed, device):
     """I5, also with a smaller bound, and with fewer ranks."""
     sizes = Sizes(num_ranks=4, num_redundant_experts=4, num_shadow_slots=2, dtype=dtype, **SMALL)

@@ -337,8 +337,8 @@ def test_two_ranks_with_relocation(rank, num_ranks, group, device):
     assert torch.equal(logits_of(model, tokens), expected)
 
 
-@pytest.mark.parametrize("pool", ["shared", pytest.param("own", marks=pytest.mark.gpu)])
-@distributed(num_ranks=2)
+@pytest.mark.parametrize("pool", ["shared", "own"])
+@distributed(num_ranks=2, on_cpu=False)
 def test_blocks_start_from_a_file(rank, num_ranks, group, device, pool):
     tokens = make_tokens(str(device), (2, 5 + 3 * rank))
     twin, model = make_model("qwen3_moe", device=str(device)), make_model("qwen3_moe", device=str(device))
