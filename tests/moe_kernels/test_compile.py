@@ -1,4 +1,6 @@
-"""Every kernel compiles for real GPUs, in some variants; in all of them where there is one. Needs none, but a process in which Triton does not interpret."""
+"""Every kernel compiles for real GPUs: some variants of it, and all of them where there is one.
+
+Needs no GPU, but a process in which Triton does not interpret."""
 
 import os
 import subprocess
