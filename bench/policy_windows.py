@@ -13,8 +13,10 @@ moves nothing.
 
 from __future__ import annotations
 
+import argparse
 import itertools
 import json
+import re
 import sys
 import time
 from collections import deque
@@ -183,6 +185,21 @@ def cold_start(setup: Setup, load: str) -> dict:
     }
 
 
+def parse_setup(text: str) -> Setup:
+    """As `str(setup)` writes it."""
+    numbers = re.fullmatch(r"(\d+)x(\d+)-(\d+)@(\d+)", text)
+    if not numbers:
+        raise argparse.ArgumentTypeError(
+            f"{text!r} must be like 58x256-288@32: layers x experts - physical experts @ ranks"
+        )
+    setup = Setup(*map(int, numbers.groups()))
+    if not 0 < setup.ranks <= setup.experts <= setup.physical or setup.physical % setup.ranks or setup.layers < 1:
+        raise argparse.ArgumentTypeError(
+            f"{text!r} must have at least one layer, ranks <= experts <= physical experts, which the ranks share equally"
+        )
+    return setup
+
+
 def table(records: Sequence[dict]) -> str:
     lines = [
         f"{'setup':<15}{'process':<12}{'load':<14}{'policy':<24}{'next':>8}{'mean':>8}{'own':>8}{'above':>7}{'moved':>8}"
@@ -205,20 +222,26 @@ def main(arguments: Sequence[str] | None = None) -> int:
     )
     parser.add_argument("--seeds", type=int, default=1)
     parser.add_argument("--windows", type=int, default=20)
-    parser.add_argument("--ranks", type=int, nargs="*", default=[s.ranks for s in SETUPS], help="only these setups")
+    parser.add_argument(
+        "--setups",
+        nargs="*",
+        type=parse_setup,
+        default=SETUPS,
+        metavar="LxE-P@W",
+        help="layers, experts, physical experts, ranks",
+    )
     parser.add_argument("--loads", nargs="*", default=list(LOADS), help="see eplb.simulate.traces.base_load")
     parser.add_argument("--processes", nargs="*", default=list(PROCESSES), help="see bench.policy_loads")
     parser.add_argument("--policies", nargs="*", default=list(POLICIES), choices=POLICIES)
     options = parser.parse_args(arguments)
-    setups = [setup for setup in SETUPS if setup.ranks in options.ranks]
-    if not setups or options.seeds < 1 or options.windows <= FIRST:
-        parser.error(f"--ranks must name one of 32, 8, 4; --seeds must be at least 1, --windows more than {FIRST}")
+    if options.seeds < 1 or options.windows <= FIRST:
+        parser.error(f"--seeds must be at least 1, --windows more than {FIRST}")
     records, cold = [], []
 
     def report(text: str) -> None:
         print(text, flush=True)
 
-    for setup in setups:
+    for setup in options.setups:
         for process, load in itertools.product(options.processes, options.loads):
             for name in options.policies:
                 raw = [

@@ -5,17 +5,26 @@ import numpy as np
 import pytest
 
 from bench import policy_windows
-from bench.policy import Setup
 from bench.policy_loads import PROCESSES, windows
 from eplb.planning.placement import Placement, count_experts
 from eplb.planning.policy import Topology
 from eplb.simulate.traces import base_load
 
 
-def test_end_to_end(monkeypatch, capsys, tmp_path):
-    monkeypatch.setattr(policy_windows, "SETUPS", (Setup(2, 16, 20, 4),))
+def test_end_to_end(capsys, tmp_path):
     path = tmp_path / "windows.json"
-    arguments = ["--windows", "11", "--loads", "gamma:0.5", "--processes", "walk:0.05", "--json", str(path)]
+    arguments = [
+        "--setups",
+        "2x16-20@4",
+        "--windows",
+        "11",
+        "--loads",
+        "gamma:0.5",
+        "--processes",
+        "walk:0.05",
+        "--json",
+        str(path),
+    ]
     assert policy_windows.main(arguments) == 0
     written = json.loads(path.read_text())
     assert [r["policy"] for r in written["records"]] == list(policy_windows.POLICIES)
@@ -24,6 +33,17 @@ def test_end_to_end(monkeypatch, capsys, tmp_path):
     assert "hottest everywhere" in capsys.readouterr().out
     with pytest.raises(SystemExit):
         policy_windows.main(["--windows", "10"])
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [("2x16-20", "must be like"), ("2x16-20@3", "share equally"), ("0x16-20@4", "at least one layer")],
+)
+def test_setups_are_checked(text, message, capsys):
+    with pytest.raises(SystemExit):
+        policy_windows.main(["--setups", text])
+    assert message in capsys.readouterr().err
+    assert policy_windows.parse_setup("58x256-288@32") == policy_windows.SETUPS[0]
 
 
 @pytest.mark.parametrize("process", PROCESSES)

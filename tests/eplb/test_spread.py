@@ -26,8 +26,8 @@ def settled(kind, layers, experts, physical, ranks, seed=0):
 
 
 def test_the_hottest_expert_ends_on_every_rank():
-    """One expert has more than a third of the load. At first ranks 0 and 1 alone feel what it does."""
-    load = np.array([[40.0] + [10] * 7])
+    """One expert has half of the load. At first ranks 0 and 1 alone feel what it does."""
+    load = np.array([[70.0] + [10] * 7])
     live = np.array([[[0, 1, 2, 3], [0, 4, 5, 6], [7, 1, 2, 3], [4, 5, 6, 7]]])
     before = best_balance(load, live)
     for _ in range(4):
@@ -38,13 +38,28 @@ def test_the_hottest_expert_ends_on_every_rank():
     np.testing.assert_array_equal(spread(load, live, np.full(1, 1.0025), 9), live)  # and that is the end of it
 
 
+def test_a_rank_without_a_replica_to_give_up_hands_on_a_lone_expert():
+    """Rank 1 lacks expert 0, and has none that is elsewhere too: what makes room for it moves to another rank."""
+    load = np.array([[100.0, 10, 10, 10, 15, 15, 15, 12, 20, 20, 20]])
+    start = np.array([[[0, 1, 2, 3], [4, 5, 6, 7], [0, 1, 2, 8], [0, 9, 10, 3]]])
+    live, limit, moves = start, np.full(1, 9.0), []
+    for _ in range(4):
+        found = spread(load, live, limit, 9)
+        moves.append(num_moves(live, found, 11).item())
+        live = found
+    assert 2 in moves and (live == 0).any(axis=2).all() and len(np.unique(live)) == 11
+    for most in ({"max_moves": 1}, {"max_moves": 9, "max_moves_L": np.ones(1)}):  # both moves or neither
+        assert num_moves(start, spread(load, start, limit, **most), 11) <= 1
+
+
 @pytest.mark.parametrize(
     ("kind", "sizes", "part"),
     [
-        ("r1", (6, 64, 72, 4), 0.95),
-        ("zipf:1.2", (6, 64, 72, 4), 0.95),
-        ("zipf:1.2", (4, 128, 144, 8), 0.95),
-        ("r1", (4, 128, 144, 8), 1.0),  # few single moves keep its balance
+        ("r1", (6, 64, 72, 4), 0.75),
+        ("zipf:1.2", (6, 64, 72, 4), 0.65),
+        ("zipf:1.2", (6, 64, 80, 4), 0.5),
+        ("zipf:1.2", (4, 128, 144, 8), 0.8),
+        ("r1", (4, 128, 144, 8), 0.9),
     ],
 )
 def test_noise_is_felt_less_and_balance_stays(kind, sizes, part):
@@ -61,7 +76,7 @@ def test_noise_is_felt_less_and_balance_stays(kind, sizes, part):
     for _ in range(20):
         step = spread(load, found, limit, 100)
         moves_L = num_moves(found, step, load.shape[1])
-        assert moves_L.max() <= 1  # in one lane of a layer
+        assert moves_L.max() <= 2  # one change in a layer
         assert (best_balance(load, step) <= np.maximum(limit, best_balance(load, found)) + 1e-3).all()
         assert (count_experts(step.reshape(len(step), -1), load.shape[1]) > 0).all()
         assert count_experts(step, load.shape[1]).max() == 1  # no twins
@@ -77,21 +92,31 @@ def test_what_has_nothing_to_gain_stays():
     np.testing.assert_array_equal(spread(load, live, bound * 1.0025, 9), live)
     load, live, bound = settled("r1", 6, 64, 72, 4)
     np.testing.assert_array_equal(spread(load, live, bound * 1.0025, 0), live)
-    assert num_moves(live, spread(load, live, bound * 1.0025, 2), 64).sum() == 2
+    assert num_moves(live, spread(load, live, bound * 1.0025, 2), 64).sum() in (
+        1,
+        2,
+    )  # a pair of moves is not torn apart
 
 
 def test_a_plan_spreads_a_little_and_comes_to_rest():
     load, live, _ = settled("r1", 6, 64, 72, 4)
-    for options, most in [({"spread": 0.0}, 0), ({}, 0), ({"spread": 0.01}, 4), ({"max_moves": 1, "spread": 0.01}, 1)]:
+    for options, most, most_L in [
+        ({"spread": 0.0}, 0, 0),
+        ({}, 4, 2),
+        ({"max_moves": 2}, 2, 2),
+        ({"max_moves_per_layer": 1}, 4, 1),
+        ({"max_moves_per_layer": 0}, 0, 0),
+    ]:
         proposal = make_policy("adaptive", **options).propose(load[:, None], live, Topology(4))
-        assert num_moves(live, proposal.physical_LWP, 64).sum() == most, options
-    policy, total = make_policy("adaptive", spread=0.01), 0
+        moves_L = num_moves(live, proposal.physical_LWP, 64)
+        assert (most > 0) <= moves_L.sum() <= most and moves_L.max() <= most_L, options
+    policy, total = make_policy("adaptive"), 0
     for _ in range(60):
         found = policy.propose(load[:, None], live, Topology(4)).physical_LWP
         moves, live = num_moves(live, found, 64).sum(), found
         total += moves
     assert moves == 0 and total > 6
-    decode = make_policy("adaptive", spread=0.01, objective="decode", batch_assignments=64)
+    decode = make_policy("adaptive", objective="decode", batch_assignments=64)
     assert decode.spread == 0
 
 

@@ -66,7 +66,7 @@ class AdaptivePolicy:
         min_gain: float = 0.003,
         target: float | None = None,
         confidence: float = 1.0,
-        spread: float = 0.002,
+        spread: float = 0.01,
         max_moves: int | None = None,
         max_moves_per_layer: int | None = None,
         objective: Literal["tokens", "decode"] = "tokens",
@@ -138,15 +138,15 @@ class AdaptivePolicy:
             poor_L &= overload_is_significant(load_LNE, base_LWP, rank_load_LW, bound_L, self.confidence)
         poor, calm = np.flatnonzero(poor_L), np.flatnonzero(~poor_L & (mean_L > 0))
         new_LWP = base_LWP.copy()
-        if calm.size and self.spread and self.max_moves_per_layer != 0:
+        budget_L = np.full(len(live_LWP), live_LWP[0].size)
+        if self.max_moves_per_layer is not None:
+            budget_L = np.maximum(self.max_moves_per_layer - num_moves(live_LWP, base_LWP, load_LE.shape[1]), 0)
+        if calm.size and self.spread:
             most = int(self.spread * base_LWP.size)
-            new_LWP[calm] = spread_hot(load_LE[calm], base_LWP[calm], limit_L[calm], most)
+            new_LWP[calm] = spread_hot(load_LE[calm], base_LWP[calm], limit_L[calm], most, budget_L[calm])
         if not poor.size:
             return new_LWP
-        budget_L = None
-        if self.max_moves_per_layer is not None:
-            budget_L = np.maximum(self.max_moves_per_layer - num_moves(live_LWP, base_LWP, load_LE.shape[1])[poor], 0)
-        found_LWP = repair(load_LE[poor], base_LWP[poor], limit_L[poor], node_W, budget_L, yield_gil)
+        found_LWP = repair(load_LE[poor], base_LWP[poor], limit_L[poor], node_W, budget_L[poor], yield_gil)
         after_L = max_over_mean(rank_loads(load_LE[poor], found_LWP, balanced_shares(load_LE[poor], found_LWP)))
         # Compared with the limits, a layer that was just above min_gain and is now at the target counts as gaining enough.
         pays = stale_L[poor] - after_L >= (self.min_gain - self.target) * bound_L[poor]
