@@ -526,6 +526,27 @@ PLANNING = (
         "fits_T = gain_T >= LEAST_GAIN",
         (f"{E}spread.py",),
     ),
+    # A pair of moves is torn apart by the layer's budget.
+    Mutant(
+        "eplb/planning/policy/spread.py",
+        "fits = moves_T <= max_moves_L[layer_T]",
+        "fits = max_moves_L[layer_T] > 0",
+        (f"{E}spread.py",),
+    ),
+    # The expert that leaves its rank to make room is lost.
+    Mutant(
+        "eplb/planning/policy/spread.py",
+        "pair_TQ[each, to_LW[layer_2, rank_2]] = pair_TQ[each, lane_2]",
+        "pass",
+        (f"{E}spread.py",),
+    ),
+    # A pair that counts as one move exceeds the plan's budget.
+    Mutant(
+        "eplb/planning/policy/spread.py",
+        "moves_T = np.repeat([1, 2], [len(layer_1), len(layer_2)])",
+        "moves_T = np.repeat([1, 1], [len(layer_1), len(layer_2)])",
+        (f"{E}spread.py",),
+    ),
 )
 
 LAYER = (
