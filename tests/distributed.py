@@ -1,6 +1,7 @@
 """Tests on several ranks: a decorator that runs a function in one new process per rank.
 
-A process takes seconds to start, as it imports PyTorch anew: let one function check several things.
+On a machine with GPUs each takes seconds to start, as it imports PyTorch anew: let one function check several things. Without
+GPUs processes are forked from one that has imported what they need and done nothing else.
 """
 
 from __future__ import annotations
@@ -9,6 +10,7 @@ import faulthandler
 import functools
 import importlib
 import inspect
+import os
 import signal
 import time
 import traceback
@@ -25,6 +27,18 @@ import torch.distributed as dist
 
 INTERPRETED = not torch.cuda.is_available()
 """Whether Triton's kernels run on CPUs (see conftest.py): `on_cpu` of a test that needs them."""
+
+_IMPORTED = [
+    "torch",
+    "torch.distributed",
+    "triton.language",
+    "pytest",
+    "hypothesis",
+    "moe_layer",
+    "eplb.simulate",
+    "tests.distributed",
+]
+"""What the process that is forked imports."""
 
 _AFTERMATH = 3.0
 """Seconds that the other ranks get to say what they make of one rank's failure."""
@@ -74,12 +88,16 @@ def _run(
     folder: Path,
     timeout: float,
 ) -> None:
-    context = torch.multiprocessing.get_context("spawn")
     processes = [
-        context.Process(
+        _context().Process(
             target=_run_rank,
             args=(rank, num_ranks, backend, device_type, function.__module__, function.__name__),
-            kwargs={"arguments": dict(arguments), "folder": str(folder), "timeout": timeout},
+            kwargs={
+                "arguments": dict(arguments),
+                "folder": str(folder),
+                "timeout": timeout,
+                "environment": dict(os.environ),
+            },
             daemon=True,
         )
         for rank in range(num_ranks)
@@ -108,6 +126,15 @@ def _run(
         pytest.fail("\n".join([f"{function.__name__}: exit codes by rank {codes}", *texts]), pytrace=False)
 
 
+@functools.cache
+def _context() -> Any:
+    if torch.cuda.is_available():  # a process that has asked for the GPUs cannot be forked
+        return torch.multiprocessing.get_context("spawn")
+    context = torch.multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(_IMPORTED)
+    return context
+
+
 def _failed(exit_code: int | None, folder: Path, rank: int) -> bool:
     """Whether a child failed, as far as is known.
 
@@ -131,7 +158,9 @@ def _run_rank(
     arguments: dict[str, Any],
     folder: str,
     timeout: float,
+    environment: dict[str, str],
 ) -> None:
+    os.environ.update(environment)
     with open(Path(folder) / f"rank{rank}.txt", "w") as file:
         faulthandler.dump_traceback_later(timeout, file=file)
         try:
