@@ -13,6 +13,7 @@ from moe_kernels import GOLDEN, SHARE_BITS, LoadCounter, ReplicaTable, select_re
 from moe_kernels.circle import ranks_below
 from moe_kernels.replicas import _select_replicas
 from moe_kernels.scan import MANY_KEYS
+from tests.moe_kernels.conftest import few_if_interpreted
 
 ONE = 1 << SHARE_BITS
 
@@ -129,18 +130,21 @@ def assert_kernel_equals_reference(*arguments, **options):
         assert torch.equal(got, wanted)
 
 
+@few_if_interpreted
 @given(**cases, increment=st.sampled_from([None, 0, 1]))
 def test_kernel_equals_reference(device, table, picks, load, rank_start, increment):
     ids = [[pick] for pick in picks]
     assert_kernel_equals_reference(ids, table, load[: len(table)], rank_start, device, increment=increment)
 
 
+@few_if_interpreted
 @given(**cases, increment=st.sampled_from([None, 1]))
 def test_kernel_equals_reference_over_several_blocks(small_blocks, device, table, picks, load, rank_start, increment):
     ids = [[pick, 0] for pick in picks]
     assert_kernel_equals_reference(ids, table, load[: len(table)], rank_start, device, increment=increment)
 
 
+@few_if_interpreted
 @given(**cases, increment=st.sampled_from([None, 1]))
 def test_kernel_equals_reference_over_several_chunks(small_chunks, device, table, picks, load, rank_start, increment):
     ids = [[pick, 0] for pick in picks]

@@ -10,7 +10,7 @@ from moe_kernels.scan import MANY_KEYS, chunk_options, count_chunks
 from moe_kernels.schedule import _build_schedule
 from moe_kernels.schedule_triton import _build_schedule_kernel, _place_rows_kernel
 from moe_kernels.tiles import max_tiles
-from tests.moe_kernels.conftest import counts_of
+from tests.moe_kernels.conftest import counts_of, few_if_interpreted
 
 FIELDS = ("order_N", "offsets_L1", "tile_lane", "tile_start", "tile_end", "num_tiles")
 
@@ -124,16 +124,19 @@ shapes = {
 }
 
 
+@few_if_interpreted
 @given(**shapes, seed=st.integers(0, 9))
 def test_kernel_equals_reference(device, rows, num_lanes, block_m, extra_m, seed):
     assert_kernel_equals_reference(rows, num_lanes, block_m, seed, device, extra_m)
 
 
+@few_if_interpreted
 @given(**shapes, seed=st.integers(0, 9))
 def test_kernel_equals_reference_over_several_blocks(small_blocks, device, rows, num_lanes, block_m, extra_m, seed):
     assert_kernel_equals_reference(rows, num_lanes, block_m, seed, device, extra_m)
 
 
+@few_if_interpreted
 @given(**shapes, seed=st.integers(0, 9))
 def test_kernel_equals_reference_over_several_chunks(small_chunks, device, rows, num_lanes, block_m, extra_m, seed):
     assert_kernel_equals_reference(rows, num_lanes, block_m, seed, device, extra_m)
