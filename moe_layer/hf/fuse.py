@@ -9,13 +9,16 @@ from typing import Any
 import torch
 from torch import nn
 
-from moe_kernels import resolve_backend, topk_routing
+from moe_kernels import topk_routing
 from moe_layer.hf.routing import NotFusedError, Routing, find_routing, weight_of
 
 
 def fuse(gate: nn.Module, routing: Routing, backend: str) -> None:
-    """Make `gate` choose in our kernel. In training it goes on as it did: it may add noise there."""
-    vars(gate)["_fused_routing"] = (routing, resolve_backend(backend, next(gate.parameters()).device))
+    """Make `gate` choose in our kernel. In training it goes on as it did: it may add noise there.
+
+    `backend` is resolved in each call, for the device that the router is on then.
+    """
+    vars(gate)["_fused_routing"] = (routing, backend)
     vars(gate)["forward"] = types.MethodType(_fused_forward, gate)
 
 
