@@ -17,7 +17,7 @@ from eplb.relocation.pool import SlotPool
 from moe_kernels import resolve_backend
 from moe_layer.arguments import check_choice, check_integer, physical_per_rank
 from moe_layer.dispatch import Dispatcher
-from moe_layer.hf.fuse import find_routers, fuse, unfuse
+from moe_layer.hf.fuse import find_routers, find_top_k, fuse, unfuse
 from moe_layer.hf.inspect import SUPPORTED, NotUnderstoodError, Understood, find_experts, understand
 from moe_layer.hf.make import Maker
 from moe_layer.hf.padding import Padding
@@ -72,6 +72,7 @@ def swap_experts(
     fuse_routing: bool | str = "auto",
     count_padding: bool = False,
     dispatcher: str | Dispatcher = "auto",
+    max_tokens: int | None = None,
     backend: str = "auto",
 ) -> SwapReport:
     """Put our experts in the place of every block's `experts` in a transformers model; print and return what was done.
@@ -106,6 +107,9 @@ def swap_experts(
         count_padding: whether padding goes to experts and counts as load. Otherwise, over several ranks and without
             gradients, tokens go nowhere that the model is told of by a 2-D `attention_mask`: what it says at these positions
             is then something else.
+        max_tokens: most tokens of any rank's batch in one forward, equal on all ranks: buffers of a static size are made for
+            so many, and "auto" may then take a one-sided dispatcher, as of `MoELayer`. A prompt counts in whole, and over
+            ranks every forward costs as much as its bound. None: any number.
         dispatcher, backend: as of `MoELayer`.
 
     Returns:
@@ -123,6 +127,8 @@ def swap_experts(
         num_shadow_slots = _SHADOW_SLOTS if num_ranks > 1 and not trainable else 0
     check_integer("num_shadow_slots", num_shadow_slots, 0)
     check_choice("tokens", tokens, ("own", "replicated"))
+    if max_tokens is not None:
+        check_integer("max_tokens", max_tokens, 1)
     if fuse_routing not in (True, False, "auto"):
         raise ValueError(f"fuse_routing must be True, False or 'auto', got {fuse_routing!r}")
     if not isinstance(pool, SlotPool):
@@ -169,6 +175,8 @@ def swap_experts(
         pool=pool,
         starts=starts,
         dispatcher=dispatcher,
+        max_tokens=max_tokens if max_tokens is None or tokens == "own" else -(-max_tokens // num_ranks),
+        top_k=lambda module: _top_k(model, module, understood, routings),
         backend=backend,
     )
     maker.prepare(blocks)
@@ -176,7 +184,7 @@ def swap_experts(
     padding = Padding(model) if blocks and num_ranks > 1 and not trainable and not count_padding else None
     for name, (original, one) in zip(understood, blocks.items(), strict=True):
         swapped = maker.make(original, one)
-        swapped.tokens, swapped.padding = tokens, padding
+        swapped.tokens, swapped.padding, swapped.max_tokens = tokens, padding, max_tokens
         _replace(model, original, swapped)
         if name in routings:
             gate, routing = routings[name]
@@ -271,6 +279,29 @@ def _find_routings(
         reasons = "".join(f"\n  {name}: {reason}" for name, reason in not_fused.items())
         raise ValueError(f"fuse_routing=True needs routers whose rule our kernel has; nothing was changed.{reasons}")
     return routings, not_fused
+
+
+def _top_k(
+    model: nn.Module,
+    module: nn.Module,
+    understood: dict[str, Understood],
+    routings: dict[str, tuple[nn.Module, Routing]],
+) -> int:
+    """How many experts a token has in the block of `module`.
+
+    Raises:
+        ValueError: that is not known.
+    """
+    name = next(name for name in understood if model.get_submodule(name) is module)
+    if name in routings:
+        return routings[name][1].top_k
+    found = find_top_k(model, module, understood[name].format.dtype)
+    if isinstance(found, str):
+        raise ValueError(
+            f"max_tokens needs to know how many experts a token has, but of {name} it is not: {found}; nothing was changed. "
+            "dispatcher='all_gather' and 'all_to_all' go without it"
+        )
+    return found
 
 
 def _places(model: nn.Module, module: nn.Module) -> Iterator[tuple[nn.Module, str]]:

@@ -37,6 +37,7 @@ class Swapped(Relocatable, Experts):
         fused_gate: the router that chooses in our kernel, if one does; in a tuple, as it is no part of this module.
         tokens: "own" of each rank, or "replicated": all ranks hold the same.
         padding: says which tokens are padding, where they must not count.
+        max_tokens: most tokens of any rank in one forward; None: any number.
     """
 
     layout: Layout
@@ -44,6 +45,7 @@ class Swapped(Relocatable, Experts):
     fused_gate: tuple[nn.Module, ...] = ()
     tokens: str = "own"
     padding: Padding | None = None
+    max_tokens: int | None = None
 
     def _take_place_of(self, original: nn.Module, layout: Layout, executor: Executor) -> None:
         self.layout = layout
@@ -73,7 +75,7 @@ class Swapped(Relocatable, Experts):
             Shaped like `hidden_states`, and of its dtype.
 
         Raises:
-            ValueError: shape, dtype or device of an argument do not fit.
+            ValueError: shape, dtype or device of an argument do not fit; or there are more tokens than `max_tokens`.
             RuntimeError: the experts have no weights yet; or another rank does not take part, within the deadline of its
                 process group or dispatcher.
         """
@@ -91,6 +93,11 @@ class Swapped(Relocatable, Experts):
         check_per_token("top_k_weights", top_k_weights, x, top_k, "choice", (*FLOATS, torch.float64))
         if self.trainable and self.process_group is not None:
             check_ddp(self, self.process_group)
+        if self.max_tokens is not None and x.numel() > self.max_tokens * hidden_size:
+            raise ValueError(
+                f"hidden_states has {x.numel() // hidden_size} tokens, more than the max_tokens={self.max_tokens} that "
+                "swap_experts was given: unswap_experts(), and swap with a larger one, equal on all ranks"
+            )
         x_TH = x.to(self.dtype).reshape(-1, hidden_size).contiguous()
         ids_TK = top_k_index.reshape(-1, top_k).int().contiguous()  # kernels skip what names no expert
         weights_TK = top_k_weights.reshape(-1, top_k).float().contiguous()
@@ -99,7 +106,7 @@ class Swapped(Relocatable, Experts):
             ids_TK = ids_TK.masked_fill(~mask_T.to(ids_TK.device)[:, None], -1)
         with torch.autocast(x.device.type, enabled=False):
             if self.resident.num_ranks == 1:
-                y_TH = self.executor.from_ids(self, x_TH, ids_TK, weights_TK)
+                y_TH = self.executor.from_ids(self, x_TH, ids_TK, weights_TK, self.max_tokens)
             else:
                 y_TH = self._over_ranks(x_TH, ids_TK, weights_TK)
         return y_TH.to(x.dtype).view(shape)
@@ -109,10 +116,11 @@ class Swapped(Relocatable, Experts):
         assert self.process_group is not None
         try:
             if self.tokens == "own":
-                return self.executor.from_ids(self, x_TH, ids_TK, weights_TK)
+                return self.executor.from_ids(self, x_TH, ids_TK, weights_TK, self.max_tokens)
             parts = Parts(len(x_TH), self.process_group, x_TH.device)
             x_NH, weights_NK = TakePart.apply(x_TH, parts), TakePart.apply(weights_TK, parts)
-            y_NH = self.executor.from_ids(self, x_NH, parts.mine(ids_TK).contiguous(), weights_NK)
+            bound = None if self.max_tokens is None else -(-self.max_tokens // self.resident.num_ranks)
+            y_NH = self.executor.from_ids(self, x_NH, parts.mine(ids_TK).contiguous(), weights_NK, bound)
             return GatherParts.apply(y_NH, parts)
         except (RuntimeError, TimeoutError) as error:
             if not isinstance(error, (dist.DistBackendError, TimeoutError)) and "gloo" not in str(error):
