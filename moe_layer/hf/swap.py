@@ -17,12 +17,13 @@ from eplb.relocation.pool import SlotPool
 from moe_kernels import resolve_backend
 from moe_layer.arguments import check_choice, check_integer, physical_per_rank
 from moe_layer.dispatch import Dispatcher
+from moe_layer.hf.absence import check_generate, uncheck_generate
 from moe_layer.hf.fuse import find_routers, find_top_k, fuse, unfuse
 from moe_layer.hf.inspect import SUPPORTED, NotUnderstoodError, Understood, find_experts, understand
 from moe_layer.hf.make import Maker
 from moe_layer.hf.padding import Padding
 from moe_layer.hf.routing import Routing
-from moe_layer.hf.swapped import Swapped
+from moe_layer.hf.swapped import Swapped, check_all_came
 from moe_layer.router import RouterRule
 from moe_layer.starting import starting_point
 
@@ -87,7 +88,8 @@ def swap_experts(
             its part; or none, on the meta device (see `experts_on_meta`): then forwards are refused until
             `load_experts_from` or `load_state_dict` has brought them.
         process_group: the ranks that share the experts; None: all experts are on this rank. Over several ranks every rank
-            calls the model equally often (`generate()` with ``synced_gpus=True``).
+            calls the model equally often (`generate()` with ``synced_gpus=True``): otherwise a RuntimeError says so within the
+            deadline of the group or dispatcher.
         tokens: "own": each rank has tokens of its own; "replicated": all ranks hold the same batch, of which each computes
             the experts of a part, and all get equal outputs and gradients.
         trainable: whether the experts stay parameters. Otherwise they live in slots, get no gradients, and may move.
@@ -191,6 +193,8 @@ def swap_experts(
             fuse(gate, routing, backend)
             swapped.fused_gate = (gate,)
             fused[name] = routing.rule
+    if blocks and num_ranks > 1:
+        check_generate(model, check_all_came)
     report = SwapReport(understood, left, fused, not_fused)
     if rank == 0:
         print(report)
@@ -223,6 +227,7 @@ def unswap_experts(model: nn.Module) -> int:
         if module.padding is not None:
             module.padding.remove()
         _replace(model, module, module.original)
+    uncheck_generate(model)
     return len(swapped)
 
 
