@@ -1,8 +1,8 @@
 """``python -m bench.formats``: what GPT-OSS's experts cost beside plain ones of the same shape: biases, clamps, another gate.
 
-The layer's forward on one GPU, as `bench.moe_forward` times it, with one set of weights. The checkpoint's interleaved rows are no
-part of it: they are turned once, at load, so the kernels of all formats read the same layout. Every output is checked against
-float32; the exit status is 1 if one is wrong.
+The layer's forward on one GPU, as `bench.moe_forward` times it, with one set of weights. The checkpoint's interleaved rows are
+no part of it: they are turned once, at load, so the kernels of all formats read the same layout. Every output is checked
+against float32; the exit status is 1 if one is wrong.
 """
 
 import argparse
