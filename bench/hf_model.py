@@ -44,18 +44,21 @@ class Case:
     place: int
 
 
-def make_cases(batches: Sequence[int], prefill: int, cache: int) -> list[Case]:
-    """Decode steps in the middle of what the cache holds, and one prompt.
+def make_cases(batches: Sequence[int], prefill: int, cache: int, names: Sequence[str] | None = None) -> list[Case]:
+    """Decode steps in the middle of what the cache holds, and one prompt; of these those with one of `names`.
 
     Raises:
-        ValueError: a number below 1, or a prompt that the cache cannot hold.
+        ValueError: a number below 1, a prompt that the cache cannot hold, or an unknown name.
     """
     if min(*batches, prefill, cache) < 1:
         raise ValueError(f"batches {list(batches)}, prefill {prefill} and cache {cache} must be at least 1")
     if prefill >= cache:
         raise ValueError(f"prefill {prefill} must be less than the cache's {cache} places: decoding comes after it")
     decode = [Case(f"decode/B{batch}", batch, 1, prefill) for batch in batches]
-    return [*decode, Case(f"prefill/T{prefill}", 1, prefill, 0)]
+    cases = [*decode, Case(f"prefill/T{prefill}", 1, prefill, 0)]
+    if unknown := set(names or ()) - {case.name for case in cases}:
+        raise ValueError(f"cases {sorted(unknown)} unknown: must be among {[case.name for case in cases]}")
+    return [case for case in cases if names is None or case.name in names]
 
 
 @dataclass(frozen=True)
@@ -76,6 +79,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
         "--cache", type=int, default=2304, help="places of the static cache: attention is over all of them"
     )
     parser.add_argument(
+        "--cases", type=lambda text: text.split(","), metavar="A,B", help="only these of decode/B… and prefill/T…"
+    )
+    parser.add_argument(
         "--providers", type=lambda text: text.split(","), metavar="A,B", help=f"of {', '.join(VARIANTS)}"
     )
     parser.add_argument("--dtype", choices=DTYPES, default="bf16")
@@ -89,7 +95,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     try:
         if options.layers < 1:
             raise ValueError(f"--layers must be at least 1, got {options.layers}")
-        cases = make_cases(options.batches, options.prefill, options.cache)
+        cases = make_cases(options.batches, options.prefill, options.cache, options.cases)
         chosen: list[Variant] = find(options.providers, (), VARIANTS)
         model = make_model(SHAPES[options.shape], options.layers, DTYPES[options.dtype], options.device)
     except (ValueError, Unavailable) as error:

@@ -68,12 +68,12 @@ def test_one_that_fails_does_not_stop_the_others(tmp_path, capsys, monkeypatch):
     monkeypatch.setattr(hf_variants, "VARIANTS", hf_variants.VARIANTS | wrong)
     monkeypatch.setattr(hf_model, "VARIANTS", hf_variants.VARIANTS)
     providers = "wrong,raises,refuses,transformers_grouped_mm"
-    assert hf_model.main([*TINY, "--providers", providers, "--csv", str(path)]) == 1
+    assert hf_model.main([*TINY, "--providers", providers, "--csv", str(path), "--cases", "prefill/T8"]) == 1
+    assert {row["case"] for row in rows_of(path)} == {"prefill/T8"}
     assert {row["provider"] for row in rows_of(path)} == {"without_experts", "wrong", "transformers_grouped_mm"}
     said = capsys.readouterr()
-    for case in CASES:
-        assert f"FAILED wrong, {case}: error " in said.err
-        assert f"FAILED raises, {case}: RuntimeError: not this one" in said.err
+    assert "FAILED wrong, prefill/T8: error " in said.err
+    assert "FAILED raises, prefill/T8: RuntimeError: not this one" in said.err
     assert "skipped refuses, making it: not on a Tuesday" in said.out and "grouped_mm," not in said.err
 
 
@@ -109,6 +109,7 @@ def test_what_would_gather_too_much(monkeypatch):
     [
         (["--prefill", "12"], "must be less than the cache's 12 places"),
         (["--batches", "0"], "must be at least 1"),
+        (["--cases", "decode/B2"], "must be among ['decode/B3', 'prefill/T8']"),
         (["--layers", "0"], "--layers must be at least 1, got 0"),
         (["--providers", "vllm"], "providers vllm unknown"),
     ],
