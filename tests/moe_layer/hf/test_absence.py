@@ -1,4 +1,4 @@
-"""Ranks that do not come: the watch over NCCL's forwards without NCCL, one-sided waits on CPUs, and both on GPUs."""
+"""Ranks that do not come: the watch over NCCL's forwards without NCCL, and on GPUs. (On CPUs one-sided: test_ranks.py.)"""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from moe_layer.dispatch.all_gather import AllGatherDispatcher
 from moe_layer.dispatch.one_sided import OneSidedDispatcher
 from moe_layer.hf import swap_experts, unswap_experts
 from moe_layer.hf.absence import NcclWatch
-from tests.distributed import INTERPRETED, distributed
+from tests.distributed import distributed
 from tests.moe_layer.hf.models import make_model, make_tokens
 from tests.moe_layer.ranks import wait_until
 
@@ -42,7 +42,7 @@ class Device:
 def test_forwards_that_end():
     """Late marks, exceptions and captures are no absence; the thread ends with the watch."""
     device = Device()
-    watch = device.watch(0.2)
+    watch = device.watch(1.0)
     for _ in range(3):
         with watch:
             pass
@@ -56,7 +56,7 @@ def test_forwards_that_end():
     with watch:
         pass
     assert device.marked == [1, 2, 3]
-    time.sleep(0.4)
+    time.sleep(1.2)
     watch.raise_if_over()
     assert not device.aborted and watch.thread.is_alive()
     thread = watch.thread
@@ -138,11 +138,11 @@ def _ends_in_an_error(rank, group, device, dispatcher, longer, warm):
     else:
         with pytest.raises(RuntimeError, match=ABSENT):
             model.generate(tokens, **greedy)
-        assert time.monotonic() - start < 30
+        assert device.type == "cpu" or time.monotonic() - start < 30  # interpreted kernels have no clock
     return model
 
 
-def _one_sided(rank, group, device):
+def one_sided_waits(rank, group, device):
     for longer in (1, 2) if device.type == "cuda" else (1,):  # the interpreter takes seconds
         sizes = (4, 8, 2, 32, 2, torch.float32, device)
         hasty = OneSidedDispatcher.connect(group, *sizes, timeout=2.0 if device.type == "cuda" else 0.5)
@@ -151,14 +151,9 @@ def _one_sided(rank, group, device):
         dist.barrier(group)
 
 
-@distributed(num_ranks=2, on_cpu=INTERPRETED)
-def test_one_sided_waits(rank, num_ranks, group, device):
-    _one_sided(rank, group, device)
-
-
 @distributed(num_ranks=2, backend="nccl")
 def test_one_sided_waits_of_two_gpus(rank, num_ranks, group, device):
-    _one_sided(rank, group, device)
+    one_sided_waits(rank, group, device)
 
 
 @pytest.mark.parametrize("name", ["all_to_all", "all_gather"])

@@ -23,8 +23,9 @@ from moe_layer.dispatch.all_gather import AllGatherDispatcher
 from moe_layer.dispatch.one_sided import OneSidedDispatcher
 from moe_layer.hf import load_experts_from, swap_experts, unswap_experts
 from moe_layer.hf.padding import Padding
-from tests.distributed import distributed
+from tests.distributed import INTERPRETED, distributed
 from tests.moe_layer.hf.models import logits_of, make_model, make_tokens, relative, without_experts
+from tests.moe_layer.hf.test_absence import one_sided_waits
 from tests.moe_layer.ranks import DEADLINE, everybody, make_controller
 
 GREEDY = {"do_sample": False, "eos_token_id": None, "pad_token_id": 0}
@@ -208,12 +209,14 @@ def _their_own_experts(rank, group, device, tokens, models, folders):
     dist.barrier(group)
 
 
-@distributed(num_ranks=2)
+@distributed(num_ranks=2, timeout=240.0)  # of which 15 s on two idle cores
 def test_over_two_ranks(rank, num_ranks, group, device):
     _loading(rank, group, device)
     _one_batch_for_all(rank, group, device)
     _padding(rank, group, device)
     _bounded(rank, group, device)
+    if INTERPRETED or device.type == "cuda":
+        one_sided_waits(rank, group, device)
     _different_lengths(rank, group, device)  # last: its group is of no use afterwards
 
 
