@@ -37,7 +37,7 @@ loss, greedy generation, saving, loading whole and expert by expert (`load_exper
 _USES_HEAD = """
 ## Uses
 
-What the tests found, in the same run. Every test compares with the model before the swap, or with transformers' own experts.
+What the tests found. Every test compares with the model before the swap, or with transformers' own experts.
 
 | use | tests in `tests/moe_layer/hf` | tried with | result |
 |---|---|---|---|
