@@ -9,13 +9,16 @@ from typing import Any
 import torch
 from torch import nn
 
-from moe_kernels import resolve_backend, topk_routing
+from moe_kernels import topk_routing
 from moe_layer.hf.routing import NotFusedError, Routing, find_routing, weight_of
 
 
 def fuse(gate: nn.Module, routing: Routing, backend: str) -> None:
-    """Make `gate` choose in our kernel. In training it goes on as it did: it may add noise there."""
-    vars(gate)["_fused_routing"] = (routing, resolve_backend(backend, next(gate.parameters()).device))
+    """Make `gate` choose in our kernel. In training it goes on as it did: it may add noise there.
+
+    `backend` is resolved in each call, for the device that the router is on then.
+    """
+    vars(gate)["_fused_routing"] = (routing, backend)
     vars(gate)["forward"] = types.MethodType(_fused_forward, gate)
 
 
@@ -85,6 +88,18 @@ def find_routers(
     return gate, routing
 
 
+def find_top_k(model: nn.Module, experts: nn.Module, dtype: torch.dtype) -> int | str:
+    """How many experts the model chooses for a token: seen by running the experts' block; or why that is not known."""
+    parents = [(parent, name) for parent in model.modules() for name, one in parent._modules.items() if one is experts]
+    try:
+        heard = _run(*parents[0], _tokens(_routers(*parents[0]), dtype))
+    except NotFusedError as error:
+        return str(error)
+    if len(heard) != 3 or heard[1].dim() < 2:
+        return "the experts of its block are not given ids and weights"
+    return heard[1].shape[-1]
+
+
 def _kind(value: Any) -> tuple[Any, ...]:
     """What two routers, or arguments of their calls, have in common if they compute the same of the same weights."""
     if isinstance(value, torch.Tensor):
@@ -109,16 +124,12 @@ def _listen(
 
         return hook
 
-    routers = {name: child for name, child in block.named_children() if name != place and weight_of(child)}
-    if not routers:
-        raise NotFusedError("beside the experts there is no module with just one matrix, as a router [E, H]")
+    routers = _routers(block, place)
     for child in routers.values():
         if "forward" in vars(child):
             raise NotFusedError("its router's forward was replaced on the instance")
     handles = [child.register_forward_hook(keep(name), with_kwargs=True) for name, child in routers.items()]
-    weight = next(one for one in next(iter(routers.values())).parameters() if one.dim() == 2)
-    random = torch.Generator().manual_seed(1)
-    x = torch.randn(1, 8, weight.shape[1], generator=random, device="cpu").to(weight.device, dtype)
+    x = _tokens(routers, dtype)
     try:
         heard = _run(block, place, x)
     finally:
@@ -130,6 +141,21 @@ def _listen(
                 raise NotFusedError("its router is called with keywords")
             return module, args, heard, x
     raise NotFusedError("no module of its block returns (logits, weights, ids) that the experts are given")
+
+
+def _routers(block: nn.Module, place: str) -> dict[str, nn.Module]:
+    """What may be the router of the experts at `place`."""
+    routers = {name: child for name, child in block.named_children() if name != place and weight_of(child)}
+    if not routers:
+        raise NotFusedError("beside the experts there is no module with just one matrix, as a router [E, H]")
+    return routers
+
+
+def _tokens(routers: dict[str, nn.Module], dtype: torch.dtype) -> torch.Tensor:
+    """A few random tokens, as these routers take them."""
+    weight = next(one for one in next(iter(routers.values())).parameters() if one.dim() == 2)
+    random = torch.Generator().manual_seed(1)
+    return torch.randn(1, 8, weight.shape[1], generator=random, device="cpu").to(weight.device, dtype)
 
 
 def _run(block: nn.Module, place: str, x: torch.Tensor) -> tuple[torch.Tensor, ...]:

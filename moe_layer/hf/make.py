@@ -3,7 +3,7 @@
 Legend: E experts.
 """
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 
 import numpy as np
 import torch
@@ -35,6 +35,8 @@ class Maker:
     Args:
         pool: a pool for all blocks; "shared": one for all blocks of a kind; "own": one for each block.
         starts: placement and shares of blocks that do not begin with the usual ones.
+        max_tokens: most tokens of any rank in one forward; None: any number.
+        top_k: of a block: how many experts a token has. Asked for if `max_tokens` is given and buffers depend on it.
     """
 
     def __init__(
@@ -47,6 +49,8 @@ class Maker:
         pool: str | SlotPool,
         starts: Mapping[nn.Module, Start],
         dispatcher: str | Dispatcher,
+        max_tokens: int | None,
+        top_k: Callable[[nn.Module], int],
         backend: str,
     ) -> None:
         self.group = process_group
@@ -56,20 +60,25 @@ class Maker:
         self.num_redundant_experts = num_redundant_experts
         self.num_shadow_slots = num_shadow_slots
         self.dispatcher = dispatcher
+        self.max_tokens = max_tokens
         self.backend = backend
+        self._top_k = top_k
         self._pool = pool
         self._starts = starts
         self._pools: dict[_Kind, SlotPool] = {}
+        self._executors: dict[nn.Module, Executor] = {}
         self._staged: dict[int, _Weights] = {}
 
     def prepare(self, blocks: Mapping[nn.Module, Understood]) -> None:
-        """Make the shared pools. Of the blocks on a GPU this moves the weights to host memory first, and frees them.
+        """Make executors and the shared pools. Of blocks on a GPU this moves the weights to host memory first, and frees them.
 
-        So the GPU never holds them twice. On a CPU a new pool has no memory before it is written.
+        So the GPU never holds them twice. On a CPU a new pool has no memory before it is written. Collective if dispatchers
+        connect.
 
         Raises:
-            ValueError: the pool that was given does not fit.
+            ValueError: the pool that was given does not fit, or the dispatcher does not go with the rest; nothing is freed.
         """
+        self._executors = {module: self._executor(module, one) for module, one in blocks.items()}
         if self.trainable or not self._is_shared:
             return
         kinds: dict[_Kind, list[nn.Module]] = {}
@@ -98,7 +107,7 @@ class Maker:
     def make(self, original: nn.Module, one: Understood) -> Swapped:
         """What takes the place of `original`, with its weights, if there are any. Frees those of the original."""
         num_physical = (one.num_experts + self.num_redundant_experts) // self.num_ranks
-        executor = self._executor(one, num_physical + self.num_shadow_slots)
+        executor = self._executors[original]
         if self.trainable:
             fixed = OwnedExperts(one.num_experts, self.rank, self.num_ranks, one.device)
             swapped = SwappedParameters(original, one, fixed, self.group, executor, self.backend)
@@ -135,17 +144,18 @@ class Maker:
         free(original)
         return slots
 
-    def _executor(self, one: Understood, num_lanes: int) -> Executor:
+    def _executor(self, module: nn.Module, one: Understood) -> Executor:
+        needs_top_k = self.num_ranks > 1 and self.max_tokens is not None and self.dispatcher in ("auto", "symm_mem")
         sender = make_dispatcher(
             self.dispatcher,
             self.group,
             self.num_ranks,
-            num_lanes,
+            (one.num_experts + self.num_redundant_experts) // self.num_ranks + self.num_shadow_slots,
             num_experts=one.num_experts,
             backend=resolve_backend(self.backend, one.device),
-            max_tokens=None,
+            max_tokens=self.max_tokens,
             hidden_size=one.format.hidden_size,
-            top_k=1,  # not asked for without `max_tokens`; the router of the model knows it
+            top_k=self._top_k(module) if needs_top_k else 1,
             dtype=one.format.dtype,
             device=one.device,
             trainable=self.trainable,

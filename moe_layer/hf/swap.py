@@ -17,12 +17,13 @@ from eplb.relocation.pool import SlotPool
 from moe_kernels import resolve_backend
 from moe_layer.arguments import check_choice, check_integer, physical_per_rank
 from moe_layer.dispatch import Dispatcher
-from moe_layer.hf.fuse import find_routers, fuse, unfuse
+from moe_layer.hf.absence import check_generate, uncheck_generate
+from moe_layer.hf.fuse import find_routers, find_top_k, fuse, unfuse
 from moe_layer.hf.inspect import SUPPORTED, NotUnderstoodError, Understood, find_experts, understand
 from moe_layer.hf.make import Maker
 from moe_layer.hf.padding import Padding
 from moe_layer.hf.routing import Routing
-from moe_layer.hf.swapped import Swapped
+from moe_layer.hf.swapped import Swapped, check_all_came
 from moe_layer.router import RouterRule
 from moe_layer.starting import starting_point
 
@@ -72,6 +73,7 @@ def swap_experts(
     fuse_routing: bool | str = "auto",
     count_padding: bool = False,
     dispatcher: str | Dispatcher = "auto",
+    max_tokens: int | None = None,
     backend: str = "auto",
 ) -> SwapReport:
     """Put our experts in the place of every block's `experts` in a transformers model; print and return what was done.
@@ -86,7 +88,8 @@ def swap_experts(
             its part; or none, on the meta device (see `experts_on_meta`): then forwards are refused until
             `load_experts_from` or `load_state_dict` has brought them.
         process_group: the ranks that share the experts; None: all experts are on this rank. Over several ranks every rank
-            calls the model equally often (`generate()` with ``synced_gpus=True``).
+            calls the model equally often (`generate()` with ``synced_gpus=True``): otherwise a RuntimeError says so within the
+            deadline of the group or dispatcher.
         tokens: "own": each rank has tokens of its own; "replicated": all ranks hold the same batch, of which each computes
             the experts of a part, and all get equal outputs and gradients.
         trainable: whether the experts stay parameters. Otherwise they live in slots, get no gradients, and may move.
@@ -106,6 +109,9 @@ def swap_experts(
         count_padding: whether padding goes to experts and counts as load. Otherwise, over several ranks and without
             gradients, tokens go nowhere that the model is told of by a 2-D `attention_mask`: what it says at these positions
             is then something else.
+        max_tokens: most tokens of any rank's batch in one forward, equal on all ranks: buffers of a static size are made for
+            so many, and "auto" may then take a one-sided dispatcher, as of `MoELayer`. A prompt counts in whole, and over
+            ranks every forward costs as much as its bound. None: any number.
         dispatcher, backend: as of `MoELayer`.
 
     Returns:
@@ -123,6 +129,8 @@ def swap_experts(
         num_shadow_slots = _SHADOW_SLOTS if num_ranks > 1 and not trainable else 0
     check_integer("num_shadow_slots", num_shadow_slots, 0)
     check_choice("tokens", tokens, ("own", "replicated"))
+    if max_tokens is not None:
+        check_integer("max_tokens", max_tokens, 1)
     if fuse_routing not in (True, False, "auto"):
         raise ValueError(f"fuse_routing must be True, False or 'auto', got {fuse_routing!r}")
     if not isinstance(pool, SlotPool):
@@ -169,6 +177,8 @@ def swap_experts(
         pool=pool,
         starts=starts,
         dispatcher=dispatcher,
+        max_tokens=max_tokens if max_tokens is None or tokens == "own" else -(-max_tokens // num_ranks),
+        top_k=lambda module: _top_k(model, module, understood, routings),
         backend=backend,
     )
     maker.prepare(blocks)
@@ -176,13 +186,15 @@ def swap_experts(
     padding = Padding(model) if blocks and num_ranks > 1 and not trainable and not count_padding else None
     for name, (original, one) in zip(understood, blocks.items(), strict=True):
         swapped = maker.make(original, one)
-        swapped.tokens, swapped.padding = tokens, padding
+        swapped.tokens, swapped.padding, swapped.max_tokens = tokens, padding, max_tokens
         _replace(model, original, swapped)
         if name in routings:
             gate, routing = routings[name]
             fuse(gate, routing, backend)
             swapped.fused_gate = (gate,)
             fused[name] = routing.rule
+    if blocks and num_ranks > 1:
+        check_generate(model, check_all_came)
     report = SwapReport(understood, left, fused, not_fused)
     if rank == 0:
         print(report)
@@ -215,6 +227,7 @@ def unswap_experts(model: nn.Module) -> int:
         if module.padding is not None:
             module.padding.remove()
         _replace(model, module, module.original)
+    uncheck_generate(model)
     return len(swapped)
 
 
@@ -271,6 +284,29 @@ def _find_routings(
         reasons = "".join(f"\n  {name}: {reason}" for name, reason in not_fused.items())
         raise ValueError(f"fuse_routing=True needs routers whose rule our kernel has; nothing was changed.{reasons}")
     return routings, not_fused
+
+
+def _top_k(
+    model: nn.Module,
+    module: nn.Module,
+    understood: dict[str, Understood],
+    routings: dict[str, tuple[nn.Module, Routing]],
+) -> int:
+    """How many experts a token has in the block of `module`.
+
+    Raises:
+        ValueError: that is not known.
+    """
+    name = next(name for name in understood if model.get_submodule(name) is module)
+    if name in routings:
+        return routings[name][1].top_k
+    found = find_top_k(model, module, understood[name].format.dtype)
+    if isinstance(found, str):
+        raise ValueError(
+            f"max_tokens needs to know how many experts a token has, but of {name} it is not: {found}; nothing was changed. "
+            "dispatcher='all_gather' and 'all_to_all' go without it"
+        )
+    return found
 
 
 def _places(model: nn.Module, module: nn.Module) -> Iterator[tuple[nn.Module, str]]:

@@ -14,9 +14,11 @@ from torch import nn
 from eplb.relocation.resident import ResidentExperts
 from moe_kernels.checks import FLOATS
 from moe_layer.arguments import check_per_token
+from moe_layer.collectives import backend_of
 from moe_layer.ddp import check_ddp
 from moe_layer.executors import Executor
 from moe_layer.experts import Experts, NewWeights
+from moe_layer.hf.absence import NcclWatch, absence, is_absence, watch_of
 from moe_layer.hf.inspect import Understood
 from moe_layer.hf.layout import Layout
 from moe_layer.hf.padding import Padding
@@ -37,6 +39,7 @@ class Swapped(Relocatable, Experts):
         fused_gate: the router that chooses in our kernel, if one does; in a tuple, as it is no part of this module.
         tokens: "own" of each rank, or "replicated": all ranks hold the same.
         padding: says which tokens are padding, where they must not count.
+        max_tokens: most tokens of any rank in one forward; None: any number.
     """
 
     layout: Layout
@@ -44,6 +47,7 @@ class Swapped(Relocatable, Experts):
     fused_gate: tuple[nn.Module, ...] = ()
     tokens: str = "own"
     padding: Padding | None = None
+    max_tokens: int | None = None
 
     def _take_place_of(self, original: nn.Module, layout: Layout, executor: Executor) -> None:
         self.layout = layout
@@ -73,7 +77,7 @@ class Swapped(Relocatable, Experts):
             Shaped like `hidden_states`, and of its dtype.
 
         Raises:
-            ValueError: shape, dtype or device of an argument do not fit.
+            ValueError: shape, dtype or device of an argument do not fit; or there are more tokens than `max_tokens`.
             RuntimeError: the experts have no weights yet; or another rank does not take part, within the deadline of its
                 process group or dispatcher.
         """
@@ -91,6 +95,11 @@ class Swapped(Relocatable, Experts):
         check_per_token("top_k_weights", top_k_weights, x, top_k, "choice", (*FLOATS, torch.float64))
         if self.trainable and self.process_group is not None:
             check_ddp(self, self.process_group)
+        if self.max_tokens is not None and x.numel() > self.max_tokens * hidden_size:
+            raise ValueError(
+                f"hidden_states has {x.numel() // hidden_size} tokens, more than the max_tokens={self.max_tokens} that "
+                "swap_experts was given: unswap_experts(), and swap with a larger one, equal on all ranks"
+            )
         x_TH = x.to(self.dtype).reshape(-1, hidden_size).contiguous()
         ids_TK = top_k_index.reshape(-1, top_k).int().contiguous()  # kernels skip what names no expert
         weights_TK = top_k_weights.reshape(-1, top_k).float().contiguous()
@@ -99,29 +108,62 @@ class Swapped(Relocatable, Experts):
             ids_TK = ids_TK.masked_fill(~mask_T.to(ids_TK.device)[:, None], -1)
         with torch.autocast(x.device.type, enabled=False):
             if self.resident.num_ranks == 1:
-                y_TH = self.executor.from_ids(self, x_TH, ids_TK, weights_TK)
+                y_TH = self.executor.from_ids(self, x_TH, ids_TK, weights_TK, self.max_tokens)
             else:
                 y_TH = self._over_ranks(x_TH, ids_TK, weights_TK)
         return y_TH.to(x.dtype).view(shape)
 
     @torch.compiler.disable
     def _over_ranks(self, x_TH: torch.Tensor, ids_TK: torch.Tensor, weights_TK: torch.Tensor) -> torch.Tensor:
-        assert self.process_group is not None
+        watch = self._watch()
         try:
-            if self.tokens == "own":
-                return self.executor.from_ids(self, x_TH, ids_TK, weights_TK)
-            parts = Parts(len(x_TH), self.process_group, x_TH.device)
-            x_NH, weights_NK = TakePart.apply(x_TH, parts), TakePart.apply(weights_TK, parts)
-            y_NH = self.executor.from_ids(self, x_NH, parts.mine(ids_TK).contiguous(), weights_NK)
-            return GatherParts.apply(y_NH, parts)
+            if watch is None:
+                return self._together(x_TH, ids_TK, weights_TK)
+            with watch:
+                return self._together(x_TH, ids_TK, weights_TK)
         except (RuntimeError, TimeoutError) as error:
-            if not isinstance(error, (dist.DistBackendError, TimeoutError)) and "gloo" not in str(error):
-                raise
-            raise RuntimeError(
-                f"another of the {self.resident.num_ranks} ranks that share the experts did not take part in this forward. "
-                "All call the model equally often: where they generate() to different lengths, each needs "
-                f"generate(..., synced_gpus=True). ({error})"
-            ) from error
+            if is_absence(error):
+                raise absence(self.resident.num_ranks, error) from error
+            raise
+
+    def _together(self, x_TH: torch.Tensor, ids_TK: torch.Tensor, weights_TK: torch.Tensor) -> torch.Tensor:
+        if self.tokens == "own":
+            return self.executor.from_ids(self, x_TH, ids_TK, weights_TK, self.max_tokens)
+        assert self.process_group is not None
+        parts = Parts(len(x_TH), self.process_group, x_TH.device)
+        x_NH, weights_NK = TakePart.apply(x_TH, parts), TakePart.apply(weights_TK, parts)
+        bound = None if self.max_tokens is None else -(-self.max_tokens // self.resident.num_ranks)
+        y_NH = self.executor.from_ids(self, x_NH, parts.mine(ids_TK).contiguous(), weights_NK, bound)
+        return GatherParts.apply(y_NH, parts)
+
+    def _watch(self) -> NcclWatch | None:
+        """Of forwards that NCCL moves, and that need no gradient: trainers have deadlines of their own."""
+        group, dispatcher = self.process_group, self.executor.dispatcher
+        if torch.is_grad_enabled() or self.device.type != "cuda" or group is None or dispatcher is None:
+            return None
+        moved_by = {dispatcher.backend(self.device)}
+        if self.tokens == "replicated":
+            moved_by.add(backend_of(group, self.device))
+        return watch_of(group, self.device) if "nccl" in moved_by else None
+
+    def check_all_came(self) -> None:
+        """Look, once the device is done, whether a rank did not come to a forward until now.
+
+        Raises:
+            RuntimeError: one did not.
+        """
+        watch, check = self._watch(), getattr(self.executor.dispatcher, "raise_if_failed", None)
+        if self.resident.num_ranks == 1 or (watch is None and check is None):
+            return
+        if self.device.type == "cuda":
+            torch.cuda.synchronize(self.device)
+        try:
+            if watch is not None:
+                watch.raise_if_over()
+            if check is not None:
+                check()
+        except TimeoutError as error:
+            raise absence(self.resident.num_ranks, error) from error
 
     # ---- the model's names and layout
 
@@ -220,3 +262,11 @@ class SwappedParameters(Swapped, TrainableExperts):
                 self.register_parameter(tensor.name, parameter)
         self._attach(resident)
         self._take_place_of(original, understood.layout, executor)
+
+
+@torch.no_grad()
+def check_all_came(model: nn.Module) -> None:
+    """`Swapped.check_all_came` of all that `model` has."""
+    for module in model.modules():
+        if isinstance(module, Swapped):
+            module.check_all_came()

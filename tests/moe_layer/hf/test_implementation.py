@@ -87,3 +87,23 @@ def test_what_is_not_computed_is_refused(family):
 def test_a_model_that_would_not_use_it(family):
     with pytest.warns(UserWarning, match="changes nothing"):
         register_experts_implementation(make_model(family))
+
+
+def test_lora_on_experts(device):
+    """Adapters on the experts' own parameters, which `swap_experts` would take away."""
+    peft = pytest.importorskip("peft")
+    tokens, losses = make_tokens(device), []
+    for model in pair("qwen3_moe", device):
+        torch.manual_seed(0)
+        targets = ["mlp.experts.gate_up_proj", "mlp.experts.down_proj"]
+        adapted = peft.get_peft_model(model, peft.LoraConfig(target_modules=[], target_parameters=targets, r=4))
+        parameters = {name: one for name, one in adapted.named_parameters() if one.requires_grad}
+        assert len(parameters) == 8 and all("lora_" in name and ".experts." in name for name in parameters)
+        optimizer = torch.optim.SGD(parameters.values(), lr=1.0)
+        for _ in range(3):
+            losses.append(adapted(tokens, labels=tokens, use_cache=False).loss)
+            losses[-1].backward()
+            optimizer.step()
+            optimizer.zero_grad()
+    expected, found = torch.stack(losses).detach().split(3)
+    assert relative(found, expected) <= 1e-4 and found[-1] < found[0] - 1e-3

@@ -19,10 +19,13 @@ pytest.importorskip("safetensors")
 from moe_layer import ignore_in_ddp
 from moe_layer.checkpoint.folder import Checkpoint
 from moe_layer.collectives import all_gather_rows
+from moe_layer.dispatch.all_gather import AllGatherDispatcher
+from moe_layer.dispatch.one_sided import OneSidedDispatcher
 from moe_layer.hf import load_experts_from, swap_experts, unswap_experts
 from moe_layer.hf.padding import Padding
-from tests.distributed import distributed
+from tests.distributed import INTERPRETED, distributed
 from tests.moe_layer.hf.models import logits_of, make_model, make_tokens, relative, without_experts
+from tests.moe_layer.hf.test_absence import one_sided_waits
 from tests.moe_layer.ranks import DEADLINE, everybody, make_controller
 
 GREEDY = {"do_sample": False, "eos_token_id": None, "pad_token_id": 0}
@@ -125,6 +128,31 @@ def _different_lengths(rank, group, device):
     dist.barrier(group)
 
 
+def _bounded(rank, group, device):
+    """With `max_tokens` dispatch has buffers of a static size; with a batch for all ranks, for a rank's part of it."""
+    num_ranks, on_cpu = dist.get_world_size(group), device.type == "cpu"
+    for mode, shape in (("own", (2, 5 + rank)), ("replicated", (2, 6))):
+        model, twin = swapped(4, device, group, tokens=mode, max_tokens=12, num_redundant_experts=2)
+        dispatchers = [layer.mlp.experts.executor.dispatcher for layer in model.model.layers]
+        assert {type(one) for one in dispatchers} == {AllGatherDispatcher if on_cpu else OneSidedDispatcher}
+        assert {one.max_tokens for one in dispatchers} == {12 if mode == "own" else 12 // num_ranks}
+        assert on_cpu or dispatchers[0] is dispatchers[1], "their buffers are shared"
+        for tokens in (make_tokens(str(device), shape), make_tokens(str(device), (1, 1))):
+            assert relative(logits_of(model, tokens), logits_of(twin, tokens)) <= 1e-5
+        with pytest.raises(ValueError, match=r"hidden_states has 14 tokens, more than the max_tokens=12"):
+            logits_of(model, make_tokens(str(device), (2, 7)))
+    gemma = make_model("gemma4_text", device=str(device))
+    modules = list(gemma.modules())
+    with pytest.raises(
+        ValueError, match=r"(?s)how many experts a token has, but of .*experts it is not: its block cannot"
+    ):
+        swap_experts(gemma, group, max_tokens=12)
+    assert all(one is other for one, other in zip(gemma.modules(), modules, strict=True)), "it has changed"
+    twin = copy.deepcopy(gemma)
+    swap_experts(gemma, group, max_tokens=12, dispatcher="all_gather")
+    assert relative(logits_of(gemma, tokens), logits_of(twin, tokens)) <= 1e-5
+
+
 @contextmanager
 def shared_folder(rank, group):
     """The same new folder for all ranks."""
@@ -181,11 +209,14 @@ def _their_own_experts(rank, group, device, tokens, models, folders):
     dist.barrier(group)
 
 
-@distributed(num_ranks=2)
+@distributed(num_ranks=2, timeout=240.0)  # of which 15 s on two idle cores
 def test_over_two_ranks(rank, num_ranks, group, device):
     _loading(rank, group, device)
     _one_batch_for_all(rank, group, device)
     _padding(rank, group, device)
+    _bounded(rank, group, device)
+    if INTERPRETED or device.type == "cuda":
+        one_sided_waits(rank, group, device)
     _different_lengths(rank, group, device)  # last: its group is of no use afterwards
 
 
@@ -194,6 +225,7 @@ def test_over_two_gpus(rank, num_ranks, group, device):
     _loading(rank, group, device)
     _one_batch_for_all(rank, group, device)
     _padding(rank, group, device)
+    _bounded(rank, group, device)
 
 
 def test_what_is_known_of_padding():

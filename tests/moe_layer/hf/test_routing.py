@@ -10,6 +10,7 @@ from torch import nn
 
 pytest.importorskip("transformers")
 
+from moe_kernels import routing
 from moe_layer import RouterRule
 from moe_layer.hf import swap_experts, unswap_experts
 from moe_layer.hf.routing import NotFusedError, find_routing
@@ -174,3 +175,31 @@ def test_what_is_asked_for(device):
     with pytest.raises(ValueError, match=r"(?s)nothing was changed.*model\.layers\.0\.mlp\.experts: .*no rule"):
         swap_experts(phi, fuse_routing=True)
     assert hasattr(experts_of(phi), "has_gate") and torch.equal(logits_of(phi, tokens), before)
+
+
+def test_the_backend_is_resolved_in_each_call(monkeypatch):
+    """A model that is swapped on a CPU and moved later: "auto" and "torch" mean what they mean there."""
+    heard, resolve = [], routing.resolve_backend
+    for backend in ("auto", "torch"):
+        model = make_model("qwen3_moe")
+        swap_experts(model, backend=backend)
+        monkeypatch.setattr(routing, "resolve_backend", lambda *asked: heard.append(asked) or resolve(*asked))
+        logits_of(model, make_tokens())
+        assert heard == [(backend, torch.device("cpu"))] * 2
+        heard.clear()
+        monkeypatch.undo()
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("trainable", [False, True])
+def test_a_model_that_moves_to_a_gpu_after_the_swap(trainable, monkeypatch):
+    model, tokens = make_model("deepseek_v3:groups"), make_tokens()
+    expected = logits_of(model, tokens)
+    swap_experts(model, trainable=trainable)
+    used = []
+    resolve = routing.resolve_backend
+    monkeypatch.setattr(routing, "resolve_backend", lambda *asked: used.append(resolve(*asked)) or used[-1])
+    for device, kernels in (("cuda", "triton"), ("cpu", "torch")):
+        used.clear()
+        assert_near(logits_of(model.to(device), tokens.to(device)).cpu(), expected)
+        assert used == [kernels] * 2

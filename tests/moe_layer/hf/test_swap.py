@@ -17,10 +17,13 @@ pytest.importorskip("transformers")
 from eplb import Placement, load_placements, save_placements
 from moe_layer import make_pool
 from moe_layer.hf import swap_experts, unswap_experts
+from moe_layer.hf.fuse import find_top_k
+from moe_layer.hf.inspect import is_on_interface
 from moe_layer.hf.layout import Layout
 from tests.distributed import distributed
 from tests.moe_layer.hf.models import families, make_model, make_tokens
 from tests.moe_layer.ranks import DEADLINE, everybody, make_controller
+from tests.moe_layer.test_max_tokens import Turns
 
 
 def logits_of(model: nn.Module, tokens: torch.Tensor) -> torch.Tensor:
@@ -291,6 +294,38 @@ def test_pools(device):
         assert_near(logits_of(model, tokens), before)
     with pytest.raises(ValueError, match="pool holds"):
         swap_experts(make_model("mixtral", device=device), pool=make_pool(2, 32, 16, 8, device=device))
+
+
+def test_max_tokens(device):
+    """The layers refuse more; a dispatcher is told of it, and takes as many turns as it asks for."""
+    model, tokens = make_model("mixtral", device=device), make_tokens(device, (2, 6))
+    before = logits_of(model, tokens)
+    for wrong in (0, -1, True, 2.5, "12"):
+        with pytest.raises(ValueError, match=f"max_tokens must be an integer of at least 1, got {wrong!r}"):
+            swap_experts(model, max_tokens=wrong)
+    assert torch.equal(logits_of(model, tokens), before)
+    dispatcher = Turns(8)
+    for options in ({}, {"dispatcher": dispatcher}, {"trainable": True}):
+        swap_experts(model, max_tokens=12, **options)
+        assert_near(logits_of(model, tokens), before)
+        with pytest.raises(
+            ValueError, match=r"hidden_states has 13 tokens, more than the max_tokens=12 that swap_experts"
+        ):
+            logits_of(model, make_tokens(device, (1, 13)))
+        assert unswap_experts(model) == 2
+    assert dispatcher.turns == [(8, 8), (4, 4)] * 2
+
+
+@pytest.mark.parametrize(("family", "top_k"), [("minimax_m2", 2), ("deepseek_v2:groups", 3), ("aria_text", 2)])
+def test_how_many_experts_a_token_has(family, top_k):
+    for model in (make_model(family), make_model(family, torch.bfloat16), make_model(family, device="meta")):
+        for one in model.modules():
+            if is_on_interface(one):
+                assert find_top_k(model, one, one.down_proj.dtype) == top_k
+    for layer in model.model.layers:
+        layer.mlp.forward = lambda x: x
+    found = find_top_k(model, experts_of(model), torch.float32)
+    assert found == "the experts of its block are not given ids and weights"
 
 
 @pytest.mark.gpu

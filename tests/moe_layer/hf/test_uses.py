@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import inspect
 import os
 import subprocess
 import sys
@@ -44,6 +45,46 @@ def test_generate_compiles_for_a_static_cache():
     tokens = make_tokens("cuda")
     expected = twin.generate(tokens, **GREEDY, disable_compile=True)
     assert torch.equal(model.generate(tokens, **GREEDY), expected)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("family", families(["qwen3_moe", "gpt_oss", "deepseek_v3:groups"]))
+def test_a_decode_step_in_a_cuda_graph(family):
+    """Captured once, replayed with other tokens: at the same place of a static cache."""
+    from transformers import StaticCache
+
+    model, twin = pair(family, "cuda", fuse_routing=True)
+    tokens = make_tokens("cuda")
+    name = "cache" if "cache" in inspect.signature(model.forward).parameters else "past_key_values"
+    steps, now = [], tokens[:, :1].clone()
+    place = torch.full((len(tokens), 1), 5, device="cuda")
+    mask = (torch.arange(16, device="cuda") <= place)[:, None, None]
+    for one in (model, twin):
+        cache = StaticCache(config=one.config, max_cache_len=16)
+        with torch.no_grad():
+            one(tokens[:, :5], use_cache=True, **{name: cache})
+
+        def step(one=one, cache=cache):
+            for layer in cache.layers:
+                layer.cumulative_length.fill_(5)
+            options = {name: cache, "use_cache": True, "position_ids": place, "attention_mask": mask}
+            return one(now, **options).logits
+
+        steps.append(step)
+    with torch.no_grad():
+        side = torch.cuda.Stream()
+        side.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(side):
+            for _ in range(3):
+                steps[0]()
+        torch.cuda.current_stream().wait_stream(side)
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph):
+            found = steps[0]()
+        for column in range(3):
+            now.copy_(tokens[:, column : column + 1])
+            graph.replay()
+            assert relative(found, steps[1]()) <= 1e-5
 
 
 class _Logits(nn.Module):
