@@ -90,6 +90,8 @@ class MoELayer(Relocatable, nn.Module):
             many. A forward may set another bound. None: any number.
         shares: how an expert's tokens are divided among its replicas: "window" (as planned from the last load window), "batch"
             or `BatchShares(expert_cost)` (solved anew in each batch, from the counts of all ranks).
+        recompute: whether a backward on the layer's experts computes the pre-activation, ``[rows, 2I]``, again from the hidden
+            states, instead of keeping it. The same bits. (Serving layers over several ranks keep neither, whatever it says.)
         backend: of the kernels: "auto" (Triton on CUDA, PyTorch references on a CPU), "triton", "torch".
         device: of the weights: a CPU or CUDA device, or "meta", which takes no memory until `to_empty()`.
         dtype: of weights and hidden states: float32, float16 or bfloat16.
@@ -118,6 +120,7 @@ class MoELayer(Relocatable, nn.Module):
         dispatcher: str | Dispatcher = "auto",
         max_tokens: int | None = None,
         shares: str | BatchShares = "window",
+        recompute: bool = False,
         backend: str = "auto",
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
@@ -193,6 +196,8 @@ class MoELayer(Relocatable, nn.Module):
                 shares_WS=start_shares,
             )
             self.experts = SlotExperts(format, resident, process_group, backend)
+        # Serving layers over several ranks repeat the whole forward in their backward: once is enough.
+        self.experts.recompute = recompute and (trainable or num_ranks == 1)
         if device.type != "meta":
             self.reset_parameters()
 

@@ -133,6 +133,27 @@ def test_gradients_go_to_main_grads_where_there_are_any(device):
         torch.compile(layer, fullgraph=True, backend="aot_eager")(x)
 
 
+@pytest.mark.parametrize("trainable", [True, False])
+def test_recompute_keeps_less_and_changes_no_bit(trainable, device):
+    x = torch.randn(40, 16, device=device)
+    kept, found = {}, {}
+    for recompute in (False, True):
+        layer = make_layer(device, trainable=trainable, recompute=recompute)
+        x_grad, kept[recompute] = x.clone().requires_grad_(), 0
+
+        def keep(tensor, recompute=recompute):
+            kept[recompute] += tensor.numel() if tensor.is_floating_point() else 0
+            return tensor
+
+        with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+            y = layer(x_grad)
+        y.square().sum().backward()
+        found[recompute] = [y.detach(), x_grad.grad, *(one.grad for one in layer.parameters() if trainable)]
+    assert all(map(torch.equal, found[False], found[True]))
+    pre_activation = 40 * 2 * 2 * 8  # tokens, experts of each, gate and up
+    assert kept[False] - kept[True] >= pre_activation - (0 if trainable else x.numel())
+
+
 def test_functional_call_and_parametrizations(device):
     layer = make_layer(device, trainable=True)
     x = torch.randn(5, 16, device=device)
