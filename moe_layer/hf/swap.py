@@ -15,15 +15,18 @@ from eplb.groups import check_member
 from eplb.planning.placement_file import SavedLayer
 from eplb.relocation.pool import SlotPool
 from moe_kernels import resolve_backend
+from moe_kernels.checks import FLOATS
 from moe_layer.arguments import check_choice, check_integer, physical_per_rank
 from moe_layer.dispatch import Dispatcher
 from moe_layer.hf.fuse import find_routers, fuse, unfuse
-from moe_layer.hf.inspect import SUPPORTED, NotUnderstoodError, Understood, find_experts, understand
+from moe_layer.hf.inspect import SUPPORTED, NotUnderstoodError, Understood, find_experts, is_fp8, understand
 from moe_layer.hf.make import Maker
 from moe_layer.hf.padding import Padding
 from moe_layer.hf.routing import Routing
 from moe_layer.hf.swapped import Swapped
+from moe_layer.quantisation import Quantisation
 from moe_layer.router import RouterRule
+from moe_layer.saving_guard import allow_saving, refuse_saving
 from moe_layer.starting import starting_point
 
 _SHADOW_SLOTS = 4  # of all layers together, where experts may move and the caller does not say
@@ -63,6 +66,7 @@ def swap_experts(
     process_group: dist.ProcessGroup | None = None,
     *,
     tokens: str = "own",
+    quantisation: str | Quantisation | None = None,
     trainable: bool = False,
     num_redundant_experts: int = 0,
     num_shadow_slots: int | None = None,
@@ -89,6 +93,9 @@ def swap_experts(
             calls the model equally often (`generate()` with ``synced_gpus=True``).
         tokens: "own": each rank has tokens of its own; "replicated": all ranks hold the same batch, of which each computes
             the experts of a part, and all get equal outputs and gradients.
+        quantisation: how the experts' matrices are stored: "fp8_block", "mxfp4", "int4" or a `Quantisation`; None: as in the
+            model (transformers' `FP8Experts` stay fp8_block). Weights that are there are rounded, those of a checkpoint must
+            be so (see `moe_layer.quantisation_of`). `save_pretrained()` is refused then: see `save_experts_to`.
         trainable: whether the experts stay parameters. Otherwise they live in slots, get no gradients, and may move.
             Gradients flow through them in either case.
         num_redundant_experts: of each block, as of `MoELayer`.
@@ -135,7 +142,13 @@ def swap_experts(
     ):
         if trainable and is_given:
             raise ValueError(f"{name} does not go with trainable=True: such experts do not move")
-    understood, left = _understand_all(model)
+    wanted = Quantisation.of(quantisation)
+    understood, left = _understand_all(model, wanted)
+    are_quantised = any(one.format.quantisation is not None for one in understood.values())
+    if trainable and are_quantised:
+        raise ValueError(
+            f"trainable=True does not go with quantised experts (quantisation={quantisation!r}): they do not train"
+        )
     if strict and (left or not understood):
         reasons = "".join(f"\n  {name}: {reason}" for name, reason in left.items()) or " it has no experts."
         raise ValueError(
@@ -183,6 +196,8 @@ def swap_experts(
             fuse(gate, routing, backend)
             swapped.fused_gate = (gate,)
             fused[name] = routing.rule
+    if are_quantised:
+        refuse_saving(model)
     report = SwapReport(understood, left, fused, not_fused)
     if rank == 0:
         print(report)
@@ -208,6 +223,8 @@ def unswap_experts(model: nn.Module) -> int:
             raise RuntimeError(
                 "unswap_experts() is refused: the model is registered with an EplbController; close() it first"
             )
+        if module.format.quantisation is not None and not is_fp8(module.original):
+            raise RuntimeError("unswap_experts() is refused: the experts are quantised, and the model's were floats")
     for module in swapped:
         _give_back(module)
         for gate in module.fused_gate:
@@ -215,11 +232,14 @@ def unswap_experts(model: nn.Module) -> int:
         if module.padding is not None:
             module.padding.remove()
         _replace(model, module, module.original)
+    allow_saving(model)
     return len(swapped)
 
 
-def _understand_all(model: nn.Module) -> tuple[dict[str, Understood], dict[str, str]]:
-    """What each module of experts is, or why it is not understood."""
+def _understand_all(
+    model: nn.Module, quantisation: Quantisation | None
+) -> tuple[dict[str, Understood], dict[str, str]]:
+    """What each module of experts is, or why it is not understood or cannot be quantised so."""
     understood: dict[str, Understood] = {}
     left: dict[str, str] = {}
     uses: dict[int, int] = {}
@@ -232,7 +252,8 @@ def _understand_all(model: nn.Module) -> tuple[dict[str, Understood], dict[str, 
                 raise NotUnderstoodError("it is swapped already")
             if any(uses[id(parameter)] > 1 for parameter in module.parameters(recurse=False)):
                 raise NotUnderstoodError("its parameters are also those of another module")
-            understood[name] = understand(module, _home(model, name, module))
+            one = understand(module, _home(model, name, module), _dtype_of(model))
+            understood[name] = one if quantisation is None else one.stored_as(quantisation)
         except NotUnderstoodError as error:
             left[name] = str(error)
     return understood, left
@@ -243,6 +264,13 @@ def _home(model: nn.Module, name: str, experts: nn.Module) -> torch.device | Non
     block, own = model.get_submodule(name.rpartition(".")[0]), {id(one) for one in experts.parameters()}
     devices = (one.device for one in [*block.parameters(), *block.buffers()] if id(one) not in own)
     return next((device for device in devices if device.type in ("cpu", "cuda")), None)
+
+
+def _dtype_of(model: nn.Module) -> torch.dtype:
+    """Of its hidden states: what its config says, else its first float parameter's."""
+    said = getattr(getattr(model, "config", None), "dtype", None)
+    there = [said, *(parameter.dtype for parameter in model.parameters())]
+    return next((dtype for dtype in there if dtype in FLOATS), torch.bfloat16)
 
 
 def _find_routings(
@@ -292,8 +320,9 @@ def _give_back(module: Swapped) -> None:
     if any(parameter is module._parameters.get(name) for name, parameter in original.named_parameters()):
         return  # they were never taken
     tensors = module.state_dict()
+    names = {held: ours for ours, held in (module.quantised or {}).items()}
     for name, parameter in original.named_parameters():
-        value = tensors[name].to(module.device)
+        value = tensors[names.get(name, name)].to(module.device)
         if parameter.is_meta:  # it cannot get memory
             original._parameters[name] = nn.Parameter(value, requires_grad=parameter.requires_grad)
         else:
