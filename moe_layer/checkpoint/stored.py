@@ -87,7 +87,8 @@ def _zeros_of(stored: torch.Tensor) -> torch.Tensor:
         return (stored + 8).to(torch.uint8)
     if stored.is_meta:
         return stored.new_empty((8 * stored.shape[0], *stored.shape[1:]), dtype=torch.uint8)
-    return unpack_nibbles(stored.T.contiguous().view(torch.uint8)).T.contiguous()
+    flat = unpack_nibbles(stored.T.flatten().view(torch.uint8))  # a dimension of size 1 may have a stride that no view takes
+    return flat.view(stored.shape[1], -1).T.contiguous()
 
 
 def _stored_zeros(codes: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
@@ -97,7 +98,7 @@ def _stored_zeros(codes: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
         raise CheckpointError(
             f"zero points of {codes.shape[0]} rows cannot be packed along them: they must divide by 8"
         )
-    return pack_nibbles(codes.T.contiguous()).view(torch.int32).T.contiguous()
+    return pack_nibbles(codes.T.flatten()).view(torch.int32).view(codes.shape[1], -1).T.contiguous()
 
 
 def stored_of(config: Mapping[str, Any]) -> Stored | None:
