@@ -8,9 +8,12 @@ import pytest
 import torch
 from torch import nn
 
+from eplb import EplbConfig, EplbController
+from eplb.relocation.pool import SlotState
 from moe_layer import MoELayer, Quantisation, make_pool, quantize_experts
 from moe_layer.expert_format import Activation, expert_format
 from tests.moe_layer.quantised import CLOSE, SCHEMES, E, H, I, K, as_floats, make_quantised, records, same_bytes
+from tests.moe_layer.relocation import Relocator, poison, settle
 
 every_scheme = pytest.mark.parametrize("scheme", SCHEMES)
 
@@ -173,3 +176,59 @@ def test_what_is_refused(device):
         assert all(one(torch.randn(3, H, device=device).bfloat16()).isfinite().all() for one in shared)
     with pytest.raises(ValueError, match="pool holds"):
         make_quantised("fp8_block", device, pool=pool)
+
+
+@every_scheme
+def test_i4_i5_bits_through_flips(scheme, device):
+    """By hand, at every stage of a move; old slots are poisoned after grace."""
+    layer, twin = (make_quantised(scheme, device) for _ in range(2))
+    EplbController(EplbConfig(use_async=False)).register(layer)
+    settle(device)
+    relocator, x = Relocator([layer]), torch.randn(17, H, device=device).bfloat16()
+    with torch.no_grad():
+        wanted = [twin(rows) for rows in (x, x[:1])]
+
+        def is_right() -> bool:
+            return all(torch.equal(layer(rows), one) for rows, one in zip((x, x[:1]), wanted, strict=True))
+
+        assert is_right()
+        for expert in range(E):
+            old = layer.resident.live_slots()[expert][0]
+            fill = relocator.fill(0, expert)
+            assert is_right()
+            handoff = relocator.publish(fill)
+            assert is_right()
+            relocator.flip(handoff)
+            assert is_right()
+            relocator.release(fill, handoff)
+            poison(layer, old, device)
+            assert is_right()
+    saved = twin.state_dict()
+    assert all(same_bytes(value, saved[name]) for name, value in layer.state_dict().items())
+
+
+@every_scheme
+def test_i4_weights_torn_from_scales_show(scheme, device):
+    """What the tests of flips would see if a move took the weights and left the scales, or zero points, behind."""
+    layer, twin = (make_quantised(scheme, device) for _ in range(2))
+    EplbController(EplbConfig(use_async=False)).register(layer)
+    settle(device)
+    relocator, x = Relocator([layer]), torch.randn(17, H, device=device).bfloat16()
+    pool = layer.resident.pool
+    for tensor in layer.experts.format.tensors:
+        if tensor.role == "weight":
+            continue
+        with torch.no_grad():
+            busiest = layer.gate.choose(layer.gate(x))[1].flatten().mode().values.item()
+            fill = relocator.fill(0, busiest)
+            (target,) = (slot for slot in range(pool.num_slots) if pool.state(slot) is SlotState.FILLING)
+            left = pool.tensors[tensor.name][target]
+            moved = left.clone()
+            left.copy_(moved + moved)  # as another expert has left it there
+            handoff = relocator.publish(fill)
+            relocator.flip(handoff)
+            assert not torch.equal(layer(x), twin(x)), f"{tensor.name} was not missed"
+            left.copy_(moved)
+            settle(device)
+            assert torch.equal(layer(x), twin(x))
+            relocator.release(fill, handoff)
