@@ -91,8 +91,8 @@ def check_quantised_in_place(rank: int, group: dist.ProcessGroup, device: torch.
 
 @distributed(num_ranks=2)
 def test_i4_i5_two_ranks(rank, num_ranks, group, device):
-    check_relocation(rank, group, device, "torch_gloo", "torch_gloo", waves=4)
-    check_relocation(rank, group, device, "auto", "symm_mem", waves=2)
+    check_relocation(rank, group, device, "torch_gloo", "torch_gloo", waves=2)
+    check_relocation(rank, group, device, "auto", "symm_mem", waves=1)
     check_state_dicts_by_range(rank, group, device)
     check_quantised_in_place(rank, group, device)
 
