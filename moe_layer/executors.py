@@ -283,7 +283,14 @@ def compute_rows(
     """
     backend, matrices, lane_to_slot_S = experts.backend, experts.matrices(), experts.table.lane_to_slot_L
     format = experts.format
-    batch = (format.hidden_size, format.intermediate_size, rows.rows_RH.dtype, rows.num_tokens, top_k, experts.num_experts)
+    batch = (
+        format.hidden_size,
+        format.intermediate_size,
+        rows.rows_RH.dtype,
+        rows.num_tokens,
+        top_k,
+        experts.num_experts,
+    )
     up, down = gemm_configs(*batch, tma=experts.tma)
     schedule = rows.schedule(up.block_m, up.extra_m)
     inputs = (rows.rows_RH, matrices, lane_to_slot_S, schedule)

@@ -199,8 +199,9 @@ class Experts(nn.Module):
 
     def extra_repr(self) -> str:
         resident = self.resident
+        quantised = "" if self.format.quantisation is None else f"quantisation='{self.format.quantisation}', "
         return (
-            f"format={self.format.name!r}, num_experts={resident.num_experts}, "
+            f"format={self.format.name!r}, {quantised}num_experts={resident.num_experts}, "
             f"redundant={resident.num_redundant_experts}, rank={resident.rank}/{resident.num_ranks}, "
             f"trainable={self.trainable}"
         )

@@ -10,7 +10,7 @@ call the matrix, and an ending. Layouts (N outputs, K inputs of a matrix, g colu
 | compressed-tensors | `_packed` int32 [N, K/8], lowest bits first | `_scale` bfloat16 [N, K/g] |
 
 compressed-tensors also has `_shape` (N, K) and, of asymmetric weights, `_zero_point`: int32 [N/8, K/g], packed along N, or
-int8 [N, K/g]. A signed code c is packed as c + 8. Sources: transformers 5.24 (`integrations/finegrained_fp8.py`, `mxfp4.py`), and
+int8 [N, K/g]. A signed code c is packed as c + 8. Sources: transformers 5.24 (`integrations/finegrained_fp8.py`, `mxfp4.py`),
 `pack_to_int32` and the pack-quantized compressor of compressed-tensors.
 """
 
@@ -87,7 +87,9 @@ def _zeros_of(stored: torch.Tensor) -> torch.Tensor:
         return (stored + 8).to(torch.uint8)
     if stored.is_meta:
         return stored.new_empty((8 * stored.shape[0], *stored.shape[1:]), dtype=torch.uint8)
-    flat = unpack_nibbles(stored.T.flatten().view(torch.uint8))  # a dimension of size 1 may have a stride that no view takes
+    flat = unpack_nibbles(
+        stored.T.flatten().view(torch.uint8)
+    )  # a dimension of size 1 may have a stride that no view takes
     return flat.view(stored.shape[1], -1).T.contiguous()
 
 

@@ -15,8 +15,10 @@ E2M1 = torch.tensor([0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0, -0.0, -0.5, -1.0, -
 Meaning = dict[int, tuple[torch.Tensor, ...]]
 
 
-def deepseek(prefix: str, num_experts: int, hidden: int, inner: int, seed: int = 0, scales: torch.dtype = torch.float32):
-    """e4m3 with `weight_scale_inv`, one for each block of 128 × 128, that multiplies; as in Qwen3 the scales may be bfloat16."""
+def deepseek(
+    prefix: str, num_experts: int, hidden: int, inner: int, seed: int = 0, scales: torch.dtype = torch.float32
+):
+    """e4m3 with `weight_scale_inv`, one for each block of 128 × 128, that multiplies; in Qwen3 the scales may be bfloat16."""
     random, tensors, meaning = torch.Generator().manual_seed(seed), {}, {}
     for expert in range(num_experts):
         held = []
@@ -55,7 +57,13 @@ def gpt_oss(prefix: str, num_experts: int, hidden: int, inner: int, seed: int = 
 
 
 def compressed(
-    prefix: str, num_experts: int, hidden: int, inner: int, seed: int = 0, group: int = 32, zeros: torch.dtype | None = None
+    prefix: str,
+    num_experts: int,
+    hidden: int,
+    inner: int,
+    seed: int = 0,
+    group: int = 32,
+    zeros: torch.dtype | None = None,
 ):
     """int4 of compressed-tensors, pack-quantized: signed codes plus 8, eight in an int32 from the lowest bits on."""
     random, tensors, meaning = torch.Generator().manual_seed(seed), {}, {}

@@ -1,4 +1,4 @@
-"""What the tests of quantised experts share: the schemes, layers, and their forward in float32 from the record's own tensors."""
+"""What the tests of quantised experts share: the schemes, layers, and these in float32 by what their records mean."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ SCHEMES = {
 H, I, E, K = 64, 32, 8, 2  # noqa: E741 - the letters of the legend
 """Hidden, intermediate (blocks of fp8_block are partial), experts, top-k."""
 
-# Relative to the largest output. fp8_block rounds activations twice to 4 bits, and others' weights are exact: the rest is of bf16.
+# Relative to the largest output. fp8_block rounds activations twice to 4 bits; others' weights are exact, the rest is of bf16.
 CLOSE = {"fp8_block": 8e-2, "mxfp4": 2e-2, "int4": 2e-2, "int4_zeros": 2e-2}
 
 

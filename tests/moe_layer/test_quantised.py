@@ -37,7 +37,9 @@ def test_the_tensors_of_a_record():
         assert (format.hidden_size, format.intermediate_size, format.has_bias) == (160, inner, True)
         assert {one.role for one in format.tensors if one.follows_casts} == {"bias"}
         assert format.group == SCHEMES[scheme].group and format.scheme == scheme.removesuffix("_zeros")
-    ungated = expert_format(160, 200, torch.bfloat16, Activation("relu2", gated=False), quantisation=SCHEMES["fp8_block"])
+    ungated = expert_format(
+        160, 200, torch.bfloat16, Activation("relu2", gated=False), quantisation=SCHEMES["fp8_block"]
+    )
     assert ungated.specs[1].shape == (2, 2) and ungated.parts[0].num_parts == 1
     text = expert_format(160, 192, torch.bfloat16, activation, quantisation=SCHEMES["int4_zeros"]).describe()
     assert text == "silu gated, limit 7, up_offset 1, 160 × 192, bfloat16, int4 in groups of 32, zero points weights"
@@ -55,7 +57,7 @@ def test_forward(scheme, device):
             if len(rows):
                 assert ((found - wanted).abs().max() / wanted.abs().max()).item() < CLOSE[scheme]
                 assert wanted.abs().max() > 0.1
-    with pytest.raises(RuntimeError, match=f"{scheme.removesuffix('_zeros')}.* experts have no gradients.*no_grad"):
+    with pytest.raises(RuntimeError, match=rf"{scheme.removesuffix('_zeros')}.* experts have no gradients.*no_grad"):
         layer(x.requires_grad_())
 
 
@@ -95,9 +97,14 @@ def test_state_dicts_bit_for_bit(scheme, device):
     for change, reason in (
         ({"experts.down_proj": None}, "experts.down_proj_scale must come with experts.down_proj"),
         ({"experts.gate_up_proj_scale": None}, "experts.gate_up_proj must come with experts.gate_up_proj_scale"),
-        ({"experts.down_proj": saved["experts.down_proj"].half()}, r"dtype mismatch for experts.down_proj: torch.float16"),
+        (
+            {"experts.down_proj": saved["experts.down_proj"].half()},
+            r"dtype mismatch for experts.down_proj: torch.float16",
+        ),
     ):
-        state = {name: change.get(name, value) for name, value in make_quantised(scheme, device, 2).state_dict().items()}
+        state = {
+            name: change.get(name, value) for name, value in make_quantised(scheme, device, 2).state_dict().items()
+        }
         with pytest.raises(RuntimeError, match=reason):
             other.load_state_dict({name: value for name, value in state.items() if value is not None}, strict=False)
         assert all(same_bytes(value, saved[f"experts.{name}"]) for name, value in other.experts.state_dict().items())
@@ -114,7 +121,7 @@ def test_single_experts(scheme, device):
     with pytest.raises(ValueError, match="down_proj of expert 1 must come with its down_proj_scale"):
         layer.load_experts({1: {"down_proj": new[1]["down_proj"]}})
     wrong = {**new[1], "gate_up_proj": new[1]["gate_up_proj"].to(torch.float32)}
-    with pytest.raises(ValueError, match="gate_up_proj of expert 1 must have dtype torch.*, got torch.float32"):
+    with pytest.raises(ValueError, match=r"gate_up_proj of expert 1 must have dtype torch\..*, got torch.float32"):
         layer.load_experts({1: wrong})
 
 
@@ -140,6 +147,20 @@ def test_quantize_experts(scheme, device):
     assert report.bytes_after < report.bytes_before and "relative error" in str(report)
     assert model["a"].experts.pool.slot_bytes * 2 == report.bytes_after
     assert "memory" not in model["a"].state_dict() and model["a"].resident.live_slots().keys() == set(range(E))
+
+
+@every_scheme
+def test_without_memory_at_first(scheme, device):
+    """On the meta device, then `to_empty()`, or quantised there before."""
+    loaded = make_quantised(scheme, device)
+    meta = MoELayer(H, I, E, K, quantisation=SCHEMES[scheme], num_shadow_slots=2, dtype=torch.bfloat16, device="meta")
+    later = MoELayer(H, I, E, K, num_shadow_slots=2, dtype=torch.bfloat16, device="meta")
+    assert quantize_experts(later, SCHEMES[scheme]).errors == {"experts": {}}
+    for layer in (meta, later):
+        layer.to_empty(device=device).load_state_dict(loaded.state_dict())
+        x = torch.randn(5, H, device=device).bfloat16()
+        with torch.no_grad():
+            assert torch.equal(layer(x), loaded(x))
 
 
 def test_what_is_refused(device):

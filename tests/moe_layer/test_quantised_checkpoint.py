@@ -42,7 +42,9 @@ def test_load_and_save(layout, device, tmp_path):
     for expert, record in enumerate(records(layer)):
         gate, up, down = meaning[expert]
         found = layer.experts.format.dequantise(record)
-        assert torch.equal(found["gate_up_proj"].cpu(), torch.cat([gate, up])) and torch.equal(found["down_proj"].cpu(), down)
+        assert torch.equal(found["gate_up_proj"].cpu(), torch.cat([gate, up])) and torch.equal(
+            found["down_proj"].cpu(), down
+        )
 
     assert save_experts_to(layer, tmp_path / "saved", like=source, prefix="model.layers.3.mlp") == E
     back = published.read(tmp_path / "saved")
@@ -50,7 +52,9 @@ def test_load_and_save(layout, device, tmp_path):
     assert all(same_bytes(tensor, tensors[name]) for name, tensor in back.items())
     saved = json.loads((tmp_path / "saved" / "config.json").read_text())
     assert saved["quantization_config"] == config and saved["model_type"] == "any"
-    with pytest.raises(CheckpointError, match="holds model.layers.3.mlp.experts.* already, in experts-00001-of-00001"):
+    with pytest.raises(
+        CheckpointError, match=r"holds model\.layers\.3\.mlp.experts.* already, in experts-00001-of-00001"
+    ):
         save_experts_to(layer, tmp_path / "saved", like=source, prefix="model.layers.3.mlp")
 
 
@@ -76,7 +80,9 @@ def test_plain_layers_are_saved_too(device, tmp_path):
     other = MoELayer(32, 16, E, K, device=device, dtype=torch.float32)
     load_experts_from(other, tmp_path, prefix="mlp", progress=False)
     state = other.state_dict()
-    assert all(torch.equal(value.float(), state[name]) for name, value in layer.state_dict().items() if "experts" in name)
+    assert all(
+        torch.equal(value.float(), state[name]) for name, value in layer.state_dict().items() if "experts" in name
+    )
     with pytest.raises(ValueError, match="trainable experts are saved by"):
         save_experts_to(MoELayer(32, 16, E, K, device=device, trainable=True), tmp_path / "other")
 
@@ -87,7 +93,9 @@ def test_scales_that_would_be_rounded_are_refused(tmp_path):
     source = published.write(tmp_path / "source", tensors, config)
     layer = MoELayer(HIDDEN, INNER, E, K, dtype=torch.bfloat16)
     quantize_experts(layer, "fp8_block")
-    with pytest.raises(CheckpointError, match=r"torch.float32 values cannot be saved as torch.bfloat16.*without rounding"):
+    with pytest.raises(
+        CheckpointError, match=r"torch.float32 values cannot be saved as torch.bfloat16.*without rounding"
+    ):
         save_experts_to(layer, tmp_path / "saved", like=source, prefix="mlp")
     assert not any((tmp_path / "saved").glob("*.safetensors"))
 
@@ -154,7 +162,9 @@ def test_quantised_experts_into_a_plain_layer(tmp_path):
     tensors, config, _ = published.deepseek("mlp.experts", E, HIDDEN, INNER)
     published.write(tmp_path, tensors, config)
     layer = MoELayer(HIDDEN, INNER, E, K, dtype=torch.bfloat16)
-    with pytest.raises(CheckpointError, match=r"is F8_E4M3: quantized experts .*quantisation=moe_layer.quantisation_of"):
+    with pytest.raises(
+        CheckpointError, match=r"is F8_E4M3: quantized experts .*quantisation=moe_layer.quantisation_of"
+    ):
         load_experts_from(layer, tmp_path, prefix="mlp", progress=False)
 
 

@@ -22,6 +22,7 @@ class Family(NamedTuple):
 
     Attributes:
         sizes: of the config. With blocks of 128, some that end inside a matrix.
+        inner: the name of I there.
         make: writes the tensors of one layer.
     """
 
@@ -29,6 +30,7 @@ class Family(NamedTuple):
     quantisation: str
     sizes: dict[str, int]
     make: Callable[..., Any]
+    inner: str = "moe_intermediate_size"
     is_per_expert: bool = True
 
 
@@ -37,17 +39,22 @@ FAMILIES = {
         "deepseek_v3", "fp8_block", {"hidden_size": 160, "moe_intermediate_size": 136}, published.deepseek
     ),
     "qwen3_moe": Family("qwen3_moe", "int4", {"hidden_size": 64, "moe_intermediate_size": 32}, published.compressed),
-    "gpt_oss": Family("gpt_oss", "mxfp4", {"hidden_size": 64, "intermediate_size": 32}, published.gpt_oss, False),
+    "gpt_oss": Family(
+        "gpt_oss", "mxfp4", {"hidden_size": 64, "intermediate_size": 32}, published.gpt_oss, "intermediate_size", False
+    ),
 }
 
 
 def write_published(family: Family, folder: Path) -> tuple[nn.Module, dict[str, torch.Tensor]]:
-    """Write a checkpoint; returns the model in float32 whose experts have the values that are meant, and all of its tensors."""
+    """Write a checkpoint; returns the float32 model whose experts have the values that are meant, and all of its tensors."""
     config = make_config(family.name)
     for name, value in family.sizes.items():
         setattr(config, name, value)
     model = make_model(family.name, config=config)
-    hidden, inner = family.sizes["hidden_size"], [value for key, value in family.sizes.items() if key != "hidden_size"][0]
+    hidden, inner = (
+        family.sizes["hidden_size"],
+        family.sizes[family.inner],
+    )
     tensors = {name: one.clone() for name, one in model.state_dict().items() if ".experts." not in name}
     said: dict[str, Any] = {}
     for number, layer in enumerate(model.model.layers):
@@ -68,9 +75,17 @@ def write_published(family: Family, folder: Path) -> tuple[nn.Module, dict[str, 
 
 
 def lean_model(folder: Path, device: str | torch.device) -> nn.Module:
-    """The model of a checkpoint without its experts, in float32, as on a machine where transformers has no kernels for them."""
+    """The model of a checkpoint without its experts, in float32.
+
+    Of MXFP4 as the documentation says. Of the others transformers' quantizers ask for more packages, or for a GPU. Here only
+    experts are quantised, so it is not told of it.
+    """
     config = transformers.AutoConfig.from_pretrained(folder)
-    del config.quantization_config
+    options: dict[str, Any] = {"config": config, "dtype": torch.float32}
+    if config.quantization_config["quant_method"] == "mxfp4":
+        options["quantization_config"] = transformers.Mxfp4Config(dequantize=True)
+    else:
+        del config.quantization_config
     with experts_on_meta():
-        model = transformers.AutoModelForCausalLM.from_pretrained(folder, config=config, dtype=torch.float32).to(device)
+        model = transformers.AutoModelForCausalLM.from_pretrained(folder, **options).to(device)
     return model.eval()

@@ -16,7 +16,7 @@ from moe_layer.checkpoint import CheckpointError
 from moe_layer.hf import load_experts_from, save_experts_to, swap_experts, unswap_experts
 from moe_layer.hf.swapped import Swapped
 from tests.moe_layer import published
-from tests.moe_layer.hf.models import logits_of, make_config, make_model, make_tokens, relative
+from tests.moe_layer.hf.models import families, logits_of, make_config, make_model, make_tokens, relative
 from tests.moe_layer.hf.quantised import EXPERTS, FAMILIES, lean_model, write_published
 from tests.moe_layer.quantised import same_bytes
 
@@ -109,6 +109,28 @@ def test_floats_that_are_quantised(family, device):
         later.save_pretrained("nowhere")
 
 
+# Each way in which experts differ: gated or not, activations, clamps, biases, transposed and interleaved layouts.
+@pytest.mark.parametrize(
+    "family", families(["mixtral", "nemotron_h", "gemma4_text", "gpt_oss", "aria_text", "minimax_m3_vl_text"])
+)
+def test_every_kind_of_experts(family, device):
+    """In e4m3, against floats with the values that these mean."""
+    model, meant = make_model(family, device=device), make_model(family, device=device)
+    for one, quantisation in ((model, "fp8_block"), (meant, None)):
+        swap_experts(one, quantisation=quantisation, fuse_routing=False)
+    pairs = [[one for one in each.modules() if isinstance(one, Swapped)] for each in (model, meant)]
+    for ours, floats in zip(*pairs, strict=True):
+        state, layout = ours.state_dict(), floats.layout
+        for expert in range(EXPERTS):
+            values = ours.format.dequantise({name: tensor[expert] for name, tensor in state.items()})
+            floats.load_experts({expert: {name: layout.to_stored(name, one) for name, one in values.items()}})
+        random = torch.Generator().manual_seed(0)
+        x, weights = (torch.randn(19, size, generator=random).to(device) for size in (ours.format.hidden_size, 2))
+        ids = torch.stack([torch.randperm(EXPERTS, generator=random)[:2] for _ in range(19)]).to(device)
+        with torch.no_grad():
+            assert relative(ours(x, ids, weights), floats(x, ids, weights)) < 0.1
+
+
 def make_fp8(hidden: int = 160, inner: int = 128, **options):
     """A model whose experts are transformers' `FP8Experts`, as `from_pretrained` makes them on a GPU."""
     fp8 = pytest.importorskip("transformers.integrations.finegrained_fp8")
@@ -136,10 +158,12 @@ def make_fp8(hidden: int = 160, inner: int = 128, **options):
 
 
 def test_fp8_experts_of_transformers(device):
-    """Known by their own tensors. Their forward needs kernels that a CPU lacks, so the values that are meant are the reference."""
+    """Known by their own tensors. Their forward needs kernels that a CPU lacks: the reference is what the values mean."""
     model, meanings = make_fp8()
     meant = make_model("qwen3_moe", config=model.config)
-    meant.load_state_dict({name: one for name, one in model.state_dict().items() if ".experts." not in name}, strict=False)
+    meant.load_state_dict(
+        {name: one for name, one in model.state_dict().items() if ".experts." not in name}, strict=False
+    )
     for layer, meaning in zip(meant.model.layers, meanings, strict=True):
         for expert, (gate, up, down) in meaning.items():
             layer.mlp.experts.gate_up_proj.data[expert] = torch.cat([gate, up])
@@ -155,6 +179,27 @@ def test_fp8_experts_of_transformers(device):
     after = model.state_dict()
     assert after.keys() == before.keys() and all(same_bytes(value, after[name]) for name, value in before.items())
     assert "save_pretrained" not in vars(model)
+
+
+def test_fp8_experts_without_weights(device, tmp_path):
+    """As `from_pretrained` leaves them inside `experts_on_meta()` on a GPU: their format, and the checkpoint's bytes."""
+    model, _ = make_fp8()
+    tensors: dict[str, torch.Tensor] = {}
+    for number, layer in enumerate(model.model.layers):
+        made, said, _ = published.deepseek(f"model.layers.{number}.mlp.experts", EXPERTS, 160, 128, seed=number)
+        tensors |= made
+        layer.mlp.experts.to("meta")
+    for name, child in model.named_modules():
+        if not list(child.children()) and ".experts" not in name:
+            child.to(device)
+    published.write(tmp_path, tensors, said)
+    swap_experts(model)
+    load_experts_from(model, tmp_path, progress=False)
+    whole, _ = make_fp8()
+    whole.to(device)
+    swap_experts(whole)
+    tokens = make_tokens(device)
+    assert torch.equal(logits_of(model, tokens), logits_of(whole, tokens))
 
 
 class TritonsOwn(nn.Module):
@@ -190,5 +235,7 @@ def test_quantised_modules_that_are_refused():
     with pytest.raises(ValueError, match="trainable=True does not go with quantised experts"):
         swap_experts(model, trainable=True)
     model.model.layers[0].mlp.experts = TritonsOwn()
-    with pytest.raises(ValueError, match=r"in the layout of transformers' own kernels: load the model inside experts_on_meta"):
+    with pytest.raises(
+        ValueError, match=r"in the layout of transformers' own kernels: load the model inside experts_on_meta"
+    ):
         swap_experts(model)
