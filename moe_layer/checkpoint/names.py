@@ -6,7 +6,7 @@ import torch
 
 from moe_layer.checkpoint.exactly import exactly
 from moe_layer.checkpoint.folder import Checkpoint, CheckpointError
-from moe_layer.checkpoint.quantised import matrix_recipes
+from moe_layer.checkpoint.quantised import hint_for, matrix_recipes
 from moe_layer.checkpoint.recipe import Part, Recipe
 from moe_layer.checkpoint.stored import Stored
 from moe_layer.expert_format import ExpertFormat
@@ -106,6 +106,6 @@ def _known(layer: str, format: ExpertFormat, checkpoint: Checkpoint, stored: Sto
         prefix = f"{layer}." if layer else ""
         raise CheckpointError(
             f"{layer or 'the layer'}: {len(found)} of the known ways to name experts are in the checkpoint; give names=. "
-            f"({checkpoint.beside(prefix)})"
+            f"({checkpoint.beside(prefix)}){hint_for(format, checkpoint)}"
         )
     return found[0]

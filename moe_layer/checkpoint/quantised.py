@@ -33,6 +33,17 @@ def stored_for(format: ExpertFormat, checkpoint: Checkpoint) -> Stored | None:
     return stored
 
 
+def hint_for(format: ExpertFormat, checkpoint: Checkpoint) -> str:
+    """For messages: what to do where plain experts are looked for in a quantised checkpoint; else nothing."""
+    try:
+        stored = stored_of(checkpoint.config) if format.quantisation is None else None
+    except CheckpointError as error:
+        return f" ({error})"
+    if stored is None:
+        return ""
+    return f" (its quantization_config says {stored.quantisation}: give quantisation=moe_layer.quantisation_of(folder) first)"
+
+
 def matrix_recipes(
     matrix: Matrix, stored: Stored, parts: Sequence[tuple[str, ...]], *, is_fused: bool, is_interleaved: bool
 ) -> dict[str, Recipe]:

@@ -19,7 +19,7 @@ from torch import nn
 from moe_layer.checkpoint.exactly import exactly
 from moe_layer.checkpoint.folder import Checkpoint, CheckpointError
 from moe_layer.checkpoint.load import stream
-from moe_layer.checkpoint.quantised import matrix_recipes, stored_for
+from moe_layer.checkpoint.quantised import hint_for, matrix_recipes, stored_for
 from moe_layer.checkpoint.recipe import Job, Part, Recipe, numbered
 from moe_layer.checkpoint.save import write
 from moe_layer.checkpoint.stored import Stored
@@ -148,7 +148,10 @@ class _Sources:
         if not sources:
             number = re.search(r"(?:^|\.)\d+\.", layer)
             beside = self._checkpoint.beside(layer[: number.end()] if number else "")
-            raise CheckpointError(f"the checkpoint has nothing that transformers would load as {target}: {beside}")
+            hint = hint_for(experts.format, self._checkpoint)
+            raise CheckpointError(
+                f"the checkpoint has nothing that transformers would load as {target}: {beside}{hint}"
+            )
         if None in sources:
             if len(sources) > 1 or len(sources[None]) > 1:
                 every = sorted(one for names in sources.values() for one in names)

@@ -166,6 +166,14 @@ def test_quantised_experts_into_a_plain_layer(tmp_path):
         CheckpointError, match=r"is F8_E4M3: quantized experts .*quantisation=moe_layer.quantisation_of"
     ):
         load_experts_from(layer, tmp_path, prefix="mlp", progress=False)
+    for make, reason in (
+        (published.gpt_oss, "says mxfp4: give quantisation="),
+        (None, "quant_method='awq'; experts can be"),
+    ):
+        tensors, config, _ = (make or published.compressed)("mlp.experts", E, HIDDEN, INNER)
+        published.write(tmp_path / reason[:8], tensors, config if make else {"quant_method": "awq"})
+        with pytest.raises(CheckpointError, match=rf"0 of the known ways .*{reason}"):
+            load_experts_from(layer, tmp_path / reason[:8], prefix="mlp", progress=False)
 
 
 def test_what_compressed_tensors_may_say():
