@@ -14,6 +14,7 @@ from moe_layer import MoELayer, Quantisation, make_pool, quantize_experts
 from moe_layer.expert_format import Activation, expert_format
 from tests.moe_layer.quantised import CLOSE, SCHEMES, E, H, I, K, as_floats, make_quantised, records, same_bytes
 from tests.moe_layer.relocation import Relocator, poison, settle
+from tests.moe_layer.test_graphs import captured
 
 every_scheme = pytest.mark.parametrize("scheme", SCHEMES)
 
@@ -253,3 +254,30 @@ def test_i4_weights_torn_from_scales_show(scheme, device):
             settle(device)
             assert torch.equal(layer(x), twin(x))
             relocator.release(fill, handoff)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("num_tokens", [1, 24])
+@every_scheme
+def test_i5_graph_replays_across_flips(scheme, num_tokens):
+    layer, twin = (make_quantised(scheme, "cuda") for _ in range(2))
+    EplbController(EplbConfig(use_async=False)).register(layer)
+    settle("cuda")
+    relocator, x = Relocator([layer]), torch.zeros(num_tokens, H, device="cuda", dtype=torch.bfloat16)
+    with torch.no_grad():
+        graph, y = captured(layer, x)
+        for expert in range(E):
+            x.copy_(torch.randn(num_tokens, H, device="cuda"))
+            wanted, old = twin(x), layer.resident.live_slots()[expert][0]
+            fill = relocator.fill(0, expert)
+            graph.replay()
+            assert torch.equal(y, wanted)
+            handoff = relocator.publish(fill)
+            relocator.flip(handoff)
+            graph.replay()
+            assert torch.equal(y, wanted)
+            relocator.release(fill, handoff)
+            poison(layer, old, "cuda")
+            y.zero_()
+            graph.replay()
+            assert torch.equal(y, wanted)
