@@ -101,6 +101,7 @@ def expert_down_triton(
     config: GemmConfig,
     homes: RowHomes | None = None,
 ) -> torch.Tensor:
+    matrices.check_plain("with Triton's kernels")
     if config.tma:
         return expert_down_tma(hidden_NI, matrices, lane_to_slot_L, schedule, row_weights_N, config, homes)
     down_SHI, bias_SH = matrices.down_SHI, matrices.down_bias_SH

@@ -128,7 +128,7 @@ def expert_up_triton(
     pre_NJ: torch.Tensor | None = None,
 ) -> torch.Tensor:
     """hidden_NI. Into `pre_NJ`, if given, it writes what the activation gets: gate and up with their biases."""
-    hidden_NI = x_RH.new_empty((schedule.order_N.shape[0], matrices.down_SHI.shape[2]))
+    hidden_NI = x_RH.new_empty((schedule.order_N.shape[0], matrices.intermediate_size))
     _launch(x_RH, matrices, lane_to_slot_L, schedule, fanout, config, hidden_NI, pre_NJ)
     return hidden_NI
 
@@ -157,12 +157,13 @@ def _launch(
     hidden_NI: torch.Tensor | None,
     pre_NJ: torch.Tensor | None,
 ) -> None:
+    matrices.check_plain("with Triton's kernels")
     if config.tma:
         expert_up_tma(x_RH, matrices, lane_to_slot_L, schedule, fanout, config, hidden_NI, pre_NJ)
         return
     gate_up_SNH, bias_SN = matrices.gate_up_SNH, matrices.gate_up_bias_SN
     block_n, block_k = config.block_n, config.block_k
-    hidden_size, intermediate = x_RH.shape[1], matrices.down_SHI.shape[2]
+    hidden_size, intermediate = x_RH.shape[1], matrices.intermediate_size
     grid = (schedule.tile_lane.shape[0] * cdiv(intermediate, block_n // 2),)
     if grid[0]:
         _expert_up_kernel[grid](
