@@ -162,7 +162,7 @@ def error(actual, expected):
 def check(case, backend):
     """Each op for itself; the rounding of hidden may differ where a value is just between two."""
     is_fp8, dtype = case.matrices.scheme == "fp8_block", case.experts.x_RH.dtype
-    rounding = 4e-3 if dtype == torch.bfloat16 else 2e-6
+    rounding = {torch.bfloat16: 4e-3, torch.float16: 6e-4, torch.float32: 2e-6}[dtype]
     hidden, wanted = case.up(backend), expected_hidden(case)
     assert isinstance(hidden, QuantisedRows) == is_fp8
     values = (hidden.dequantised() if is_fp8 else hidden)[: case.computed]
@@ -220,7 +220,8 @@ def run_whole(arguments, logits, backend):
 
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("num_tokens", [1, 6])
-def test_the_whole_forward(make_experts, kind, num_tokens, backend="torch"):
+@pytest.mark.parametrize("backend", ["torch", "triton"])
+def test_the_whole_forward(make_experts, kind, num_tokens, backend):
     experts, arguments = whole(make_experts, kind, num_tokens)
     logits = torch.randn(num_tokens, 4, generator=torch.Generator().manual_seed(4)).to(experts.x_RH.device)
     y = run_whole(arguments, logits, backend)
@@ -326,3 +327,22 @@ def test_rows_quantised_before_give_the_same_bits(make_experts):
     after = case.up("torch", quantise_rows(case.experts.x_RH))
     assert torch.equal(before.values_RH.float(), after.values_RH.float())
     assert torch.equal(before.scale_RG, after.scale_RG)
+
+
+@pytest.mark.parametrize("form", FORMS)
+@pytest.mark.parametrize("kind", KINDS)
+def test_the_kernels(make_experts, kind, form):
+    check(make_case(make_experts, kind, form), "triton")
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_the_kernels_with_weights_on_the_wide_side(make_experts, kind):
+    """As on Hopper for few rows."""
+    case = make_case(make_experts, kind, "gpt-oss", tma=True)
+    assert case.configs[0].swap and case.configs[1].swap
+    check(case, "triton")
+
+
+@pytest.mark.parametrize(("kind", "dtype"), [(kind, torch.float16) for kind in KINDS] + [("mxfp4", torch.float32)])
+def test_the_kernels_in_other_dtypes(make_experts, kind, dtype):
+    check(make_case(make_experts, kind, dtype=dtype), "triton")
