@@ -282,16 +282,9 @@ def compute_rows(
     With `combine_into`, the lanes [T, K] of the rows, their sums y_TH. None if the rows have homes: they are there.
     """
     backend, matrices, lane_to_slot_S = experts.backend, experts.matrices(), experts.table.lane_to_slot_L
-    format = experts.format
-    batch = (
-        format.hidden_size,
-        format.intermediate_size,
-        rows.rows_RH.dtype,
-        rows.num_tokens,
-        top_k,
-        experts.num_experts,
-    )
-    up, down = gemm_configs(*batch, tma=experts.tma)
+    sizes = (matrices.hidden_size, matrices.intermediate_size)
+    batch = (*sizes, rows.rows_RH.dtype, rows.num_tokens, top_k, experts.num_experts)
+    up, down = gemm_configs(*batch, tma=experts.tma, scheme=matrices.scheme)
     schedule = rows.schedule(up.block_m, up.extra_m)
     inputs = (rows.rows_RH, matrices, lane_to_slot_S, schedule)
     if needs_grad(experts, rows.rows_RH, rows.row_weights_N):
