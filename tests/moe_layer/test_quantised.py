@@ -137,7 +137,7 @@ def test_quantize_experts(scheme, device):
         report = quantize_experts(model, SCHEMES[scheme])
         for name in "ab":
             found = model[name](x)
-            assert 0 < (found - before[name]).norm() / before[name].norm() < (0.25 if scheme != "fp8_block" else 0.06)
+            assert 0 < (found - before[name]).norm() / before[name].norm() < (0.25 if scheme != "fp8_block" else 0.08)
     record = records(model["a"])
     for matrix in ("gate_up_proj", "down_proj"):
         rounded = torch.stack([model["a"].experts.format.dequantise(one)[matrix] for one in record])
