@@ -203,8 +203,8 @@ def gemm_config(
         scheme: of the experts' weights; `dtype` is then that of the rows.
 
     Returns:
-        The configuration; `block_m` and `extra_m` depend only on `dtype`, `tma`, `scheme`, H, I, and the buckets of tokens and of rows
-        per expert, so that both GEMMs of a layer can use one schedule.
+        The configuration; `block_m` and `extra_m` depend only on `dtype`, `tma`, `scheme`, H, I, and the buckets of tokens and
+        of rows per expert, so that both GEMMs of a layer can use one schedule.
 
     Raises:
         ValueError: a size that is not positive (`num_tokens` may be 0), or a dtype that is not supported.

@@ -139,10 +139,8 @@ def expert_down_quantised(
     if isinstance(hidden_NI, QuantisedRows):
         values, hidden_scale, weights = e4m3_argument(values), hidden_NI.scale_RG, e4m3_argument(weights)
     hidden_size, intermediate = matrices.hidden_size, values.shape[1]
-    if homes is None:
-        rows_NH = values.new_empty((schedule.order_N.shape[0], hidden_size), dtype=hidden_NI.dtype)
-    else:
-        rows_NH = homes.own
+    shape, dtype = (schedule.order_N.shape[0], hidden_size), hidden_NI.dtype
+    rows_NH = values.new_empty(shape, dtype=dtype) if homes is None else homes.own
     grid = (schedule.tile_lane.shape[0] * cdiv(hidden_size, config.block_n),)
     if grid[0]:
         _expert_down_quantised_kernel[grid](

@@ -157,4 +157,4 @@ def expert_up(
     values, scale_RG = x_RH[:2] if isinstance(x_RH, QuantisedRows) else (x_RH, None)
     arguments = (values, scale_RG, x_RH.dtype, matrices, lane_to_slot_L, schedule, fanout, config, backend)
     hidden = _expert_up(*arguments)
-    return hidden[0] if len(hidden) == 1 else QuantisedRows(*hidden, x_RH.dtype)
+    return hidden[0] if len(hidden) == 1 else QuantisedRows(hidden[0], hidden[1], x_RH.dtype)

@@ -166,6 +166,7 @@ def expert_up_quantised(
     assert scale is not None
     num_rows, intermediate = schedule.order_N.shape[0], matrices.intermediate_size
     hidden: Rows
+    outputs: tuple[torch.Tensor, torch.Tensor | None]
     if matrices.scheme == "fp8_block":
         x = x_RH if isinstance(x_RH, QuantisedRows) else QuantisedRows(*quantise_rows_triton(x_RH), x_RH.dtype)
         values, x_scale, weights = e4m3_argument(x.values_RH), x.scale_RG, e4m3_argument(gate_up_SNH)

@@ -31,11 +31,11 @@ class ExpertMatrices:
             as many arguments as it has fields.)
         gate_up_bias_SN: [S, 2I] or [S, I] of the dtype of x; None: no biases.
         down_bias_SH: [S, H], likewise; added before the routing weight multiplies.
-        gate_up_scale, down_scale: of quantised weights, see `quantised_weights`: of blocks of 128 × 128 (fp8_block: for gate rows,
-            and then for up rows) or of groups of columns (mxfp4, int4).
+        gate_up_scale, down_scale: of quantised weights, of blocks of 128 × 128 (fp8_block: [S, 2 * ceil(I / 128),
+            ceil(H / 128)], gate rows' blocks first, and [S, ceil(H / 128), ceil(I / 128)]) or of groups of columns.
         gate_up_zero, down_zero: of int4 with zero points, of the shapes of the scales; else None.
-        scheme: one of `schemes.SCHEMES`; `quantised_weights` says what they mean. Quantised experts have no gradient. "fp8_block" takes any sizes, "mxfp4" and
-            "int4" need H and I divisible by the group.
+        scheme: one of `schemes.SCHEMES`; `quantised_weights` says what they mean. Quantised experts have no gradient.
+            "fp8_block" takes any sizes, "mxfp4" and "int4" need H and I divisible by the group.
     """
 
     gate_up_SNH: torch.Tensor

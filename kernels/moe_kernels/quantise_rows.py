@@ -148,7 +148,7 @@ def _quantise_rows(x_RH: torch.Tensor, backend: str) -> tuple[torch.Tensor, torc
 
 @_quantise_rows.register_fake
 def _quantise_rows_fake(x_RH, _):
-    return new_quantised_rows(x_RH, *x_RH.shape, x_RH.dtype)[:2]
+    return new_quantised_rows(x_RH, x_RH.shape[0], x_RH.shape[1], x_RH.dtype)[:2]
 
 
 def quantise_rows(x_RH: torch.Tensor, *, backend: str = "auto") -> QuantisedRows:
@@ -165,4 +165,5 @@ def quantise_rows(x_RH: torch.Tensor, *, backend: str = "auto") -> QuantisedRows
     """
     check_tensor("x_RH", x_RH, (None, None), FLOATS, contiguous=False)
     check_rows("x_RH", x_RH)
-    return QuantisedRows(*_quantise_rows(x_RH, resolve_backend(backend, x_RH.device)), x_RH.dtype)
+    values_RH, scale_RG = _quantise_rows(x_RH, resolve_backend(backend, x_RH.device))
+    return QuantisedRows(values_RH, scale_RG, x_RH.dtype)

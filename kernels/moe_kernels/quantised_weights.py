@@ -93,9 +93,9 @@ def quantise_weights(
 ) -> tuple[torch.Tensor, torch.Tensor | None, torch.Tensor | None]:
     """Quantised weights, scale and zero (None where the scheme has none) of float weights [..., N, K].
 
-    fp8_block: scale = amax / 448 of a block (1 where that is 0), values rounded to nearest. mxfp4: of the two exponents at which
-    the largest element of a group is in reach or just beyond it, the one with the smaller squared error. int4: scale = amax / 7.5
-    of a group, or with zeros (max - min) / 15, rounded to bfloat16; then codes to nearest. All ties go to even.
+    fp8_block: scale = amax / 448 of a block (1 where that is 0), values rounded to nearest. mxfp4: of the two exponents at
+    which the largest element of a group is in reach or just beyond it, the one with the smaller squared error. int4: scale =
+    amax / 7.5 of a group, or with zeros (max - min) / 15, rounded to bfloat16; then codes to nearest. All ties go to even.
 
     Args:
         weight: of any float dtype; computed in float32.

@@ -15,8 +15,8 @@ def store_rows(
 ):  # fmt: skip
     """Add the slot's biases to the product of the sorted rows at `position`, times their weights, to where they belong.
 
-    `bias_ptr`: None, or the slot's; `homes_ptr`: None, or see `row_at`. Rows from `end` on and columns from `hidden_size` on are
-    not stored.
+    `bias_ptr`: None, or the slot's; `homes_ptr`: None, or see `row_at`. Rows from `end` on and columns from `hidden_size` on
+    are not stored.
     """
     if bias_ptr is not None:
         product += widen(tl.load(bias_ptr + tl.minimum(column, hidden_size - 1)))[None, :]

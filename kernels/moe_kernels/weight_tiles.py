@@ -61,16 +61,17 @@ def load_weights(
 
 @triton.jit
 def dequantised(packed, scale, zero, SCHEME: tl.constexpr, GROUPS: tl.constexpr, DTYPE: tl.constexpr):
-    """Weights [BLOCK_N, BLOCK_K] in DTYPE of packed bytes [BLOCK_N, BLOCK_K / 2], rounded to nearest (mxfp4: exact in bfloat16).
+    """Weights [BLOCK_N, BLOCK_K] in DTYPE of packed bytes [BLOCK_N, BLOCK_K / 2], rounded to nearest.
 
     Scale and zero (None: 8) are [BLOCK_N, GROUPS].
 
-    bfloat16 has all codes, so it is computed in natively, by bits: e2m1's at the place of a bfloat16's last exponent bits, times
-    2 ** 126; int4's as the last bits of 128. The interpreter has no bfloat16; float32 gives the same bits.
+    bfloat16 has all codes, so natively they are computed in it, by bits: those of e2m1 at the place of a bfloat16's last bits
+    of exponent, times 2 ** 126; those of int4 as the last bits of 128. The interpreter has no bfloat16; float32 gives the same
+    bits. mxfp4 is exact in bfloat16.
     """
     BLOCK_N: tl.constexpr = packed.shape[0]
     BLOCK_K: tl.constexpr = 2 * packed.shape[1]
-    NATIVE: tl.constexpr = DTYPE == tl.bfloat16 and not _INTERPRETED
+    NATIVE: tl.constexpr = not _INTERPRETED and DTYPE == tl.bfloat16  # noqa: SIM300
     code = tl.interleave(packed & 15, packed >> 4)
     if SCHEME == "mxfp4":
         is_special = (scale == 0) | (scale == 255)  # 2 ** -127, which is subnormal, and NaN
@@ -118,10 +119,7 @@ def add_product(accumulator, rows, weights, row_scale, block_scale, SWAP: tl.con
     With a `row_scale` [BLOCK_M] (None: of no fp8_block) the product is scaled by it and by the number `block_scale`.
     """
     before = accumulator if row_scale is None else tl.zeros_like(accumulator)
-    if SWAP:
-        product = dot(weights, tl.trans(rows), before)
-    else:
-        product = dot(rows, tl.trans(weights), before)
+    product = dot(weights, tl.trans(rows), before) if SWAP else dot(rows, tl.trans(weights), before)
     if row_scale is None:
         return product
     else:

@@ -21,12 +21,15 @@ from moe_kernels import (
     expert_up,
     gemm_configs,
     gradient_configs,
+    has_tma,
     local_experts,
     local_forward,
     moe_experts,
     quantise_rows,
     quantise_weights,
 )
+from moe_kernels.expert_down import expert_down_home
+from moe_kernels.homes import RowHomes
 from tests.moe_kernels.conftest import in_slots
 from tests.moe_kernels.test_formats import GPT_OSS, exact
 
@@ -313,10 +316,10 @@ def test_rows_and_configs_must_be_of_the_scheme(make_experts):
     with pytest.raises(ValueError, match="x_RH is quantised"):
         plain.up("torch", quantise_rows(plain.experts.x_RH))
     fp8.configs = tuple(replace(config, block_k=64) for config in fp8.configs)
-    with pytest.raises(ValueError, match="config.block_k=64"):
+    with pytest.raises(ValueError, match=r"config\.block_k=64"):
         fp8.up("torch")
     fp8.configs = gemm_configs(200, 136, torch.bfloat16, 5, 2, 2)
-    with pytest.raises(ValueError, match="config.quantised=False"):
+    with pytest.raises(ValueError, match=r"config\.quantised=False"):
         fp8.up("torch")
 
 
@@ -338,6 +341,8 @@ def test_the_kernels(make_experts, kind, form):
 @pytest.mark.parametrize("kind", KINDS)
 def test_the_kernels_with_weights_on_the_wide_side(make_experts, kind):
     """As on Hopper for few rows."""
+    if torch.cuda.is_available() and not has_tma(torch.device("cuda")):
+        pytest.skip("needs Hopper's shared memory, or no GPU")
     case = make_case(make_experts, kind, "gpt-oss", tma=True)
     assert case.configs[0].swap and case.configs[1].swap
     check(case, "triton")
@@ -346,3 +351,74 @@ def test_the_kernels_with_weights_on_the_wide_side(make_experts, kind):
 @pytest.mark.parametrize(("kind", "dtype"), [(kind, torch.float16) for kind in KINDS] + [("mxfp4", torch.float32)])
 def test_the_kernels_in_other_dtypes(make_experts, kind, dtype):
     check(make_case(make_experts, kind, dtype=dtype), "triton")
+
+
+@pytest.mark.parametrize("backend", ["torch", "triton"])
+@pytest.mark.parametrize("kind", KINDS)
+def test_bits_do_not_depend_on_the_placement(make_experts, kind, backend):
+    """I5: other slots, other order of the rows, other company."""
+    case = make_case(make_experts, kind, "gpt-oss", num_tokens=8, num_lanes=3)
+    experts, matrices = case.experts, case.matrices
+    experts.lanes_N[:6] = 1
+    device = experts.x_RH.device
+
+    def rows_of(experts, matrices):
+        schedule = build_schedule(experts.lanes_N, experts.counts_L, block_m=case.configs[0].block_m)
+        moved = Case(experts, matrices, case.configs, schedule)
+        return moved.down(backend, moved.up(backend))
+
+    case.schedule = build_schedule(experts.lanes_N, experts.counts_L, block_m=case.configs[0].block_m)
+    before, here = rows_of(experts, matrices), experts.lanes_N >= 0
+    order = torch.tensor([2, 0, 3, 1], device=device)  # new slot → old slot
+    names = ("gate_up_SNH", "down_SHI", "gate_up_scale", "down_scale", "gate_up_zero", "down_zero")
+    names += ("gate_up_bias_SN", "down_bias_SH")
+    parts = {name: getattr(matrices, name) for name in names if getattr(matrices, name) is not None}
+    moved = replace(matrices, **{name: reordered(part, order) for name, part in parts.items()})
+    slots = order.argsort()[experts.lane_to_slot_L.long()].to(torch.int32)
+    after = rows_of(replace(experts, lane_to_slot_L=slots), moved)
+    assert torch.equal(after[here], before[here])
+    tokens = torch.tensor([6, 3, 0], device=device)
+    flat = torch.stack([2 * tokens, 2 * tokens + 1], 1).flatten()
+    few = replace(
+        experts, x_RH=experts.x_RH[tokens], lanes_N=experts.lanes_N[flat], row_weights_N=experts.row_weights_N[flat]
+    )
+    alone = rows_of(few, matrices)
+    assert torch.equal(alone[few.lanes_N >= 0], before[flat][few.lanes_N >= 0])
+
+
+def reordered(part, order):
+    """The same bytes in other slots; with another gap between them."""
+    slots = part.view(torch.uint8)[order] if part.dtype == torch.float8_e4m3fn else part[order]
+    flat = torch.zeros((slots.shape[0], slots[0].numel() + 32), dtype=slots.dtype, device=part.device)
+    flat[:, : slots[0].numel()] = slots.reshape(slots.shape[0], -1)
+    return flat[:, : slots[0].numel()].unflatten(1, slots.shape[1:]).view(part.dtype)
+
+
+@pytest.mark.parametrize("kind", ["fp8_block", "mxfp4"])
+def test_rows_go_to_their_homes(make_experts, kind):
+    """As between several GPUs; here both homes are on this device."""
+    case = make_case(make_experts, kind)
+    device, (num_rows, columns) = case.experts.x_RH.device, (10, case.matrices.hidden_size)
+    hidden = case.up("triton")
+    homes = torch.zeros(2, 5, columns, dtype=torch.bfloat16, device=device)
+    addresses = torch.tensor([home.data_ptr() for home in homes], dtype=torch.int64, device=device)
+    expert_down_home(
+        hidden, case.matrices, case.experts.lane_to_slot_L, case.schedule, case.experts.row_weights_N,
+        RowHomes(addresses, homes[0], 5), config=case.configs[1],
+    )  # fmt: skip
+    here = case.experts.lanes_N >= 0
+    assert torch.equal(homes.view(num_rows, columns)[here], case.down("triton", hidden)[here])
+
+
+@pytest.mark.parametrize("kind", ["fp8_block", "int4 zeros"])
+def test_ops_are_registered(make_experts, kind):
+    """What a tracer sees has the shapes and dtypes of the real thing."""
+    case = make_case(make_experts, kind)
+    hidden, on_meta = case.up("torch"), {}
+    with torch._subclasses.FakeTensorMode(allow_non_fake_inputs=True) as mode:
+        on_meta["x"] = mode.from_tensor(case.experts.x_RH)
+        fake = case.up("torch", on_meta["x"])
+        rows = case.down("torch", fake)
+    for one, other in zip(hidden, fake, strict=True) if isinstance(hidden, QuantisedRows) else ((hidden, fake),):
+        assert one == other if isinstance(one, torch.dtype) else (one.shape, one.dtype) == (other.shape, other.dtype)
+    assert rows.shape == (10, case.matrices.hidden_size) and rows.dtype == torch.bfloat16
