@@ -73,7 +73,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     ceilings = measure_ceilings(options.device, DTYPES[options.dtype])
     with Report(options.csv, len(cases), ceilings.columns()) as report, torch.no_grad():
         report.line(f"floors by {ceilings}, measured now")
-        report.line(_header(providers))
+        report.line(header(providers))
         for shape, of_shape in groupby(cases, key=lambda case: case.shape):
             weights = make_weights(shape, DTYPES[options.dtype], options.device)
             for case in of_shape:
@@ -85,11 +85,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
                 for row in rows:
                     report.row(row)
                 complaints += problems
-                report.line(_line(case, rows, providers))
+                report.line(line_of(case, rows, providers))
                 for complaint in problems:
                     report.line(f"    {complaint}")
             del weights, problem  # before the next shape's are made
-        for line in _summary(report.rows, providers):
+        for line in summary(report.rows, providers):
             report.line(line)
     if options.plot and report.rows:
         plot_over_floor(report.rows, options.plot, "MoE layer, forward")
@@ -139,13 +139,13 @@ def _measure(
             "experts_hit": hit,
             "extra_bytes": checked[name][1],
         }
-        for name, times in _times(forwards, graphs, options).items()
+        for name, times in measured_times(forwards, graphs, options).items()
         for mode, (median_us, p20_us, p80_us) in times.items()
     ]
     return rows, complaints
 
 
-def _times(
+def measured_times(
     forwards: dict[str, Callable[[], torch.Tensor]],
     graphs: dict[str, torch.cuda.CUDAGraph],
     options: argparse.Namespace,
@@ -166,7 +166,7 @@ def _times(
     return times
 
 
-def _header(providers: Sequence[Provider]) -> str:
+def header(providers: Sequence[Provider]) -> str:
     names = "".join(f"{provider.name + ' µs':>{_width(provider)}}" for provider in providers)
     return f"{'case':<22}{'hit':>5}{'floor µs':>10}{names}{'× floor':>10}{'speed-up':>10}"
 
@@ -175,7 +175,7 @@ def _width(provider: Provider) -> int:
     return max(10, len(provider.name) + 5)
 
 
-def _line(case: Case, rows: Sequence[dict[str, Any]], providers: Sequence[Provider]) -> str:
+def line_of(case: Case, rows: Sequence[dict[str, Any]], providers: Sequence[Provider]) -> str:
     """Times in the first mode measured; the factors are of the first provider, against the best of the others."""
     first: dict[str, float] = {}
     for row in rows:
@@ -193,7 +193,7 @@ def _line(case: Case, rows: Sequence[dict[str, Any]], providers: Sequence[Provid
     return text + f"{ours / rows[0]['floor_us']:>10.2f}" + (f"{min(others) / ours:>10.2f}" if others else f"{'-':>10}")
 
 
-def _summary(rows: Sequence[dict[str, Any]], providers: Sequence[Provider]) -> list[str]:
+def summary(rows: Sequence[dict[str, Any]], providers: Sequence[Provider]) -> list[str]:
     lines = ["", "geometric mean of time / floor"]
     for mode in dict.fromkeys(row["mode"] for row in rows):
         for provider in providers:

@@ -6,11 +6,13 @@ schedule → GEMMs (`moe_kernels`) → combine (`dispatch`). On one rank all of 
 
 from moe_layer.balance import TrainingBalancer
 from moe_layer.batch_shares import BatchShares
-from moe_layer.checkpoint import load_experts_from
+from moe_layer.checkpoint import load_experts_from, quantisation_of, save_experts_to
 from moe_layer.ddp import ignore_in_ddp, ignore_in_fsdp
 from moe_layer.dispatch import AllGatherDispatcher, AllToAllDispatcher, Dispatched, Dispatcher
 from moe_layer.expert_format import Activation, ExpertFormat, ExpertTensor
 from moe_layer.layer import MoELayer
+from moe_layer.quantisation import Quantisation
+from moe_layer.quantize import QuantisationReport, quantize_experts
 from moe_layer.router import ROUTER_RULES, RouterRule
 from moe_layer.shared_pool import make_pool
 from moe_layer.train_checkpoint import TrainingState
@@ -26,6 +28,8 @@ __all__ = [
     "ExpertFormat",
     "ExpertTensor",
     "MoELayer",
+    "Quantisation",
+    "QuantisationReport",
     "RouterRule",
     "TrainingBalancer",
     "TrainingState",
@@ -33,4 +37,7 @@ __all__ = [
     "ignore_in_fsdp",
     "load_experts_from",
     "make_pool",
+    "quantisation_of",
+    "quantize_experts",
+    "save_experts_to",
 ]

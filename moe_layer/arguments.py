@@ -19,12 +19,16 @@ def check_choice(name: str, value: Any, choices: tuple[str, ...], otherwise: str
         raise ValueError(f"{name} must be one of {', '.join(map(repr, choices))}{otherwise}; got {value!r}")
 
 
-def check_trainable(trainable: Any, num_experts: int, num_ranks: int, *, pool: Any) -> None:
+def check_trainable(trainable: Any, num_experts: int, num_ranks: int, *, pool: Any, quantisation: Any = None) -> None:
     """Raises ValueError unless `trainable` is a bool and goes with the other arguments."""
     if not isinstance(trainable, bool):
         raise ValueError(f"trainable must be True or False, got {trainable!r}")
     if trainable and pool is not None:
         raise ValueError(f"pool={pool!r} does not go with trainable=True: such experts have no slots")
+    if trainable and quantisation is not None:
+        raise ValueError(
+            f"quantisation={quantisation!r} does not go with trainable=True: quantised experts do not train"
+        )
     if trainable and num_experts % num_ranks:
         raise ValueError(
             f"num_experts={num_experts} must be divisible by the {num_ranks} ranks with trainable=True: each owns as many"

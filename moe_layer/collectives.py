@@ -52,6 +52,8 @@ def all_gather_rows(rows: torch.Tensor, group: dist.ProcessGroup) -> torch.Tenso
 
 def broadcast_(tensor: torch.Tensor, source: int, group: dist.ProcessGroup) -> None:
     """Overwrite `tensor` on all ranks with rank `source`'s (a rank within the group)."""
+    if tensor.element_size() == 1:  # gloo and NCCL know no fp8
+        tensor = tensor.view(torch.uint8)
     if backend_of(group, tensor.device) == "gloo" and tensor.device.type != "cpu":
         host = tensor.cpu()
         dist.broadcast(host, group=group, group_src=source)

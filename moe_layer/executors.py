@@ -235,8 +235,19 @@ Executor = LocalExecutor | ExpertParallelExecutor
 
 
 def needs_grad(experts: Experts, *tensors: torch.Tensor) -> bool:
-    """Whether a gradient flows to these or to the experts' weights."""
-    return torch.is_grad_enabled() and (experts.trainable or any(tensor.requires_grad for tensor in tensors))
+    """Whether a gradient flows to these or to the experts' weights.
+
+    Raises:
+        RuntimeError: one does, through quantised experts.
+    """
+    if not torch.is_grad_enabled() or not (experts.trainable or any(tensor.requires_grad for tensor in tensors)):
+        return False
+    if experts.format.quantisation is not None:
+        raise RuntimeError(
+            f"{experts.format.quantisation} experts have no gradients, neither of weights nor of hidden states: call the model "
+            "under torch.no_grad() or torch.inference_mode(), or with inputs that need no gradient"
+        )
+    return True
 
 
 def under_one_version(experts: Experts, run: Callable[[], torch.Tensor]) -> torch.Tensor:
@@ -271,9 +282,9 @@ def compute_rows(
     With `combine_into`, the lanes [T, K] of the rows, their sums y_TH. None if the rows have homes: they are there.
     """
     backend, matrices, lane_to_slot_S = experts.backend, experts.matrices(), experts.table.lane_to_slot_L
-    _, hidden_size, intermediate_size = matrices.down_SHI.shape
-    batch = (hidden_size, intermediate_size, rows.rows_RH.dtype, rows.num_tokens, top_k, experts.num_experts)
-    up, down = gemm_configs(*batch, tma=experts.tma)
+    sizes = (matrices.hidden_size, matrices.intermediate_size)
+    batch = (*sizes, rows.rows_RH.dtype, rows.num_tokens, top_k, experts.num_experts)
+    up, down = gemm_configs(*batch, tma=experts.tma, scheme=matrices.scheme)
     schedule = rows.schedule(up.block_m, up.extra_m)
     inputs = (rows.rows_RH, matrices, lane_to_slot_S, schedule)
     if needs_grad(experts, rows.rows_RH, rows.row_weights_N):

@@ -1,9 +1,12 @@
 """`ExpertFormat`: the tensors of one expert. Pool, loaders, initialisation and the kernels' arguments derive from it.
 
+A quantised matrix is several tensors: weights, scales and perhaps zero points. They are one record with the biases, so a move
+takes them all, and loading writes them together.
+
 Legend: H hidden, I intermediate, S slots or experts side by side.
 """
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass, replace
 
 import torch
@@ -12,6 +15,7 @@ from eplb.relocation.pool import TensorSpec
 from moe_kernels import ExpertMatrices
 from moe_kernels.activation import ACTIVATIONS, parse_activation
 from moe_layer.arguments import check_choice, resolve_dtype
+from moe_layer.quantisation import SCALE, ZERO, Quantisation
 
 
 @dataclass(frozen=True)
@@ -21,7 +25,7 @@ class ExpertTensor:
     Attributes:
         name: as in checkpoints.
         shape: of one expert.
-        role: "weight" (drawn anew by `reset_parameters()`), "scale" (1 then) or "bias" (0 then).
+        role: "weight", or of a quantised matrix its "scale" or "zero" (points); "bias".
         follows_casts: whether `layer.to(dtype)` casts it. Otherwise the dtype is part of the format.
     """
 
@@ -62,13 +66,36 @@ class Activation:
 
 
 @dataclass(frozen=True)
+class Matrix:
+    """One of the two matrices of an expert, however it is stored.
+
+    Attributes:
+        name: of its weights.
+        rows, columns: outputs and inputs.
+        num_parts: 2 if it is the gate's rows and then the up projection's, else 1.
+        tensors: names of the tensors that store it, weights first.
+    """
+
+    name: str
+    rows: int
+    columns: int
+    num_parts: int
+    tensors: tuple[str, ...]
+
+
+@dataclass(frozen=True)
 class ExpertFormat:
-    """The tensors of one expert, what they mean, and the dtype of the hidden states that they multiply."""
+    """The tensors of one expert, what they mean, and the dtype of the hidden states that they multiply.
+
+    Attributes:
+        quantisation: how the matrices are stored; None: in `dtype`.
+    """
 
     name: str
     tensors: tuple[ExpertTensor, ...]
     activation: Activation
     dtype: torch.dtype
+    quantisation: Quantisation | None = None
 
     @property
     def specs(self) -> tuple[TensorSpec, ...]:
@@ -76,14 +103,46 @@ class ExpertFormat:
         return tuple(TensorSpec(tensor.name, tensor.shape, tensor.dtype) for tensor in self.tensors)
 
     @property
+    def scheme(self) -> str:
+        """As the kernels call it: "plain", "fp8_block", "mxfp4" or "int4"."""
+        return "plain" if self.quantisation is None else self.quantisation.scheme
+
+    @property
+    def group(self) -> int | None:
+        """Columns that share a scale; None if nothing is quantised."""
+        return None if self.quantisation is None else self.quantisation.group
+
+    @property
     def hidden_size(self) -> int:
         """H."""
-        return next(tensor.shape[0] for tensor in self.tensors if tensor.name == "down_proj")
+        return self._down_shape[0]
 
     @property
     def intermediate_size(self) -> int:
         """I."""
-        return next(tensor.shape[1] for tensor in self.tensors if tensor.name == "down_proj")
+        return self._down_shape[1] * (1 if self.quantisation is None else self.quantisation.values_per_byte)
+
+    @property
+    def _down_shape(self) -> tuple[int, ...]:
+        return next(tensor.shape for tensor in self.tensors if tensor.name == "down_proj")
+
+    @property
+    def has_bias(self) -> bool:
+        return any(tensor.role == "bias" for tensor in self.tensors)
+
+    @property
+    def parts(self) -> tuple[Matrix, Matrix]:
+        """Its matrices: into the hidden rows, and out of them."""
+        hidden, inner = self.hidden_size, self.intermediate_size
+        held = {tensor.name for tensor in self.tensors}
+
+        def matrix(name: str, rows: int, columns: int, num_parts: int) -> Matrix:
+            names = tuple(one for one in (name, name + SCALE, name + ZERO) if one in held)
+            return Matrix(name, rows, columns, num_parts, names)
+
+        num_parts = 2 if self.activation.gated else 1
+        up = "gate_up_proj" if self.activation.gated else "up_proj"
+        return matrix(up, num_parts * inner, hidden, num_parts), matrix("down_proj", hidden, inner, 1)
 
     def describe(self) -> str:
         """In a few words."""
@@ -91,12 +150,12 @@ class ExpertFormat:
         parts = [f"{act.name} {'gated' if act.gated else 'ungated'}"]
         parts += [f"{name} {value:g}" for name, value in vars(act).items() if name in ("limit", "up_offset") and value]
         parts += [f"alpha {act.alpha:g}"] if act.alpha != 1 else []
-        if len(self.tensors) > 2:
-            parts.append("biases")
-        return f"{', '.join(parts)}, {self.hidden_size} × {self.intermediate_size}, {str(self.dtype)[6:]}"
+        parts += ["biases"] if self.has_bias else []
+        stored = "" if self.quantisation is None else f", {self.quantisation} weights"
+        return f"{', '.join(parts)}, {self.hidden_size} × {self.intermediate_size}, {str(self.dtype)[6:]}{stored}"
 
     def cast(self, dtype: torch.dtype) -> "ExpertFormat":
-        """The format after `layer.to(dtype)`.
+        """The format after `layer.to(dtype)`: hidden states and biases follow, quantised tensors stay what they are.
 
         Raises:
             ValueError: no kernel computes in `dtype`.
@@ -105,56 +164,126 @@ class ExpertFormat:
         tensors = (replace(one, dtype=dtype) if one.follows_casts else one for one in self.tensors)
         return replace(self, tensors=tuple(tensors), dtype=dtype)
 
-    def initialise(self, tensor: ExpertTensor, out: torch.Tensor, generator: torch.Generator) -> None:
-        """Fill `out`, one expert's `tensor`: weights uniform as in `nn.Linear`."""
-        if tensor.role != "weight":
-            out.fill_(1.0 if tensor.role == "scale" else 0.0)
-            return
-        bound = tensor.shape[-1] ** -0.5
-        drawn = torch.empty(tensor.shape, device=out.device, dtype=torch.float32)
-        out.copy_(drawn.uniform_(-bound, bound, generator=generator))
+    def quantised(self, quantisation: Quantisation) -> "ExpertFormat":
+        """The same experts with their matrices stored so.
+
+        Raises:
+            ValueError: they are quantised already, or their sizes do not divide into groups.
+        """
+        if self.quantisation is not None:
+            raise ValueError(f"the experts are quantised already ({self.quantisation})")
+        sizes = (self.hidden_size, self.intermediate_size, self.dtype, self.activation)
+        return expert_format(*sizes, has_bias=self.has_bias, quantisation=quantisation)
+
+    def quantise(self, tensors: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+        """One expert of this format, of the tensors that the unquantised format has."""
+        made = {tensor.name: tensors[tensor.name] for tensor in self.tensors if tensor.role == "bias"}
+        for matrix in self.parts:
+            if self.quantisation is None:
+                made[matrix.name] = tensors[matrix.name]
+            else:
+                made |= self.quantisation.quantise(matrix.name, tensors[matrix.name], matrix.num_parts)
+        return {tensor.name: made[tensor.name].to(tensor.dtype) for tensor in self.tensors}
+
+    def dequantise(self, tensors: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+        """The two matrices of one expert of this format, float32, by name."""
+        if self.quantisation is None:
+            return {matrix.name: tensors[matrix.name].float() for matrix in self.parts}
+        dequantise = self.quantisation.dequantise
+        return {matrix.name: dequantise(matrix.name, tensors, matrix.num_parts) for matrix in self.parts}
+
+    def draw(self, generator: torch.Generator) -> dict[str, torch.Tensor]:
+        """One expert on the generator's device: matrices uniform as in `nn.Linear`, then quantised; biases 0."""
+        device, drawn = generator.device, {}
+        for matrix in self.parts:
+            bound = matrix.columns**-0.5
+            value = torch.empty(matrix.rows, matrix.columns, device=device, dtype=torch.float32)
+            drawn[matrix.name] = value.uniform_(-bound, bound, generator=generator)
+        for tensor in self.tensors:
+            if tensor.role == "bias":
+                drawn[tensor.name] = torch.zeros(tensor.shape, device=device, dtype=tensor.dtype)
+        return self.quantise(drawn)
+
+    def torn(self, names: Collection[str]) -> tuple[str, str] | None:
+        """Of tensors that are to be written, one whose companion is missing, and that: they mean nothing apart."""
+        for matrix in self.parts:
+            given = [name for name in matrix.tensors if name in names]
+            if given and len(given) < len(matrix.tensors):
+                return given[0], next(name for name in matrix.tensors if name not in names)
+        return None
 
     def matrices(self, tensors: Mapping[str, torch.Tensor]) -> ExpertMatrices:
         """What the kernels take, of tensors ``[S, *shape]`` by name."""
-        up = "gate_up_proj" if self.activation.gated else "up_proj"
+        up, down = (matrix.name for matrix in self.parts)
+        biases = (tensors.get(f"{up}_bias"), tensors.get(f"{down}_bias"))
+        plain = (tensors[up], tensors[down], self.activation.for_kernels, *biases)
+        if self.quantisation is None:
+            return ExpertMatrices(*plain)
         return ExpertMatrices(
-            tensors[up],
-            tensors["down_proj"],
-            self.activation.for_kernels,
-            tensors.get(f"{up}_bias"),
-            tensors.get("down_proj_bias"),
+            *plain,
+            gate_up_scale=tensors[up + SCALE],
+            down_scale=tensors[down + SCALE],
+            gate_up_zero=tensors.get(up + ZERO),
+            down_zero=tensors.get(down + ZERO),
+            scheme=self.quantisation.scheme,
         )
 
 
-def gated_format(hidden_size: int, intermediate_size: int, dtype: torch.dtype, activation: str) -> ExpertFormat:
-    """``down(act(gate(x)) * up(x))`` in one dtype, stored as Hugging Face stores it: gate rows, then up rows.
+def gated_format(
+    hidden_size: int,
+    intermediate_size: int,
+    dtype: torch.dtype,
+    activation: str,
+    quantisation: str | Quantisation | None = None,
+) -> ExpertFormat:
+    """``down(act(gate(x)) * up(x))``, stored as Hugging Face stores it: gate rows, then up rows.
 
     Raises:
-        ValueError: an unknown activation, or a dtype that no kernel computes in.
+        ValueError: an unknown activation, a dtype that no kernel computes in, or sizes that cannot be quantised so.
     """
     check_choice("activation", activation, ACTIVATIONS)
-    return expert_format(hidden_size, intermediate_size, dtype, Activation(activation))
+    sizes = (hidden_size, intermediate_size, dtype, Activation(activation))
+    return expert_format(*sizes, quantisation=Quantisation.of(quantisation))
 
 
 def expert_format(
-    hidden_size: int, intermediate_size: int, dtype: torch.dtype, activation: Activation, *, has_bias: bool = False
+    hidden_size: int,
+    intermediate_size: int,
+    dtype: torch.dtype,
+    activation: Activation,
+    *,
+    has_bias: bool = False,
+    quantisation: Quantisation | None = None,
 ) -> ExpertFormat:
-    """Experts of two matrices in one dtype, under Hugging Face's names.
+    """Experts of two matrices under Hugging Face's names, in `dtype` or quantised.
 
     Args:
-        has_bias: whether each matrix has a bias, "…_bias".
+        has_bias: whether each matrix has a bias, "…_bias", in `dtype`.
 
     Raises:
         ValueError: no kernel computes these.
     """
     resolve_dtype(dtype)
     parse_activation(activation.for_kernels)
-    name, rows = ("gate_up_proj", 2 * intermediate_size) if activation.gated else ("up_proj", intermediate_size)
+    name, num_parts = ("gate_up_proj", 2) if activation.gated else ("up_proj", 1)
+    rows = num_parts * intermediate_size
     tensors = [
-        ExpertTensor(name, (rows, hidden_size), dtype),
-        ExpertTensor("down_proj", (hidden_size, intermediate_size), dtype),
+        *_stored(name, rows, hidden_size, num_parts, dtype, quantisation),
+        *_stored("down_proj", hidden_size, intermediate_size, 1, dtype, quantisation),
     ]
     if has_bias:
         tensors.append(ExpertTensor(f"{name}_bias", (rows,), dtype, "bias"))
         tensors.append(ExpertTensor("down_proj_bias", (hidden_size,), dtype, "bias"))
-    return ExpertFormat("gated" if activation.gated else "ungated", tuple(tensors), activation, dtype)
+    kind = "gated" if activation.gated else "ungated"
+    return ExpertFormat(kind, tuple(tensors), activation, dtype, quantisation)
+
+
+def _stored(
+    name: str, rows: int, columns: int, num_parts: int, dtype: torch.dtype, quantisation: Quantisation | None
+) -> list[ExpertTensor]:
+    """The tensors of one matrix."""
+    if quantisation is None:
+        return [ExpertTensor(name, (rows, columns), dtype)]
+    roles = {name: "weight", name + SCALE: "scale", name + ZERO: "zero"}
+    specs = quantisation.specs(name, rows, columns, num_parts)
+    return [ExpertTensor(one.name, one.shape, one.dtype, roles[one.name], follows_casts=False) for one in specs]

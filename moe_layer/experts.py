@@ -90,12 +90,7 @@ class Experts(nn.Module):
         """Fill every logical expert from `seed` and its id: equal in all replicas, whatever the placement or rank count."""
         for expert, slots in self.resident.live_slots().items():
             generator = torch.Generator(self.device).manual_seed(seed * self.resident.num_experts + expert)
-            for tensor in self.format.tensors:
-                rows = self._rows(tensor.name)
-                value = torch.empty(tensor.shape, dtype=tensor.dtype, device=self.device)
-                self.format.initialise(tensor, value, generator)
-                for slot in slots:
-                    rows[slot].copy_(value)
+            self._write(self.format.draw(generator), slots)
 
     def load_experts(self, weights: NewWeights) -> None:
         """See `MoELayer.load_experts`."""
@@ -162,6 +157,9 @@ class Experts(nn.Module):
                     raise ValueError(f"{name} of expert {expert} must have dtype {dtype}, got {value.dtype}")
                 if value.is_meta:
                     raise ValueError(f"{name} of expert {expert} must hold values, got a tensor on the meta device")
+            torn = self.format.torn(tensors)
+            if torn is not None:
+                raise ValueError(f"{torn[0]} of expert {expert} must come with its {torn[1]}: apart they mean nothing")
 
     def refuse_conversion(self, fn: Callable[[torch.Tensor], torch.Tensor]) -> None:
         """Raises if `fn`, which `layer.to()` and its kin apply to every tensor, cannot be applied to the experts."""
@@ -203,8 +201,9 @@ class Experts(nn.Module):
 
     def extra_repr(self) -> str:
         resident = self.resident
+        quantised = "" if self.format.quantisation is None else f"quantisation='{self.format.quantisation}', "
         return (
-            f"format={self.format.name!r}, num_experts={resident.num_experts}, "
+            f"format={self.format.name!r}, {quantised}num_experts={resident.num_experts}, "
             f"redundant={resident.num_redundant_experts}, rank={resident.rank}/{resident.num_ranks}, "
             f"trainable={self.trainable}"
         )

@@ -43,6 +43,7 @@ from moe_layer.executors import Executor, ExpertParallelExecutor, LocalExecutor
 from moe_layer.expert_format import gated_format
 from moe_layer.experts import Experts, NewWeights, refuse_pickling
 from moe_layer.owned import OwnedExperts
+from moe_layer.quantisation import Quantisation
 from moe_layer.relocatable import Relocatable
 from moe_layer.router import Router, RouterRule
 from moe_layer.shared_pool import resolve_pool
@@ -56,12 +57,11 @@ class MoELayer(Relocatable, nn.Module):
 
     In place of a decoder block's MLP. On its own it is a plain layer; registered with an `EplbController`, its experts
     are relocated and replicated in the background as the load asks for, and every output stays what it was, bit for bit.
-    Forwards that are compiled (`torch.compile`) or replayed from a CUDA graph must then run on the stream that calls `step()`;
-    others may run on any.
+    Compiled forwards and replayed CUDA graphs must then run on the stream that calls `step()`; others may run on any.
 
-    A serving layer (the default) has its experts in slots: they are no parameters. Write them with `load_experts()` or
-    `load_state_dict()`: nothing else waits for relocations and reaches all replicas. A trainable layer has ordinary
-    parameters; where they compute may change between steps (`experts.place()`, `moe_layer.TrainingBalancer`).
+    A serving layer (the default) has its experts in slots, no parameters: write them with `load_experts()` or
+    `load_state_dict()`, which alone wait for relocations and reach all replicas. A trainable layer has ordinary parameters;
+    where they compute may change between steps (`experts.place()`, `moe_layer.TrainingBalancer`).
 
     Args:
         hidden_size: H.
@@ -73,6 +73,8 @@ class MoELayer(Relocatable, nn.Module):
         router_dtype: what the router's weight is and its logits are computed in, whatever the layer is cast to; None:
             the layer's dtype.
         activation: of the gate: "silu" (SwiGLU), "gelu" (exact GELU; GeGLU), "gelu_tanh" or "relu2" (relu squared).
+        quantisation: how the experts' matrices are stored: None: in `dtype`; "fp8_block", "mxfp4", "int4", or a
+            `Quantisation`. They are drawn and then rounded; see also `quantize_experts`.
         trainable: whether the router's and the experts' weights are parameters that require gradients. The experts are
             then this rank's E / ranks, at `experts.gate_up_proj` and `experts.down_proj`; `pool` must be left alone, and the
             layer cannot be registered. For DDP see `moe_layer.ignore_in_ddp`, for FSDP2 `ignore_in_fsdp`; for losses and
@@ -86,15 +88,14 @@ class MoELayer(Relocatable, nn.Module):
         process_group: the ranks that share the experts; None: all experts are on this rank.
         dispatcher: "auto", "local" (needs one rank), "all_to_all", "all_gather" and "symm_mem" (need `max_tokens`; the
             latter GPUs, or CPUs, of one host), or a `Dispatcher`. "auto" logs what it has chosen.
-        max_tokens: most tokens of any rank in one forward, equal on all ranks: buffers of a static size are made for so
-            many. A forward may set another bound. None: any number.
+        max_tokens: most tokens of any rank in one forward, equal on all ranks: buffers are made for so many. A forward may set
+            another bound. None: any number.
         shares: how an expert's tokens are divided among its replicas: "window" (as planned from the last load window), "batch"
             or `BatchShares(expert_cost)` (solved anew in each batch, from the counts of all ranks).
-        recompute: whether a backward on the layer's experts computes the pre-activation, ``[rows, 2I]``, again from the hidden
-            states, instead of keeping it. The same bits. (Serving layers over several ranks keep neither, whatever it says.)
+        recompute: whether backwards compute the pre-activation, ``[rows, 2I]``, again instead of keeping it; the same bits.
         backend: of the kernels: "auto" (Triton on CUDA, PyTorch references on a CPU), "triton", "torch".
-        device: of the weights: a CPU or CUDA device, or "meta", which takes no memory until `to_empty()`.
-        dtype: of weights and hidden states: float32, float16 or bfloat16.
+        device: of the weights: a CPU, CUDA or "meta" device (that takes no memory until `to_empty()`).
+        dtype: of hidden states, and of weights that are not quantised: float32, float16 or bfloat16.
 
     Raises:
         ValueError: an argument out of range, naming it, its value and the rule.
@@ -111,6 +112,7 @@ class MoELayer(Relocatable, nn.Module):
         router: str | RouterRule | None = "softmax_renormalized",
         router_dtype: torch.dtype | None = None,
         activation: str = "silu",
+        quantisation: str | Quantisation | None = None,
         trainable: bool = False,
         num_redundant_experts: int = 0,
         num_shadow_slots: int = 1,
@@ -135,12 +137,12 @@ class MoELayer(Relocatable, nn.Module):
         check_integer("num_shadow_slots", num_shadow_slots, 0)
         if top_k > num_experts:
             raise ValueError(f"top_k must be at most num_experts={num_experts}, got {top_k}")
-        check_trainable(trainable, num_experts, num_ranks, pool=pool)
+        check_trainable(trainable, num_experts, num_ranks, pool=pool, quantisation=quantisation)
         if max_tokens is not None:
             check_integer("max_tokens", max_tokens, 1)
         device, dtype = resolve_device(device), resolve_dtype(dtype)
         router_dtype = None if router_dtype is None else resolve_dtype(router_dtype, "router_dtype")
-        format = gated_format(hidden_size, intermediate_size, dtype, activation)
+        format = gated_format(hidden_size, intermediate_size, dtype, activation, quantisation)
         kernels = resolve_backend(backend, home_of(device))
         num_lanes = num_physical if trainable else num_physical + num_shadow_slots
         sender = make_dispatcher(
@@ -196,7 +198,7 @@ class MoELayer(Relocatable, nn.Module):
                 shares_WS=start_shares,
             )
             self.experts = SlotExperts(format, resident, process_group, backend)
-        # Serving layers over several ranks repeat the whole forward in their backward: once is enough.
+        # Serving layers over several ranks repeat the whole forward in their backward anyway.
         self.experts.recompute = recompute and (trainable or num_ranks == 1)
         if device.type != "meta":
             self.reset_parameters()

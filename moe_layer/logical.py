@@ -35,8 +35,8 @@ class LogicalWeights:
         self._timeout = timeout
 
     @torch.no_grad()
-    def read(self, everything: bool, device: torch.device) -> dict[str, torch.Tensor]:
-        """Copies of the tensors of this rank's range, or of all experts, by name, on `device`.
+    def read(self, everything: bool, device: torch.device, only_rank: int | None = None) -> dict[str, torch.Tensor]:
+        """Copies of the tensors of this rank's range, or of all experts, by name, on `device`; on `only_rank` alone, if given.
 
         Collective over the ranks, unless experts have never moved and each rank wants only what it has.
 
@@ -45,6 +45,8 @@ class LogicalWeights:
         """
         pool = self._resident.pool
         wanted = range(self._resident.num_experts) if everything else self._ranges[self._resident.rank]
+        if only_rank not in (None, self._resident.rank):
+            wanted = range(0)
         result = {
             spec.name: torch.empty(len(wanted), *spec.shape, dtype=spec.dtype, device=device) for spec in pool.specs
         }

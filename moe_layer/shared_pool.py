@@ -7,6 +7,7 @@ import torch
 from eplb.relocation.pool import SlotPool
 from moe_layer.arguments import check_integer, physical_per_rank, resolve_device, resolve_dtype
 from moe_layer.expert_format import ExpertFormat, gated_format
+from moe_layer.quantisation import Quantisation
 
 
 def make_pool(
@@ -20,6 +21,7 @@ def make_pool(
     num_ranks: int = 1,
     device: torch.device | str | None = None,
     dtype: torch.dtype | None = None,
+    quantisation: str | Quantisation | None = None,
     shared: bool = False,
 ) -> SlotPool:
     """A pool for `num_layers` like layers of one rank that share `num_shadow_slots` free slots.
@@ -27,6 +29,7 @@ def make_pool(
     The price of relocation is then a few experts of memory for the whole model, not for each layer.
 
     Args:
+        quantisation: as of the layers.
         shared: put a CPU's memory where other processes of the host can open it, as the communicator "symm_mem" needs it.
 
     Raises:
@@ -35,7 +38,7 @@ def make_pool(
     for name, value in (("num_layers", num_layers), ("num_shadow_slots", num_shadow_slots), ("num_ranks", num_ranks)):
         check_integer(name, value, 1)
     num_physical = physical_per_rank(hidden_size, intermediate_size, num_experts, num_redundant_experts, num_ranks)
-    format = gated_format(hidden_size, intermediate_size, resolve_dtype(dtype), "silu")
+    format = gated_format(hidden_size, intermediate_size, resolve_dtype(dtype), "silu", quantisation)
     num_slots = num_layers * num_physical + num_shadow_slots
     return SlotPool(format.specs, num_slots, resolve_device(device), shared=shared)
 

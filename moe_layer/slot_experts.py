@@ -1,6 +1,6 @@
 """`SlotExperts`: the experts of a serving layer. Their weights are in the slots of a pool, and are no parameters."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
@@ -15,6 +15,9 @@ from moe_layer.expert_format import ExpertFormat
 from moe_layer.experts import Experts
 from moe_layer.logical import LogicalWeights
 from moe_layer.owned import OwnedExperts
+
+Convert = Callable[[dict[str, torch.Tensor]], Mapping[str, torch.Tensor]]
+"""Of one expert's tensors to those of another format, by name."""
 
 
 class SlotExperts(Experts):
@@ -66,7 +69,8 @@ class SlotExperts(Experts):
 
     # ---- saving and loading
 
-    def _logical(self) -> LogicalWeights:
+    def logical(self) -> LogicalWeights:
+        """Its weights in logical order."""
         if self.state_dict_scope not in ("all", "range"):
             raise ValueError(f"state_dict_scope must be 'all' or 'range', got {self.state_dict_scope!r}")
         if self.device.type == "meta":
@@ -80,7 +84,7 @@ class SlotExperts(Experts):
         del keep_vars  # logical tensors are copies: no graph leads to them
         self.check_loaded()
         device = torch.device("cpu") if self.state_dict_on_host else self.device
-        for name, tensor in self._logical().read(self.state_dict_scope == "all", device).items():
+        for name, tensor in self.logical().read(self.state_dict_scope == "all", device).items():
             destination[prefix + name] = tensor
 
     def _load_from_state_dict(
@@ -107,13 +111,23 @@ class SlotExperts(Experts):
             for spec, value in given.items()
             if tuple(value.shape) not in shapes[spec]
         ]
+        exact = {tensor.name for tensor in self.format.tensors if not tensor.follows_casts}
+        wrong += [
+            f"dtype mismatch for {prefix}{spec.name}: {value.dtype} in the state dict, but it is {spec.dtype} in the layer, "
+            "and is not cast"
+            for spec, value in given.items()
+            if spec.name in exact and value.dtype != spec.dtype
+        ]
+        torn = self.format.torn({spec.name for spec in given})
+        if torn is not None:
+            wrong.append(f"{prefix}{torn[0]} must come with {prefix}{torn[1]}: apart they mean nothing")
         if len({len(value) for value in given.values()}) > 1:
             wrong.append(f"{prefix[:-1]}: some tensors are of all experts, others of this rank's range")
         if local_metadata.get("assign_to_params_buffers", False):
             wrong.append(f"assign=True cannot be had for {prefix[:-1]}: its weights live in the slots of a pool")
         error_msgs += wrong
         if given and not wrong:
-            logical = self._logical()
+            logical = self.logical()
             with self.resident.quiesced(), torch.no_grad():
                 logical.write({spec.name: value for spec, value in given.items()})
             if len(given) == len(specs):
@@ -144,14 +158,20 @@ class SlotExperts(Experts):
             self._attach(self._resident_on(device))
         return self
 
+    def store_as(self, format: ExpertFormat, convert: Convert) -> None:
+        """Take new slots of `format` in the place of the old ones; `convert` makes an expert's new tensors of its old ones."""
+        self.refuse_if_bound("storing the experts otherwise")
+        self.format = format
+        self._attach(self._resident_on(self.device, convert))
+
     def _resident_of_copy(self) -> ResidentExperts:
         self.refuse_if_bound("deepcopy")
         return self._resident_on(self.device)
 
-    def _resident_on(self, device: torch.device) -> ResidentExperts:
+    def _resident_on(self, device: torch.device, convert: Convert | None = None) -> ResidentExperts:
         assert isinstance(self.resident, ResidentExperts)
         pool = SlotPool(self.format.specs, self.pool.num_slots, device)
-        return self.resident.copied_to(pool, streams_of(home_of(device)))
+        return self.resident.copied_to(pool, streams_of(home_of(device)), convert)
 
     def __setattr__(self, name: str, value: Any) -> None:
         if "format" in self.__dict__ and name in {tensor.name for tensor in self.format.tensors}:

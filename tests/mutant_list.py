@@ -1050,7 +1050,73 @@ TRAINING = (
     ),
 )
 
+QUANTISED = (
+    # Scales that would be left out of the record are read from elsewhere: weights alone are taken for whole.
+    Mutant(
+        "moe_layer/expert_format.py",
+        "if given and len(given) < len(matrix.tensors):",
+        "if False:",
+        (f"{L}quantised.py",),
+    ),
+    # A cast takes the scales along.
+    Mutant(
+        "moe_layer/expert_format.py",
+        "return [ExpertTensor(one.name, one.shape, one.dtype, roles[one.name], follows_casts=False) for one in specs]",
+        "return [ExpertTensor(one.name, one.shape, one.dtype, roles[one.name]) for one in specs]",
+        (f"{L}quantised.py",),
+    ),
+    # A state dict of floats is cast to e4m3, and nobody hears of it.
+    Mutant(
+        "moe_layer/slot_experts.py",
+        "if spec.name in exact and value.dtype != spec.dtype",
+        "if False",
+        (f"{L}quantised.py",),
+    ),
+    # Gate and up rows stay interleaved, of weights and scales alike.
+    Mutant(
+        "moe_layer/checkpoint/quantised.py",
+        "turns = is_interleaved and len(parts) == 1 and matrix.num_parts == 2",
+        "turns = False",
+        (f"{L}quantised_checkpoint.py",),
+    ),
+    # Scales are rounded to what the checkpoint has.
+    Mutant(
+        "moe_layer/checkpoint/exactly.py",
+        "if not torch.equal(cast.to(tensor.dtype), tensor):",
+        "if False:",
+        (f"{L}quantised_checkpoint.py",),
+    ),
+    # Signed zero points are taken for codes.
+    Mutant(
+        "moe_layer/checkpoint/stored.py",
+        "return (stored + 8).to(torch.uint8)",
+        "return stored.to(torch.uint8)",
+        (f"{L}quantised_checkpoint.py",),
+    ),
+    # Blocks of 128 rows go on from the gate's rows into the up projection's.
+    Mutant(
+        "moe_layer/quantisation.py",
+        "return dequantise(*stored, self.scheme, blocks_of=len(tensors[name]) // num_parts)",
+        "return dequantise(*stored, self.scheme)",
+        (f"{L}quantised_checkpoint.py",),
+    ),
+    # A move leaves the end of the record behind, where scales are.
+    Mutant(
+        "eplb/relocation/communicator/local.py",
+        "transfer.target.copy_(transfer.source, non_blocking=True)",
+        "transfer.target[:-256].copy_(transfer.source[:-256], non_blocking=True)",
+        (f"{L}quantised.py",),
+    ),
+    # Nothing keeps transformers from saving records as floats.
+    Mutant(
+        "moe_layer/hf/swap.py",
+        "refuse_saving(model)",
+        "pass",
+        ("tests/moe_layer/hf/test_quantised.py",),
+    ),
+)
+
 MUTANTS = (
     *RELOCATION, *LOAD, *ROUNDS, *WORKER, *CONTROLLER, *PLANNING, *LAYER, *BATCH_SHARES, *KERNELS, *ONE_SIDED,
-    *GRADIENTS, *TRAINING,
+    *GRADIENTS, *TRAINING, *QUANTISED,
 )  # fmt: skip

@@ -1,6 +1,6 @@
 """All steps of a rebalance: `ResidentExperts`, one layer's versions, slots, table and load counters on one rank."""
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any
 
@@ -76,11 +76,17 @@ class ResidentExperts:
         self.quiesced: Callable[[], AbstractContextManager[None]] = nullcontext
 
     @torch.no_grad()
-    def copied_to(self, pool: SlotPool, streams: DeviceStreams) -> "ResidentExperts":
+    def copied_to(
+        self,
+        pool: SlotPool,
+        streams: DeviceStreams,
+        convert: Callable[[dict[str, torch.Tensor]], Mapping[str, torch.Tensor]] | None = None,
+    ) -> "ResidentExperts":
         """The same experts in the same places, with the same shares and counters, in slots of another pool.
 
-        Not registered with any controller, whatever this one is. The pools' tensors may differ in dtype and device. From
-        "meta" there is nothing to copy: the new slots stay as they are.
+        Not registered with any controller, whatever this one is. The pools' tensors may differ in dtype and device, and in
+        what they are: then `convert` makes one expert's new tensors of its old ones. From "meta" there is nothing to copy:
+        the new slots stay as they are.
         """
         copy = ResidentExperts(
             num_experts=self.num_experts,
@@ -99,8 +105,10 @@ class ResidentExperts:
         if not self.pool.slab_SB.is_meta:
             for new, old in zip(copy.current.slots_S, self.current.slots_S, strict=True):
                 if old >= 0:
+                    held: Mapping[str, torch.Tensor] = {name: one[old] for name, one in self.pool.tensors.items()}
+                    held = held if convert is None else convert(dict(held))
                     for name, tensor in pool.tensors.items():
-                        tensor[new].copy_(self.pool.tensors[name][old])
+                        tensor[new].copy_(held[name])
         return copy
 
     @property

@@ -31,10 +31,13 @@ from moe_kernels.load import LoadCounter
 from moe_kernels.local_experts import local_experts, local_experts_torch
 from moe_kernels.local_forward import local_forward, local_forward_torch
 from moe_kernels.matrices import ExpertMatrices
+from moe_kernels.quantise_rows import QuantisedRows, quantise_rows, quantise_rows_torch
+from moe_kernels.quantised_weights import dequantise, pack_nibbles, quantise_weights, unpack_nibbles
 from moe_kernels.replicas import select_replicas, select_replicas_torch
 from moe_kernels.routing import topk_routing, topk_routing_torch
 from moe_kernels.rule import RoutingRule
 from moe_kernels.schedule import build_schedule, build_schedule_torch
+from moe_kernels.schemes import SCHEMES
 from moe_kernels.select_by_quota import select_by_quota, select_by_quota_torch
 from moe_kernels.solve_shares import solve_shares, solve_shares_torch
 from moe_kernels.table import ReplicaTable
@@ -42,11 +45,13 @@ from moe_kernels.tiles import TileSchedule
 
 __all__ = [
     "GOLDEN",
+    "SCHEMES",
     "SHARE_BITS",
     "ExpertMatrices",
     "GemmConfig",
     "GradientConfigs",
     "LoadCounter",
+    "QuantisedRows",
     "ReplicaTable",
     "RoutingRule",
     "TileSchedule",
@@ -56,6 +61,7 @@ __all__ = [
     "combine_torch",
     "count_experts",
     "count_experts_torch",
+    "dequantise",
     "expert_down",
     "expert_down_torch",
     "expert_rows",
@@ -70,6 +76,10 @@ __all__ = [
     "local_forward",
     "local_forward_torch",
     "moe_experts",
+    "pack_nibbles",
+    "quantise_rows",
+    "quantise_rows_torch",
+    "quantise_weights",
     "resolve_backend",
     "select_by_quota",
     "select_by_quota_torch",
@@ -79,4 +89,5 @@ __all__ = [
     "solve_shares_torch",
     "topk_routing",
     "topk_routing_torch",
+    "unpack_nibbles",
 ]

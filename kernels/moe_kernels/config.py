@@ -9,6 +9,7 @@ from dataclasses import dataclass, replace
 import torch
 
 from moe_kernels.integers import next_power_of_2
+from moe_kernels.schemes import check_scheme
 
 
 @dataclass(frozen=True)
@@ -33,6 +34,7 @@ class GemmConfig:
             same load of the weights; 0, or a power of two, at least 64. The tile schedule must have been built with it.
         programs_per_sm: `expert_down` only: so many persistent programs per multiprocessor; 0 is one program per tile.
         keep: write the output so that L2 rather lets other things go, weights that stream by above all.
+        quantised: for experts of a scheme other than "plain", whose kernels use no TMA yet, but may `swap`.
     """
 
     block_m: int
@@ -47,6 +49,7 @@ class GemmConfig:
     programs_per_sm: int = 0
     extra_m: int = 0
     keep: bool = False
+    quantised: bool = False
 
     def __post_init__(self) -> None:
         for name, least in (("block_m", 16), ("block_n", 32), ("block_k", 16), ("num_warps", 1)):
@@ -56,8 +59,13 @@ class GemmConfig:
         for name, least in (("num_stages", 1), ("group_m", 1), ("programs_per_sm", 0)):
             if getattr(self, name) < least:
                 raise ValueError(f"{name}={getattr(self, name)}: must be at least {least}")
-        if not self.tma and (self.swap or self.tail_m or self.programs_per_sm or self.extra_m or self.keep):
-            raise ValueError(f"{self}: swap, tail_m, programs_per_sm, extra_m and keep need tma=True")
+        if self.quantised and self.tma:
+            raise ValueError(f"{self}: quantised and tma exclude each other")
+        others = self.tail_m or self.programs_per_sm or self.extra_m or self.keep
+        if not self.tma and (others or (self.swap and not self.quantised)):
+            raise ValueError(
+                f"{self}: swap, tail_m, programs_per_sm, extra_m and keep need tma=True; swap, or quantised=True"
+            )
         for name in ("tail_m", "extra_m"):
             value = getattr(self, name)
             # Fewer rows would be multiplied by mma.sync, whose bits are not those of wgmma.
@@ -85,6 +93,39 @@ _TABLE_16_BIT: tuple[tuple[int, GemmConfig], ...] = (
 _TABLE_32_BIT: tuple[tuple[int, GemmConfig], ...] = (
     (16, GemmConfig(block_m=16, block_n=64, block_k=32, num_warps=4, num_stages=3)),
     (_ANY, GemmConfig(block_m=32, block_n=64, block_k=32, num_warps=4, num_stages=3)),
+)
+
+# Quantised, (most rows per expert, expert_up, expert_down): start values, not measured yet. fp8_block: `expert_up` has a whole
+# group of 128 hidden channels in a program, whose largest decides their scale.
+_FP8_UP = GemmConfig(block_m=16, block_n=256, block_k=128, num_warps=4, num_stages=2, quantised=True)
+_FP8_DOWN = GemmConfig(block_m=16, block_n=128, block_k=128, num_warps=4, num_stages=4, quantised=True)
+_FOUR_BIT = GemmConfig(block_m=16, block_n=128, block_k=128, num_warps=4, num_stages=3, quantised=True)
+_QuantisedTable = tuple[tuple[int, GemmConfig, GemmConfig], ...]
+_TABLE_FP8: _QuantisedTable = (
+    (16, _FP8_UP, _FP8_DOWN),
+    (32, replace(_FP8_UP, block_m=32), replace(_FP8_DOWN, block_m=32)),
+    (_ANY, replace(_FP8_UP, block_m=64, num_warps=8), replace(_FP8_DOWN, block_m=64, num_stages=3)),
+)
+_TABLE_4_BIT: _QuantisedTable = (
+    (16, _FOUR_BIT, _FOUR_BIT),
+    (32, replace(_FOUR_BIT, block_m=32), replace(_FOUR_BIT, block_m=32)),
+    (_ANY, *2 * (replace(_FOUR_BIT, block_m=64, block_k=64, num_warps=8),)),
+)
+_TABLE_4_BIT_OF_32: _QuantisedTable = (
+    (_ANY, *2 * (GemmConfig(block_m=16, block_n=64, block_k=32, num_warps=4, num_stages=3, quantised=True),)),
+)
+# On Hopper, with weights on the M side for few rows.
+_TABLE_FP8_HOPPER: _QuantisedTable = (
+    (8, replace(_FP8_UP, num_stages=3, swap=True), replace(_FP8_DOWN, swap=True)),
+    (32, replace(_FP8_UP, block_m=32, num_stages=3, swap=True), replace(_FP8_DOWN, block_m=32, swap=True)),
+    (64, replace(_FP8_UP, block_m=64, num_warps=8, num_stages=3), replace(_FP8_DOWN, block_m=64)),
+    (_ANY, replace(_FP8_UP, block_m=128, num_warps=8, num_stages=3), replace(_FP8_DOWN, block_m=128, num_warps=8)),
+)
+_TABLE_4_BIT_HOPPER: _QuantisedTable = (
+    (8, *2 * (replace(_FOUR_BIT, num_stages=4, swap=True),)),
+    (32, *2 * (replace(_FOUR_BIT, block_m=32, num_stages=4, swap=True),)),
+    (64, *2 * (replace(_FOUR_BIT, block_m=64, num_warps=4),)),
+    (_ANY, *2 * (replace(_FOUR_BIT, block_m=128, block_k=64, num_warps=8, num_stages=4),)),
 )
 
 # With TMA, tuned on an H200 (`python -m bench.tune`, docs/log.md).
@@ -142,6 +183,7 @@ def gemm_config(
     *,
     gated: bool = False,
     tma: bool = False,
+    scheme: str = "plain",
 ) -> GemmConfig:
     """The configuration of a grouped GEMM.
 
@@ -157,11 +199,12 @@ def gemm_config(
         num_experts: logical experts of the layer.
         gated: True for `expert_up`, False for `expert_down`.
         tma: `has_tma(device)`, the same on all ranks; used for 16-bit dtypes where H and I are divisible by 8 (TMA needs
-            rows of a multiple of 16 bytes).
+            rows of a multiple of 16 bytes). Of quantised experts it only says that the GPU is Hopper.
+        scheme: of the experts' weights; `dtype` is then that of the rows.
 
     Returns:
-        The configuration; `block_m` and `extra_m` depend only on `dtype`, `tma`, H, I, and the buckets of tokens and of rows
-        per expert, so that both GEMMs of a layer can use one schedule.
+        The configuration; `block_m` and `extra_m` depend only on `dtype`, `tma`, `scheme`, H, I, and the buckets of tokens and
+        of rows per expert, so that both GEMMs of a layer can use one schedule.
 
     Raises:
         ValueError: a size that is not positive (`num_tokens` may be 0), or a dtype that is not supported.
@@ -173,8 +216,13 @@ def gemm_config(
         raise ValueError(f"num_experts={num_experts}: must be at least top_k={top_k}")
     if dtype not in (torch.float16, torch.bfloat16, torch.float32):
         raise ValueError(f"dtype={dtype}: must be torch.float32, torch.float16 or torch.bfloat16")
+    check_scheme(scheme)
     bucket = next_power_of_2(num_tokens)
     rows_per_expert = bucket * top_k // num_experts
+    if scheme != "plain":
+        quantised = _quantised_table(scheme, dtype, tma)
+        up, down = next(pair for most, *pair in quantised if rows_per_expert <= most)
+        return up if gated else down
     columns = n // 2 if gated else n
     if tma and dtype.itemsize == 2 and columns % 8 == 0 and k % 8 == 0:
         # By the bucket, as kernels are compiled for it; with several ranks it is more than what a rank computes.
@@ -190,6 +238,14 @@ def gemm_config(
     return GemmConfig(config.block_m, block_n, block_k, config.num_warps, config.num_stages, config.group_m)
 
 
+def _quantised_table(scheme: str, dtype: torch.dtype, is_hopper: bool) -> _QuantisedTable:
+    if scheme == "fp8_block":
+        return _TABLE_FP8_HOPPER if is_hopper else _TABLE_FP8
+    if dtype.itemsize == 4:
+        return _TABLE_4_BIT_OF_32
+    return _TABLE_4_BIT_HOPPER if is_hopper else _TABLE_4_BIT
+
+
 def gemm_configs(
     hidden_size: int,
     intermediate_size: int,
@@ -199,8 +255,9 @@ def gemm_configs(
     num_experts: int,
     *,
     tma: bool = False,
+    scheme: str = "plain",
 ) -> tuple[GemmConfig, GemmConfig]:
     """`gemm_config` of a layer's `expert_up` and `expert_down`, which share one schedule."""
     batch = (dtype, num_tokens, top_k, num_experts)
-    up = gemm_config(2 * intermediate_size, hidden_size, *batch, gated=True, tma=tma)
-    return up, gemm_config(hidden_size, intermediate_size, *batch, tma=tma)
+    up = gemm_config(2 * intermediate_size, hidden_size, *batch, gated=True, tma=tma, scheme=scheme)
+    return up, gemm_config(hidden_size, intermediate_size, *batch, tma=tma, scheme=scheme)

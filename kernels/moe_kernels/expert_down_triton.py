@@ -1,4 +1,5 @@
-"""Step 5 of a forward, for any GPU, size and dtype: `expert_down` by pointers and masks. With `config.tma` it hands over.
+"""Step 5 of a forward, for any GPU, size and dtype: `expert_down` by pointers and masks. With `config.tma`
+it hands over, and for quantised experts.
 
 N flat rows, H hidden, I intermediate, S slots, L lanes.
 """
@@ -10,12 +11,15 @@ import triton
 import triton.language as tl
 
 from moe_kernels.config import GemmConfig
+from moe_kernels.expert_down_quantised import expert_down_quantised
 from moe_kernels.expert_down_tma import expert_down_tma
-from moe_kernels.homes import RowHomes, row_at
+from moe_kernels.homes import RowHomes
 from moe_kernels.integers import cdiv
 from moe_kernels.launch import Launcher, gdc_launch_dependents, gdc_wait
 from moe_kernels.matrices import ExpertMatrices
-from moe_kernels.numerics import dot, narrow, widen
+from moe_kernels.numerics import dot
+from moe_kernels.quantise_rows import Rows
+from moe_kernels.store_rows import store_rows
 from moe_kernels.tile_order import load_own_tile
 from moe_kernels.tiles import TileSchedule
 
@@ -63,7 +67,6 @@ def _expert_down_kernel(
         return
     slot = tl.load(lane_to_slot_ptr + lane).to(tl.int64)
     position = start + tl.arange(0, BLOCK_M)
-    inside = position < end
 
     first_column = column_block * BLOCK_N
     column = first_column + tl.arange(0, BLOCK_N)
@@ -83,17 +86,16 @@ def _expert_down_kernel(
         hidden_at += BLOCK_K
         down_at += BLOCK_K
 
+    bias_at = None
     if bias_ptr is not None:
-        product += widen(tl.load(bias_ptr + slot * stride_bias + tl.minimum(column, hidden_size - 1)))[None, :]
-    flat = tl.load(order_ptr + position, mask=inside, other=0)
-    row_weight = tl.load(row_weights_ptr + flat, mask=inside, other=0.0)
-    rows = narrow(product * row_weight[:, None], rows_ptr.dtype.element_ty)
-    rows_at = row_at(rows_ptr, flat, hidden_size, homes_ptr, rows_per_home)[:, None] + column[None, :]
-    tl.store(rows_at, rows, mask=inside[:, None] & (column[None, :] < hidden_size))
+        bias_at = bias_ptr + slot * stride_bias
+    store_rows(
+        product, position, end, column, bias_at, order_ptr, row_weights_ptr, rows_ptr, hidden_size, homes_ptr, rows_per_home
+    )  # fmt: skip
 
 
 def expert_down_triton(
-    hidden_NI: torch.Tensor,
+    hidden_NI: Rows,
     matrices: ExpertMatrices,
     lane_to_slot_L: torch.Tensor,
     schedule: TileSchedule,
@@ -101,6 +103,9 @@ def expert_down_triton(
     config: GemmConfig,
     homes: RowHomes | None = None,
 ) -> torch.Tensor:
+    if matrices.scheme != "plain":
+        return expert_down_quantised(hidden_NI, matrices, lane_to_slot_L, schedule, row_weights_N, config, homes)
+    assert isinstance(hidden_NI, torch.Tensor)
     if config.tma:
         return expert_down_tma(hidden_NI, matrices, lane_to_slot_L, schedule, row_weights_N, config, homes)
     down_SHI, bias_SH = matrices.down_SHI, matrices.down_bias_SH

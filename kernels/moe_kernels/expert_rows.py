@@ -295,6 +295,7 @@ def expert_rows(
     check_tensor("x_RH", x_RH, (None, None), FLOATS, contiguous=False)
     check_rows("x_RH", x_RH)
     matrices.check(x_RH.shape[1], x_RH.dtype, device)
+    matrices.check_plain("where a gradient is wanted: quantised experts have none (torch.no_grad() asks for none)")
     check_tensor("lane_to_slot_L", lane_to_slot_L, (schedule.offsets_L1.shape[0] - 1,), torch.int32, device)
     if fanout < 1:
         raise ValueError(f"fanout={fanout}: must be at least 1")
@@ -303,7 +304,7 @@ def expert_rows(
     schedule.check_config(up)
     schedule.check_config(down)
     if up.tma or gradient_configs.x.tma:
-        check_tma("matrices.gate_up_SNH", matrices.gate_up_SNH, columns=matrices.down_SHI.shape[2])
+        check_tma("matrices.gate_up_SNH", matrices.gate_up_SNH, columns=matrices.intermediate_size)
     if down.tma or gradient_configs.hidden.tma:
         check_tma("matrices.down_SHI", matrices.down_SHI)
     if adds_to_main_grads and torch.compiler.is_compiling():

@@ -101,8 +101,8 @@ def expert_rows_backward_torch(
     grad_gate_up = zeros(matrices.gate_up_SNH, wanted.gate_up)
     grad_gate_up_bias = zeros(matrices.gate_up_bias_SN, wanted.gate_up_bias)
     grad_flat_NH = pre_NJ.new_zeros((num_rows if wanted.x else 0, hidden_size), dtype=exact)
-    ups = row_blocks(matrices.gate_up_SNH, lane_to_slot_L, offsets_L1)
-    for block, up_block in zip(row_blocks(down_SHI, lane_to_slot_L, offsets_L1), ups, strict=True):
+    ups = row_blocks(matrices.gate_up_SNH.__getitem__, lane_to_slot_L, offsets_L1)
+    for block, up_block in zip(row_blocks(down_SHI.__getitem__, lane_to_slot_L, offsets_L1), ups, strict=True):
         flat = order_N[block.rows]
         count = flat.shape[0]
         grad = padded_rows(grad_GH[flat // grad_fanout], block.matrix.shape[0])

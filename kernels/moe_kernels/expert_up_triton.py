@@ -1,4 +1,5 @@
-"""Step 4 of a forward, for any GPU, size and dtype: `expert_up` by pointers and masks. With `config.tma` it hands over.
+"""Step 4 of a forward, for any GPU, size and dtype: `expert_up` by pointers and masks. With `config.tma` it
+hands over, and for quantised experts.
 
 R source rows, N = R * fanout flat rows, H hidden, I intermediate, S slots, L lanes.
 """
@@ -10,11 +11,13 @@ import triton
 import triton.language as tl
 
 from moe_kernels.config import GemmConfig
+from moe_kernels.expert_up_quantised import expert_up_quantised
 from moe_kernels.expert_up_tma import expert_up_tma
 from moe_kernels.integers import cdiv
 from moe_kernels.launch import Launcher, gdc_launch_dependents, gdc_wait
 from moe_kernels.matrices import ExpertMatrices
 from moe_kernels.numerics import activated, dot, is_gated, narrow, widen
+from moe_kernels.quantise_rows import Rows
 from moe_kernels.tile_order import load_own_tile
 from moe_kernels.tiles import TileSchedule
 
@@ -119,16 +122,20 @@ def _expert_up_kernel(
 
 
 def expert_up_triton(
-    x_RH: torch.Tensor,
+    x_RH: Rows,
     matrices: ExpertMatrices,
     lane_to_slot_L: torch.Tensor,
     schedule: TileSchedule,
     fanout: int,
     config: GemmConfig,
     pre_NJ: torch.Tensor | None = None,
-) -> torch.Tensor:
+) -> Rows:
     """hidden_NI. Into `pre_NJ`, if given, it writes what the activation gets: gate and up with their biases."""
-    hidden_NI = x_RH.new_empty((schedule.order_N.shape[0], matrices.down_SHI.shape[2]))
+    if matrices.scheme != "plain":
+        assert pre_NJ is None, "quantised experts have no gradient"
+        return expert_up_quantised(x_RH, matrices, lane_to_slot_L, schedule, fanout, config)
+    assert isinstance(x_RH, torch.Tensor)
+    hidden_NI = x_RH.new_empty((schedule.order_N.shape[0], matrices.intermediate_size))
     _launch(x_RH, matrices, lane_to_slot_L, schedule, fanout, config, hidden_NI, pre_NJ)
     return hidden_NI
 
@@ -162,7 +169,7 @@ def _launch(
         return
     gate_up_SNH, bias_SN = matrices.gate_up_SNH, matrices.gate_up_bias_SN
     block_n, block_k = config.block_n, config.block_k
-    hidden_size, intermediate = x_RH.shape[1], matrices.down_SHI.shape[2]
+    hidden_size, intermediate = x_RH.shape[1], matrices.intermediate_size
     grid = (schedule.tile_lane.shape[0] * cdiv(intermediate, block_n // 2),)
     if grid[0]:
         _expert_up_kernel[grid](

@@ -61,7 +61,7 @@ def moe_experts(
     device, (num_tokens, hidden_size) = x_TH.device, x_TH.shape
     matrices.check(hidden_size, x_TH.dtype, device)
     check_tensor("expert_ids_TK", expert_ids_TK, (num_tokens, None), _INTEGERS, device, contiguous=False)
-    num_experts, _, intermediate = matrices.down_SHI.shape
+    num_experts, intermediate = matrices.down_SHI.shape[0], matrices.intermediate_size
     top_k = expert_ids_TK.shape[1]
     if not expert_weights_TK.is_floating_point() or expert_weights_TK.shape != expert_ids_TK.shape:
         raise ValueError(
@@ -75,7 +75,7 @@ def moe_experts(
     slots_E = torch.arange(num_experts, dtype=torch.int32, device=device)
     batch = (hidden_size, intermediate, x_TH.dtype, num_tokens, top_k, num_experts)
     tma = backend == "triton" and _has_tma(device)
-    up, down = gemm_configs(*batch, tma=tma)
+    up, down = gemm_configs(*batch, tma=tma, scheme=matrices.scheme)
     counts_E = count_experts(ids_TK, num_experts, backend=backend)
     schedule = build_schedule(
         ids_TK.view(-1), counts_E, block_m=up.block_m, extra_m=up.extra_m, backend=backend

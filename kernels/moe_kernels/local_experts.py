@@ -58,10 +58,11 @@ def local_experts_triton(
     table: ReplicaTable,
     load: LoadCounter,
 ) -> torch.Tensor:
-    (_, hidden_size, intermediate), top_k, slots = matrices.down_SHI.shape, expert_ids_TK.shape[1], table.lane_to_slot_L
+    top_k, slots = expert_ids_TK.shape[1], table.lane_to_slot_L
     # By the bucket of tokens, because each number of tokens would fill the cache with an entry of its own.
     batch = (x_TH.dtype, next_power_of_2(x_TH.shape[0]), top_k, load.load_E.shape[0])
-    up, down = _gemm_configs(hidden_size, intermediate, *batch, tma=has_tma(x_TH.device))
+    sizes = (matrices.hidden_size, matrices.intermediate_size)
+    up, down = _gemm_configs(*sizes, *batch, tma=has_tma(x_TH.device), scheme=matrices.scheme)
     lanes_TK, counts_L = select_replicas_triton(expert_ids_TK, table, load, 0, num_lanes=slots.shape[0])
     schedule = build_schedule_triton(lanes_TK.view(-1), counts_L, block_m=up.block_m, extra_m=up.extra_m)
     hidden_NI = expert_up_triton(x_TH, matrices, slots, schedule, top_k, up)

@@ -40,7 +40,8 @@ def to_e4m3(value):
     if _INTERPRETED:
         bits = value.to(tl.uint32, bitcast=True)
         normal = ((bits + 0x7FFFF + ((bits >> 20) & 1)) & 0xFFF00000).to(tl.float32, bitcast=True)
-        small = tl.floor(value * 512.0 + 0.5) / 512.0
+        small = (tl.abs(value) + 16384.0) - 16384.0  # the sum's last bit is worth 2 ** -9, as that of small values
+        small = tl.where(value < 0, -small, small)
         value = tl.where(tl.abs(value) < 0.015625, small, normal)
     return value.to(tl.float8e4nv)
 

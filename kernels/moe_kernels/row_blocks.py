@@ -42,14 +42,16 @@ class RowBlock:
     matrix: torch.Tensor
 
 
-def row_blocks(weights_SNK: torch.Tensor, lane_to_slot_L: torch.Tensor, offsets_L1: torch.Tensor) -> Iterator[RowBlock]:
-    """The blocks of all lanes, in order. Reads the offsets on the host."""
+def row_blocks(
+    matrix_of: Callable[[int], torch.Tensor], lane_to_slot_L: torch.Tensor, offsets_L1: torch.Tensor
+) -> Iterator[RowBlock]:
+    """The blocks of all lanes, in order; `matrix_of` a slot is its float matrix. Reads the offsets on the host."""
     offsets, slots = offsets_L1.tolist(), lane_to_slot_L.tolist()
     for lane, slot in enumerate(slots):
         start, stop = offsets[lane], offsets[lane + 1]
         if start == stop:
             continue
-        matrix = padded_matrix(weights_SNK[slot])
+        matrix = padded_matrix(matrix_of(slot))
         for first in range(start, stop, ROWS):
             yield RowBlock(slot, slice(first, min(first + ROWS, stop)), matrix)
 

@@ -2,7 +2,7 @@
 
 import json
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from contextlib import ExitStack
 from pathlib import Path
 from types import TracebackType
@@ -10,8 +10,18 @@ from typing import Any
 
 import torch
 
-_INDEX = "model.safetensors.index.json"
-_DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
+INDEX = "model.safetensors.index.json"
+CONFIG = "config.json"
+FLOAT_DTYPES = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
+_DTYPES = {
+    **dict(zip(("F64", "F32", "F16", "BF16"), FLOAT_DTYPES, strict=True)),
+    "F8_E4M3": torch.float8_e4m3fn,
+    "F8_E8M0": torch.float8_e8m0fnu,
+    "I64": torch.int64,
+    "I32": torch.int32,
+    "I8": torch.int8,
+    "U8": torch.uint8,
+}
 
 
 class CheckpointError(ValueError):
@@ -44,12 +54,14 @@ class Checkpoint:
             )
         self._files = ExitStack()
         self._where: dict[str, Any] = {}
+        self._paths_of: dict[int, str] = {}
         with ExitStack() as opened:
             for path, wanted in self._paths().items():
                 file = opened.enter_context(safe_open(path, framework="pt", device="cpu"))
+                self._paths_of[id(file)] = path.name
                 held = set(file.keys())
                 if wanted is not None and wanted - held:
-                    raise CheckpointError(f"{path} lacks tensors that {_INDEX} says it has: {_some(wanted - held)}")
+                    raise CheckpointError(f"{path} lacks tensors that {INDEX} says it has: {_some(wanted - held)}")
                 both = held & self._where.keys()
                 if both:
                     raise CheckpointError(f"several files of {self.folder} hold {_some(both)}")
@@ -58,7 +70,7 @@ class Checkpoint:
 
     def _paths(self) -> Mapping[Path, set[str] | None]:
         """Its files, with the tensors that the index says are there."""
-        index = self.folder / _INDEX
+        index = self.folder / INDEX
         if not index.exists():
             paths = sorted(self.folder.glob("*.safetensors"))
             if not paths:
@@ -89,19 +101,32 @@ class Checkpoint:
     def names(self) -> list[str]:
         return list(self._where)
 
-    def like(self, name: str) -> torch.Tensor:
+    @property
+    def config(self) -> Mapping[str, Any]:
+        """See `config_in`."""
+        return config_in(self.folder)
+
+    @property
+    def files(self) -> dict[str, str]:
+        """The file of each tensor."""
+        return {name: self._paths_of[id(file)] for name, file in self._where.items()}
+
+    def like(self, name: str, dtypes: Collection[torch.dtype] = FLOAT_DTYPES) -> torch.Tensor:
         """A tensor of the same shape and dtype on the meta device; from the header alone.
 
         Raises:
-            CheckpointError: its dtype is none that experts can be loaded from.
+            CheckpointError: its dtype is none of `dtypes`.
         """
         header = self._where[name].get_slice(name)
         dtype = _DTYPES.get(header.get_dtype())
-        if dtype is None:
-            raise CheckpointError(
-                f"{name} must be float64, float32, float16 or bfloat16, is {header.get_dtype()}: quantized experts cannot "
-                "be loaded"
-            )
+        if dtype is None or dtype not in dtypes:
+            wanted, hint = " or ".join(str(one)[6:] for one in dtypes), ""
+            if dtypes == FLOAT_DTYPES:
+                hint = (
+                    ": quantized experts are loaded into layers that are built so, with "
+                    "quantisation=moe_layer.quantisation_of(folder)"
+                )
+            raise CheckpointError(f"{name} must be {wanted}, is {header.get_dtype()}{hint}")
         return torch.empty(header.get_shape(), dtype=dtype, device="meta")
 
     def read(self, name: str, row: int | None = None) -> torch.Tensor:
@@ -116,6 +141,18 @@ class Checkpoint:
         if not found:
             return f"no tensor's name begins with {prefix!r}; others are {_some(map(_without_numbers, self._where))}"
         return f"under {prefix!r} there are {_some(found)}"
+
+
+def config_in(folder: str | Path) -> Mapping[str, Any]:
+    """The config.json of a checkpoint; empty if it has none.
+
+    Raises:
+        CheckpointError: no such folder.
+    """
+    if not Path(folder).is_dir():
+        raise CheckpointError(f"folder must be a local folder, got {str(folder)!r}")
+    path = Path(folder) / CONFIG
+    return json.loads(path.read_text()) if path.exists() else {}
 
 
 def _without_numbers(name: str) -> str:

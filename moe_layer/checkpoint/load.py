@@ -1,6 +1,6 @@
 """Loading: `load_experts_from`, of `MoELayer`s, and the streaming that a transformers model's experts share."""
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 
 import torch
@@ -8,6 +8,7 @@ from torch import nn
 
 from moe_layer.checkpoint.folder import Checkpoint, CheckpointError
 from moe_layer.checkpoint.names import Names, recipes_by_names
+from moe_layer.checkpoint.quantised import stored_for
 from moe_layer.checkpoint.recipe import Job
 from moe_layer.layer import MoELayer
 
@@ -25,6 +26,8 @@ def load_experts_from(
     A rank reads the experts that it holds and no others, one after the other, so it never needs more memory than one. All
     that will be read is checked by the files' headers before anything is written. Gates are not loaded. Relocations rest
     meanwhile: where the model is registered with a controller the call is collective, else it is this rank's own.
+    Quantised experts (fp8 in blocks, mxfp4, int4 of compressed-tensors) go into layers built with the same `quantisation`, byte
+    for byte: config.json says what they are (see `quantisation_of`).
 
     Args:
         model: a layer, or a module with layers. (A transformers model: `moe_layer.hf.load_experts_from`.)
@@ -33,6 +36,7 @@ def load_experts_from(
             joined along the outputs. ``{layer}`` stands for the layer's name, ``{expert}`` for the expert's number; without
             it one tensor ``[E, …]`` holds all. Matrices are ``[out, in]``, as `nn.Linear` has them. None: one of the known
             ways that the checkpoint follows: fused, ``gate_proj``/``up_proj``/``down_proj``, or ``w1``/``w3``/``w2``.
+            Of quantised experts the names that unquantised ones would have, ending in ".weight" if not fused.
         prefix: the name of `model` in the checkpoint, as "model.layers.3.mlp" of a layer.
         progress: whether the first rank shows a progress bar, on stderr.
 
@@ -47,18 +51,26 @@ def load_experts_from(
 
     If reading fails half-way, the layer in question refuses its forwards until it has been loaded.
     """
+    layers = layers_of(model, "load_experts_from")
+    return stream(folder, lambda checkpoint: jobs_of(layers, checkpoint, names, prefix), progress)
+
+
+def jobs_of(layers: Mapping[str, MoELayer], checkpoint: Checkpoint, names: Names | None, prefix: str) -> list[Job]:
+    """What `checkpoint` has of these layers, by name; for errors see `load_experts_from`."""
+    made = []
+    for name, layer in layers.items():
+        full, experts = ".".join(part for part in (prefix, name) if part), layer.experts
+        stored = stored_for(experts.format, checkpoint)
+        made.append(Job(full, experts, recipes_by_names(full, experts, names, checkpoint, stored), stored))
+    return made
+
+
+def layers_of(model: nn.Module, function: str) -> dict[str, MoELayer]:
+    """The layers of `model`, by name; ValueError if there are none."""
     layers = {name: layer for name, layer in model.named_modules() if isinstance(layer, MoELayer)}
     if not layers:
-        raise ValueError("model must hold MoELayers, has none (a transformers model: moe_layer.hf.load_experts_from)")
-
-    def jobs(checkpoint: Checkpoint) -> list[Job]:
-        made = []
-        for name, layer in layers.items():
-            full = ".".join(part for part in (prefix, name) if part)
-            made.append(Job(full, layer.experts, recipes_by_names(full, layer.experts, names, checkpoint)))
-        return made
-
-    return stream(folder, jobs, progress)
+        raise ValueError(f"model must hold MoELayers, has none (a transformers model: moe_layer.hf.{function})")
+    return layers
 
 
 def stream(folder: str | Path, plan: Callable[[Checkpoint], Sequence[Job]], progress: bool) -> int:

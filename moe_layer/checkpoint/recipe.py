@@ -8,11 +8,14 @@ from dataclasses import dataclass
 
 import torch
 
-from moe_layer.checkpoint.folder import Checkpoint, CheckpointError, _some
+from moe_layer.checkpoint.folder import FLOAT_DTYPES, Checkpoint, CheckpointError, _some
+from moe_layer.checkpoint.stored import Stored
 from moe_layer.experts import Experts
 
 Join = Callable[[list[torch.Tensor]], torch.Tensor]
 """Of one expert's tensors, each ``[*shape]`` without a dimension for experts, in the order of the recipe's parts."""
+Split = Callable[[torch.Tensor, list[torch.dtype]], list[torch.Tensor]]
+"""The reverse: of our tensor of one expert and the dtypes of the parts."""
 
 
 @dataclass(frozen=True)
@@ -22,10 +25,12 @@ class Part:
     Attributes:
         names: one, of a tensor ``[E, …]``, or E, one for each expert.
         is_fused: whether it is one tensor for all experts.
+        dtypes: that they may have.
     """
 
     names: tuple[str, ...]
     is_fused: bool
+    dtypes: tuple[torch.dtype, ...] = FLOAT_DTYPES
 
     def read(self, checkpoint: Checkpoint, expert: int) -> torch.Tensor:
         if self.is_fused:
@@ -42,16 +47,16 @@ class Part:
         if missing:
             raise CheckpointError(f"the checkpoint lacks {len(missing)} tensors: {_some(missing)}")
         if self.is_fused:
-            whole = checkpoint.like(self.names[0])
+            whole = checkpoint.like(self.names[0], self.dtypes)
             if not whole.dim() or whole.shape[0] != num_experts:
                 raise CheckpointError(
                     f"{self.names[0]} must have one row for each of {num_experts} experts, has the shape "
                     f"{tuple(whole.shape)}"
                 )
             return whole[0]
-        first = checkpoint.like(self.names[0])
+        first = checkpoint.like(self.names[0], self.dtypes)
         for name in self.names[1:]:
-            other = checkpoint.like(name)
+            other = checkpoint.like(name, self.dtypes)
             if (other.shape, other.dtype) != (first.shape, first.dtype):
                 raise CheckpointError(
                     f"{name} must be like {self.names[0]}, which is {first.dtype} {tuple(first.shape)}; is "
@@ -62,10 +67,15 @@ class Part:
 
 @dataclass(frozen=True)
 class Recipe:
-    """How one tensor of the format comes of a checkpoint."""
+    """How one tensor of the format comes of a checkpoint.
+
+    Attributes:
+        split: how it goes back; None: in no known way.
+    """
 
     parts: tuple[Part, ...]
     join: Join
+    split: Split | None = None
 
     def read(self, checkpoint: Checkpoint, expert: int) -> torch.Tensor:
         return self.join([part.read(checkpoint, expert) for part in self.parts])
@@ -79,11 +89,13 @@ class Job:
         layer: its name, for messages.
         experts: what is written.
         recipes: of each tensor of the format, as our kernels read it.
+        stored: how the checkpoint stores it, if it is quantised.
     """
 
     layer: str
     experts: Experts
     recipes: Mapping[str, Recipe]
+    stored: Stored | None = None
 
     def check(self, checkpoint: Checkpoint) -> None:
         """From headers alone: all that this layer's ranks will read is there, and fits.

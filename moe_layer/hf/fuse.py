@@ -10,6 +10,7 @@ import torch
 from torch import nn
 
 from moe_kernels import topk_routing
+from moe_layer.hf.inspect import Understood
 from moe_layer.hf.routing import NotFusedError, Routing, find_routing, weight_of
 
 
@@ -86,6 +87,57 @@ def find_routers(
     except NotFusedError as error:
         return str(error)
     return gate, routing
+
+
+def find_routings(
+    model: nn.Module, understood: dict[str, Understood], fuse_routing: bool | str
+) -> tuple[dict[str, tuple[nn.Module, Routing]], dict[str, str]]:
+    """The routers that are to choose in our kernel, and why the others are not.
+
+    Raises:
+        ValueError: all of them must, and one cannot.
+    """
+    routings: dict[str, tuple[nn.Module, Routing]] = {}
+    not_fused: dict[str, str] = {}
+    known: dict[Any, Routing | str] = {}
+    for name, one in understood.items() if fuse_routing else ():
+        found = find_routers(model, model.get_submodule(name), one.format.dtype, known)
+        if isinstance(found, str):
+            not_fused[name] = found
+        elif fuse_routing == "auto" and found[1].has_ties:
+            not_fused[name] = (
+                f"its logits are {found[1].logits_dtype}, in which many are equal, and PyTorch's choice among those is open; "
+                "fuse_routing=True takes the lowest ids"
+            )
+        else:
+            routings[name] = found
+    if fuse_routing is True and not_fused:
+        reasons = "".join(f"\n  {name}: {reason}" for name, reason in not_fused.items())
+        raise ValueError(f"fuse_routing=True needs routers whose rule our kernel has; nothing was changed.{reasons}")
+    return routings, not_fused
+
+
+def top_k_of(
+    model: nn.Module,
+    module: nn.Module,
+    understood: dict[str, Understood],
+    routings: dict[str, tuple[nn.Module, Routing]],
+) -> int:
+    """How many experts a token has in the block of `module`.
+
+    Raises:
+        ValueError: that is not known.
+    """
+    name = next(name for name in understood if model.get_submodule(name) is module)
+    if name in routings:
+        return routings[name][1].top_k
+    found = find_top_k(model, module, understood[name].format.dtype)
+    if isinstance(found, str):
+        raise ValueError(
+            f"max_tokens needs to know how many experts a token has, but of {name} it is not: {found}; nothing was changed. "
+            "dispatcher='all_gather' and 'all_to_all' go without it"
+        )
+    return found
 
 
 def find_top_k(model: nn.Module, experts: nn.Module, dtype: torch.dtype) -> int | str:

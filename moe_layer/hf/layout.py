@@ -7,6 +7,8 @@ from dataclasses import dataclass
 
 import torch
 
+from moe_layer.rows import deinterleaved, interleaved
+
 _JOINED = ("gate_up_proj", "gate_up_proj_bias")
 _MATRICES = ("gate_up_proj", "up_proj", "down_proj")
 
@@ -32,15 +34,13 @@ class Layout:
         if self.is_transposed and name in _MATRICES:
             stored = stored.transpose(-1, -2)
         if self.is_interleaved and name in _JOINED:
-            dim = _outputs(name)
-            stored = stored.unflatten(dim, (-1, 2)).transpose(dim, dim - 1).flatten(dim - 1, dim)
+            stored = deinterleaved(stored, _outputs(name))
         return stored
 
     def to_stored(self, name: str, ours: torch.Tensor) -> torch.Tensor:
         """The reverse of `to_ours`; contiguous."""
         if self.is_interleaved and name in _JOINED:
-            dim = _outputs(name)
-            ours = ours.unflatten(dim, (2, -1)).transpose(dim, dim - 1).flatten(dim - 1, dim)
+            ours = interleaved(ours, _outputs(name))
         if self.is_transposed and name in _MATRICES:
             ours = ours.transpose(-1, -2)
         return ours.contiguous()

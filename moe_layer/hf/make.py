@@ -137,7 +137,7 @@ class Maker:
         staged = self._staged.pop(id(original), None)
         with torch.no_grad():
             for expert, places in resident.live_slots().items():
-                tensors = expert_of(one, original, expert) if staged is None else staged.pop(expert)
+                tensors = one.expert(original, expert) if staged is None else staged.pop(expert)
                 for name, value in tensors.items():
                     for slot in places:
                         pool.tensors[name][slot].copy_(value)
@@ -170,12 +170,7 @@ class Maker:
             placement = Placement.initial(one.num_experts, self.num_redundant_experts, self.num_ranks, num_lanes)
         mine = sorted({expert for expert in placement.lanes_WS[self.rank].tolist() if expert >= 0})
         host = torch.device("cpu")
-        return {e: {name: t.to(host) for name, t in expert_of(one, module, e).items()} for e in mine}
-
-
-def expert_of(one: Understood, module: nn.Module, expert: int) -> dict[str, torch.Tensor]:
-    """One expert of the model's module, as our kernels read it; views where possible."""
-    return {name: one.layout.to_ours(name, getattr(module, name).detach()[expert]) for name in one.parameters}
+        return {e: {name: t.to(host) for name, t in one.expert(module, e).items()} for e in mine}
 
 
 def free(original: nn.Module) -> None:

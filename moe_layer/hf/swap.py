@@ -5,7 +5,6 @@ Legend: E experts, W ranks.
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
-from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -15,16 +14,18 @@ from eplb.groups import check_member
 from eplb.planning.placement_file import SavedLayer
 from eplb.relocation.pool import SlotPool
 from moe_kernels import resolve_backend
+from moe_kernels.checks import FLOATS
 from moe_layer.arguments import check_choice, check_integer, physical_per_rank
 from moe_layer.dispatch import Dispatcher
 from moe_layer.hf.absence import check_generate, uncheck_generate
-from moe_layer.hf.fuse import find_routers, find_top_k, fuse, unfuse
-from moe_layer.hf.inspect import SUPPORTED, NotUnderstoodError, Understood, find_experts, understand
+from moe_layer.hf.fuse import find_routings, fuse, top_k_of, unfuse
+from moe_layer.hf.inspect import SUPPORTED, NotUnderstoodError, Understood, find_experts, is_fp8, understand
 from moe_layer.hf.make import Maker
 from moe_layer.hf.padding import Padding
-from moe_layer.hf.routing import Routing
 from moe_layer.hf.swapped import Swapped, check_all_came
+from moe_layer.quantisation import Quantisation
 from moe_layer.router import RouterRule
+from moe_layer.saving_guard import allow_saving, refuse_saving
 from moe_layer.starting import starting_point
 
 _SHADOW_SLOTS = 4  # of all layers together, where experts may move and the caller does not say
@@ -64,6 +65,7 @@ def swap_experts(
     process_group: dist.ProcessGroup | None = None,
     *,
     tokens: str = "own",
+    quantisation: str | Quantisation | None = None,
     trainable: bool = False,
     num_redundant_experts: int = 0,
     num_shadow_slots: int | None = None,
@@ -92,6 +94,9 @@ def swap_experts(
             deadline of the group or dispatcher.
         tokens: "own": each rank has tokens of its own; "replicated": all ranks hold the same batch, of which each computes
             the experts of a part, and all get equal outputs and gradients.
+        quantisation: how the experts' matrices are stored: "fp8_block", "mxfp4", "int4" or a `Quantisation`; None: as in the
+            model (transformers' `FP8Experts` stay fp8_block). Weights that are there are rounded, those of a checkpoint must
+            be so (see `moe_layer.quantisation_of`). `save_pretrained()` is refused then: see `save_experts_to`.
         trainable: whether the experts stay parameters. Otherwise they live in slots, get no gradients, and may move.
             Gradients flow through them in either case.
         num_redundant_experts: of each block, as of `MoELayer`.
@@ -143,7 +148,13 @@ def swap_experts(
     ):
         if trainable and is_given:
             raise ValueError(f"{name} does not go with trainable=True: such experts do not move")
-    understood, left = _understand_all(model)
+    wanted = Quantisation.of(quantisation)
+    understood, left = _understand_all(model, wanted)
+    are_quantised = any(one.format.quantisation is not None for one in understood.values())
+    if trainable and are_quantised:
+        raise ValueError(
+            f"trainable=True does not go with quantised experts (quantisation={quantisation!r}): they do not train"
+        )
     if strict and (left or not understood):
         reasons = "".join(f"\n  {name}: {reason}" for name, reason in left.items()) or " it has no experts."
         raise ValueError(
@@ -168,7 +179,7 @@ def swap_experts(
         )
         for index, ((module, one), saved) in enumerate(zip(blocks.items(), placements or (), strict=False))
     }
-    routings, not_fused = _find_routings(model, understood, fuse_routing)
+    routings, not_fused = find_routings(model, understood, fuse_routing)
     maker = Maker(
         process_group,
         trainable=trainable,
@@ -178,7 +189,7 @@ def swap_experts(
         starts=starts,
         dispatcher=dispatcher,
         max_tokens=max_tokens if max_tokens is None or tokens == "own" else -(-max_tokens // num_ranks),
-        top_k=lambda module: _top_k(model, module, understood, routings),
+        top_k=lambda module: top_k_of(model, module, understood, routings),
         backend=backend,
     )
     maker.prepare(blocks)
@@ -195,6 +206,8 @@ def swap_experts(
             fused[name] = routing.rule
     if blocks and num_ranks > 1:
         check_generate(model, check_all_came)
+    if are_quantised:
+        refuse_saving(model)
     report = SwapReport(understood, left, fused, not_fused)
     if rank == 0:
         print(report)
@@ -220,6 +233,8 @@ def unswap_experts(model: nn.Module) -> int:
             raise RuntimeError(
                 "unswap_experts() is refused: the model is registered with an EplbController; close() it first"
             )
+        if module.format.quantisation is not None and not is_fp8(module.original):
+            raise RuntimeError("unswap_experts() is refused: the experts are quantised, and the model's were floats")
     for module in swapped:
         _give_back(module)
         for gate in module.fused_gate:
@@ -228,11 +243,14 @@ def unswap_experts(model: nn.Module) -> int:
             module.padding.remove()
         _replace(model, module, module.original)
     uncheck_generate(model)
+    allow_saving(model)
     return len(swapped)
 
 
-def _understand_all(model: nn.Module) -> tuple[dict[str, Understood], dict[str, str]]:
-    """What each module of experts is, or why it is not understood."""
+def _understand_all(
+    model: nn.Module, quantisation: Quantisation | None
+) -> tuple[dict[str, Understood], dict[str, str]]:
+    """What each module of experts is, or why it is not understood or cannot be quantised so."""
     understood: dict[str, Understood] = {}
     left: dict[str, str] = {}
     uses: dict[int, int] = {}
@@ -245,7 +263,8 @@ def _understand_all(model: nn.Module) -> tuple[dict[str, Understood], dict[str, 
                 raise NotUnderstoodError("it is swapped already")
             if any(uses[id(parameter)] > 1 for parameter in module.parameters(recurse=False)):
                 raise NotUnderstoodError("its parameters are also those of another module")
-            understood[name] = understand(module, _home(model, name, module))
+            one = understand(module, _home(model, name, module), _dtype_of(model))
+            understood[name] = one if quantisation is None else one.stored_as(quantisation)
         except NotUnderstoodError as error:
             left[name] = str(error)
     return understood, left
@@ -258,55 +277,11 @@ def _home(model: nn.Module, name: str, experts: nn.Module) -> torch.device | Non
     return next((device for device in devices if device.type in ("cpu", "cuda")), None)
 
 
-def _find_routings(
-    model: nn.Module, understood: dict[str, Understood], fuse_routing: bool | str
-) -> tuple[dict[str, tuple[nn.Module, Routing]], dict[str, str]]:
-    """The routers that are to choose in our kernel, and why the others are not.
-
-    Raises:
-        ValueError: all of them must, and one cannot.
-    """
-    routings: dict[str, tuple[nn.Module, Routing]] = {}
-    not_fused: dict[str, str] = {}
-    known: dict[Any, Routing | str] = {}
-    for name, one in understood.items() if fuse_routing else ():
-        found = find_routers(model, model.get_submodule(name), one.format.dtype, known)
-        if isinstance(found, str):
-            not_fused[name] = found
-        elif fuse_routing == "auto" and found[1].has_ties:
-            not_fused[name] = (
-                f"its logits are {found[1].logits_dtype}, in which many are equal, and PyTorch's choice among those is open; "
-                "fuse_routing=True takes the lowest ids"
-            )
-        else:
-            routings[name] = found
-    if fuse_routing is True and not_fused:
-        reasons = "".join(f"\n  {name}: {reason}" for name, reason in not_fused.items())
-        raise ValueError(f"fuse_routing=True needs routers whose rule our kernel has; nothing was changed.{reasons}")
-    return routings, not_fused
-
-
-def _top_k(
-    model: nn.Module,
-    module: nn.Module,
-    understood: dict[str, Understood],
-    routings: dict[str, tuple[nn.Module, Routing]],
-) -> int:
-    """How many experts a token has in the block of `module`.
-
-    Raises:
-        ValueError: that is not known.
-    """
-    name = next(name for name in understood if model.get_submodule(name) is module)
-    if name in routings:
-        return routings[name][1].top_k
-    found = find_top_k(model, module, understood[name].format.dtype)
-    if isinstance(found, str):
-        raise ValueError(
-            f"max_tokens needs to know how many experts a token has, but of {name} it is not: {found}; nothing was changed. "
-            "dispatcher='all_gather' and 'all_to_all' go without it"
-        )
-    return found
+def _dtype_of(model: nn.Module) -> torch.dtype:
+    """Of its hidden states: what its config says, else its first float parameter's."""
+    said = getattr(getattr(model, "config", None), "dtype", None)
+    there = [said, *(parameter.dtype for parameter in model.parameters())]
+    return next((dtype for dtype in there if dtype in FLOATS), torch.bfloat16)
 
 
 def _places(model: nn.Module, module: nn.Module) -> Iterator[tuple[nn.Module, str]]:
@@ -328,8 +303,9 @@ def _give_back(module: Swapped) -> None:
     if any(parameter is module._parameters.get(name) for name, parameter in original.named_parameters()):
         return  # they were never taken
     tensors = module.state_dict()
+    names = {held: ours for ours, held in (module.quantised or {}).items()}
     for name, parameter in original.named_parameters():
-        value = tensors[name].to(module.device)
+        value = tensors[names.get(name, name)].to(module.device)
         if parameter.is_meta:  # it cannot get memory
             original._parameters[name] = nn.Parameter(value, requires_grad=parameter.requires_grad)
         else:

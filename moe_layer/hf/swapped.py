@@ -5,6 +5,7 @@ Each is itself the experts that executors and controllers know, so its tensors h
 Legend: T tokens, H hidden, E experts, K top-k.
 """
 
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -40,6 +41,7 @@ class Swapped(Relocatable, Experts):
         tokens: "own" of each rank, or "replicated": all ranks hold the same.
         padding: says which tokens are padding, where they must not count.
         max_tokens: most tokens of any rank in one forward; None: any number.
+        quantised: of an original that is quantised itself: its parameter for each of our tensors.
     """
 
     layout: Layout
@@ -48,6 +50,7 @@ class Swapped(Relocatable, Experts):
     tokens: str = "own"
     padding: Padding | None = None
     max_tokens: int | None = None
+    quantised: Mapping[str, str] | None = None
 
     def _take_place_of(self, original: nn.Module, layout: Layout, executor: Executor) -> None:
         self.layout = layout
@@ -167,9 +170,14 @@ class Swapped(Relocatable, Experts):
 
     # ---- the model's names and layout
 
+    @property
+    def _kept_layout(self) -> Layout:
+        """How tensors lie that come and go by name: as in the model, but quantised records as in the slots."""
+        return self.layout if self.format.quantisation is None else Layout()
+
     def load_experts(self, weights: NewWeights) -> None:
-        """As `MoELayer.load_experts`, of tensors as the model stores them."""
-        to_ours = self.layout.to_ours
+        """As `MoELayer.load_experts`, of tensors as the model stores them; quantised ones as our slots do."""
+        to_ours = self._kept_layout.to_ours
         super().load_experts(
             {
                 expert: {
@@ -187,14 +195,14 @@ class Swapped(Relocatable, Experts):
     def _save_to_state_dict(self, destination: dict[str, Any], prefix: str, keep_vars: bool) -> None:
         self.check_loaded()
         super()._save_to_state_dict(destination, prefix, keep_vars)
-        if not self.layout.is_ours:
+        if not self._kept_layout.is_ours:
             for tensor in self.format.tensors:
                 destination[prefix + tensor.name] = self.layout.to_stored(
                     tensor.name, destination[prefix + tensor.name]
                 )
 
     def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *rest: Any) -> None:
-        if not self.layout.is_ours:
+        if not self._kept_layout.is_ours:
             converted = {}
             for tensor in self.format.tensors:
                 value = state_dict.get(prefix + tensor.name)
@@ -228,6 +236,7 @@ class SwappedSlots(Swapped, SlotExperts):
         super().__init__(understood.format, resident, process_group, backend)
         self.state_dict_scope = "all"
         self.state_dict_on_host = resident.num_ranks > 1
+        self.quantised = understood.quantised
         self._take_place_of(original, understood.layout, executor)
 
 

@@ -129,7 +129,7 @@ def test_graphs_of_a_case_take_turns(monkeypatch, flush, mode):
     monkeypatch.setattr(moe_forward, "time_captured", lambda graphs, *_: [Timing(1.0, 1.0, 1.0, 9) for _ in graphs])
     options = argparse.Namespace(device=torch.device("cuda"), seconds=0.1, flush=flush, eager=False)
     forwards = {"a": lambda: torch.zeros(1), "b": lambda: torch.zeros(1)}
-    times = moe_forward._times(forwards, dict.fromkeys(forwards), options)
+    times = moe_forward.measured_times(forwards, dict.fromkeys(forwards), options)
     assert times == {"a": {mode: (1.0, 1.0, 1.0)}, "b": {mode: (1.0, 1.0, 1.0)}}
 
 

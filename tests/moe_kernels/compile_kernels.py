@@ -29,7 +29,7 @@ from moe_kernels import (  # noqa: F401
     routing_triton,
     send_rows,
 )
-from moe_kernels.config import _INTERMEDIATE, _KEPT_TMA, _TABLE_TMA
+from moe_kernels.config import _INTERMEDIATE, _KEPT_TMA, _TABLE_TMA, _quantised_table
 from moe_kernels.gradient_configs import _TABLE_16_BIT, _TABLE_32_BIT, _TABLE_HOPPER
 from moe_kernels.scan import MANY_KEYS, chunk_options, scan_options
 
@@ -39,8 +39,10 @@ MODULES = {
         "combine",
         "count_experts",
         "expand_rows",
+        "expert_down_quantised",
         "expert_down_tma",
         "expert_down_triton",
+        "expert_up_quantised",
         "expert_up_tma",
         "expert_up_triton",
         "experts_grad_hidden",
@@ -50,6 +52,7 @@ MODULES = {
         "gradient_tiles",
         "meet_peers",
         "one_token_triton",
+        "quantise_rows",
         "receive_rows",
         "replicas_triton",
         "return_rows",
@@ -61,7 +64,7 @@ MODULES = {
     )
 }
 ALIGNED = ("stride_row", "stride_slot", "hidden_size", "intermediate", "num_experts", "rows_at")
-ALIGNED += ("inner", "height", "width", "stride_left", "stride_right")
+ALIGNED += ("stride_scale", "stride_zero", "inner", "height", "width", "stride_left", "stride_right")
 DTYPES = {torch.float32: "fp32", torch.float16: "fp16", torch.bfloat16: "bf16"}
 
 
@@ -424,6 +427,75 @@ def compile_tma_gemms(
             assert compiled.metadata.shared <= 227 * 1024, f"{compiled.metadata.shared} bytes of shared memory"
 
 
+QUANTISED = {  # the types of weights and of their scales
+    "fp8_block": ("*fp8e4nv", "*fp32"),
+    "mxfp4": ("*u8", "*u8"),
+    "int4": ("*u8", "*bf16"),
+}
+
+
+def compile_quantised(
+    arch: int, scheme: str, config: GemmConfig, is_up: bool, dtype: str = "bf16", even_k: bool = True,
+    activation: str = "silu", biased: bool = False, zeros: bool = False,
+) -> None:  # fmt: skip
+    """One of the two products with quantised experts."""
+    is_fp8 = scheme == "fp8_block"
+    weights, scale = QUANTISED[scheme]
+    weights = "*u8" if arch < 89 else weights  # no e4m3 there: bytes
+    rows = weights if is_fp8 else f"*{dtype}"
+    types = dict.fromkeys(("x_ptr", "hidden_ptr"), rows) | dict.fromkeys(("gate_up_ptr", "down_ptr"), weights)
+    types |= dict.fromkeys(("x_scale_ptr", "hidden_scale_ptr", "row_weights_ptr"), "*fp32")
+    types |= dict.fromkeys(("bias_ptr", "rows_ptr"), f"*{dtype}")
+    types |= {"scale_ptr": scale, "zero_ptr": "*u8", "homes_ptr": "*i64", "stride_slot": "i64"}
+    constants = {"PDL": arch >= 90, "SCHEME": scheme, "GROUP": 128 if is_fp8 else 32, "EVEN_K": even_k}
+    constants |= {"SWAP": config.swap, "BLOCK_M": config.block_m, "BLOCK_K": config.block_k, "GROUP_M": config.group_m}
+    absent = [] if biased else ["bias_ptr"]
+    absent += [] if zeros else ["zero_ptr"]
+    absent += [] if is_fp8 else ["hidden_scale_ptr", "x_scale_ptr"] if is_up else ["hidden_scale_ptr"]
+    if is_up:
+        constants |= {"ACTIVATION": activation, "BLOCK_I": config.block_n // 2}
+    else:
+        constants |= {"BLOCK_N": config.block_n}
+        absent += ["homes_ptr"] if even_k else []
+    module = f"expert_{'up' if is_up else 'down'}_quantised"
+    options = {"num_warps": config.num_warps, "num_stages": config.num_stages}
+    compiled = compile_kernel(module, f"_{module}_kernel", types, constants | dict.fromkeys(absent), arch, **options)
+    ptx = compiled.asm["ptx"]
+    assert "cp.async" in ptx, "operands must be loaded ahead"
+    if arch == 90 and dtype != "fp32":
+        assert "wgmma" in ptx and "mma.sync" not in ptx
+    most = 227 if arch == 90 else 99
+    assert compiled.metadata.shared <= most * 1024, f"{compiled.metadata.shared} bytes of shared memory"
+
+
+def compile_all_quantised(arch: int, all_of_them: bool) -> None:
+    for dtype in ("bf16", "fp16", "fp32") if all_of_them else ("bf16",):
+        values = "*u8" if arch < 89 else "*fp8e4nv"
+        types = {"x_ptr": f"*{dtype}", "values_ptr": values, "scale_ptr": "*fp32"}
+        compile_small_one("quantise_rows", "_quantise_rows_kernel", types, {"BLOCK_H": 1024, "GROUP": 128}, arch)
+    tables = {scheme: _quantised_table(scheme, torch.bfloat16, arch == 90) for scheme in QUANTISED}
+    if not all_of_them:
+        (_, up, down), (_, wide_up, _) = tables["fp8_block"][0], tables["fp8_block"][-1]
+        compile_quantised(arch, "fp8_block", up, True)
+        compile_quantised(arch, "fp8_block", down, False, even_k=False)
+        compile_quantised(arch, "fp8_block", wide_up, True)
+        compile_quantised(arch, "mxfp4", tables["mxfp4"][0][1], True, activation=GPT_OSS, biased=True)
+        compile_quantised(arch, "int4", tables["int4"][-1][2], False, zeros=True)
+        return
+    for scheme, table in tables.items():
+        for _, up, down in table:
+            for even_k in (True, False):
+                compile_quantised(arch, scheme, up, True, even_k=even_k)
+                compile_quantised(arch, scheme, down, False, even_k=even_k)
+            compile_quantised(arch, scheme, up, True, "fp16", activation=GPT_OSS, biased=True, zeros=scheme == "int4")
+            compile_quantised(arch, scheme, down, False, "fp16", biased=True, zeros=scheme == "int4")
+            compile_quantised(arch, scheme, up, True, activation="relu2 ungated")
+    for scheme in ("mxfp4", "int4"):
+        for _, up, down in _quantised_table(scheme, torch.float32, arch == 90):
+            compile_quantised(arch, scheme, up, True, "fp32")
+            compile_quantised(arch, scheme, down, False, "fp32")
+
+
 if __name__ == "__main__":
     arch, all_of_them = int(sys.argv[1]), sys.argv[2:] == ["all"]  # all of them takes minutes
     compile_small(arch)
@@ -440,6 +512,7 @@ if __name__ == "__main__":
     for dtype, table in tables.items():
         for place, (_, configs) in enumerate(table):
             compile_gradients(arch, dtype, place, configs, *KINDS[place])
+    compile_all_quantised(arch, all_of_them)
     if arch == 90:
         for hidden_size, intermediate in ((2048, 768), (2880, 2880), (4096, 14336)):  # one for each column
             column = bisect.bisect_left(_INTERMEDIATE, intermediate)

@@ -125,12 +125,14 @@ def make_config(family: str) -> Any:
     return kind(**{**values, **FAMILIES[family]})
 
 
-def make_model(family: str, dtype: torch.dtype = torch.float32, device: str = "cpu", seed: int = 0) -> nn.Module:
+def make_model(
+    family: str, dtype: torch.dtype = torch.float32, device: str = "cpu", seed: int = 0, config: Any = None
+) -> nn.Module:
     """A random model, the same for each seed, whose experts and routers matter: of unit scale, with all biases."""
     from transformers import AutoModelForCausalLM
 
     torch.manual_seed(seed)
-    model = AutoModelForCausalLM.from_config(make_config(family)).eval()
+    model = AutoModelForCausalLM.from_config(config or make_config(family)).eval()
     random = torch.Generator().manual_seed(seed)
     with torch.no_grad():
         for name, tensor in [*model.named_parameters(), *model.named_buffers()]:

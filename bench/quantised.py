@@ -1,0 +1,244 @@
+"""``python -m bench.quantised``: the forward of one MoE layer with quantised experts, against our bfloat16 and against peers.
+
+A case is a shape in a format: ``dsv3-fp8/T64``. Times and checks are those of `bench.moe_forward`. The floors are by the bytes
+of the format, and by products measured at the start of the run: e4m3 ones for fp8, bfloat16 ones for 4-bit weights. Every
+output is checked against a float32 computation on the dequantised weights. The exit status is 1 if one is wrong or a provider
+failed.
+
+To measure a peer, write a module that calls `bench.quantised_providers.register`:
+``--provider-module my_module --providers moe_layer,moe_layer_bf16,mine``.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+from itertools import groupby
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from bench.cases import CASES, SHAPES, TOKENS, Case, count_hit, make_logits, select
+from bench.ceilings import Ceilings, measure_ceilings
+from bench.command import make_parser
+from bench.moe_forward import header, line_of, measured_times, summary
+from bench.providers import complaining, find
+from bench.quantised_providers import (
+    FORMATS,
+    PROVIDERS,
+    Format,
+    QuantisedProblem,
+    QuantisedProvider,
+    make_matrices,
+    make_problem,
+    reference,
+)
+from bench.report import (
+    Report,
+    add_device,
+    geometric_mean,
+    plot_over_floor,
+    relative_error,
+    require_matplotlib,
+)
+from bench.timing import DEFAULT_SECONDS, FLUSHES, capture, extra_bytes, time_eager, time_graph
+from moe_kernels import ExpertMatrices
+
+DEFAULT = ("qwen3-fp8", "dsv3-fp8", "gptoss-mxfp4", "qwen3-int4")
+OURS, OURS_BF16 = "moe_layer", "moe_layer_bf16"
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    parser = make_parser("quantised", __doc__)
+    parser.add_argument(
+        "--cases",
+        type=lambda text: text.split(","),
+        default=list(DEFAULT),
+        metavar="A,B",
+        help=f"shape-format: of {', '.join(SHAPES)} (or experts:top_k:hidden:intermediate) and {', '.join(FORMATS)}; "
+        f"default: {','.join(DEFAULT)}",
+    )
+    parser.add_argument(
+        "--tokens", type=lambda text: [int(n) for n in text.split(",")], default=list(TOKENS), metavar="N,M"
+    )
+    parser.add_argument("--providers", type=lambda text: text.split(","), metavar="A,B", help="the first is compared")
+    parser.add_argument("--provider-module", action="append", default=[], metavar="MODULE", help="registers providers")
+    add_device(parser)
+    parser.add_argument("--seconds", type=float, default=DEFAULT_SECONDS, help="of timing, for each case and provider")
+    parser.add_argument("--flush", choices=FLUSHES, default="write", help="how the L2 is emptied before a replay")
+    parser.add_argument("--eager", action="store_true", help="also without a CUDA graph")
+    parser.add_argument("--csv", type=Path, metavar="FILE", help="a row per case and provider, written as they come")
+    parser.add_argument("--plot", type=Path, metavar="FILE", help="picture of time over floor (needs matplotlib)")
+    options = parser.parse_args(arguments)
+    try:
+        cases = chosen(options.cases, options.tokens)
+        providers = find(options.providers, options.provider_module, PROVIDERS)
+    except (ValueError, ImportError) as error:
+        parser.error(str(error))
+    if options.plot:
+        require_matplotlib()
+    complaints: list[str] = []
+    ceilings = measure_ceilings(options.device, torch.bfloat16)
+    fp8 = replace(ceilings, flops_per_s=measure_fp8(options.device) or ceilings.flops_per_s)
+    columns = {**ceilings.columns(), "ceiling_fp8_tflops": fp8.columns()["ceiling_tflops"]}
+    with Report(options.csv, len(cases), columns) as report, torch.no_grad():
+        report.line(f"floors by {ceilings}, and {fp8.columns()['ceiling_tflops']} TFLOP/s in fp8, measured now")
+        report.line(header(providers) + f"{'bf16 /':>10}")
+        for (shape, form), of_kind in groupby(cases, key=lambda pair: (pair[0].shape, pair[1])):
+            matrices = make_matrices(shape, form, options.device)
+            for case, _ in of_kind:
+                report.step(case.name)
+                problem = make_problem(shape, form, matrices, make_logits(case))
+                floors = fp8 if form.scheme == "fp8_block" else ceilings
+                rows, problems = _measure(case, problem, providers, options, floors)
+                for row in rows:
+                    report.row(row)
+                complaints += problems
+                report.line(line_of(case, rows, providers) + _ratio(rows))
+                for complaint in problems:
+                    report.line(f"    {complaint}")
+            del matrices, problem  # before the next ones are made
+        for line in _summaries(report.rows, providers):
+            report.line(line)
+    if options.plot and report.rows:
+        plot_over_floor(report.rows, options.plot, "Quantised experts, forward")
+    wrong = [complaint for complaint in complaints if complaint.startswith("FAILED")]
+    if wrong:
+        print("\n".join(wrong), file=sys.stderr)
+    return 1 if wrong else 0
+
+
+def chosen(kinds: Sequence[str], tokens: Sequence[int]) -> list[tuple[Case, Format]]:
+    """The cases of these kinds, with their logits; a case's name has the format: ``qwen3-fp8/T16``.
+
+    Raises:
+        ValueError: an unknown shape or format, or a batch without tokens.
+    """
+    found = []
+    for kind in kinds:
+        shape_name, _, form_name = kind.partition("-")
+        if form_name not in FORMATS:
+            raise ValueError(f"case {kind!r}: must be a shape, '-', and one of {', '.join(FORMATS)}")
+        for case in select([shape_name], tokens):
+            if case.is_skewed:
+                continue
+            known = next((one for one in CASES if one.name == case.name), case)
+            shape = replace(case.shape, name=kind)
+            found.append((replace(known, shape=shape), FORMATS[form_name]))
+    return found
+
+
+def quantised_work(
+    problem_shape: tuple[int, int, int], matrices: ExpertMatrices, num_tokens: int, hit: int
+) -> tuple[float, float]:
+    """The FLOPs and bytes that no forward can do without: all bytes of the experts hit, once, and x and y in bfloat16.
+
+    Args:
+        problem_shape: top k, H, I.
+    """
+    top_k, hidden_size, intermediate = problem_shape
+    flops = 6 * num_tokens * top_k * hidden_size * intermediate
+    slots = matrices.down_SHI.shape[0]
+    parts = (
+        matrices.gate_up_SNH, matrices.down_SHI, matrices.gate_up_bias_SN, matrices.down_bias_SH,
+        matrices.gate_up_scale, matrices.down_scale, matrices.gate_up_zero, matrices.down_zero,
+    )  # fmt: skip
+    of_expert = sum(part.numel() * part.element_size() // slots for part in parts if part is not None)
+    return flops, of_expert * hit + 4 * num_tokens * hidden_size
+
+
+def measure_fp8(device: torch.device, seconds: float = DEFAULT_SECONDS) -> float | None:
+    """FLOP/s of an 8192³ product of e4m3 numbers with one scale each; None where PyTorch has none."""
+    size = 8192 if device.type == "cuda" else 256
+    a, b = (torch.randn(size, size, device=device).to(torch.float8_e4m3fn) for _ in range(2))
+    one = torch.ones((), device=device)
+
+    def product() -> torch.Tensor:
+        return torch._scaled_mm(a, b.t(), one, one, out_dtype=torch.bfloat16, use_fast_accum=device.type == "cuda")
+
+    try:
+        product()
+    except (RuntimeError, NotImplementedError, AttributeError):
+        return None
+    timing = time_graph(product, device, seconds) if device.type == "cuda" else time_eager(product, device, seconds)[0]
+    return 2e6 * size**3 / timing.median_us
+
+
+def _measure(
+    case: Case,
+    problem: QuantisedProblem,
+    providers: Sequence[QuantisedProvider],
+    options: argparse.Namespace,
+    ceilings: Ceilings,
+) -> tuple[list[dict[str, Any]], list[str]]:
+    """The rows of a case, and complaints: "skipped …" and "FAILED …"."""
+    expected, shape, form = reference(problem), problem.shape, problem.form
+    hit = count_hit(problem.logits_TE, shape.top_k)
+    sizes = (shape.top_k, shape.hidden_size, shape.intermediate_size)
+    floor = ceilings.floor_us(*quantised_work(sizes, problem.quantised, case.num_tokens, hit))
+    forwards: dict[str, Callable[[], torch.Tensor]] = {}
+    graphs: dict[str, torch.cuda.CUDAGraph] = {}
+    checked: dict[str, tuple[float, int | None]] = {}
+    complaints: list[str] = []
+    for provider in providers:
+        with complaining(provider.name, case.name, complaints):
+            forward = provider.prepare(problem)
+            error = relative_error(forward(), expected)
+            checked[provider.name] = error, extra_bytes(forward, options.device)
+            if options.device.type == "cuda":
+                graphs[provider.name] = capture(forward, options.device)
+            forwards[provider.name] = forward
+            if not error <= form.worst_error:
+                complaints.append(f"FAILED {provider.name}, {case.name}: error {error:.2e} against float32, or NaN")
+    rows = [
+        {
+            "case": case.name,
+            "provider": name,
+            "median_us": median_us,
+            "p20_us": p20_us,
+            "p80_us": p80_us,
+            "floor_us": floor,
+            "rel_err": checked[name][0],
+            "mode": mode,
+            "scheme": form.scheme,
+            "experts_hit": hit,
+            "extra_bytes": checked[name][1],
+        }
+        for name, times in measured_times(forwards, graphs, options).items()
+        for mode, (median_us, p20_us, p80_us) in times.items()
+    ]
+    return rows, complaints
+
+
+def _ratio(rows: Sequence[dict[str, Any]]) -> str:
+    """How much longer our bfloat16 takes, in the first mode."""
+    first: dict[str, float] = {}
+    for row in rows:
+        first.setdefault(row["provider"], row["median_us"])
+    if OURS not in first or OURS_BF16 not in first:
+        return ""
+    return f"{first[OURS_BF16] / first[OURS]:>10.2f}"
+
+
+def _summaries(rows: Sequence[dict[str, Any]], providers: Sequence[QuantisedProvider]) -> list[str]:
+    """Of each kind of case; what is our bfloat16's own floor is not this one, so it may be far away."""
+    lines = []
+    kinds = dict.fromkeys(row["case"].partition("/")[0] for row in rows)
+    for kind in kinds:
+        of_kind = [row for row in rows if row["case"].partition("/")[0] == kind]
+        lines += [f"\n{kind}", *summary(of_kind, providers)[1:]]
+        ours, plain = (
+            {(row["case"], row["mode"]): row["median_us"] for row in of_kind if row["provider"] == name}
+            for name in (OURS, OURS_BF16)
+        )
+        both = [plain[key] / ours[key] for key in ours if key in plain]
+        if both:
+            lines.append(f"  {OURS_BF16} / {OURS}: {geometric_mean(both):.2f}")
+    return lines
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,424 @@
+"""Quantised experts through the ops, against a plain float32 computation on dequantised weights."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+
+import pytest
+import torch
+
+from moe_kernels import (
+    ExpertMatrices,
+    LoadCounter,
+    QuantisedRows,
+    ReplicaTable,
+    RoutingRule,
+    build_schedule,
+    combine,
+    dequantise,
+    expert_down,
+    expert_rows,
+    expert_up,
+    gemm_configs,
+    gradient_configs,
+    has_tma,
+    local_experts,
+    local_forward,
+    moe_experts,
+    quantise_rows,
+    quantise_weights,
+)
+from moe_kernels.expert_down import expert_down_home
+from moe_kernels.homes import RowHomes
+from tests.moe_kernels.conftest import in_slots
+from tests.moe_kernels.test_formats import GPT_OSS, exact
+
+# scheme → options of `quantise_weights`, sizes (H, I) that need masks, where the scheme allows them
+KINDS = {
+    "fp8_block": ("fp8_block", {}, (200, 136)),
+    "mxfp4": ("mxfp4", {}, (96, 160)),
+    "int4 g32": ("int4", {"group": 32}, (96, 160)),
+    "int4 g128": ("int4", {"group": 128}, (384, 128)),
+    "int4 zeros": ("int4", {"group": 32, "with_zero": True}, (160, 96)),
+}
+FORMS = {"silu": ("silu", False), "gpt-oss": (GPT_OSS, True), "relu2 ungated": ("relu2 ungated", True)}
+
+
+def quantised(experts, kind, form="silu", dtype=torch.bfloat16):
+    """The experts' matrices quantised, in slots with other bytes between them; biases if the form has them."""
+    scheme, options, _ = KINDS[kind]
+    activation, is_biased = FORMS[form]
+    device, slots = experts.x_RH.device, experts.gate_up_SNH.shape[0]
+    hidden_size, intermediate = experts.down_SHI.shape[1:]
+    gate_up = experts.gate_up_SNH.float()
+    if activation.endswith("ungated"):
+        gate_up = gate_up[:, :intermediate].contiguous()
+    random = torch.Generator().manual_seed(2)
+
+    def bias(size):
+        return torch.randn(slots, size, generator=random).to(device, dtype)
+
+    parts = quantise_weights(gate_up, scheme, blocks_of=intermediate if scheme == "fp8_block" else None, **options)
+    down_parts = quantise_weights(experts.down_SHI.float(), scheme, **options)
+    weights, scales, zeros = (
+        [None if one is None else spaced(one) for one in pair] for pair in zip(parts, down_parts, strict=True)
+    )
+    return ExpertMatrices(
+        *weights,
+        activation,
+        *((bias(gate_up.shape[1]), bias(hidden_size)) if is_biased else (None, None)),
+        *scales,
+        *zeros,
+        scheme,
+    )
+
+
+def spaced(tensor):
+    """As in a pool: slots with a gap between them."""
+    if tensor.dtype in (torch.uint8, torch.float8_e4m3fn):
+        slots, rows, columns = tensor.shape
+        slab = torch.full((slots, rows * columns + 16), 0x7F, dtype=torch.uint8, device=tensor.device)
+        slab[:, : rows * columns] = tensor.view(torch.uint8).reshape(slots, -1)
+        return slab[:, : rows * columns].view(tensor.dtype).view(slots, rows, columns)
+    return in_slots(tensor, 8)
+
+
+@dataclass
+class Case:
+    experts: object
+    matrices: ExpertMatrices
+    configs: tuple
+    schedule: object
+
+    def up(self, backend, x=None):
+        return expert_up(
+            self.experts.x_RH if x is None else x, self.matrices, self.experts.lane_to_slot_L, self.schedule,
+            fanout=self.experts.fanout, config=self.configs[0], backend=backend,
+        )  # fmt: skip
+
+    def down(self, backend, hidden):
+        return expert_down(
+            hidden, self.matrices, self.experts.lane_to_slot_L, self.schedule, self.experts.row_weights_N,
+            config=self.configs[1], backend=backend,
+        )  # fmt: skip
+
+    @property
+    def computed(self):
+        return int(self.schedule.offsets_L1[-1])
+
+
+def make_case(make_experts, kind, form="silu", dtype=torch.bfloat16, num_tokens=5, num_lanes=2, tma=False, change=None):
+    hidden_size, intermediate = KINDS[kind][2]
+    experts = make_experts(num_tokens, 2, num_lanes, hidden_size, intermediate, dtype)
+    matrices = quantised(experts, kind, form, dtype)
+    batch = (hidden_size, intermediate, dtype, num_tokens, 2, num_lanes)
+    configs = gemm_configs(*batch, tma=tma, scheme=matrices.scheme)
+    if change is not None:
+        configs = tuple(replace(config, **change) for config in configs)
+    schedule = build_schedule(experts.lanes_N, experts.counts_L, block_m=configs[0].block_m)
+    return Case(experts, matrices, configs, schedule)
+
+
+def weights_of(matrices, slot, dtype):
+    """What the scheme means by the bytes of a slot; 4-bit weights in the dtype of x."""
+    found = []
+    for which, rows in (("gate_up", matrices.intermediate_size), ("down", None)):
+        weight = matrices.gate_up_SNH if which == "gate_up" else matrices.down_SHI
+        scale, zero = getattr(matrices, f"{which}_scale"), getattr(matrices, f"{which}_zero")
+        zero = None if zero is None else zero[slot]
+        values = dequantise(weight[slot], scale[slot], zero, matrices.scheme, blocks_of=rows)
+        found.append(values if matrices.scheme == "fp8_block" else values.to(dtype).float())
+    return found
+
+
+def expected_hidden(case, exact_x=False):
+    """[N, I] in float64, sorted; `exact_x`: of rows that are not quantised."""
+    experts, matrices = case.experts, case.matrices
+    dtype, x = experts.x_RH.dtype, experts.x_RH
+    x = quantise_rows(x, backend="torch").dequantised() if matrices.scheme == "fp8_block" and not exact_x else x
+    hidden = []
+    for flat in case.schedule.order_N[: case.computed].tolist():
+        slot = int(experts.lane_to_slot_L[experts.lanes_N[flat]])
+        product = weights_of(matrices, slot, dtype)[0].double() @ x[flat // experts.fanout].double()
+        bias = matrices.gate_up_bias_SN
+        hidden.append(exact(matrices.activation, product if bias is None else product + bias[slot].double()))
+    return torch.stack(hidden)
+
+
+def expected_rows(case, hidden):
+    """[N, H] in float64, flat; of hidden rows [N, I] in sorted order."""
+    experts, matrices = case.experts, case.matrices
+    rows = hidden.new_zeros((experts.lanes_N.numel(), matrices.hidden_size), dtype=torch.float64)
+    for place, flat in enumerate(case.schedule.order_N[: case.computed].tolist()):
+        slot = int(experts.lane_to_slot_L[experts.lanes_N[flat]])
+        row = weights_of(matrices, slot, experts.x_RH.dtype)[1].double() @ hidden[place].double()
+        if matrices.down_bias_SH is not None:
+            row = row + matrices.down_bias_SH[slot].double()
+        rows[flat] = row * experts.row_weights_N[flat].double()
+    return rows
+
+
+def error(actual, expected):
+    return float((actual.double() - expected).norm() / expected.norm())
+
+
+def check(case, backend):
+    """Each op for itself; the rounding of hidden may differ where a value is just between two."""
+    is_fp8, dtype = case.matrices.scheme == "fp8_block", case.experts.x_RH.dtype
+    rounding = {torch.bfloat16: 4e-3, torch.float16: 6e-4, torch.float32: 2e-6}[dtype]
+    hidden, wanted = case.up(backend), expected_hidden(case)
+    assert isinstance(hidden, QuantisedRows) == is_fp8
+    values = (hidden.dequantised() if is_fp8 else hidden)[: case.computed]
+    assert error(values, wanted) <= (0.03 if is_fp8 else rounding)
+    if is_fp8:
+        rounded = quantise_rows(wanted.float(), backend="torch")
+        assert torch.allclose(hidden.scale_RG[: case.computed], rounded.scale_RG, rtol=1e-5)
+        assert (hidden.values_RH[: case.computed].float() != rounded.values_RH.float()).double().mean() < 0.01
+        assert error(values, rounded.dequantised().double()) <= 0.01
+    rows, here = case.down(backend, hidden), case.experts.lanes_N >= 0
+    assert rows.dtype == dtype
+    assert error(rows[here], expected_rows(case, values)[here]) <= rounding
+
+
+@pytest.mark.parametrize("form", FORMS)
+@pytest.mark.parametrize("kind", KINDS)
+def test_the_reference(make_experts, kind, form):
+    check(make_case(make_experts, kind, form), "torch")
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_the_reference_in_float32(make_experts, kind):
+    check(make_case(make_experts, kind, dtype=torch.float32), "torch")
+
+
+def test_scales_count(make_experts):
+    """With the scales of another slot the result is another: they are read where the weights are."""
+    for kind in KINDS:
+        case = make_case(make_experts, kind)
+        before = case.up("torch")
+        case.matrices = replace(case.matrices, gate_up_scale=case.matrices.gate_up_scale.flip(0))
+        after = case.up("torch")
+        if isinstance(before, QuantisedRows):
+            before, after = before.dequantised(), after.dequantised()
+        assert error(after[: case.computed], before[: case.computed].double()) > 0.01, kind
+
+
+def whole(make_experts, kind, num_tokens, form="silu", num_experts=4):
+    hidden_size, intermediate = KINDS[kind][2]
+    experts = make_experts(num_tokens, 2, num_experts, hidden_size, intermediate, torch.bfloat16)
+    device = experts.x_RH.device
+    return experts, {
+        "x_TH": experts.x_RH,
+        "matrices": quantised(experts, kind, form),
+        "table": ReplicaTable(
+            torch.arange(num_experts, dtype=torch.int32, device=device).flip(0), experts.lane_to_slot_L
+        ),
+        "load": LoadCounter(torch.zeros(num_experts, dtype=torch.int64, device=device), None),
+    }
+
+
+def run_whole(arguments, logits, backend):
+    return local_forward(**arguments, logits_TE=logits, top_k=2, rule=RoutingRule(), backend=backend)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("num_tokens", [1, 6])
+@pytest.mark.parametrize("backend", ["torch", "triton"])
+def test_the_whole_forward(make_experts, kind, num_tokens, backend):
+    experts, arguments = whole(make_experts, kind, num_tokens)
+    logits = torch.randn(num_tokens, 4, generator=torch.Generator().manual_seed(4)).to(experts.x_RH.device)
+    y = run_whole(arguments, logits, backend)
+    best, ids = logits.topk(2)
+    weights = torch.softmax(best, -1).float()
+    expected = torch.zeros_like(y, dtype=torch.float64)
+    matrices, x = arguments["matrices"], experts.x_RH.double()
+    for token in range(num_tokens):
+        for k in range(2):
+            slot = int(experts.lane_to_slot_L[3 - ids[token, k]])
+            gate_up, down = (one.double() for one in weights_of(matrices, slot, torch.bfloat16))
+            row = down @ exact(matrices.activation, gate_up @ x[token])
+            expected[token] += weights[token, k].double() * row
+    assert error(y, expected) <= (0.06 if kind == "fp8_block" else 6e-3)
+    given = {"expert_ids_TK": ids.int().contiguous(), "expert_weights_TK": weights.contiguous()}
+    z = local_experts(**arguments, **given, backend=backend)
+    assert error(z, y.double()) <= (0.06 if kind == "fp8_block" and num_tokens == 1 else 8e-3)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_moe_experts(make_experts, kind):
+    experts, arguments = whole(make_experts, kind, 6)
+    matrices, x = arguments["matrices"], experts.x_RH
+    ids = torch.tensor([[0, 1], [2, 3], [4, 0], [1, -1], [3, 2], [0, 4]], device=x.device)
+    weights = torch.rand(6, 2, generator=torch.Generator().manual_seed(1)).to(x.device)
+    y = moe_experts(x, ids, weights, matrices, backend="torch")
+    case = make_case(make_experts, kind, num_tokens=6)
+    case.experts.lane_to_slot_L = torch.arange(5, dtype=torch.int32, device=x.device)
+    case.experts.lanes_N, case.experts.row_weights_N = ids.int().flatten(), weights.flatten()
+    case.experts.x_RH, case.matrices = x, matrices
+    counts = torch.bincount(ids[ids >= 0].flatten(), minlength=5).int()
+    case.schedule = build_schedule(case.experts.lanes_N, counts, block_m=case.configs[0].block_m)
+    rows = case.down("torch", case.up("torch"))
+    assert torch.equal(combine(rows, ids.int().contiguous(), backend="torch"), y)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_there_is_no_gradient(make_experts, kind):
+    case = make_case(make_experts, kind)
+    experts, x = case.experts, case.experts.x_RH.clone().requires_grad_()
+    sizes = (case.matrices.hidden_size, case.matrices.intermediate_size)
+    with pytest.raises(ValueError, match=r"matrices.scheme='\w+': must be 'plain' where a gradient is wanted"):
+        expert_rows(
+            x, case.matrices, experts.lane_to_slot_L, case.schedule, experts.row_weights_N, fanout=2,
+            configs=case.configs, gradient_configs=gradient_configs(*sizes, torch.bfloat16, 5, 2, 2),
+        )  # fmt: skip
+    with pytest.raises(ValueError, match="where a gradient is wanted"):
+        moe_experts(x, torch.zeros(5, 2, dtype=torch.int64, device=x.device), x.new_ones(5, 2), case.matrices)
+    with torch.no_grad():
+        moe_experts(x, torch.zeros(5, 2, dtype=torch.int64, device=x.device), x.new_ones(5, 2), case.matrices)
+
+
+WRONG = {
+    "scheme": ("scheme='fp6'", "mxfp4", {"scheme": "fp6"}),
+    "no scale": ("matrices.gate_up_scale is None", "mxfp4", {"gate_up_scale": None}),
+    "a scale too many": ("matrices.gate_up_SNH has shape", "mxfp4", {"scheme": "plain"}),
+    "zeros": ("matrices.gate_up_zero is given", "int4 zeros", {"scheme": "mxfp4"}),
+    "shape": (
+        r"matrices.gate_up_scale has shape \(3, 2, 2\): dimension 1 must be 4", "fp8_block",
+        {"gate_up_scale": torch.ones(3, 2, 2)},
+    ),
+    "group": ("divided by a group of", "mxfp4", {"gate_up_scale": torch.ones(3, 320, 2, dtype=torch.uint8)}),
+    "dtype": ("matrices.gate_up_scale has dtype", "mxfp4", {"gate_up_scale": torch.ones(3, 320, 3)}),
+    "zero's shape": (
+        "matrices.gate_up_zero has shape", "int4 zeros", {"gate_up_zero": torch.ones(3, 192, 4, dtype=torch.uint8)},
+    ),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", WRONG)
+def test_what_does_not_fit_is_refused(make_experts, name):
+    message, kind, change = WRONG[name]
+    case = make_case(make_experts, kind)
+    case.matrices = replace(
+        case.matrices,
+        **{key: one.to(case.experts.x_RH.device) if torch.is_tensor(one) else one for key, one in change.items()},
+    )
+    with pytest.raises(ValueError, match=message):
+        case.up("torch")
+
+
+def test_rows_and_configs_must_be_of_the_scheme(make_experts):
+    fp8, plain = make_case(make_experts, "fp8_block"), make_case(make_experts, "mxfp4")
+    hidden = fp8.up("torch")
+    with pytest.raises(ValueError, match="hidden_NI is a Tensor"):
+        fp8.down("torch", hidden.dequantised().bfloat16())
+    with pytest.raises(ValueError, match="hidden_NI is a QuantisedRows"):
+        plain.down("torch", hidden)
+    with pytest.raises(ValueError, match="x_RH is quantised"):
+        plain.up("torch", quantise_rows(plain.experts.x_RH))
+    fp8.configs = tuple(replace(config, block_k=64) for config in fp8.configs)
+    with pytest.raises(ValueError, match=r"config\.block_k=64"):
+        fp8.up("torch")
+    fp8.configs = gemm_configs(200, 136, torch.bfloat16, 5, 2, 2)
+    with pytest.raises(ValueError, match=r"config\.quantised=False"):
+        fp8.up("torch")
+
+
+def test_rows_quantised_before_give_the_same_bits(make_experts):
+    """As a dispatch would send them."""
+    case = make_case(make_experts, "fp8_block")
+    before = case.up("torch")
+    after = case.up("torch", quantise_rows(case.experts.x_RH))
+    assert torch.equal(before.values_RH.float(), after.values_RH.float())
+    assert torch.equal(before.scale_RG, after.scale_RG)
+
+
+@pytest.mark.parametrize("form", FORMS)
+@pytest.mark.parametrize("kind", KINDS)
+def test_the_kernels(make_experts, kind, form):
+    check(make_case(make_experts, kind, form), "triton")
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_the_kernels_with_weights_on_the_wide_side(make_experts, kind):
+    """As on Hopper for few rows."""
+    if torch.cuda.is_available() and not has_tma(torch.device("cuda")):
+        pytest.skip("needs Hopper's shared memory, or no GPU")
+    case = make_case(make_experts, kind, "gpt-oss", tma=True)
+    assert case.configs[0].swap and case.configs[1].swap
+    check(case, "triton")
+
+
+@pytest.mark.parametrize(("kind", "dtype"), [(kind, torch.float16) for kind in KINDS] + [("mxfp4", torch.float32)])
+def test_the_kernels_in_other_dtypes(make_experts, kind, dtype):
+    check(make_case(make_experts, kind, dtype=dtype), "triton")
+
+
+@pytest.mark.parametrize("backend", ["torch", "triton"])
+@pytest.mark.parametrize("kind", KINDS)
+def test_bits_do_not_depend_on_the_placement(make_experts, kind, backend):
+    """I5: other slots, other order of the rows, other company."""
+    case = make_case(make_experts, kind, "gpt-oss", num_tokens=8, num_lanes=3)
+    experts, matrices = case.experts, case.matrices
+    experts.lanes_N[:6] = 1
+    device = experts.x_RH.device
+
+    def rows_of(experts, matrices):
+        schedule = build_schedule(experts.lanes_N, experts.counts_L, block_m=case.configs[0].block_m)
+        moved = Case(experts, matrices, case.configs, schedule)
+        return moved.down(backend, moved.up(backend))
+
+    case.schedule = build_schedule(experts.lanes_N, experts.counts_L, block_m=case.configs[0].block_m)
+    before, here = rows_of(experts, matrices), experts.lanes_N >= 0
+    order = torch.tensor([2, 0, 3, 1], device=device)  # new slot → old slot
+    names = ("gate_up_SNH", "down_SHI", "gate_up_scale", "down_scale", "gate_up_zero", "down_zero")
+    names += ("gate_up_bias_SN", "down_bias_SH")
+    parts = {name: getattr(matrices, name) for name in names if getattr(matrices, name) is not None}
+    moved = replace(matrices, **{name: reordered(part, order) for name, part in parts.items()})
+    slots = order.argsort()[experts.lane_to_slot_L.long()].to(torch.int32)
+    after = rows_of(replace(experts, lane_to_slot_L=slots), moved)
+    assert torch.equal(after[here], before[here])
+    tokens = torch.tensor([6, 3, 0], device=device)
+    flat = torch.stack([2 * tokens, 2 * tokens + 1], 1).flatten()
+    few = replace(
+        experts, x_RH=experts.x_RH[tokens], lanes_N=experts.lanes_N[flat], row_weights_N=experts.row_weights_N[flat]
+    )
+    alone = rows_of(few, matrices)
+    assert torch.equal(alone[few.lanes_N >= 0], before[flat][few.lanes_N >= 0])
+
+
+def reordered(part, order):
+    """The same bytes in other slots; with another gap between them."""
+    slots = part.view(torch.uint8)[order] if part.dtype == torch.float8_e4m3fn else part[order]
+    flat = torch.zeros((slots.shape[0], slots[0].numel() + 32), dtype=slots.dtype, device=part.device)
+    flat[:, : slots[0].numel()] = slots.reshape(slots.shape[0], -1)
+    return flat[:, : slots[0].numel()].unflatten(1, slots.shape[1:]).view(part.dtype)
+
+
+@pytest.mark.parametrize("kind", ["fp8_block", "mxfp4"])
+def test_rows_go_to_their_homes(make_experts, kind):
+    """As between several GPUs; here both homes are on this device."""
+    case = make_case(make_experts, kind)
+    device, (num_rows, columns) = case.experts.x_RH.device, (10, case.matrices.hidden_size)
+    hidden = case.up("triton")
+    homes = torch.zeros(2, 5, columns, dtype=torch.bfloat16, device=device)
+    addresses = torch.tensor([home.data_ptr() for home in homes], dtype=torch.int64, device=device)
+    expert_down_home(
+        hidden, case.matrices, case.experts.lane_to_slot_L, case.schedule, case.experts.row_weights_N,
+        RowHomes(addresses, homes[0], 5), config=case.configs[1],
+    )  # fmt: skip
+    here = case.experts.lanes_N >= 0
+    assert torch.equal(homes.view(num_rows, columns)[here], case.down("triton", hidden)[here])
+
+
+@pytest.mark.parametrize("kind", ["fp8_block", "int4 zeros"])
+def test_ops_are_registered(make_experts, kind):
+    """What a tracer sees has the shapes and dtypes of the real thing."""
+    case = make_case(make_experts, kind)
+    hidden, on_meta = case.up("torch"), {}
+    with torch._subclasses.FakeTensorMode(allow_non_fake_inputs=True) as mode:
+        on_meta["x"] = mode.from_tensor(case.experts.x_RH)
+        fake = case.up("torch", on_meta["x"])
+        rows = case.down("torch", fake)
+    for one, other in zip(hidden, fake, strict=True) if isinstance(hidden, QuantisedRows) else ((hidden, fake),):
+        assert one == other if isinstance(one, torch.dtype) else (one.shape, one.dtype) == (other.shape, other.dtype)
+    assert rows.shape == (10, case.matrices.hidden_size) and rows.dtype == torch.bfloat16
