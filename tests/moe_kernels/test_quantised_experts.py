@@ -28,7 +28,8 @@ from moe_kernels import (
     quantise_rows,
     quantise_weights,
 )
-from moe_kernels.expert_down import expert_down_home
+from moe_kernels.expert_down import _expert_down, expert_down_home
+from moe_kernels.expert_up import _expert_up
 from moe_kernels.homes import RowHomes
 from tests.moe_kernels.conftest import in_slots
 from tests.moe_kernels.test_formats import GPT_OSS, exact
@@ -408,6 +409,29 @@ def test_rows_go_to_their_homes(make_experts, kind):
     )  # fmt: skip
     here = case.experts.lanes_N >= 0
     assert torch.equal(homes.view(num_rows, columns)[here], case.down("triton", hidden)[here])
+
+
+@pytest.mark.parametrize("backend", ["torch", "triton"])
+@pytest.mark.parametrize("kind", ["fp8_block", "int4 zeros"])
+def test_opcheck(make_experts, kind, backend):
+    case = make_case(make_experts, kind, num_tokens=3)
+    case.experts.lanes_N.clamp_(min=0)  # undefined rows would compare as unequal
+    experts = case.experts
+    case.schedule = build_schedule(experts.lanes_N, experts.counts_L, block_m=case.configs[0].block_m)
+    slots = (torch.bfloat16, case.matrices, experts.lane_to_slot_L, case.schedule)
+    rows = quantise_rows(experts.x_RH) if kind == "fp8_block" else (experts.x_RH, None)
+    # The other checks trace gradients, which there are none; that of the schema compares inputs, which e4m3 can't be.
+    checks = ("test_faketensor",) if kind == "fp8_block" else ("test_schema", "test_faketensor")
+    torch.library.opcheck(
+        _expert_up.registered, _expert_up.flatten(*rows[:2], *slots, 2, case.configs[0], backend), test_utils=checks
+    )
+    hidden = case.up("torch")
+    hidden = hidden[:2] if kind == "fp8_block" else (hidden, None)
+    torch.library.opcheck(
+        _expert_down.registered,
+        _expert_down.flatten(*hidden, *slots, experts.row_weights_N, case.configs[1], backend),
+        test_utils=checks,
+    )
 
 
 @pytest.mark.parametrize("kind", ["fp8_block", "int4 zeros"])
