@@ -94,7 +94,8 @@ def local_forward(
     """All steps of one forward, for experts that are all on this device, each in one replica. Not differentiable.
 
     The same bits as by the separate ops and the same counts in `load.load_E`; but for a single token with Triton: there the
-    experts' contributions are not rounded before they are summed, and with fp8_block nothing is quantised. The result depends neither on the slots nor on the lanes.
+    experts' contributions are not rounded before they are summed, and nothing is quantised with fp8_block. The result depends
+    neither on the slots nor on the lanes.
 
     Args:
         x_TH: [T, H] float32, float16 or bfloat16, contiguous.
