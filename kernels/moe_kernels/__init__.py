@@ -8,6 +8,7 @@ They know slots, lanes and rows; neither which expert a slot holds nor what a ra
    or, by the counts of *this* batch: `count_experts`, `solve_shares` from the counts of all ranks, `select_by_quota`;
 3. `schedule`: lanes → rows sorted by lane (`scan`), in `tiles`;
 4. `expert_up`: rows and `matrices` → hidden; 5. `expert_down`: hidden → rows; `_tma`: on Hopper; tile sizes: `config`;
+   `_quantised`: of quantised experts (`schemes`, `quantised_weights`), whose rows of x `quantise_rows` may quantise;
 6. `combine`: rows → the output of each token.
 
 `expert_rows` is 4 to 6 as one op that has a gradient; its backward: `gradient_tiles`, then `experts_grad_hidden`,

@@ -1,6 +1,6 @@
 """Steps 1 to 6 of a forward as one op, where all experts are on this device and no gradient is needed.
 
-It is the routing and `local_experts`. A single token of experts that are not quantised has kernels of its own (`one_token.py`).
+It is the routing and `local_experts`. A single token has kernels of its own (`one_token.py`).
 T tokens, K experts per token, E logical experts, H hidden, L lanes.
 """
 
@@ -48,7 +48,7 @@ def _local_forward_triton(
     bias_E: torch.Tensor | None,
     token_mask_T: torch.Tensor | None,
 ) -> torch.Tensor:
-    if x_TH.shape[0] == 1 and matrices.scheme == "plain":
+    if x_TH.shape[0] == 1:
         return one_token_triton(x_TH, logits_TE, matrices, table, load, top_k, rule, bias_E, token_mask_T)
     weights_TK, ids_TK = topk_routing_triton(logits_TE, top_k, rule, bias_E, token_mask_T)
     return local_experts_triton(x_TH, ids_TK, weights_TK, matrices, table, load)
@@ -94,7 +94,8 @@ def local_forward(
     """All steps of one forward, for experts that are all on this device, each in one replica. Not differentiable.
 
     The same bits as by the separate ops and the same counts in `load.load_E`; but for a single token with Triton: there the
-    experts' contributions are not rounded before they are summed. The result depends neither on the slots nor on the lanes.
+    experts' contributions are not rounded before they are summed, and nothing is quantised with fp8_block. The result depends
+    neither on the slots nor on the lanes.
 
     Args:
         x_TH: [T, H] float32, float16 or bfloat16, contiguous.

@@ -1,5 +1,8 @@
 """Steps 1 to 6 of a forward of a single token: `local_forward` in three launches, with little host time.
 
+Quantised weights are dequantised as they come; x and hidden are not quantised, also with fp8_block: that saves work and is more
+exact than what a batch gets.
+
 A plan holds the launches of one kind of layer, so that a forward makes one key, not one for each launch.
 K experts per token, E logical experts, H hidden, I intermediate, S slots, L lanes.
 """
@@ -11,6 +14,7 @@ from typing import Any
 
 import torch
 
+from moe_kernels.fp8 import e4m3_argument
 from moe_kernels.integers import cdiv, next_power_of_2
 from moe_kernels.launch import PreparedLaunch, on_device, raw_stream
 from moe_kernels.load import LoadCounter
@@ -18,6 +22,7 @@ from moe_kernels.matrices import ExpertMatrices
 from moe_kernels.one_token_triton import _choice_kernel, _down_kernel, _up_kernel
 from moe_kernels.routing_triton import rule_constants
 from moe_kernels.rule import RoutingRule
+from moe_kernels.schemes import BLOCK
 from moe_kernels.table import ReplicaTable
 
 
@@ -33,16 +38,17 @@ class _Plan:
 
 def _make_plan(
     x_1H: torch.Tensor,
-    down_SHI: torch.Tensor,
+    matrices: ExpertMatrices,
     num_experts: int,
     top_k: int,
     rule: RoutingRule,
-    activation: str,
 ) -> _Plan:
-    _, hidden_size, intermediate = down_SHI.shape
+    hidden_size, intermediate = matrices.hidden_size, matrices.intermediate_size
     device_index, block_k = x_1H.get_device(), next_power_of_2(top_k)
     scratch = cdiv(top_k * intermediate, 16) * 16
-    num_bytes = 3 * top_k * hidden_size * intermediate * x_1H.element_size()
+    matrix_bytes = hidden_size * matrices.down_SHI.shape[2] * matrices.down_SHI.element_size()
+    num_bytes = 3 * top_k * matrix_bytes
+    is_packed = matrices.scheme in ("mxfp4", "int4")
     eviction = "evict_first" if num_bytes <= _MOST_TO_STREAM else ""
     return _Plan(
         choice=_choice_kernel.prepare(
@@ -59,10 +65,12 @@ def _make_plan(
             SCRATCH=scratch,
             HIDDEN_SIZE=hidden_size,
             INTERMEDIATE=intermediate,
-            ACTIVATION=activation,
+            SCHEME=matrices.scheme,
+            GROUP=_group(matrices.scheme, hidden_size, matrices.gate_up_scale),
+            ACTIVATION=matrices.activation,
             EVICTION=eviction,
             BLOCK_H=_block(hidden_size),
-            num_warps=2,
+            num_warps=1 if is_packed else 2,  # 16 bytes a thread
         ),
         down=_down_kernel.prepare(
             device_index,
@@ -70,6 +78,8 @@ def _make_plan(
             HIDDEN_SIZE=hidden_size,
             INTERMEDIATE=intermediate,
             TOP_K=top_k,
+            SCHEME=matrices.scheme,
+            GROUP=_group(matrices.scheme, intermediate, matrices.down_scale),
             EVICTION=eviction,
             BLOCK_K=block_k,
             BLOCK_I=min(next_power_of_2(intermediate), max(_ELEMENTS // block_k, 16)),
@@ -95,11 +105,20 @@ def one_token_triton(
     token_mask_T: torch.Tensor | None,
 ) -> torch.Tensor:
     gate_up_SNH, down_SHI = matrices.gate_up_SNH, matrices.down_SHI
+    if matrices.scheme == "fp8_block":
+        gate_up_SNH, down_SHI = e4m3_argument(gate_up_SNH), e4m3_argument(down_SHI)
+    up_scale, down_scale, up_zero, down_zero = (
+        matrices.gate_up_scale,
+        matrices.down_scale,
+        matrices.gate_up_zero,
+        matrices.down_zero,
+    )
+    strides = tuple(0 if one is None else one.stride(0) for one in (up_scale, down_scale, up_zero, down_zero))
     up_bias, down_bias = matrices.gate_up_bias_SN, matrices.down_bias_SH
     up_stride = 0 if up_bias is None else up_bias.stride(0)
     down_stride = 0 if down_bias is None else down_bias.stride(0)
     load_E, increment_1, lane_to_slot_L = load.load_E, load.increment_1, table.lane_to_slot_L
-    _, hidden_size, intermediate = down_SHI.shape
+    hidden_size, intermediate = matrices.hidden_size, matrices.intermediate_size
     num_experts, num_lanes = load_E.numel(), lane_to_slot_L.numel()
     stride_up, stride_down = gate_up_SNH.stride(0), down_SHI.stride(0)
     device_index = x_1H.get_device()
@@ -107,13 +126,23 @@ def one_token_triton(
         *(device_index, x_1H.dtype, logits_1E.dtype, gate_up_SNH.dtype, down_SHI.dtype),
         *(hidden_size, intermediate, stride_up, stride_down, num_experts, num_lanes, top_k),
         *(rule.score_function, rule.renormalize, rule.num_groups, rule.top_groups, rule.group_score, rule.round_to),
-        *(matrices.activation, up_bias is None, up_stride, down_bias is None, down_stride),
+        *(
+            matrices.scheme,
+            strides,
+            up_zero is None,
+            None if up_scale is None else up_scale.shape[2],
+            matrices.activation,
+        ),
+        *(up_bias is None, up_stride, down_bias is None, down_stride),
         *(None if bias_E is None else bias_E.dtype, token_mask_T is None, increment_1 is None),
     )
-    aligned = not (x_1H.data_ptr() | gate_up_SNH.data_ptr() | down_SHI.data_ptr()) % 16
+    addresses = x_1H.data_ptr() | gate_up_SNH.data_ptr() | down_SHI.data_ptr()
+    for one in (up_scale, down_scale, up_zero, down_zero) if up_scale is not None else ():
+        addresses |= 0 if one is None else one.data_ptr()
+    aligned = not addresses % 16
     plan = _plans.get(key) if aligned else None
     if plan is None:
-        plan = _make_plan(x_1H, down_SHI, num_experts, top_k, rule, matrices.activation)
+        plan = _make_plan(x_1H, matrices, num_experts, top_k, rule)
         if aligned:
             if len(_plans) >= _MOST_PLANS:
                 _plans.clear()
@@ -139,8 +168,18 @@ def one_token_triton(
             num_experts,
             num_lanes,
         )
-        plan.up((intermediate, top_k, 1), stream, x_1H, gate_up_SNH, up_bias, scratch, stride_up, up_stride)
-        plan.down((hidden_size, 1, 1), stream, scratch, down_SHI, down_bias, y_1H, stride_down, down_stride)
+        plan.up(
+            (intermediate, top_k, 1),
+            stream,
+            *(x_1H, gate_up_SNH, up_bias, up_scale, up_zero, scratch),
+            *(stride_up, up_stride, strides[0], strides[2]),
+        )
+        plan.down(
+            (hidden_size, 1, 1),
+            stream,
+            *(scratch, down_SHI, down_bias, down_scale, down_zero, y_1H),
+            *(stride_down, down_stride, strides[1], strides[3]),
+        )
     return y_1H
 
 
@@ -148,6 +187,11 @@ def one_token_triton(
 # first; more of them take longer so (measured on an H200, docs/log.md).
 _MOST_TO_STREAM = 256 << 20
 _ELEMENTS = 2048  # weights that a program of the down projection reads at once
+
+
+def _group(scheme: str, columns: int, scale: torch.Tensor | None) -> int:
+    """Columns that share a scale; 0: there is none."""
+    return BLOCK if scheme == "fp8_block" else 0 if scale is None else columns // scale.shape[2]
 
 
 def _block(size: int) -> int:

@@ -12,6 +12,7 @@ import triton.language as tl
 from moe_kernels.launch import Launcher, gdc_launch_dependents, gdc_wait
 from moe_kernels.numerics import activated, is_gated, narrow, widen
 from moe_kernels.routing_triton import choose_experts
+from moe_kernels.weight_tiles import load_rows
 
 _MOST_STEPS = tl.constexpr(16)  # that a program of the down projection has unrolled
 
@@ -111,15 +112,21 @@ def _up_kernel(
     x_ptr,
     gate_up_ptr,
     bias_ptr,  # None: no biases
+    scale_ptr,  # None: not quantised
+    zero_ptr,  # None: no zeros
     # input and output
     scratch_ptr,
     # shapes and strides, in elements
     stride_slot,
     stride_bias,
+    stride_scale,
+    stride_zero,
     SCRATCH: tl.constexpr,
     HIDDEN_SIZE: tl.constexpr,
     INTERMEDIATE: tl.constexpr,
     # constants
+    SCHEME: tl.constexpr,
+    GROUP: tl.constexpr,
     ACTIVATION: tl.constexpr,
     EVICTION: tl.constexpr,
     PDL: tl.constexpr,
@@ -136,12 +143,28 @@ def _up_kernel(
         return
     GATED: tl.constexpr = is_gated(ACTIVATION)
     UP_ROWS: tl.constexpr = INTERMEDIATE if GATED else 0  # where they begin
+    if SCHEME != "plain":
+        gate_up = gate_up_ptr + slot * stride_slot, scale_ptr + slot * stride_scale, None
+        if zero_ptr is not None:
+            gate_up = gate_up[0], gate_up[1], zero_ptr + slot * stride_zero
+        chosen = tl.full((1, 1), True, tl.int1)
     at = gate_up_ptr + slot * stride_slot + column * HIDDEN_SIZE
     gate = tl.zeros((BLOCK_H,), dtype=tl.float32)
     up = tl.zeros((BLOCK_H,), dtype=tl.float32)
     for first in tl.static_range(0, HIDDEN_SIZE, BLOCK_H):
         h = first + tl.arange(0, BLOCK_H)
-        if first + BLOCK_H <= HIDDEN_SIZE:
+        if SCHEME != "plain":
+            x = widen(tl.load(x_ptr + h, mask=h < HIDDEN_SIZE, other=0.0))
+            if GATED:
+                gate_weight = load_rows(
+                    *gate_up, column, 0, first, chosen, HIDDEN_SIZE, SCHEME, GROUP, EVICTION, BLOCK_H, x_ptr.dtype.element_ty
+                )  # fmt: skip
+                gate_weight = tl.reshape(gate_weight, (BLOCK_H,))
+            up_weight = load_rows(
+                *gate_up, column, UP_ROWS, first, chosen, HIDDEN_SIZE, SCHEME, GROUP, EVICTION, BLOCK_H, x_ptr.dtype.element_ty
+            )  # fmt: skip
+            up_weight = tl.reshape(up_weight, (BLOCK_H,))
+        elif first + BLOCK_H <= HIDDEN_SIZE:
             gate_weight = tl.load(at + h, eviction_policy=EVICTION) if GATED else 0.0
             up_weight = tl.load(at + UP_ROWS * HIDDEN_SIZE + h, eviction_policy=EVICTION)
             x = widen(tl.load(x_ptr + h))
@@ -164,13 +187,26 @@ def _up_kernel(
 
 
 @triton.jit
-def _products(
-    down_at, hidden_at, chosen, first, INTERMEDIATE: tl.constexpr, EVICTION: tl.constexpr, BLOCK_I: tl.constexpr
-):
+def _down_weights(
+    matrix, row, chosen, first, INTERMEDIATE: tl.constexpr, SCHEME: tl.constexpr, GROUP: tl.constexpr,
+    EVICTION: tl.constexpr, BLOCK_I: tl.constexpr, scratch_ptr,
+):  # fmt: skip
+    """float32 [K, BLOCK_I] of a row of each expert's matrix: `matrix` has where it begins, or the row of plain ones."""
+    if SCHEME == "plain":
+        i = first + tl.arange(0, BLOCK_I)[None, :]
+        inside = chosen[:, None] & (i < INTERMEDIATE)
+        return widen(tl.load(matrix[0] + i, mask=inside, other=0.0, eviction_policy=EVICTION))
+    else:
+        return load_rows(
+            *matrix, row, 0, first, chosen[:, None],
+            INTERMEDIATE, SCHEME, GROUP, EVICTION, BLOCK_I, scratch_ptr.dtype.element_ty,
+        )  # fmt: skip
+
+
+@triton.jit
+def _hidden(hidden_at, chosen, first, INTERMEDIATE: tl.constexpr, BLOCK_I: tl.constexpr):
     i = first + tl.arange(0, BLOCK_I)[None, :]
-    inside = chosen[:, None] & (i < INTERMEDIATE)
-    down = tl.load(down_at + i, mask=inside, other=0.0, eviction_policy=EVICTION)
-    return widen(down) * widen(tl.load(hidden_at + i, mask=inside, other=0.0))
+    return widen(tl.load(hidden_at + i, mask=chosen[:, None] & (i < INTERMEDIATE), other=0.0))
 
 
 @Launcher
@@ -180,16 +216,22 @@ def _down_kernel(
     scratch_ptr,
     down_ptr,
     bias_ptr,  # None: no biases
+    scale_ptr,  # None: not quantised
+    zero_ptr,  # None: no zeros
     # outputs
     y_ptr,
     # shapes and strides, in elements
     stride_slot,
     stride_bias,
+    stride_scale,
+    stride_zero,
     SCRATCH: tl.constexpr,
     HIDDEN_SIZE: tl.constexpr,
     INTERMEDIATE: tl.constexpr,
     TOP_K: tl.constexpr,
     # constants
+    SCHEME: tl.constexpr,
+    GROUP: tl.constexpr,
     EVICTION: tl.constexpr,
     PDL: tl.constexpr,
     # tunables
@@ -208,20 +250,26 @@ def _down_kernel(
     slot = tl.load(choice_ptr + k, mask=k < TOP_K, other=-1, cache_modifier=".cg").to(tl.int64)
     chosen = slot >= 0
     at = down_ptr + (slot * stride_slot + row * INTERMEDIATE)[:, None]
-    i = tl.arange(0, BLOCK_I)[None, :]
-    inside = chosen[:, None] & (i < INTERMEDIATE)
-    down = tl.load(at + i, mask=inside, other=0.0, eviction_policy=EVICTION)
+    matrix = at, None, None
+    if SCHEME != "plain":
+        slot_at = down_ptr + (slot * stride_slot)[:, None]
+        matrix = slot_at, scale_ptr + (slot * stride_scale)[:, None], None
+        if zero_ptr is not None:
+            matrix = slot_at, matrix[1], zero_ptr + (slot * stride_zero)[:, None]
+    down = _down_weights(matrix, row, chosen, 0, INTERMEDIATE, SCHEME, GROUP, EVICTION, BLOCK_I, scratch_ptr)
     if PDL:  # see `Launcher`
         gdc_wait()
         gdc_launch_dependents()
     hidden_at = scratch_ptr + k[:, None] * INTERMEDIATE
-    product = widen(down) * widen(tl.load(hidden_at + i, mask=inside, other=0.0))
+    product = down * _hidden(hidden_at, chosen, 0, INTERMEDIATE, BLOCK_I)
     # Unrolled, all loads are under way at once; but the compiler would choke on very long rows.
     UNROLLED: tl.constexpr = min(INTERMEDIATE, _MOST_STEPS * BLOCK_I)
     for first in tl.static_range(BLOCK_I, UNROLLED, BLOCK_I):
-        product += _products(at, hidden_at, chosen, first, INTERMEDIATE, EVICTION, BLOCK_I)
+        down = _down_weights(matrix, row, chosen, first, INTERMEDIATE, SCHEME, GROUP, EVICTION, BLOCK_I, scratch_ptr)
+        product += down * _hidden(hidden_at, chosen, first, INTERMEDIATE, BLOCK_I)
     for first in tl.range(UNROLLED, INTERMEDIATE, BLOCK_I):
-        product += _products(at, hidden_at, chosen, first, INTERMEDIATE, EVICTION, BLOCK_I)
+        down = _down_weights(matrix, row, chosen, first, INTERMEDIATE, SCHEME, GROUP, EVICTION, BLOCK_I, scratch_ptr)
+        product += down * _hidden(hidden_at, chosen, first, INTERMEDIATE, BLOCK_I)
     weights = tl.load(choice_ptr + TOP_K + k, mask=k < TOP_K, other=0, cache_modifier=".cg").to(
         tl.float32, bitcast=True
     )

@@ -125,3 +125,40 @@ def add_product(accumulator, rows, weights, row_scale, block_scale, SWAP: tl.con
     else:
         scale = row_scale * block_scale
         return accumulator + product * (scale[None, :] if SWAP else scale[:, None])
+
+
+@triton.jit
+def load_rows(
+    weights_at, scale_at, zero_at, row, first_row: tl.constexpr, first, chosen, SIZE: tl.constexpr, SCHEME: tl.constexpr,
+    GROUP: tl.constexpr, EVICTION: tl.constexpr, BLOCK: tl.constexpr, DTYPE: tl.constexpr,
+):  # fmt: skip
+    """float32 [R, BLOCK] of weights, of one row in each of R matrices of SIZE columns, from column `first` on.
+
+    4-bit weights are rounded to DTYPE before. What is not `chosen` [R, 1], and columns past the end, are zeros.
+
+    Args:
+        weights_at, scale_at, zero_at: where the matrices begin: one pointer, or [R, 1].
+        first_row: that of the part of the matrix (up behind gate) to which `row` belongs: fp8_block's blocks begin anew there.
+    """
+    GROUPS: tl.constexpr = max(BLOCK // GROUP, 1)
+    NUM_GROUPS: tl.constexpr = tl.cdiv(SIZE, GROUP)
+    group = first // GROUP + tl.arange(0, GROUPS)[None, :]
+    is_group = chosen & (group < NUM_GROUPS)
+    if SCHEME == "fp8_block":
+        i = first + tl.arange(0, BLOCK)[None, :]
+        at = weights_at + (first_row + row) * SIZE + i
+        values = widen(operand(tl.load(at, mask=chosen & (i < SIZE), other=0.0, eviction_policy=EVICTION)))
+        scale_row = tl.cdiv(first_row, GROUP) + row // GROUP
+        scale = tl.load(scale_at + scale_row * NUM_GROUPS + group, mask=is_group, other=0.0)
+        values = tl.reshape(values, (values.shape[0], GROUPS, BLOCK // GROUPS)) * scale[:, :, None]
+        return tl.reshape(values, (values.shape[0], BLOCK))
+    else:
+        i = first // 2 + tl.arange(0, BLOCK // 2)[None, :]
+        at = weights_at + (first_row + row) * (SIZE // 2) + i
+        packed = tl.load(at, mask=chosen & (i < SIZE // 2), other=0, eviction_policy=EVICTION)
+        group_at = (first_row + row) * NUM_GROUPS + group
+        scale = tl.load(scale_at + group_at, mask=is_group, other=0)
+        zero = None
+        if zero_at is not None:
+            zero = tl.load(zero_at + group_at, mask=is_group, other=0)
+        return widen(dequantised(packed, scale, zero, SCHEME, GROUPS, DTYPE))

@@ -352,7 +352,7 @@ def compile_one_token(arch: int, dtype: torch.dtype) -> None:
     )
     check_recording(compiled.asm["ptx"])
     sizes = {"HIDDEN_SIZE": 2880, "INTERMEDIATE": 768, "PDL": pdl, "SCRATCH": 6144, "EVICTION": "evict_first"}
-    sizes["bias_ptr"] = None
+    sizes |= {"bias_ptr": None, "scale_ptr": None, "zero_ptr": None, "SCHEME": "plain", "GROUP": 0}
     up = ("x_ptr", "gate_up_ptr", "scratch_ptr"), 2, {"ACTIVATION": "silu", "BLOCK_H": 1024}
     down = ("scratch_ptr", "down_ptr", "y_ptr"), 1, {"TOP_K": 8, "BLOCK_K": 8, "BLOCK_I": 256}
     # More steps than are unrolled, and more weights than stream.
@@ -373,6 +373,25 @@ def compile_one_token(arch: int, dtype: torch.dtype) -> None:
         )
         hint = r"evict_first\S*cache_hint\S*" if "EVICTION" not in constants else ""
         assert re.search(rf"ld\.global\.\S*{hint}v4", compiled.asm["ptx"]), (
+            "weights must be loaded 16 bytes at a time, and not stay in L2"
+        )
+
+
+def compile_one_quantised_token(arch: int, scheme: str, dtype: str, zeros: bool = False) -> None:
+    weights, scale = QUANTISED[scheme]
+    types = dict.fromkeys(("x_ptr", "scratch_ptr", "y_ptr"), f"*{dtype}") | {"scale_ptr": scale, "zero_ptr": "*u8"}
+    types |= dict.fromkeys(("gate_up_ptr", "down_ptr"), "*u8" if arch < 89 else weights)
+    pdl, group = arch >= 90, 128 if scheme == "fp8_block" else 32
+    sizes = {"HIDDEN_SIZE": 2048, "INTERMEDIATE": 768, "PDL": pdl, "SCRATCH": 6144, "EVICTION": "evict_first"}
+    sizes |= {"SCHEME": scheme, "GROUP": group, "bias_ptr": None} | ({} if zeros else {"zero_ptr": None})
+    for name, num_warps, constants in (
+        ("_up_kernel", 2 if scheme == "fp8_block" else 1, {"ACTIVATION": "silu", "BLOCK_H": 1024}),
+        ("_down_kernel", 1, {"TOP_K": 8, "BLOCK_K": 8, "BLOCK_I": 256}),
+    ):
+        compiled = compile_kernel(
+            "one_token_triton", name, types, sizes | constants, arch, num_warps=num_warps, launch_pdl=pdl
+        )
+        assert re.search(r"ld\.global\.\S*evict_first\S*cache_hint\S*v4", compiled.asm["ptx"]), (
             "weights must be loaded 16 bytes at a time, and not stay in L2"
         )
 
@@ -473,6 +492,9 @@ def compile_all_quantised(arch: int, all_of_them: bool) -> None:
         values = "*u8" if arch < 89 else "*fp8e4nv"
         types = {"x_ptr": f"*{dtype}", "values_ptr": values, "scale_ptr": "*fp32"}
         compile_small_one("quantise_rows", "_quantise_rows_kernel", types, {"BLOCK_H": 1024, "GROUP": 128}, arch)
+    for scheme in QUANTISED if all_of_them else ("fp8_block", "mxfp4"):
+        for dtype in ("bf16", "fp16", "fp32") if all_of_them else ("bf16",):
+            compile_one_quantised_token(arch, scheme, dtype, zeros=scheme == "int4")
     tables = {scheme: _quantised_table(scheme, torch.bfloat16, arch == 90) for scheme in QUANTISED}
     if not all_of_them:
         (_, up, down), (_, wide_up, _) = tables["fp8_block"][0], tables["fp8_block"][-1]

@@ -180,10 +180,11 @@ def test_opcheck(make_experts, backend):
     experts.lanes_N.clamp_(min=0)  # undefined rows would compare as unequal
     schedule, config = schedule_of(experts, backend)
     slots = (experts.matrices, experts.lane_to_slot_L, schedule)
-    torch.library.opcheck(_expert_up.registered, _expert_up.flatten(experts.x_RH, *slots, 2, config, backend))
+    plain = (None, torch.float32, *slots)
+    torch.library.opcheck(_expert_up.registered, _expert_up.flatten(experts.x_RH, *plain, 2, config, backend))
     hidden = down_inputs(experts).nan_to_num()
     torch.library.opcheck(
-        _expert_down.registered, _expert_down.flatten(hidden, *slots, experts.row_weights_N, config, backend)
+        _expert_down.registered, _expert_down.flatten(hidden, *plain, experts.row_weights_N, config, backend)
     )
 
 
