@@ -76,15 +76,14 @@ def dequantised(packed, scale, zero, SCHEME: tl.constexpr, GROUPS: tl.constexpr,
     if SCHEME == "mxfp4":
         is_special = (scale == 0) | (scale == 255)  # 2 ** -127, which is subnormal, and NaN
         if NATIVE:
-            bits = code.to(tl.uint16)
-            value = (((bits & 7) << 6) | ((bits & 8) << 12)).to(tl.bfloat16, bitcast=True)
+            # One factor for both shifts: by 6 for exponent and mantissa, by 12 for the sign.
+            value = ((code.to(tl.uint16) * 0x1040) & 0x81C0).to(tl.uint16).to(tl.bfloat16, bitcast=True)
             value = value * tl.full((1, 1), _E2M1_FACTOR, tl.bfloat16)
             factor = ((scale.to(tl.uint16) << 7) | tl.where(is_special, 0x40, 0).to(tl.uint16)).to(
                 tl.bfloat16, bitcast=True
             )
         else:
-            bits = code.to(tl.uint32)
-            value = (((bits & 7) << 22) | ((bits & 8) << 28)).to(tl.float32, bitcast=True) * _E2M1_FACTOR
+            value = ((code.to(tl.uint32) * 0x10400000) & 0x81C00000).to(tl.float32, bitcast=True) * _E2M1_FACTOR
             factor = ((scale.to(tl.uint32) << 23) | tl.where(is_special, 0x400000, 0).to(tl.uint32)).to(
                 tl.float32, bitcast=True
             )

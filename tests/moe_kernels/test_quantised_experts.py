@@ -487,3 +487,21 @@ def test_bits_of_one_token_do_not_depend_on_the_slots(make_experts, kind):
     arguments |= {"matrices": replace(matrices, **moved)}
     arguments["table"] = replace(arguments["table"], lane_to_slot_L=slots)
     assert torch.equal(run_whole(arguments, logits, "triton"), before)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("num_tokens", [1, 16, 64, 256, 2048])
+@pytest.mark.parametrize("kind", KINDS)
+def test_every_tile_on_a_gpu(make_experts, kind, num_tokens):
+    """Sizes that many blocks divide, and batches that reach each line of the table; against the reference on the GPU."""
+    scheme, _, _ = KINDS[kind]
+    experts = make_experts(num_tokens, 2, 8, 512, 384, torch.bfloat16)
+    matrices = quantised(experts, kind, "gpt-oss")
+    table = ReplicaTable(torch.arange(8, dtype=torch.int32, device="cuda"), experts.lane_to_slot_L)
+    load = LoadCounter(torch.zeros(8, dtype=torch.int64, device="cuda"), None)
+    arguments = {"x_TH": experts.x_RH, "matrices": matrices, "table": table, "load": load}
+    logits = torch.randn(num_tokens, 8, generator=torch.Generator().manual_seed(4)).to("cuda")
+    y, expected = (run_whole(arguments, logits, backend) for backend in ("triton", "torch"))
+    most = 6e-3 if scheme != "fp8_block" else 0.06 if num_tokens == 1 else 0.02
+    assert error(y, expected.double()) <= most
+    assert torch.equal(run_whole(arguments, logits, "triton"), y)
