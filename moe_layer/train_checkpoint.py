@@ -6,10 +6,13 @@ Every rank has other experts under the same names. Here they become rows of one 
 Legend: E logical experts, W ranks, O = E / W experts that each rank owns.
 """
 
+import json
+import logging
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
+import numpy as np
 import torch
 import torch.distributed as dist
 from torch import nn
@@ -25,7 +28,11 @@ from torch.distributed.tensor import DTensor, Shard
 from torch.nn.parallel import DistributedDataParallel
 from torch.optim import Optimizer
 
+from eplb.planning.placement import Placement
+from moe_layer.collectives import all_gather_rows
 from moe_layer.trainable import TrainableExperts
+
+_logger = logging.getLogger(__name__)
 
 _WRAPPERS = ("_orig_mod", "_checkpoint_wrapped_module")  # of torch.compile and of activation checkpointing
 
@@ -47,8 +54,9 @@ class TrainingState(Stateful):
     neither an expert nor sharded must be equal on all ranks, as under DDP: one rank's is saved.
 
     Saving changes nothing. Optimizers that have not stepped yet can be saved and loaded. `dcp.load` writes into the weights and
-    the state that are there; if it fails, they are half-written. The experts' copies follow in the next forward. Where experts
-    compute is not saved: it changes no result, with replicas but for rounding, and `TrainingBalancer` plans it anew.
+    the state that are there; if it fails, they are half-written. The experts' copies follow in the next forward. Experts of a
+    layer with as many ranks and lanes as there were also compute where they did, so that training goes on bit for bit, with
+    replicas too; others stay where they are. (What `TrainingBalancer` has counted is not saved.)
 
     `dcp.save` and `dcp.load` are collective over the ranks that have the model. `dcp.load` raises `CheckpointException`, which
     names the key, if the checkpoint lacks it ("Missing key") or has other sizes ("Size mismatch"). `state_dict()` and
@@ -91,7 +99,9 @@ class TrainingState(Stateful):
             weights[name] = shard(name, weights[name])
             if name in optimizer["state"]:
                 optimizer["state"][name] = {key: shard(key, one) for key, one in optimizer["state"][name].items()}
-        return {"model": weights, "optimizer": optimizer, "without_state": without_state}
+        state = {"model": weights, "optimizer": optimizer, "without_state": without_state}
+        # One text, because layers and ranks may be others when it is read.
+        return {**state, "placements": json.dumps({name: _placed(one) for name, one in self._layers().items()})}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Takes what `dcp.load` has read into a `state_dict()` of this object."""
@@ -110,6 +120,28 @@ class TrainingState(Stateful):
         fresh = set(state_dict["without_state"])
         for optimizer in self.optimizers:
             _forget(optimizer, [one for one in _parameters(optimizer) if names[one] in fresh])
+        self._place(json.loads(state_dict["placements"]))
+
+    def _place(self, saved: dict[str, dict[str, list[list[float]]]]) -> None:
+        """Let experts compute where they did, in layers that have as many ranks and lanes."""
+        left = []
+        for name, experts in self._layers().items():
+            lanes_WS = np.array(saved[name]["experts"], dtype=np.int64) if name in saved else np.empty((0, 0))
+            if lanes_WS.shape == experts.owned.placement.lanes_WS.shape:
+                experts.place(Placement(lanes_WS, experts.num_experts), np.array(saved[name]["shares"]))
+                experts.owned.load_E.copy_(torch.tensor(saved[name]["load"][experts.owned.rank], dtype=torch.int64))
+            else:
+                left.append(name)
+        if left and saved:
+            _logger.info("experts of other numbers of ranks or lanes than were saved stay where they are: %s", left)
+
+    def _layers(self) -> dict[str, TrainableExperts]:
+        """Experts that are spread over ranks, by the names of their modules in the checkpoint."""
+        return {
+            _plain_name(self.model, prefix): module
+            for prefix, module in self.model.named_modules()
+            if isinstance(module, TrainableExperts) and module.owned.num_ranks > 1
+        }
 
     def _optimized(self) -> Iterator[nn.Parameter]:
         for optimizer in self.optimizers:
@@ -121,17 +153,16 @@ class TrainingState(Stateful):
     def _spread(self) -> dict[str, TrainableExperts]:
         """The experts of each parameter that has other rows on each rank, by its name in the checkpoint."""
         homes = {}
-        for prefix, module in self.model.named_modules():
-            if isinstance(module, TrainableExperts) and module.owned.num_ranks > 1:
-                for tensor in module.format.tensors:
-                    parameter = getattr(module, tensor.name)
-                    name = _plain_name(self.model, f"{prefix}.{tensor.name}" if prefix else tensor.name)
-                    if parameter.is_meta or isinstance(parameter, DTensor):
-                        what = "on the meta device" if parameter.is_meta else "a DTensor, sharded once more"
-                        raise ValueError(
-                            f"{name} must be a plain tensor of this rank's experts, to be saved or loaded; it is {what}"
-                        )
-                    homes[name] = module
+        for prefix, module in self._layers().items():
+            for tensor in module.format.tensors:
+                parameter = getattr(module, tensor.name)
+                name = f"{prefix}.{tensor.name}" if prefix else tensor.name
+                if parameter.is_meta or isinstance(parameter, DTensor):
+                    what = "on the meta device" if parameter.is_meta else "a DTensor, sharded once more"
+                    raise ValueError(
+                        f"{name} must be a plain tensor of this rank's experts, to be saved or loaded; it is {what}"
+                    )
+                homes[name] = module
         return homes
 
 
@@ -150,6 +181,21 @@ class _Sharder:
                 f"{self._num_owned} experts, to be read by other numbers of ranks; got shape {tuple(value.shape)}"
             )
         return DTensor.from_local(value.detach(), self._mesh, [Shard(0)], run_check=False)
+
+
+def _placed(experts: TrainableExperts) -> dict[str, list[list[float]]]:
+    """Where experts compute, and each rank's counts, by which an expert's replicas take turns. Collective.
+
+    JSON writes floats so that they are read back as they were.
+    """
+    owned, group = experts.owned, experts.process_group
+    assert group is not None
+    load_WE = all_gather_rows(owned.load_E[None], group)
+    return {
+        "experts": owned.placement.lanes_WS.tolist(),
+        "shares": owned.shares_WS.tolist(),
+        "load": load_WE.tolist(),
+    }
 
 
 def _local(value: Any) -> Any:

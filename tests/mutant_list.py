@@ -550,6 +550,13 @@ PLANNING = (
 )
 
 LAYER = (
+    # Training that goes on with replicas gives them other tokens than without the interruption.
+    Mutant(
+        "moe_layer/train_checkpoint.py",
+        'experts.owned.load_E.copy_(torch.tensor(saved[name]["load"][experts.owned.rank], dtype=torch.int64))',
+        "pass",
+        (f"{L}train_checkpoint.py",),
+    ),
     # Ranks that start from different files compute with wrong experts.
     Mutant("moe_layer/starting.py", "_check_equal(start, process_group, name)", "pass", (f"{L}placement_start.py",)),
     # A saved placement is checked and then not used.

@@ -191,6 +191,37 @@ def check_replicas(pair, device, expected, folder):
             layer.experts.publish()
         assert torch.equal(replicated(x), after) and not torch.equal(after, before)
 
+    # Interrupted under a placement with replicas: it goes on there, with the same bits.
+    for seed in (1, 2):
+        place(replicated, seed)
+        two_steps(replicated, optimizer, seed, pair, device)
+    dcp.save({"training": TrainingState(replicated, optimizer)}, checkpoint_id=f"{folder}/placed", process_group=pair)
+    resumed = Model(pair, device, num_redundant_experts=2)
+    spoil(resumed)
+    other = adamw(resumed)
+    dcp.load({"training": TrainingState(resumed, other)}, checkpoint_id=f"{folder}/placed", process_group=pair)
+    for mine, theirs in zip(resumed.layers, replicated.layers, strict=True):
+        assert mine.experts.owned.placement == theirs.experts.owned.placement
+        np.testing.assert_array_equal(mine.experts.owned.shares_WS, theirs.experts.owned.shares_WS)
+    for one, its in ((replicated, optimizer), (resumed, other)):
+        two_steps(one, its, 3, pair, device)
+    assert_equal(whole(resumed, other, pair), whole(replicated, optimizer, pair), "it went on where its experts were")
+    fewer = Model(pair, device)  # without replicas there are other lanes
+    dcp.load({"training": TrainingState(fewer, adamw(fewer))}, checkpoint_id=f"{folder}/placed", process_group=pair)
+    assert fewer.layers[0].experts.owned.is_at_home
+
+
+def two_steps(model, optimizer, seed, group, device):
+    """Two steps under the placement that there is."""
+    for step in range(2):
+        generator = torch.Generator().manual_seed(100 * seed + 10 * step + dist.get_rank(group))
+        (model(torch.randn(9, HIDDEN, generator=generator).to(device)) ** 2).sum().backward()
+        for name, parameter in model.named_parameters():
+            if ".experts." not in name:
+                dist.all_reduce(parameter.grad, group=group)
+        optimizer.step()
+        optimizer.zero_grad()
+
 
 def check_refusals(pair, device):
     model = Model(pair, device)
