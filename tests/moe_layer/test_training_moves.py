@@ -16,7 +16,7 @@ from moe_layer.owned import OwnedExperts
 from tests.distributed import distributed
 from tests.moe_layer.ranks import EXPERTS, HIDDEN, TOP_K, Restless, make_layer
 
-STEPS = 20
+STEPS, FLIPS = 200, 20
 
 
 class Stack(nn.Module):
@@ -56,16 +56,17 @@ def state_of(optimizer):
 def test_training_goes_on_as_without_moves(rank, num_ranks, group, device):
     still, moving, replicated = (Stack(group, device, num_redundant_experts=count) for count in (0, 0, num_ranks))
     assert moving.layers[0].experts.matrices().down_SHI is moving.layers[0].experts.down_proj, "nothing is sent"
-    optimizers = [torch.optim.AdamW(one.parameters(), lr=1e-2) for one in (still, moving, replicated)]
+    optimizers = [torch.optim.AdamW(one.parameters(), lr=1e-3) for one in (still, moving, replicated)]
     for step in range(STEPS):
         for stack, optimizer in zip((still, moving, replicated), optimizers, strict=True):
-            if step % 2 and stack is not still:
+            if step % (STEPS // FLIPS) == 1 and stack is not still:
                 stack.place(step)
-            train(stack, optimizer, step, rank, device, micro_batches=1 + step % 2)
+            train(stack, optimizer, step, rank, device, micro_batches=1 + (step % 20 == 0))
     assert moving.layers[0].experts.owned.placement != still.layers[0].experts.owned.placement
     for name, parameter in still.named_parameters():
         assert torch.equal(moving.get_parameter(name), parameter), name
-        torch.testing.assert_close(replicated.get_parameter(name), parameter, rtol=1e-4, atol=1e-5)
+        error = (replicated.get_parameter(name) - parameter).abs().max() / parameter.abs().max()
+        assert error <= 1e-6, f"{name} is off by {error:.1e}"
     for one, other in zip(state_of(optimizers[0]), state_of(optimizers[1]), strict=True):
         assert torch.equal(one, other), "the optimizer's state is that of the same experts"
     # What was saved here is loaded under another placement, and the first forward has it.
