@@ -23,17 +23,36 @@ def backend_of(group: dist.ProcessGroup, device: torch.device) -> str:
     raise ValueError(f"process_group has the backend {name!r}, which cannot move tensors of {device}: use gloo or NCCL")
 
 
+def is_absence(error: BaseException) -> bool:
+    """Whether `error` is what a collective ends in if another rank does not come to it."""
+    return isinstance(error, (dist.DistBackendError, TimeoutError)) or "gloo" in str(error)
+
+
 def all_to_all_rows(
     rows: torch.Tensor, receive_splits: Sequence[int], send_splits: Sequence[int], group: dist.ProcessGroup
 ) -> torch.Tensor:
-    """Send `send_splits[r]` consecutive rows to each rank r; returns what came, in the order of the ranks."""
+    """Send `send_splits[r]` consecutive rows to each rank r; returns what came, in the order of the ranks.
+
+    Raises:
+        RuntimeError: another rank did not come within the group's deadline (over gloo; NCCL ends the process itself).
+    """
     staged = backend_of(group, rows.device) == "gloo"
     # Bytes: gloo knows fewer dtypes than torch, and nothing is computed on the way.
     row_bytes = rows.shape[1:].numel() * rows.element_size()
     sent = rows.contiguous().view(torch.uint8).view(rows.shape[0], row_bytes)
     sent = sent.cpu() if staged else sent
     received = torch.empty(sum(receive_splits), row_bytes, dtype=torch.uint8, device=sent.device)
-    dist.all_to_all_single(received, sent, list(receive_splits), list(send_splits), group)
+    try:
+        dist.all_to_all_single(received, sent, list(receive_splits), list(send_splits), group)
+    except (RuntimeError, TimeoutError) as error:
+        if not is_absence(error):
+            raise
+        raise RuntimeError(
+            f"another of the {dist.get_world_size(group)} ranks of process_group did not take part in time. Every rank runs "
+            "each forward and each backward, also without tokens or with a loss of NaN. This rank's parameters and optimizer "
+            "state are those of its last step; to go on, make a new process group, and layers over it, and load them. "
+            f"({error})"
+        ) from error
     return received.to(rows.device).view(rows.dtype).view(-1, *rows.shape[1:])
 
 

@@ -81,9 +81,9 @@ class PublishWeights(torch.autograd.Function):
     @torch.autograd.function.once_differentiable
     def backward(ctx: Any, *grads: torch.Tensor | None) -> tuple[torch.Tensor | None, ...]:
         wanted = ctx.needs_input_grad[4:]
+        ctx.note_backward()  # first: whatever fails here, a step that is made nevertheless reaches the copies
         found = [
             ctx.route.collect(grad, ctx.group) if is_wanted and grad is not None else None
             for grad, is_wanted in zip(grads, wanted, strict=True)
         ]
-        ctx.note_backward()
         return None, None, None, None, *found

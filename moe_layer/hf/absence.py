@@ -23,11 +23,6 @@ _BEFORE_NCCL = 0.9  # of the group's time: then its watchdog would end the proce
 _LOOKS = 20  # in that time
 
 
-def is_absence(error: BaseException) -> bool:
-    """Whether `error` is what a forward over ranks ends in if one of them does not come."""
-    return isinstance(error, (dist.DistBackendError, TimeoutError)) or "gloo" in str(error)
-
-
 def absence(num_ranks: int, error: BaseException) -> RuntimeError:
     """What the user is told then; raise it from `error`."""
     return RuntimeError(

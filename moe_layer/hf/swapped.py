@@ -15,11 +15,11 @@ from torch import nn
 from eplb.relocation.resident import ResidentExperts
 from moe_kernels.checks import FLOATS
 from moe_layer.arguments import check_per_token
-from moe_layer.collectives import backend_of
+from moe_layer.collectives import backend_of, is_absence
 from moe_layer.ddp import check_ddp
 from moe_layer.executors import Executor
 from moe_layer.experts import Experts, NewWeights
-from moe_layer.hf.absence import NcclWatch, absence, is_absence, watch_of
+from moe_layer.hf.absence import NcclWatch, absence, watch_of
 from moe_layer.hf.inspect import Understood
 from moe_layer.hf.layout import Layout
 from moe_layer.hf.padding import Padding

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import copy
+from datetime import timedelta
 
 import numpy as np
 import pytest
 import torch
+import torch.distributed as dist
 from torch import nn
 
 from eplb.planning.placement import Placement
@@ -119,6 +121,48 @@ def test_the_balancer(rank, num_ranks, group, device):
     own = np.roll(experts.owned.placement.lanes_WS, rank, axis=0)
     with pytest.raises(ValueError, match="must be equal on all ranks"):
         experts.place(Placement(own, EXPERTS))
+
+
+@distributed(num_ranks=2)
+def test_a_step_that_fails(rank, num_ranks, group, device):
+    """Rank 1 leaves a backward out. Rank 0 is told within the deadline, and no rank has lost or changed a weight."""
+    short = dist.new_group(timeout=timedelta(seconds=2))
+    stack = Stack(short, device, num_redundant_experts=num_ranks)
+    optimizer = torch.optim.AdamW(stack.parameters(), lr=1e-2)
+    train(stack, optimizer, 1, rank, device)
+    x = torch.randn(5, HIDDEN, generator=torch.Generator().manual_seed(rank)).to(device)
+    with torch.no_grad():
+        expected = stack(x)
+    weights = {name: value.clone() for name, value in stack.state_dict().items()}
+    loss = (stack(x) ** 2).sum()
+    if rank == 0:
+        with pytest.raises(RuntimeError, match=r"another of the 2 ranks .* each backward, .* load them"):
+            loss.backward()
+    dist.barrier(group)
+    for name, value in stack.state_dict().items():
+        assert torch.equal(value, weights[name]), name
+    again = Stack(group, device, num_redundant_experts=num_ranks)
+    again.load_state_dict(stack.state_dict())
+    with torch.no_grad():
+        assert torch.allclose(again(x), expected, atol=1e-6)
+
+    # A step that is made although its backward failed half-way: the copies follow in the next forward.
+    def fail(*_):
+        raise ZeroDivisionError("made up")
+
+    optimizer, experts = torch.optim.SGD(again.parameters(), lr=0.1), again.layers[0].experts
+    collect, experts._route.collect = experts._route.collect, fail
+    with pytest.raises(ZeroDivisionError):
+        (again(x) ** 2).sum().backward()
+    experts._route.collect = collect
+    for parameter in again.parameters():
+        parameter.grad = torch.ones_like(parameter)
+    optimizer.step()
+    with torch.no_grad():
+        y = again(x)
+        for layer in again.layers:
+            layer.experts.publish()
+        assert torch.equal(again(x), y) and not torch.allclose(y, expected)
 
 
 def test_what_stays_keeps_its_lane():
