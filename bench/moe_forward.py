@@ -22,7 +22,7 @@ from bench import against
 from bench.cases import Case, count_hit, forward_work, make_logits
 from bench.ceilings import Ceilings, measure_ceilings
 from bench.command import make_parser
-from bench.providers import Problem, Provider, complaining, find, make_problem, make_weights, reference
+from bench.providers import Named, Problem, Provider, complaining, find, make_problem, make_weights, reference
 from bench.report import (
     DTYPES,
     WORST_ERROR,
@@ -166,16 +166,16 @@ def measured_times(
     return times
 
 
-def header(providers: Sequence[Provider]) -> str:
+def header(providers: Sequence[Named]) -> str:
     names = "".join(f"{provider.name + ' µs':>{_width(provider)}}" for provider in providers)
     return f"{'case':<22}{'hit':>5}{'floor µs':>10}{names}{'× floor':>10}{'speed-up':>10}"
 
 
-def _width(provider: Provider) -> int:
+def _width(provider: Named) -> int:
     return max(10, len(provider.name) + 5)
 
 
-def line_of(case: Case, rows: Sequence[dict[str, Any]], providers: Sequence[Provider]) -> str:
+def line_of(case: Case, rows: Sequence[dict[str, Any]], providers: Sequence[Named]) -> str:
     """Times in the first mode measured; the factors are of the first provider, against the best of the others."""
     first: dict[str, float] = {}
     for row in rows:
@@ -193,7 +193,7 @@ def line_of(case: Case, rows: Sequence[dict[str, Any]], providers: Sequence[Prov
     return text + f"{ours / rows[0]['floor_us']:>10.2f}" + (f"{min(others) / ours:>10.2f}" if others else f"{'-':>10}")
 
 
-def summary(rows: Sequence[dict[str, Any]], providers: Sequence[Provider]) -> list[str]:
+def summary(rows: Sequence[dict[str, Any]], providers: Sequence[Named]) -> list[str]:
     lines = ["", "geometric mean of time / floor"]
     for mode in dict.fromkeys(row["mode"] for row in rows):
         for provider in providers:

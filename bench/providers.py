@@ -65,6 +65,12 @@ class Problem:
         return self.shape.top_k
 
 
+class Named(Protocol):
+    """What tables need to know of a provider, of whatever problem."""
+
+    name: str
+
+
 class Provider(Protocol):
     name: str
 

@@ -40,7 +40,7 @@ class Format:
     activation: str = "silu"
     is_biased: bool = False
     worst_error: float = 1e-2
-    """Largest error relative to float32, in norm. fp8_block rounds x and hidden rows to four bits: 4e-2."""
+    """Largest error relative to float32, in norm. fp8_block rounds x and hidden rows to four bits: 6e-2."""
 
 
 FORMATS = {

@@ -28,6 +28,7 @@ from moe_kernels import (
     expert_up_torch,
     has_tma,
 )
+from moe_kernels.quantise_rows import values_of
 
 NUM_WARPS = {(64, 128): 4, (64, 256): 4, (128, 128): 4, (128, 256): 8}
 
@@ -70,7 +71,7 @@ def tune(report: Report, case: Case, inputs: Inputs, seconds: float, best: int) 
     def run(op: str, config: GemmConfig) -> torch.Tensor:
         schedule = schedules[config.block_m, config.extra_m]
         if op == "up":
-            return expert_up(x_TH, inputs.matrices, slots, schedule, fanout=inputs.top_k, config=config)
+            return values_of(expert_up(x_TH, inputs.matrices, slots, schedule, fanout=inputs.top_k, config=config))
         return expert_down(expected["up"], inputs.matrices, slots, schedule, weights_N, config=config)
 
     for op in ("up", "down"):
@@ -93,7 +94,7 @@ def tune(report: Report, case: Case, inputs: Inputs, seconds: float, best: int) 
                 expected[op] = result
                 schedule = schedules[tiling]
                 reference = (
-                    expert_up_torch(x_TH, inputs.matrices, slots, schedule, fanout=inputs.top_k)
+                    values_of(expert_up_torch(x_TH, inputs.matrices, slots, schedule, fanout=inputs.top_k))
                     if op == "up"
                     else expert_down_torch(expected["up"], inputs.matrices, slots, schedule, weights_N)
                 )

@@ -25,6 +25,7 @@ from moe_kernels import (
     local_experts,
     local_forward,
     moe_experts,
+    pack_nibbles,
     quantise_rows,
     quantise_weights,
 )
@@ -373,6 +374,71 @@ def test_the_kernels_with_weights_on_the_wide_side(make_experts, kind):
 )
 def test_the_kernels_in_other_dtypes(make_experts, kind, dtype):
     check(make_case(make_experts, kind, dtype=dtype), "triton")
+
+
+@pytest.mark.parametrize(
+    ("kind", "swap"),
+    [("fp8_block", False), ("mxfp4", False), pytest.param("mxfp4", True, marks=pytest.mark.gpu), ("int4 zeros", False)],
+)
+@pytest.mark.parametrize("busy", [0, 2, None])
+def test_one_expert_takes_all_rows(make_experts, kind, swap, busy):
+    """And the other lanes are empty; None: all of them are. More rows than one tile has, but no multiple."""
+    if swap and not has_tma(torch.device("cuda")):
+        pytest.skip("needs Hopper's shared memory")
+    case = make_case(make_experts, kind, num_tokens=9, num_lanes=3, tma=swap)
+    assert case.configs[0].block_m < 18
+    case.experts.lanes_N.fill_(-1 if busy is None else busy)
+    case.schedule = build_schedule(case.experts.lanes_N, case.experts.counts_L, block_m=case.configs[0].block_m)
+    assert case.computed == (0 if busy is None else 18)
+    if busy is not None:
+        check(case, "triton")
+        return
+    home = torch.full((18, case.matrices.hidden_size), 7.0, dtype=torch.bfloat16, device=case.experts.x_RH.device)
+    addresses = torch.tensor([home.data_ptr()], dtype=torch.int64, device=home.device)
+    expert_down_home(
+        case.up("triton"), case.matrices, case.experts.lane_to_slot_L, case.schedule, case.experts.row_weights_N,
+        RowHomes(addresses, home, 18), config=case.configs[1],
+    )  # fmt: skip
+    assert (home == 7).all(), "rows of no expert are not written"
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+@pytest.mark.parametrize("kind", ["mxfp4", "int4 g32", "int4 zeros"])
+def test_every_code_and_scale_exactly(device, kind, dtype):
+    """Rows of an identity matrix times the weights are the weights, bit for bit: all codes, with scales down to subnormals.
+
+    Natively the kernels compute bfloat16 weights by bits, with subnormal ones in between, which no tolerance would see.
+    """
+    scheme, group = KINDS[kind][0], 32
+    random = torch.Generator().manual_seed(3)
+    if scheme == "mxfp4":
+        # All but the ones whose products are infinite, and 255, which is NaN.
+        scale = torch.arange(0, 253, dtype=torch.uint8).repeat(2)[:256].view(1, 256, 1)
+    else:
+        exponents = torch.arange(256) % 240 - 130  # down to bfloat16's subnormals
+        scale = (1 + torch.rand(256, generator=random)) * torch.ldexp(torch.ones(256), exponents)
+        scale = (scale * torch.where(torch.arange(256) % 3 == 0, -1, 1)).bfloat16().view(1, 256, 1)
+    codes = torch.cat([torch.arange(16).roll(shift) for shift in range(2)]).to(torch.uint8)
+    down = pack_nibbles(codes.expand(1, 256, group))
+    zero = (torch.arange(256) % 16).to(torch.uint8).view(1, 256, 1) if kind == "int4 zeros" else None
+    up = quantise_weights(torch.ones(1, 2 * group, 256), scheme, group=group, with_zero=zero is not None)
+    down_parts, up_parts = (
+        [None if one is None else one.to(device) for one in parts] for parts in ((down, scale, zero), up)
+    )
+    pairs = zip(up_parts, down_parts, strict=True)
+    (gate_up, down), scales, zeros = pairs
+    matrices = ExpertMatrices(gate_up, down, "silu", None, None, *scales, *zeros, scheme)
+    lanes = torch.zeros(group, dtype=torch.int32, device=device)
+    config = gemm_configs(256, group, dtype, group, 1, 1, tma=False, scheme=scheme)[1]
+    schedule = build_schedule(lanes, torch.full((1,), group, dtype=torch.int32, device=device), block_m=config.block_m)
+    hidden = torch.eye(group, dtype=dtype, device=device)[schedule.order_N.long()]
+    rows = expert_down(
+        hidden, matrices, torch.zeros(1, dtype=torch.int32, device=device), schedule, torch.ones(group, device=device),
+        config=config, backend="triton",
+    )  # fmt: skip
+    wanted = dequantise(down, scales[1], zeros[1], scheme)[0].to(dtype).T
+    assert wanted.isfinite().all() and (wanted != 0).double().mean() > 0.85
+    assert torch.equal(rows, wanted)
 
 
 @pytest.mark.parametrize(
