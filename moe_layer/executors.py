@@ -285,6 +285,7 @@ def compute_rows(
             configs=(up, down),
             gradient_configs=gradient_configs(*batch, tma=experts.tma),
             combine_into=combine_into,
+            recompute=experts.recompute,
             adds_to_main_grads=experts.trainable and has_main_grads(matrices),
             backend=backend,
         )

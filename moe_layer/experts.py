@@ -36,6 +36,7 @@ class Experts(nn.Module):
         backend: of the kernels on this device: "triton" or "torch".
         tma: whether tiles are chosen for the tensor memory accelerator.
         number: names this object to compiled graphs.
+        recompute: whether backwards compute the pre-activation again instead of keeping it.
         gradient_divisor: what gradients of the weights, if they are parameters, are divided by, because those of dense
             parameters are averaged over as many ranks; None: nobody has said, and they are not. See `moe_layer.ddp`.
         is_loaded: False while the weights are known to lack, or to be half-loaded: forwards are refused then.
@@ -44,6 +45,7 @@ class Experts(nn.Module):
     trainable: bool
     device: torch.device
     dtype: torch.dtype
+    recompute: bool = False
     gradient_divisor: float | None = None
     is_loaded: bool = True
 

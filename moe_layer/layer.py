@@ -22,6 +22,7 @@ from moe_kernels import resolve_backend
 from moe_kernels.checks import FLOATS
 from moe_layer.arguments import (
     as_rows,
+    check_bool,
     check_integer,
     check_mask,
     check_per_token,
@@ -90,6 +91,8 @@ class MoELayer(Relocatable, nn.Module):
             many. A forward may set another bound. None: any number.
         shares: how an expert's tokens are divided among its replicas: "window" (as planned from the last load window), "batch"
             or `BatchShares(expert_cost)` (solved anew in each batch, from the counts of all ranks).
+        recompute: whether a backward on the layer's experts computes the pre-activation, ``[rows, 2I]``, again from the hidden
+            states, instead of keeping it. The same bits. (Serving layers over several ranks keep neither, whatever it says.)
         backend: of the kernels: "auto" (Triton on CUDA, PyTorch references on a CPU), "triton", "torch".
         device: of the weights: a CPU or CUDA device, or "meta", which takes no memory until `to_empty()`.
         dtype: of weights and hidden states: float32, float16 or bfloat16.
@@ -118,6 +121,7 @@ class MoELayer(Relocatable, nn.Module):
         dispatcher: str | Dispatcher = "auto",
         max_tokens: int | None = None,
         shares: str | BatchShares = "window",
+        recompute: bool = False,
         backend: str = "auto",
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
@@ -132,6 +136,7 @@ class MoELayer(Relocatable, nn.Module):
         check_integer("num_shadow_slots", num_shadow_slots, 0)
         if top_k > num_experts:
             raise ValueError(f"top_k must be at most num_experts={num_experts}, got {top_k}")
+        check_bool("recompute", recompute)
         check_trainable(trainable, num_experts, num_ranks, pool=pool)
         if max_tokens is not None:
             check_integer("max_tokens", max_tokens, 1)
@@ -193,6 +198,8 @@ class MoELayer(Relocatable, nn.Module):
                 shares_WS=start_shares,
             )
             self.experts = SlotExperts(format, resident, process_group, backend)
+        # Serving layers over several ranks repeat the whole forward in their backward: once is enough.
+        self.experts.recompute = recompute and (trainable or num_ranks == 1)
         if device.type != "meta":
             self.reset_parameters()
 

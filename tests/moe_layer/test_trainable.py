@@ -133,6 +133,30 @@ def test_gradients_go_to_main_grads_where_there_are_any(device):
         torch.compile(layer, fullgraph=True, backend="aot_eager")(x)
 
 
+@pytest.mark.parametrize("trainable", [True, False])
+@pytest.mark.parametrize("backend", ["torch", "triton"])
+def test_recomputing_changes_no_bit_and_keeps_less(backend, trainable, device):
+    """Beside the output, x in the place of the pre-activation is all that a backward is given."""
+    x = torch.randn(6, 16, device=device)
+    found, kept = [], []
+    for recompute in (False, True):
+        layer = make_layer(device, trainable=trainable, backend=backend, recompute=recompute)
+        leaf = x.clone().requires_grad_()
+        shapes: list[torch.Size] = []
+        with torch.autograd.graph.saved_tensors_hooks(
+            lambda tensor, shapes=shapes: (shapes.append(tensor.shape), tensor)[1], lambda tensor: tensor
+        ):
+            y = layer(leaf)
+        y.square().sum().backward()
+        grads = [parameter.grad for parameter in layer.parameters() if parameter.requires_grad]
+        assert len(grads) == (3 if trainable else 0)
+        found.append([y.detach(), leaf.grad, *grads])
+        kept.append(shapes)
+    assert all(torch.equal(*pair) for pair in zip(*found, strict=True))
+    pre = torch.Size([6 * 2, 2 * 8])
+    assert pre in kept[0] and pre not in kept[1]
+
+
 def test_functional_call_and_parametrizations(device):
     layer = make_layer(device, trainable=True)
     x = torch.randn(5, 16, device=device)

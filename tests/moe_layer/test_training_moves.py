@@ -54,7 +54,10 @@ def state_of(optimizer):
 
 @distributed(num_ranks=2)
 def test_training_goes_on_as_without_moves(rank, num_ranks, group, device):
-    still, moving, replicated = (Stack(group, device, num_redundant_experts=count) for count in (0, 0, num_ranks))
+    still, moving, replicated = (
+        Stack(group, device, num_redundant_experts=count, recompute=recompute)
+        for count, recompute in ((0, False), (0, True), (num_ranks, False))
+    )
     assert moving.layers[0].experts.matrices().down_SHI is moving.layers[0].experts.down_proj, "nothing is sent"
     optimizers = [torch.optim.AdamW(one.parameters(), lr=1e-2) for one in (still, moving, replicated)]
     for step in range(STEPS):
