@@ -19,10 +19,15 @@ def check_choice(name: str, value: Any, choices: tuple[str, ...], otherwise: str
         raise ValueError(f"{name} must be one of {', '.join(map(repr, choices))}{otherwise}; got {value!r}")
 
 
+def check_bool(name: str, value: Any) -> None:
+    """Raises ValueError unless `value` is a bool."""
+    if not isinstance(value, bool):
+        raise ValueError(f"{name} must be True or False, got {value!r}")
+
+
 def check_trainable(trainable: Any, num_experts: int, num_ranks: int, *, pool: Any, quantisation: Any = None) -> None:
     """Raises ValueError unless `trainable` is a bool and goes with the other arguments."""
-    if not isinstance(trainable, bool):
-        raise ValueError(f"trainable must be True or False, got {trainable!r}")
+    check_bool("trainable", trainable)
     if trainable and pool is not None:
         raise ValueError(f"pool={pool!r} does not go with trainable=True: such experts have no slots")
     if trainable and quantisation is not None:

@@ -188,7 +188,7 @@ class Experts(nn.Module):
         memo[id(self.process_group)] = self.process_group
         fresh = self.__class__.__new__(self.__class__)
         memo[id(self)] = fresh
-        anew = ("resident", "table", "load", "number", "_matrices", "_copies", "_route")
+        anew = ("resident", "table", "load", "number", "_matrices", "copies")
         fresh.__dict__.update(
             copy.deepcopy({name: one for name, one in self.__dict__.items() if name not in anew}, memo)
         )

@@ -22,6 +22,7 @@ from moe_kernels import resolve_backend
 from moe_kernels.checks import FLOATS
 from moe_layer.arguments import (
     as_rows,
+    check_bool,
     check_integer,
     check_mask,
     check_per_token,
@@ -80,8 +81,7 @@ class MoELayer(Relocatable, nn.Module):
             layer cannot be registered. For DDP see `moe_layer.ignore_in_ddp`, for FSDP2 `ignore_in_fsdp`; for losses and
             clipping `moe_layer.training`.
         num_redundant_experts: physical experts beyond one per logical expert; E plus these must divide by the ranks.
-        num_shadow_slots: experts of this layer that a relocation may replace at once on a rank; as many slots of memory
-            on top, if the pool is the layer's own. 0: its experts never move.
+        num_shadow_slots: experts that a relocation may replace at once on a rank: free slots of its own pool. 0: none move.
         pool: slots shared with other layers, from `make_pool()`; the layer's own if None.
         placement: where the experts are at first, and their shares, from `eplb.load_placements()`; equal on all ranks. None:
             in order, replicas of the first experts after them.
@@ -137,6 +137,7 @@ class MoELayer(Relocatable, nn.Module):
         check_integer("num_shadow_slots", num_shadow_slots, 0)
         if top_k > num_experts:
             raise ValueError(f"top_k must be at most num_experts={num_experts}, got {top_k}")
+        check_bool("recompute", recompute)
         check_trainable(trainable, num_experts, num_ranks, pool=pool, quantisation=quantisation)
         if max_tokens is not None:
             check_integer("max_tokens", max_tokens, 1)
@@ -198,8 +199,7 @@ class MoELayer(Relocatable, nn.Module):
                 shares_WS=start_shares,
             )
             self.experts = SlotExperts(format, resident, process_group, backend)
-        # Serving layers over several ranks repeat the whole forward in their backward anyway.
-        self.experts.recompute = recompute and (trainable or num_ranks == 1)
+        self.experts.recompute = recompute and (trainable or num_ranks == 1)  # else the whole forward is repeated anyway
         if device.type != "meta":
             self.reset_parameters()
 

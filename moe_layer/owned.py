@@ -13,7 +13,7 @@ import numpy as np
 import torch
 
 from eplb.planning.placement import Placement
-from eplb.planning.shares import equal_shares, table_words
+from eplb.planning.shares import cumulative_shares, equal_shares, table_words
 from eplb.streams import DeviceStreams, streams_of
 
 
@@ -103,12 +103,8 @@ class OwnedExperts:
         other.load_E.copy_(self.load_E)
         return other
 
-    def place(self, placement: Placement, shares_WS: np.ndarray | None = None) -> None:
-        """From the next forward on experts compute there. Between steps: no forward or backward is under way.
-
-        Raises:
-            ValueError: a placement or shares of other sizes, or an expert without a replica. Nothing has changed then.
-        """
+    def check(self, placement: Placement, shares_WS: np.ndarray | None = None) -> None:
+        """Raises ValueError if the experts cannot be placed so: sizes, an expert without a replica, or shares."""
         wanted, got = (self._home.lanes_WS.shape, self.num_experts), (placement.lanes_WS.shape, placement.num_experts)
         if got != wanted or (placement.lanes_WS < 0).any():
             raise ValueError(
@@ -116,9 +112,23 @@ class OwnedExperts:
                 f"and {got[1]} experts, {int((placement.lanes_WS < 0).sum())} lanes empty"
             )
         placement.validate()
+        if shares_WS is not None:
+            cumulative_shares(placement, shares_WS)
+
+    def place(self, placement: Placement, shares_WS: np.ndarray | None = None) -> None:
+        """From the next forward on experts compute there. Between steps: no forward or backward is under way.
+
+        Raises:
+            ValueError: see `check`. Nothing has changed then.
+        """
+        self.check(placement, shares_WS)
         shares_WS = equal_shares(placement) if shares_WS is None else shares_WS
-        self.table.write(placement, shares_WS)  # raises before it writes, if the shares do not fit
+        self.table.write(placement, shares_WS)
         self._be_at(placement, shares_WS)
+
+    def go_home(self) -> None:
+        """To where they are if nothing else is said."""
+        self.place(self._home)
 
     def _be_at(self, placement: Placement, shares_WS: np.ndarray) -> None:
         self.placement, self.shares_WS = placement, shares_WS

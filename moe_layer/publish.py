@@ -6,9 +6,6 @@ more, and the optimizer's state never moves.
 Legend: S lanes of this rank, O experts that this rank owns.
 """
 
-from collections.abc import Callable, Sequence
-from typing import Any
-
 import numpy as np
 import torch
 import torch.distributed as dist
@@ -58,32 +55,3 @@ class Route:
         for turn in others:
             total[self._rows[turn]] += received[turn].float()  # no row twice: no order among threads
         return total.to(owned.dtype)
-
-
-class PublishWeights(torch.autograd.Function):
-    """The lanes' copies of the owners' parameters; the backward sums the copies' gradients at the owners. Collective, both."""
-
-    @staticmethod
-    def forward(
-        ctx: Any,
-        publish: Callable[[], Sequence[torch.Tensor]],
-        note_backward: Callable[[], None],
-        route: Route,
-        group: dist.ProcessGroup,
-        *owned: torch.Tensor,
-    ) -> tuple[torch.Tensor, ...]:
-        ctx.note_backward, ctx.route, ctx.group = note_backward, route, group
-        ctx.set_materialize_grads(False)
-        del owned  # `publish` reads them
-        return tuple(copy.detach() for copy in publish())
-
-    @staticmethod
-    @torch.autograd.function.once_differentiable
-    def backward(ctx: Any, *grads: torch.Tensor | None) -> tuple[torch.Tensor | None, ...]:
-        wanted = ctx.needs_input_grad[4:]
-        ctx.note_backward()  # first: whatever fails here, a step that is made nevertheless reaches the copies
-        found = [
-            ctx.route.collect(grad, ctx.group) if is_wanted and grad is not None else None
-            for grad, is_wanted in zip(grads, wanted, strict=True)
-        ]
-        return None, None, None, None, *found

@@ -85,10 +85,14 @@ class TrainingState(Stateful):
     def state_dict(self) -> dict[str, Any]:
         """What `dcp.save` writes, and what `dcp.load` writes into."""
         homes, names = self._spread(), self._names()
+        for experts in homes.values():
+            experts.copies.check_nothing_waits("TrainingState")
         with _state_for_all(self.optimizers) as made_up:
             weights = get_model_state_dict(self.model)
             optimizer: dict[str, Any] = get_optimizer_state_dict(self.model, self.optimizers)
             without_state = sorted(names[parameter] for parameter in made_up)
+        for experts in homes.values():
+            experts.copies.note_as_sent()
         meshes: dict[dist.ProcessGroup, DeviceMesh] = {}
         for name, experts in homes.items():
             group = experts.process_group

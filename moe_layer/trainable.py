@@ -13,11 +13,11 @@ from eplb.relocation.resident import ResidentExperts
 from moe_kernels import ExpertMatrices
 from moe_kernels.main_grads import has_main_grads
 from moe_layer.collectives import all_gather_rows
+from moe_layer.copies import Copies
 from moe_layer.ddp import refuse_sharding
 from moe_layer.expert_format import ExpertFormat
 from moe_layer.experts import Experts, NewWeights
 from moe_layer.owned import OwnedExperts
-from moe_layer.publish import PublishWeights, Route
 
 
 class TrainableExperts(Experts):
@@ -29,12 +29,12 @@ class TrainableExperts(Experts):
 
     While each expert computes at its owner alone, the kernels read the parameters themselves. Else they read copies, one a
     lane: the first forward after a backward, a load or `place()` sends the weights to them, and each backward returns their
-    gradients. What writes parameters otherwise (through ``.data``) must call `publish()`, on all ranks.
+    gradients. What writes parameters otherwise must call `publish()`, on all ranks: without it, a write that PyTorch counts
+    (not those through ``.data``) is an error in the next forward.
     """
 
     trainable = True
-    _copies: dict[str, torch.Tensor] | None
-    _route: Route | None
+    copies: Copies
 
     def __init__(
         self,
@@ -82,10 +82,7 @@ class TrainableExperts(Experts):
                 raise ValueError(
                     "experts that compute away from their owners cannot have a main_grad: their gradients come back to grad"
                 )
-            if self._route is None:
-                self._route = Route(self.owned.placement, self.owned.num_owned, self.owned.rank, self.device)
-            links = (lambda: self._published(weights), self._note_backward, self._route, self.process_group)
-            weights = dict(zip(weights, PublishWeights.apply(*links, *weights.values()), strict=True))
+            weights = self.copies.of(weights)
         return self.format.matrices(weights)
 
     # ---- placement
@@ -101,42 +98,38 @@ class TrainableExperts(Experts):
             shares_WS: the part of its expert's tokens that each lane gets; equal parts if None.
 
         Raises:
+            RuntimeError: gradients wait in `moe_layer.training.no_sync`, or a rank does not take part.
             ValueError: it does not fit, or differs between ranks; nothing has changed then. Or all experts are on this rank.
         """
         if self.process_group is None or self.owned.num_ranks == 1:
             raise ValueError("place() needs a process_group of several ranks: here all experts are on one")
-        digest = torch.tensor([[placement.digest()]], dtype=torch.int64, device=self.device)
-        if len(all_gather_rows(digest, self.process_group).unique()) > 1:
-            raise ValueError("placement must be equal on all ranks")
+        self.copies.check_nothing_waits("place()")
+        problem = None
+        try:
+            self.owned.check(placement, shares_WS)
+        except ValueError as error:
+            problem = error  # said to the others first, who would wait
+        digest = -1 if problem else placement.digest()
+        with self.copies.begin("agreeing on a placement") as group:
+            mine = torch.tensor([[digest]], dtype=torch.int64, device=self.device)
+            digests = all_gather_rows(mine, group).flatten().tolist()
+        if problem:
+            raise problem
+        if set(digests) != {digest}:
+            fit = [rank for rank, other in enumerate(digests) if other < 0]
+            why = f": it does not fit on the ranks {fit} of process_group" if fit else ""
+            raise ValueError(f"placement must be equal on all ranks{why}")
         moves = placement != self.owned.placement
         self.owned.place(placement, shares_WS)
         if moves:  # with new shares alone the copies are where they are wanted
-            self._route, self._is_stale = None, True
+            self.copies.moved()
 
     def publish(self) -> None:
-        """The next forward sends the weights to all copies. On all ranks, where parameters were written through ``.data``."""
-        self._is_stale = True
+        """The next forward sends the weights to all copies. On all ranks, where parameters were written otherwise."""
+        self.copies.is_stale = True
 
     def _forget_copies(self) -> None:
-        self._copies, self._route, self._is_stale = None, None, True
-
-    @torch.no_grad()
-    def _published(self, weights: Mapping[str, torch.Tensor]) -> Sequence[torch.Tensor]:
-        """The lanes' copies, up to date."""
-        assert self._route is not None and self.process_group is not None
-        if self._copies is None:
-            num_lanes = self.owned.num_lanes
-            self._copies = {name: weight.new_empty((num_lanes, *weight.shape[1:])) for name, weight in weights.items()}
-        if self._is_stale:
-            for name, weight in weights.items():
-                self._route.publish(weight.detach(), self._copies[name], self.process_group)
-            self._is_stale = False
-        return list(self._copies.values())
-
-    def _note_backward(self) -> None:
-        # An optimizer step may follow. Every rank has come here equally often, so all publish alike, as they would not if each
-        # looked whether its own parameters have changed.
-        self._is_stale = True
+        self.copies = Copies(self.owned, self.process_group, self.owned.streams.device)
 
     # ---- writing the parameters
 

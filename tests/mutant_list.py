@@ -945,12 +945,23 @@ ONE_SIDED = (
 TRAINING = (
     # The weights of the last step stay in the lanes.
     Mutant(
-        "moe_layer/trainable.py",
-        "self._is_stale = True",
+        "moe_layer/copies.py",
+        "self.is_stale = True",
         "pass",
         (f"{L}training_moves.py",),
-        inside="def _note_backward",
+        inside="def _returned",
     ),
+    # Gradients of all micro-batches but the last are lost.
+    Mutant(
+        "moe_layer/copies.py",
+        "return waiting.add_(grad)  # of the backward that made it, it was the only reader",
+        "return grad",
+        (f"{L}training_moves.py",),
+    ),
+    # What failed half-way is forgotten.
+    Mutant("moe_layer/copies.py", "self._begun = what", "self._begun = None", (f"{L}training_moves.py",)),
+    # After a step that was given up, ranks go on with different placements.
+    Mutant("moe_layer/training/steps.py", "experts.owned.go_home()", "pass", (f"{L}training_moves.py",)),
     # Of an expert's replicas one has a gradient.
     Mutant(
         "moe_layer/publish.py",
@@ -960,9 +971,9 @@ TRAINING = (
     ),
     # A new placement goes by the old one's route.
     Mutant(
-        "moe_layer/trainable.py",
-        "self._route, self._is_stale = None, True",
-        "self._is_stale = True",
+        "moe_layer/copies.py",
+        "self._route, self.is_stale = None, True",
+        "self.is_stale = True",
         (f"{L}training_moves.py",),
     ),
     # An expert that stays is said to have moved.

@@ -49,7 +49,8 @@ def clip_grad_norm(
 
     Raises:
         ValueError: an argument out of range; `process_group` with a module; or a gradient is a DTensor of partial sums.
-        RuntimeError: the norm is not finite, with `error_if_nonfinite`: on all ranks, and no gradient is changed.
+        RuntimeError: the norm is not finite, with `error_if_nonfinite`: on all ranks, and no gradient is changed. Or gradients
+            wait in `no_sync`.
     """
     max_norm, norm_type = float(max_norm), float(norm_type)
     if not max_norm >= 0:
@@ -94,6 +95,7 @@ def _spread_parameters(
     experts: dict[int, _Groups] = {}
     for module in model.modules():
         if isinstance(module, TrainableExperts) and module.resident.num_ranks > 1:
+            module.copies.check_nothing_waits("clip_grad_norm()")
             assert module.process_group is not None
             experts |= dict.fromkeys(map(id, module.parameters()), (module.process_group,))
     for parameter in model.parameters():

@@ -42,6 +42,7 @@ REFUSED = {
         ("router_dtype", "torch.float64", "float32, float16 or bfloat16"),
     ),
     "trainable": ({"trainable": "yes"}, ("trainable", "'yes'", "True or False")),
+    "recompute": ({"recompute": 1}, ("recompute", "1", "True or False")),
     "trainable with a pool": ({"trainable": True, "pool": 7}, ("pool=7", "trainable=True")),
     "trainable with redundant experts": (
         {"trainable": True, "num_redundant_experts": 1},

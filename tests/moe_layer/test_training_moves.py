@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import copy
+import os
+import time
+from contextlib import nullcontext
 from datetime import timedelta
 
 import numpy as np
@@ -12,13 +15,15 @@ import torch.distributed as dist
 from torch import nn
 
 from eplb.planning.placement import Placement
-from moe_layer import TrainingBalancer
+from moe_layer import TrainingBalancer, TrainingState, trainable
 from moe_layer.balance import _in_place
 from moe_layer.owned import OwnedExperts
+from moe_layer.publish import Route
+from moe_layer.training import abandon_step, clip_grad_norm, no_sync
 from tests.distributed import distributed
 from tests.moe_layer.ranks import EXPERTS, HIDDEN, TOP_K, Restless, make_layer
 
-STEPS, FLIPS = 200, 20
+STEPS, FLIPS = (200 if torch.cuda.is_available() else 80), 20
 
 
 class Stack(nn.Module):
@@ -40,12 +45,16 @@ class Stack(nn.Module):
             layer.experts.place(Placement(proposal.physical_LWP[0], EXPERTS), proposal.shares_LWP[0])
 
 
-def train(stack, optimizer, step, rank, device, micro_batches=1):
+def tokens(step, rank, device, micro=0):
+    random = torch.Generator().manual_seed(100 * step + 10 * micro + rank)
+    return torch.randn(0 if (step + rank) % 5 == 0 else 4 + rank, HIDDEN, generator=random).to(device)
+
+
+def train(stack, optimizer, step, rank, device, micro_batches=1, syncs_once=False):
     """One step; the ranks have different numbers of tokens, in some steps none."""
     for micro in range(micro_batches):
-        random = torch.Generator().manual_seed(100 * step + 10 * micro + rank)
-        x = torch.randn(0 if (step + rank) % 5 == 0 else 4 + rank, HIDDEN, generator=random).to(device)
-        (stack(x) ** 2).sum().backward()
+        with no_sync(stack) if syncs_once and micro < micro_batches - 1 else nullcontext():
+            (stack(tokens(step, rank, device, micro)) ** 2).sum().backward()
     optimizer.step()
     optimizer.zero_grad(set_to_none=step % 2 == 0)
 
@@ -56,14 +65,18 @@ def state_of(optimizer):
 
 @distributed(num_ranks=2)
 def test_training_goes_on_as_without_moves(rank, num_ranks, group, device):
-    still, moving, replicated = (Stack(group, device, num_redundant_experts=count) for count in (0, 0, num_ranks))
+    still, moving, replicated = (
+        Stack(group, device, num_redundant_experts=count, recompute=recompute)
+        for count, recompute in ((0, False), (0, True), (num_ranks, False))
+    )
     assert moving.layers[0].experts.matrices().down_SHI is moving.layers[0].experts.down_proj, "nothing is sent"
     optimizers = [torch.optim.AdamW(one.parameters(), lr=1e-3) for one in (still, moving, replicated)]
     for step in range(STEPS):
         for stack, optimizer in zip((still, moving, replicated), optimizers, strict=True):
             if step % (STEPS // FLIPS) == 1 and stack is not still:
                 stack.place(step)
-            train(stack, optimizer, step, rank, device, micro_batches=1 + (step % 20 == 0))
+            micro_batches = 1 + 2 * (step % 16 == 1)
+            train(stack, optimizer, step, rank, device, micro_batches, syncs_once=stack is not still)
     assert moving.layers[0].experts.owned.placement != still.layers[0].experts.owned.placement
     for name, parameter in still.named_parameters():
         assert torch.equal(moving.get_parameter(name), parameter), name
@@ -85,6 +98,256 @@ def test_training_goes_on_as_without_moves(rank, num_ranks, group, device):
         for layer in replicated.layers:
             layer.experts.publish()
         assert not torch.equal(replicated(x), expected)
+    check_what_is_sent(rank, group, device)
+    check_steps_that_fail(rank, group, device)
+    check_ranks_that_differ(rank, group, device)
+    check_waiting_gradients(rank, group, device)
+    check_writes_that_nobody_was_told_of(group, device)
+    check_deadlines(rank, group, device)
+    check_a_lost_peer(rank, group, device)  # the last: rank 1 ends there
+
+
+def away(group, device, **options):
+    """Whose experts compute elsewhere, each in one replica."""
+    stack = Stack(group, device, **options)
+    stack.place(7)
+    return stack
+
+
+def counted(monkeypatch, calls):
+    for name in ("publish", "collect"):
+        original = getattr(Route, name)
+        monkeypatch.setattr(Route, name, lambda *given, name=name, run=original: (calls.append(name), run(*given))[1])
+
+
+def check_what_is_sent(rank, group, device):
+    """Of 2 layers with 2 tensors each: with `no_sync` once a step, however many micro-batches."""
+    stack, calls = away(group, device), []
+    optimizer = torch.optim.SGD(stack.parameters(), lr=1e-2)
+    with pytest.MonkeyPatch.context() as monkeypatch:
+        counted(monkeypatch, calls)
+        for syncs_once, times in ((True, 1), (False, 3)):
+            for step in range(2):
+                calls.clear()
+                train(stack, optimizer, step, rank, device, 3, syncs_once)
+                assert calls.count("publish") == calls.count("collect") == 4 * times, (syncs_once, step)
+
+
+def twins(group, device):
+    """One whose experts compute elsewhere and one that never fails, with optimizers."""
+    stacks = away(group, device), Stack(group, device)
+    return *stacks, *(torch.optim.AdamW(one.parameters(), lr=1e-2) for one in stacks)
+
+
+def raising(run, call, fails_after):
+    """`run`, whose call of this number raises, after its exchange or in its place."""
+    left = [call]
+
+    def wrapped(*given):
+        left[0] -= 1
+        result = run(*given) if fails_after or left[0] else None
+        if not left[0]:
+            raise RuntimeError("planted")
+        return result
+
+    return wrapped
+
+
+def check_ranks_that_differ(rank, group, device):
+    """Rank 0 has come to the end of a backward, with whole gradients; rank 1 fails behind the last exchange."""
+    layers = [make_layer(group, device, trainable=True, router=None) for _ in range(2)]
+    moved = np.roll(layers[0].experts.owned.placement.lanes_WS, 1, axis=0)
+    ids = torch.arange(2 * 5, device=device).view(5, 2) % EXPERTS
+    weights = torch.full(ids.shape, 0.5, device=device)
+    x = torch.randn(5, HIDDEN, generator=torch.Generator().manual_seed(rank)).to(device)
+
+    def backward(layer):
+        layer(x, expert_ids=ids, expert_weights=weights).square().sum().backward()
+
+    failing, twin = layers
+    failing.experts.place(Placement(moved, EXPERTS))
+    backward(twin)
+    with pytest.MonkeyPatch.context() as monkeypatch:
+        if rank == 1:
+            monkeypatch.setattr(Route, "collect", raising(Route.collect, 2, fails_after=True))
+            with pytest.raises(RuntimeError, match=r"returning gradients .* failed on rank 1.*abandon_step.*planted"):
+                backward(failing)
+        else:
+            backward(failing)
+    assert failing.experts.copies.is_stale == (rank == 0), "else nothing is tested"
+    if rank == 1:
+        for act in (failing.experts.matrices, lambda: failing.experts.place(Placement(moved, EXPERTS))):
+            with pytest.raises(RuntimeError, match=r"returning gradients .* did not come to its end on this rank"):
+                act()
+    abandon_step(failing)
+    assert all(parameter.grad is None for parameter in failing.parameters())
+    backward(failing)
+    assert all(torch.equal(one.grad, same.grad) for one, same in zip(*map(nn.Module.parameters, layers), strict=True))
+
+
+def check_steps_that_fail(rank, group, device):
+    """After each, training goes on as if the step had not been begun, bit for bit."""
+    failing, twin, optimizer, other = twins(group, device)
+
+    def attempt(micro_batches=1):
+        for micro in range(micro_batches):
+            with no_sync(failing) if micro < micro_batches - 1 else nullcontext():
+                (failing(tokens(50, rank, device, micro)) ** 2).sum().backward()
+
+    def a_loss_is_nan():
+        failing(tokens(50, rank, device))  # and no backward
+
+    def gradients_are_nan():
+        (failing(tokens(50, rank, device)) * float("nan")).sum().backward()
+        optimizer.zero_grad()
+
+    def between_micro_batches():
+        with no_sync(failing):
+            failing(tokens(50, rank, device)).sum().backward()
+        abandon_step(failing)
+
+    def in_the_middle_of_a_backward():
+        """On all ranks, between the two layers."""
+        handle = failing.layers[0].register_forward_hook(
+            lambda module, inputs, y: y.register_hook(lambda grad: 1 / 0) and None
+        )
+        with pytest.raises(ZeroDivisionError):
+            attempt(2)
+        handle.remove()
+        abandon_step(failing)
+
+    def while_weights_are_sent():
+        with pytest.MonkeyPatch.context() as monkeypatch:
+            monkeypatch.setattr(Route, "publish", raising(Route.publish, 2, fails_after=False))
+            with pytest.raises(RuntimeError, match=r"sending weights .* failed on rank \d.*checkpoint.*planted"):
+                attempt()
+        with pytest.raises(RuntimeError, match=r"sending weights .* did not come to its end"):
+            failing.layers[0].experts.matrices()
+        abandon_step(failing)
+
+    def while_experts_are_placed():
+        """Rank 0 has placed them, rank 1 has not."""
+        failing.place(8)
+        experts = failing.layers[1].experts
+        seen = experts.owned.placement
+        lanes_WS = np.roll(seen.lanes_WS, 1, axis=0)
+        with pytest.MonkeyPatch.context() as monkeypatch:
+            if rank == 1:
+                run = raising(trainable.all_gather_rows, 1, fails_after=True)
+                monkeypatch.setattr(trainable, "all_gather_rows", run)
+                with pytest.raises(RuntimeError, match=r"agreeing on a placement .* failed on rank 1"):
+                    experts.place(Placement(lanes_WS, EXPERTS))
+            else:
+                experts.place(Placement(lanes_WS, EXPERTS))
+        assert (experts.owned.placement == seen) == (rank == 1)
+        abandon_step(failing)
+        assert experts.owned.is_at_home and not failing.layers[0].experts.owned.is_at_home
+        failing.place(9)
+
+    for step, fails in enumerate(
+        (
+            a_loss_is_nan,
+            gradients_are_nan,
+            between_micro_batches,
+            in_the_middle_of_a_backward,
+            while_weights_are_sent,
+            while_experts_are_placed,
+        )
+    ):
+        fails()
+        for stack, steps in ((failing, optimizer), (twin, other)):
+            train(stack, steps, step, rank, device)
+        for name, parameter in twin.named_parameters():
+            assert torch.equal(failing.get_parameter(name), parameter), f"{fails.__name__}: {name}"
+    for one, same in zip(state_of(optimizer), state_of(other), strict=True):
+        assert torch.equal(one, same)
+
+
+def check_waiting_gradients(rank, group, device):
+    """Nothing passes over them."""
+    stack = away(group, device)
+    optimizer = torch.optim.SGD(stack.parameters(), lr=1e-2)
+    with no_sync(stack):
+        for step in range(2):
+            stack(tokens(step, rank, device)).sum().backward()
+    assert all(layer.experts.down_proj.grad is None for layer in stack.layers)
+    for act in (
+        lambda: clip_grad_norm(stack, 1.0),
+        lambda: stack.place(1),
+        lambda: TrainingState(stack, optimizer).state_dict(),
+    ):
+        with pytest.raises(RuntimeError, match=r"gradients of 2 backwards within no_sync\(\) wait"):
+            act()
+    with pytest.raises(ZeroDivisionError), no_sync(stack):
+        _ = 1 / 0
+    stack(tokens(2, rank, device)).sum().backward()
+    clip_grad_norm(stack, 1.0)
+    assert all(layer.experts.down_proj.grad is not None for layer in stack.layers)
+
+
+def check_writes_that_nobody_was_told_of(group, device):
+    stack = away(group, device)
+    x = torch.randn(3, HIDDEN, device=device)
+    with torch.no_grad():
+        before = stack(x)
+        stack.layers[1].experts.gate_up_proj.mul_(2)
+        with pytest.raises(RuntimeError, match=r"gate_up_proj was written .* call experts.publish\(\) on all ranks"):
+            stack.layers[1].experts.matrices()
+        for layer in stack.layers:
+            layer.experts.publish()
+        after = stack(x)
+        assert not torch.equal(after, before)
+        TrainingState(stack, torch.optim.AdamW(stack.parameters())).state_dict()  # writes what they hold
+        assert torch.equal(stack(x), after)
+        name = "layers.1.experts.gate_up_proj"
+        halved = {name: stack.get_parameter(name) / 2}
+        assert torch.equal(torch.func.functional_call(stack, halved, x), before)
+        assert torch.equal(stack(x), after), "what a functional call has sent does not stay"
+
+
+def check_deadlines(rank, group, device):
+    """A rank that does not come to the way back of the gradients, or to `abandon_step`."""
+    if device.type == "cpu":
+        hasty = dist.new_group([0, 1], timeout=timedelta(seconds=1))
+        stack = away(hasty, device)
+        before = [parameter.detach().clone() for parameter in stack.parameters()]
+        y = stack(tokens(1, rank, device)).sum()
+        start = time.monotonic()
+        if rank == 0:
+            with pytest.MonkeyPatch.context() as monkeypatch:
+                monkeypatch.setattr(Route, "collect", lambda *given: dist.barrier(hasty))  # rank 1 is elsewhere
+                with pytest.raises(
+                    RuntimeError, match=r"returning gradients .* failed on rank 0.*checkpoint.*TrainingState"
+                ):
+                    y.backward()
+            assert time.monotonic() - start < 20
+            with pytest.raises(RuntimeError, match="did not come to its end"):
+                stack.layers[1].experts.matrices()
+        else:
+            with pytest.MonkeyPatch.context() as monkeypatch:
+                monkeypatch.setattr(Route, "collect", lambda *given: 1 / 0)
+                with pytest.raises(RuntimeError, match=r"failed on rank 1.*division by zero"):
+                    y.backward()
+        assert all(torch.equal(*pair) for pair in zip(stack.parameters(), before, strict=True))
+        dist.barrier(group)
+    stack = away(group, device)
+    if rank == 0:
+        with pytest.raises(TimeoutError, match=r"abandon_step\(\) .* ranks \[1\] did not call it"):
+            abandon_step(stack, timeout=0.1)
+    dist.barrier(group)
+
+
+def check_a_lost_peer(rank, group, device):
+    stack = away(group, device)
+    before = [parameter.detach().clone() for parameter in stack.parameters()]
+    if rank == 1:
+        Route.publish = lambda *given: os._exit(0)
+        stack(tokens(1, rank, device))
+    with pytest.raises(RuntimeError, match=r"sending weights .* ranks \[0, 1\] failed on rank 0.*last checkpoint"):
+        stack(tokens(1, rank, device))
+    with pytest.raises(RuntimeError, match=r"sending weights .* did not come to its end"):
+        stack.layers[0].experts.matrices()
+    assert all(torch.equal(*pair) for pair in zip(stack.parameters(), before, strict=True))
 
 
 @distributed(num_ranks=2)
@@ -145,24 +408,6 @@ def test_a_step_that_fails(rank, num_ranks, group, device):
     again.load_state_dict(stack.state_dict())
     with torch.no_grad():
         assert torch.allclose(again(x), expected, atol=1e-6)
-
-    # A step that is made although its backward failed half-way: the copies follow in the next forward.
-    def fail(*_):
-        raise ZeroDivisionError("made up")
-
-    optimizer, experts = torch.optim.SGD(again.parameters(), lr=0.1), again.layers[0].experts
-    collect, experts._route.collect = experts._route.collect, fail
-    with pytest.raises(ZeroDivisionError):
-        (again(x) ** 2).sum().backward()
-    experts._route.collect = collect
-    for parameter in again.parameters():
-        parameter.grad = torch.ones_like(parameter)
-    optimizer.step()
-    with torch.no_grad():
-        y = again(x)
-        for layer in again.layers:
-            layer.experts.publish()
-        assert torch.equal(again(x), y) and not torch.allclose(y, expected)
 
 
 def test_what_stays_keeps_its_lane():
