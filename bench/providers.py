@@ -257,23 +257,7 @@ class _TransformersGroupedMM:
     name = "transformers_grouped_mm"
 
     def prepare(self, problem: Problem) -> Forward:
-        try:
-            from transformers import Qwen3MoeConfig
-            from transformers.models.qwen3_moe.modeling_qwen3_moe import Qwen3MoeExperts
-        except ImportError as error:
-            is_missing = isinstance(error, ModuleNotFoundError) and error.name  # transformers' own has none
-            advice = ": pip install 'transformers>=5.0'" if is_missing else ""
-            raise Unavailable(str(error).partition("\n")[0] + advice) from error
-        shape = problem.shape
-        config = Qwen3MoeConfig(
-            hidden_size=shape.hidden_size,
-            moe_intermediate_size=shape.intermediate_size,
-            num_experts=shape.num_experts,
-            num_experts_per_tok=shape.top_k,
-        )
-        config._experts_implementation = "grouped_mm"
-        with torch.device("meta"):
-            experts = Qwen3MoeExperts(config)
+        experts = transformers_experts(problem)
         for name, weight in (("gate_up_proj", problem.weights.gate_up_ENH), ("down_proj", problem.weights.down_EHI)):
             setattr(experts, name, torch.nn.Parameter(weight, requires_grad=False))
 
@@ -282,6 +266,31 @@ class _TransformersGroupedMM:
             return experts(problem.x_TH, ids_TK, weights_TK.to(problem.x_TH.dtype))
 
         return _checked_once(forward)
+
+
+def transformers_experts(problem: Problem) -> Any:
+    """The experts of transformers' Qwen3-MoE with its `grouped_mm` implementation, on the meta device.
+
+    Raises:
+        Unavailable: transformers is not here, or cannot be imported.
+    """
+    try:
+        from transformers import Qwen3MoeConfig
+        from transformers.models.qwen3_moe.modeling_qwen3_moe import Qwen3MoeExperts
+    except ImportError as error:
+        is_missing = isinstance(error, ModuleNotFoundError) and error.name  # transformers' own has none
+        advice = ": pip install 'transformers>=5.0'" if is_missing else ""
+        raise Unavailable(str(error).partition("\n")[0] + advice) from error
+    shape = problem.shape
+    config = Qwen3MoeConfig(
+        hidden_size=shape.hidden_size,
+        moe_intermediate_size=shape.intermediate_size,
+        num_experts=shape.num_experts,
+        num_experts_per_tok=shape.top_k,
+    )
+    config._experts_implementation = "grouped_mm"
+    with torch.device("meta"):
+        return Qwen3MoeExperts(config)
 
 
 def _checked_once(forward: Forward) -> Forward:

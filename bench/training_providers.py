@@ -1,4 +1,4 @@
-"""The providers of a training step's experts: this package's trainable layer, and PyTorch's grouped products.
+"""The providers of a training step's experts: this package's trainable layer, PyTorch's grouped products, transformers.
 
 For another peer write a module that calls `register()` at import, and name it with ``--provider-module``. `prepare` does
 before the clock runs what a training run does once. Gradients are taken of the leaves that it returns.
@@ -13,7 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from bench.providers import Problem, Weights, add, routing_of, torch_grouped_mm
+from bench.providers import Problem, Weights, add, routing_of, torch_grouped_mm, transformers_experts
 from moe_layer import MoELayer
 
 
@@ -123,6 +123,26 @@ class _TorchGroupedMM:
         return forward
 
 
+class _TransformersGroupedMM:
+    """The experts of transformers' Qwen3-MoE with its `grouped_mm` implementation, in training mode."""
+
+    name = "transformers_grouped_mm"
+
+    def prepare(self, problem: Problem) -> Step:
+        leaves, top_k = leaves_of(problem), problem.top_k
+        experts = transformers_experts(problem).train()
+        # Parameters of the same memory; the leaves are these.
+        for name, leaf in (("gate_up_proj", leaves[2]), ("down_proj", leaves[3])):
+            setattr(experts, name, nn.Parameter(leaf.detach()))
+        x_TH, logits_TE = leaves[:2]
+
+        def forward() -> torch.Tensor:
+            weights_TK, ids_TK = routing_of(logits_TE, top_k)
+            return experts(x_TH, ids_TK, weights_TK.to(x_TH.dtype))
+
+        return Step(forward, (x_TH, logits_TE, experts.gate_up_proj, experts.down_proj))
+
+
 class _TorchCompiled(_TorchGroupedMM):
     """The same, compiled for its shapes."""
 
@@ -134,5 +154,5 @@ class _TorchCompiled(_TorchGroupedMM):
         return compiled
 
 
-for _provider in (_Ours(), _TorchGroupedMM(), _TorchCompiled()):
+for _provider in (_Ours(), _TorchGroupedMM(), _TorchCompiled(), _TransformersGroupedMM()):
     register(_provider)

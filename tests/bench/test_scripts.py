@@ -78,16 +78,28 @@ def test_moe_forward(tmp_path, capsys, dtype):
 def test_training(tmp_path, capsys, dtype):
     path = tmp_path / "out.csv"
     arguments = ["--shapes", "8:2:64:32", "--tokens", "20", "--seconds", "0.01", "--device", "cpu", "--dtype", dtype]
-    assert training.main([*arguments, "--providers", "moe_layer,torch_grouped_mm", "--csv", str(path)]) == 0
+    providers = ["moe_layer", "torch_grouped_mm"]
+    if importlib.util.find_spec("transformers"):
+        providers.append("transformers_grouped_mm")
+    assert training.main([*arguments, "--providers", ",".join(providers), "--csv", str(path)]) == 0
     rows = rows_of(path)
     assert [(row["case"], row["provider"], row["mode"]) for row in rows] == [
-        ("8:2:64:32/T20", provider, "back_to_back") for provider in ("moe_layer", "torch_grouped_mm")
+        ("8:2:64:32/T20", provider, "back_to_back") for provider in providers
     ]
+    columns = ["case", "provider", "fwd_bwd_ms", "fwd_ms", "peak_extra_gib", "floor_ms"]
+    assert list(rows[0])[: len(columns)] == columns
     for row in rows:
         assert float(row["rel_err"]) < (training.WORST_ERROR if dtype == "bf16" else 1e-5)
         assert float(row["fwd_bwd_ms"]) > float(row["fwd_ms"]) > 0 and float(row["floor_ms"]) > 0
         assert row["peak_extra_gib"] == "" and row["dtype"] == dtype
     assert "× floor" in capsys.readouterr().out
+
+
+def test_training_has_two_cases_of_each_shape():
+    cases = [f"{shape}/T{tokens}" for shape in training.SHAPES for tokens in training.TOKENS]
+    assert len(cases) == 10 and {"qwen3/T4096", "olmoe/T16384", "gptoss/T4096", "dsv3/T16384", "mixtral/T4096"} < set(
+        cases
+    )
 
 
 def test_a_wrong_gradient_fails_the_run(monkeypatch, capsys):
