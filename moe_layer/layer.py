@@ -199,9 +199,7 @@ class MoELayer(Relocatable, nn.Module):
                 shares_WS=start_shares,
             )
             self.experts = SlotExperts(format, resident, process_group, backend)
-        self.experts.recompute = recompute and (
-            trainable or num_ranks == 1
-        )  # else the whole forward is repeated anyway
+        self.experts.recompute = recompute and (trainable or num_ranks == 1)  # else the whole forward is repeated
         if device.type != "meta":
             self.reset_parameters()
 

@@ -128,16 +128,16 @@ class TrainingState(Stateful):
 
     def _place(self, saved: dict[str, dict[str, list[list[float]]]]) -> None:
         """Let experts compute where they did, in layers that have as many ranks and lanes."""
-        left = []
-        for name, experts in self._layers().items():
+        layers, placed = self._layers(), set()
+        for name, experts in layers.items():
             lanes_WS = np.array(saved[name]["experts"], dtype=np.int64) if name in saved else np.empty((0, 0))
             if lanes_WS.shape == experts.owned.placement.lanes_WS.shape:
                 experts.place(Placement(lanes_WS, experts.num_experts), np.array(saved[name]["shares"]))
                 experts.owned.load_E.copy_(torch.tensor(saved[name]["load"][experts.owned.rank], dtype=torch.int64))
-            else:
-                left.append(name)
-        if left and saved:
-            _logger.info("experts of other numbers of ranks or lanes than were saved stay where they are: %s", left)
+                placed.add(name)
+        left = sorted((saved.keys() | layers.keys()) - placed)
+        if left:
+            _logger.info("not placed as they were saved, because their numbers of ranks or lanes differ: %s", left)
 
     def _layers(self) -> dict[str, TrainableExperts]:
         """Experts that are spread over ranks, by the names of their modules in the checkpoint."""

@@ -71,7 +71,9 @@ def test_kernels_and_references(scheme, device):
         x = torch.randn(num_tokens, H, device=device).bfloat16()
         with torch.no_grad():
             found, wanted = layer(x), reference(x)
-        assert wanted.any() and ((found - wanted).abs().max() / wanted.abs().max()).item() < 2e-2
+        # One token's kernels leave the rows as they are, which the reference rounds to e4m3.
+        bound = 6e-2 if scheme == "fp8_block" and num_tokens == 1 else 2e-2
+        assert wanted.any() and ((found - wanted).abs().max() / wanted.abs().max()).item() < bound
 
 
 @every_scheme
