@@ -88,11 +88,11 @@ def time_virtual(shape: str, num_tokens: int, options: argparse.Namespace) -> li
         torch.cuda.synchronize()
         for part, function in (("dispatch+combine", _travel(ranks, x, chosen)), ("layer", _layer(ranks, x, chosen))):
             timed.append((part, provider, capture(function, device)))
-            kept.append((ranks, function))  # a graph does not keep what it reads
+            kept.append(ranks)
     local = _local(first, x, chosen)
     timed.append(("local", "moe_layer", capture(local, device)))
     times = time_captured([graph for _, _, graph in timed], device)
-    for ranks, _ in kept:
+    for ranks in kept:
         for dispatcher in ranks.dispatchers:
             dispatcher.raise_if_failed()
     return [(part, provider, timing) for (part, provider, _), timing in zip(timed, times, strict=True)]

@@ -138,7 +138,7 @@ def extra_bytes(function: Function, device: torch.device) -> int | None:
 
 
 def capture(function: Function, device: torch.device) -> torch.cuda.CUDAGraph:
-    """A CUDA graph of one call, after a warm-up; it has been replayed once."""
+    """A CUDA graph of one call, after a warm-up; it has been replayed once. It keeps `function`, and so what it reads."""
     with torch.cuda.device(device):
         side = torch.cuda.Stream()
         side.wait_stream(torch.cuda.current_stream())
@@ -147,6 +147,7 @@ def capture(function: Function, device: torch.device) -> torch.cuda.CUDAGraph:
                 function()
         torch.cuda.current_stream().wait_stream(side)
         graph = torch.cuda.CUDAGraph()
+        graph.function = function  # type: ignore[attr-defined]
         with torch.cuda.graph(graph):
             function()
         graph.replay()

@@ -148,6 +148,14 @@ def _up_kernel(
         if zero_ptr is not None:
             gate_up = gate_up[0], gate_up[1], zero_ptr + slot * stride_zero
         chosen = tl.full((1, 1), True, tl.int1)
+    # Under way beside the weights: behind their sum they would be waited for once more.
+    gate_bias = 0.0
+    up_bias = 0.0
+    if bias_ptr is not None:
+        bias_at = bias_ptr + slot * stride_bias + column
+        if GATED:
+            gate_bias = widen(tl.load(bias_at))
+        up_bias = widen(tl.load(bias_at + UP_ROWS))
     at = gate_up_ptr + slot * stride_slot + column * HIDDEN_SIZE
     gate = tl.zeros((BLOCK_H,), dtype=tl.float32)
     up = tl.zeros((BLOCK_H,), dtype=tl.float32)
@@ -178,10 +186,7 @@ def _up_kernel(
         up += widen(up_weight) * x
     gate, up = tl.sum(gate, axis=0), tl.sum(up, axis=0)
     if bias_ptr is not None:
-        bias_at = bias_ptr + slot * stride_bias + column
-        if GATED:
-            gate += widen(tl.load(bias_at))
-        up += widen(tl.load(bias_at + UP_ROWS))
+        gate, up = gate + gate_bias, up + up_bias
     hidden = activated(gate, up, ACTIVATION)
     tl.store(scratch_ptr + k * INTERMEDIATE + column, narrow(hidden, scratch_ptr.dtype.element_ty))
 
@@ -257,6 +262,9 @@ def _down_kernel(
         if zero_ptr is not None:
             matrix = slot_at, matrix[1], zero_ptr + (slot * stride_zero)[:, None]
     down = _down_weights(matrix, row, chosen, 0, INTERMEDIATE, SCHEME, GROUP, EVICTION, BLOCK_I, scratch_ptr)
+    bias = 0.0
+    if bias_ptr is not None:
+        bias = widen(tl.load(bias_ptr + slot * stride_bias + row, mask=chosen, other=0.0))
     if PDL:  # see `Launcher`
         gdc_wait()
         gdc_launch_dependents()
@@ -275,6 +283,6 @@ def _down_kernel(
     )
     rows = tl.sum(product, axis=1)
     if bias_ptr is not None:
-        rows += widen(tl.load(bias_ptr + slot * stride_bias + row, mask=chosen, other=0.0))
+        rows += bias
     y = tl.sum(rows * weights, axis=0)
     tl.store(y_ptr + row, narrow(y, y_ptr.dtype.element_ty))

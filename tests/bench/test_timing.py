@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
+import gc
 import itertools
 import random
 import time
+import weakref
 
 import pytest
 import torch
 
 from bench import timing
-from bench.timing import FLUSHES, Timing, extra_bytes, time_eager, time_graph, time_graphs
+from bench.timing import FLUSHES, Timing, capture, extra_bytes, time_eager, time_graph, time_graphs
 
 CPU = torch.device("cpu")
 
@@ -116,3 +118,20 @@ def test_extra_bytes_counts_the_output_and_what_is_in_between():
     used = extra_bytes(lambda: (x + 1) + 1, device)
     assert used is not None and 2 * size <= used < 3 * size
     assert time_graph(lambda: x + 1, device, seconds=0.01).num_samples >= 20
+
+
+@pytest.mark.gpu
+def test_a_graph_keeps_what_it_reads():
+    """Its memory would be another's, or nobody's, when it is replayed."""
+    device = torch.device("cuda", torch.cuda.current_device())
+
+    def captured():
+        x = torch.zeros(2**20, device=device)
+        return capture(lambda: x + 1, device), weakref.ref(x)
+
+    graph, x = captured()
+    gc.collect()
+    assert x() is not None
+    del graph
+    gc.collect()
+    assert x() is None
