@@ -385,19 +385,21 @@ def test_one_expert_takes_all_rows(make_experts, kind, swap, busy):
     """And the other lanes are empty; None: all of them are. More rows than one tile has, but no multiple."""
     if swap and not has_tma(torch.device("cuda")):
         pytest.skip("needs Hopper's shared memory")
-    case = make_case(make_experts, kind, num_tokens=9, num_lanes=3, tma=swap)
-    assert case.configs[0].block_m < 18
+    num_rows = 38 if swap else 18  # Hopper's tiles have more rows
+    case = make_case(make_experts, kind, num_tokens=num_rows // 2, num_lanes=3, tma=swap)
+    assert case.configs[0].swap == swap and case.configs[0].block_m < num_rows
+    assert num_rows % case.configs[0].block_m
     case.experts.lanes_N.fill_(-1 if busy is None else busy)
     case.schedule = build_schedule(case.experts.lanes_N, case.experts.counts_L, block_m=case.configs[0].block_m)
-    assert case.computed == (0 if busy is None else 18)
+    assert case.computed == (0 if busy is None else num_rows)
     if busy is not None:
         check(case, "triton")
         return
-    home = torch.full((18, case.matrices.hidden_size), 7.0, dtype=torch.bfloat16, device=case.experts.x_RH.device)
+    home = torch.full((num_rows, case.matrices.hidden_size), 7.0, dtype=torch.bfloat16, device=case.experts.x_RH.device)
     addresses = torch.tensor([home.data_ptr()], dtype=torch.int64, device=home.device)
     expert_down_home(
         case.up("triton"), case.matrices, case.experts.lane_to_slot_L, case.schedule, case.experts.row_weights_N,
-        RowHomes(addresses, home, 18), config=case.configs[1],
+        RowHomes(addresses, home, num_rows), config=case.configs[1],
     )  # fmt: skip
     assert (home == 7).all(), "rows of no expert are not written"
 
