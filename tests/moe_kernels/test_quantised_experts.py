@@ -164,6 +164,13 @@ def error(actual, expected):
     return float((actual.double() - expected).norm() / expected.norm())
 
 
+def has_few_bits(case, backend):
+    """Whether the products are of Hopper's wgmma, which adds e4m3 products with about 14 bits (DeepSeek-V3, 3.3.2)."""
+    if backend == "torch" or not torch.cuda.is_available() or torch.cuda.get_device_capability()[0] != 9:
+        return False
+    return case.configs[0].swap or case.configs[0].block_m >= 64
+
+
 def check(case, backend):
     """Each op for itself; the rounding of hidden may differ where a value is just between two."""
     is_fp8, dtype = case.matrices.scheme == "fp8_block", case.experts.x_RH.dtype
@@ -174,8 +181,10 @@ def check(case, backend):
     assert error(values, wanted) <= (0.03 if is_fp8 else rounding)
     if is_fp8:
         rounded = quantise_rows(wanted.float(), backend="torch")
-        assert torch.allclose(hidden.scale_RG[: case.computed], rounded.scale_RG, rtol=1e-5)
-        assert (hidden.values_RH[: case.computed].float() != rounded.values_RH.float()).double().mean() < 0.01
+        is_rough = has_few_bits(case, backend)  # on an H200 scales were off by up to 9e-4, and 0.9 % of the values
+        rtol, most = (2e-3, 0.02) if is_rough else (1e-5, 0.01)
+        assert torch.allclose(hidden.scale_RG[: case.computed], rounded.scale_RG, rtol=rtol, atol=0)
+        assert (hidden.values_RH[: case.computed].float() != rounded.values_RH.float()).double().mean() < most
         assert error(values, rounded.dequantised().double()) <= 0.01
     rows, here = case.down(backend, hidden), case.experts.lanes_N >= 0
     assert rows.dtype == dtype
