@@ -55,6 +55,9 @@ def ignore_in_fsdp(
 
     Each rank has other experts, so they are sharded already. Without `ignored_params` they raise in `fully_shard`.
 
+    Give the optimizer ``foreach=False``, or the experts in a parameter group of their own: with `foreach`, the default on a
+    GPU, or `fused`, PyTorch's optimizers refuse groups that mix plain tensors, as the experts are, and `DTensor`s.
+
     Args:
         model: the whole, with trainable layers whose experts are spread over ranks; others are FSDP2's to shard.
         mesh: as given to `fully_shard`; None: all ranks.

@@ -54,9 +54,12 @@ class TrainingState(Stateful):
     neither an expert nor sharded must be equal on all ranks, as under DDP: one rank's is saved.
 
     Saving changes nothing. Optimizers that have not stepped yet can be saved and loaded. `dcp.load` writes into the weights and
-    the state that are there; if it fails, they are half-written. The experts' copies follow in the next forward. Experts of a
-    layer with as many ranks and lanes as there were also compute where they did, so that training goes on bit for bit, with
-    replicas too; others stay where they are. (What `TrainingBalancer` has counted is not saved.)
+    the state that are there; if it fails, they are half-written. Settings of an optimizer are those that were saved, but
+    `foreach` and `fused` stay its own: how to step depends on the machine and on what wraps the model.
+
+    The experts' copies follow in the next forward. Experts of a layer with as many ranks and lanes as there were also compute
+    where they did, so that training goes on bit for bit, with replicas too; others stay where they are. (What
+    `TrainingBalancer` has counted is not saved.)
 
     `dcp.save` and `dcp.load` are collective over the ranks that have the model. `dcp.load` raises `CheckpointException`, which
     names the key, if the checkpoint lacks it ("Missing key") or has other sizes ("Size mismatch"). `state_dict()` and
@@ -87,10 +90,12 @@ class TrainingState(Stateful):
         homes, names = self._spread(), self._names()
         for experts in homes.values():
             experts.copies.check_nothing_waits("TrainingState")
-        with _state_for_all(self.optimizers) as made_up:
+        with _one_by_one(self.optimizers) as loops, _state_for_all(self.optimizers) as made_up:
             weights = get_model_state_dict(self.model)
             optimizer: dict[str, Any] = get_optimizer_state_dict(self.model, self.optimizers)
             without_state = sorted(names[parameter] for parameter in made_up)
+        for group, own in zip(optimizer["param_groups"], loops, strict=True):
+            group.update(own)
         for experts in homes.values():
             experts.copies.note_as_sent()
         meshes: dict[dist.ProcessGroup, DeviceMesh] = {}
@@ -120,7 +125,10 @@ class TrainingState(Stateful):
             for parameter in _without_state(optimizer):
                 if names[parameter] in state:  # else PyTorch makes up another state, only to throw it away
                     optimizer.state[parameter] = dict(state[names[parameter]])
-        set_optimizer_state_dict(self.model, self.optimizers, {**state_dict["optimizer"], "state": state})
+        with _one_by_one(self.optimizers) as loops:
+            saved = state_dict["optimizer"]["param_groups"]
+            groups = [{**group, **own} for group, own in zip(saved, loops, strict=True)]
+            set_optimizer_state_dict(self.model, self.optimizers, {"state": state, "param_groups": groups})
         fresh = set(state_dict["without_state"])
         for optimizer in self.optimizers:
             _forget(optimizer, [one for one in _parameters(optimizer) if names[one] in fresh])
@@ -240,6 +248,28 @@ def _state_for_all(optimizers: Iterable[Optimizer]) -> Iterator[list[nn.Paramete
     finally:
         for optimizer, lacking in made_up:
             _forget(optimizer, lacking)
+
+
+_LOOPS = ("foreach", "fused")  # how an optimizer goes through its parameters
+
+
+@contextmanager
+def _one_by_one(optimizers: Sequence[Optimizer]) -> Iterator[list[dict[str, Any]]]:
+    """Inside, steps take one parameter at a time; afterwards groups have the `foreach` and `fused` (yielded) of before.
+
+    With `foreach`, the default on a GPU, PyTorch takes lists of them, and refuses lists that mix `DTensor`s and experts.
+    """
+    own = [[{key: group[key] for key in _LOOPS if key in group} for group in one.param_groups] for one in optimizers]
+    try:
+        for optimizer in optimizers:
+            for group in optimizer.param_groups:
+                if "foreach" in group and not group.get("fused"):
+                    group["foreach"] = False
+        yield [loops for of_one in own for loops in of_one]
+    finally:
+        for optimizer, of_one in zip(optimizers, own, strict=True):
+            for group, loops in zip(optimizer.param_groups, of_one, strict=True):  # loading has replaced the groups
+                group.update(loops)
 
 
 def _forget(optimizer: Optimizer, parameters: Iterable[nn.Parameter]) -> None:

@@ -21,7 +21,7 @@ from moe_kernels.combine import combine_torch
 from moe_kernels.expert_down import expert_down_torch
 from moe_kernels.expert_up import expert_up_torch
 from moe_kernels.matrices import ExpertMatrices
-from moe_kernels.row_blocks import elementwise, padded_rows, row_blocks, without_autocast
+from moe_kernels.row_blocks import elementwise, padded_rows, row_blocks, row_sums, without_autocast
 from moe_kernels.tiles import TileSchedule
 
 
@@ -123,10 +123,10 @@ def expert_rows_backward_torch(
             grad_pre = elementwise(lambda one, up: ungated_backward(activation, one, up), grad_hidden, pre)
         if grad_row_weights is not None:
             # d(out · grad)/d(weight) = (hidden Wd^T + bias) · grad = hidden · (grad Wd) + bias · grad
-            of_weight = elementwise(torch.mul, grad_product, hidden).sum(1)
+            of_weight = row_sums(elementwise(torch.mul, grad_product, hidden))
             if matrices.down_bias_SH is not None:
                 bias = padded_rows(matrices.down_bias_SH[block.slot].expand(len(grad), -1), grad.shape[1])
-                of_weight = of_weight + elementwise(torch.mul, grad, bias).sum(1)
+                of_weight = of_weight + row_sums(elementwise(torch.mul, grad, bias))
             grad_row_weights[flat] = of_weight[:count].to(grad_row_weights.dtype)
         if grad_down is not None:
             grad_down[block.slot] += ((grad * scale).T @ hidden)[:hidden_size]

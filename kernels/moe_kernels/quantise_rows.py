@@ -18,7 +18,7 @@ from moe_kernels.fp8 import as_e4m3, e4m3_argument, quantised
 from moe_kernels.integers import cdiv, next_power_of_2
 from moe_kernels.launch import Launcher, gdc_launch_dependents, gdc_wait
 from moe_kernels.numerics import widen
-from moe_kernels.quantised_weights import E4M3_MAX, to_e4m3
+from moe_kernels.quantised_weights import E4M3_MAX, divided, to_e4m3
 from moe_kernels.registered import registered_op
 from moe_kernels.schemes import BLOCK
 
@@ -134,7 +134,7 @@ def quantise_rows_torch(x_RH: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]
     x = x_RH.float()
     columns = x.shape[1]
     groups = F.pad(x, (0, -columns % BLOCK)).unflatten(1, (-1, BLOCK))
-    scale_RG = groups.abs().amax(2) / E4M3_MAX
+    scale_RG = divided(groups.abs().amax(2), E4M3_MAX)
     scale_RG = torch.where(scale_RG == 0, 1.0, scale_RG)
     return to_e4m3((groups / scale_RG[:, :, None]).flatten(1)[:, :columns].contiguous()), scale_RG
 
@@ -154,7 +154,7 @@ def _quantise_rows_fake(x_RH, _):
 def quantise_rows(x_RH: torch.Tensor, *, backend: str = "auto") -> QuantisedRows:
     """Rows in e4m3, each 128 channels with the scale amax / 448 (1 where that is 0); all of it rounded to nearest.
 
-    Both backends give the same bits. Not differentiable.
+    Both backends give the same bits, on every device. Not differentiable.
 
     Args:
         x_RH: [R, H] float32, float16 or bfloat16. Rows may be padded.

@@ -96,6 +96,7 @@ def quantise_weights(
     fp8_block: scale = amax / 448 of a block (1 where that is 0), values rounded to nearest. mxfp4: of the two exponents at
     which the largest element of a group is in reach or just beyond it, the one with the smaller squared error. int4: scale =
     amax / 7.5 of a group, or with zeros (max - min) / 15, rounded to bfloat16; then codes to nearest. All ties go to even.
+    Every device gives the same bits.
 
     Args:
         weight: of any float dtype; computed in float32.
@@ -113,7 +114,7 @@ def quantise_weights(
         return weight, None, None
     values = weight.float()
     if scheme == "fp8_block":
-        scale = _block_amax(values, blocks_of) / E4M3_MAX
+        scale = divided(_block_amax(values, blocks_of), E4M3_MAX)
         scale = torch.where(scale == 0, 1.0, scale)
         return to_e4m3(values / _of_blocks(scale, values.shape[-2:], blocks_of)), scale, None
     check_group(scheme, group, values.shape[-1])
@@ -122,11 +123,11 @@ def quantise_weights(
         codes, exponent = _quantised_mxfp4(groups)
         return pack_nibbles(codes.flatten(-2)), exponent, None
     if not with_zero:
-        scale = (groups.abs().amax(-1) / 7.5).bfloat16()
+        scale = divided(groups.abs().amax(-1), 7.5).bfloat16()
         units = groups / torch.where(scale == 0, 1.0, scale.float())[..., None] + 8
         return pack_nibbles(units.round().clamp(0, 15).to(torch.uint8).flatten(-2)), scale, None
     low, high = groups.amin(-1).clamp(max=0), groups.amax(-1).clamp(min=0)
-    scale = ((high - low) / 15).bfloat16()
+    scale = divided(high - low, 15.0).bfloat16()
     step = torch.where(scale == 0, 1.0, scale.float())
     zero = (-low / step).round().clamp(0, 15)
     units = groups / step[..., None] + zero[..., None]
@@ -137,6 +138,11 @@ def quantise_weights(
 def to_e4m3(values: torch.Tensor) -> torch.Tensor:
     """float32 → e4m3, to nearest even; what is beyond ±448 becomes that."""
     return values.clamp(-E4M3_MAX, E4M3_MAX).to(torch.float8_e4m3fn)
+
+
+def divided(values: torch.Tensor, number: float) -> torch.Tensor:
+    """values / number, rounded once on every device: CUDA multiplies by the reciprocal of a Python number, rounded before."""
+    return values / values.new_full((), number)
 
 
 def exponents(scale: torch.Tensor) -> torch.Tensor:
@@ -212,7 +218,7 @@ def _quantised_mxfp4(groups: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         biased = (exponent - 3 + up + 127).clamp(0, 254).to(torch.uint8)
         factor = exponents(biased)[..., None]
         codes = _nearest_e2m1(groups / factor)
-        error = (_of_codes(codes) * factor - groups).square().sum(-1)
+        error = _sums((_of_codes(codes) * factor - groups).square())
         if best is None:
             best, least = (codes, biased), error
         else:
@@ -220,6 +226,14 @@ def _quantised_mxfp4(groups: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
             best = torch.where(is_better[..., None], codes, best[0]), torch.where(is_better, biased, best[1])
     assert best is not None
     return best
+
+
+def _sums(groups: torch.Tensor) -> torch.Tensor:
+    """Over the last dimension (a power of two), in one order on all devices, which `sum` has not."""
+    while groups.shape[-1] > 1:
+        low, high = groups.chunk(2, dim=-1)
+        groups = low + high
+    return groups[..., 0]
 
 
 def _of_codes(codes: torch.Tensor) -> torch.Tensor:

@@ -83,6 +83,15 @@ def elementwise(function: Callable[..., torch.Tensor], *blocks: torch.Tensor) ->
     return torch.cat([function(*piece) for piece in pieces]).view(blocks[0].shape)
 
 
+def row_sums(block: torch.Tensor) -> torch.Tensor:
+    """The sum of each row of a block [ROWS, columns], so that an element's position changes no bit.
+
+    CUDA's `sum` begins a row at the next 16 bytes, and adds what is before them apart: rows of a multiple of 16 elements begin
+    alike.
+    """
+    return F.pad(block, (0, -block.shape[1] % 16)).contiguous().sum(1)
+
+
 def unversioned(tensor: torch.Tensor) -> torch.Tensor:
     """An alias without autograd's count of writes, to be saved for a backward: of a tensor of slots or lanes.
 

@@ -54,7 +54,7 @@ def test_gradients_what_is_served_is_among_the_candidates():
                 assert getattr(configs, op) in set(tune_gradients.candidates(op, dtype)), (op, configs)
 
 
-def test_gradients_of_candidates_are_compared(monkeypatch, tmp_path, capsys):
+def test_gradients_of_candidates_are_compared(monkeypatch, tmp_path, capsys, device):
     """Two that agree; and one that does not fit is passed over."""
     tiles = [GemmConfig(16, 32, 16, 4, 2), GemmConfig(32, 64, 32, 4, 2), GemmConfig(16, 64, 16, 4, 2)]
     times = iter(3 * [30.0, 20.0, None])
@@ -68,9 +68,9 @@ def test_gradients_of_candidates_are_compared(monkeypatch, tmp_path, capsys):
     monkeypatch.setattr(tune_gradients, "time_graph", time_graph)
     monkeypatch.setattr(tune_gradients, "candidates", lambda op, dtype: tiles)
     shape = Shape("tiny", 4, 2, 48, 40)
-    weights = make_weights(shape, torch.float32, torch.device("cpu"))
+    weights = make_weights(shape, torch.float32, torch.device(device))
     case = Case(shape, 20)
-    inputs = Inputs(case, torch.float32, torch.device("cpu"), lambda: weights)
+    inputs = Inputs(case, torch.float32, torch.device(device), lambda: weights)
     options = argparse.Namespace(ops=tune_gradients.OPS, seconds=0.01, best=1)
     with Report(tmp_path / "out.csv") as report:
         backward = tune_gradients.Backward(inputs, case)

@@ -164,6 +164,13 @@ def error(actual, expected):
     return float((actual.double() - expected).norm() / expected.norm())
 
 
+def has_few_bits(case, backend):
+    """Whether the products are of Hopper's wgmma, which adds e4m3 products with about 14 bits (DeepSeek-V3, 3.3.2)."""
+    if backend == "torch" or not torch.cuda.is_available() or torch.cuda.get_device_capability()[0] != 9:
+        return False
+    return case.configs[0].swap or case.configs[0].block_m >= 64
+
+
 def check(case, backend):
     """Each op for itself; the rounding of hidden may differ where a value is just between two."""
     is_fp8, dtype = case.matrices.scheme == "fp8_block", case.experts.x_RH.dtype
@@ -174,8 +181,10 @@ def check(case, backend):
     assert error(values, wanted) <= (0.03 if is_fp8 else rounding)
     if is_fp8:
         rounded = quantise_rows(wanted.float(), backend="torch")
-        assert torch.allclose(hidden.scale_RG[: case.computed], rounded.scale_RG, rtol=1e-5)
-        assert (hidden.values_RH[: case.computed].float() != rounded.values_RH.float()).double().mean() < 0.01
+        is_rough = has_few_bits(case, backend)  # on an H200 scales were off by up to 9e-4, and 0.9 % of the values
+        rtol, most = (2e-3, 0.02) if is_rough else (1e-5, 0.01)
+        assert torch.allclose(hidden.scale_RG[: case.computed], rounded.scale_RG, rtol=rtol, atol=0)
+        assert (hidden.values_RH[: case.computed].float() != rounded.values_RH.float()).double().mean() < most
         assert error(values, rounded.dequantised().double()) <= 0.01
     rows, here = case.down(backend, hidden), case.experts.lanes_N >= 0
     assert rows.dtype == dtype
@@ -385,19 +394,21 @@ def test_one_expert_takes_all_rows(make_experts, kind, swap, busy):
     """And the other lanes are empty; None: all of them are. More rows than one tile has, but no multiple."""
     if swap and not has_tma(torch.device("cuda")):
         pytest.skip("needs Hopper's shared memory")
-    case = make_case(make_experts, kind, num_tokens=9, num_lanes=3, tma=swap)
-    assert case.configs[0].block_m < 18
+    num_rows = 38 if swap else 18  # Hopper's tiles have more rows
+    case = make_case(make_experts, kind, num_tokens=num_rows // 2, num_lanes=3, tma=swap)
+    assert case.configs[0].swap == swap and case.configs[0].block_m < num_rows
+    assert num_rows % case.configs[0].block_m
     case.experts.lanes_N.fill_(-1 if busy is None else busy)
     case.schedule = build_schedule(case.experts.lanes_N, case.experts.counts_L, block_m=case.configs[0].block_m)
-    assert case.computed == (0 if busy is None else 18)
+    assert case.computed == (0 if busy is None else num_rows)
     if busy is not None:
         check(case, "triton")
         return
-    home = torch.full((18, case.matrices.hidden_size), 7.0, dtype=torch.bfloat16, device=case.experts.x_RH.device)
+    home = torch.full((num_rows, case.matrices.hidden_size), 7.0, dtype=torch.bfloat16, device=case.experts.x_RH.device)
     addresses = torch.tensor([home.data_ptr()], dtype=torch.int64, device=home.device)
     expert_down_home(
         case.up("triton"), case.matrices, case.experts.lane_to_slot_L, case.schedule, case.experts.row_weights_N,
-        RowHomes(addresses, home, 18), config=case.configs[1],
+        RowHomes(addresses, home, num_rows), config=case.configs[1],
     )  # fmt: skip
     assert (home == 7).all(), "rows of no expert are not written"
 

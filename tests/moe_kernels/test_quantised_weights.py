@@ -130,3 +130,36 @@ def test_both_backends_quantise_rows_to_the_same_bits(device, dtype):
     error = (expected.dequantised() - padded[:, :1030].float()).abs()
     bound = padded[:, :1030].float().abs() / 16 + expected.scale_RG.repeat_interleave(128, 1)[:, :1030] * 2**-10
     assert (error <= bound * 1.0001).all()
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize(
+    ("scheme", "options"),
+    [
+        ("fp8_block", {"blocks_of": 131}),
+        ("mxfp4", {}),
+        ("int4", {"group": 32}),
+        ("int4", {"group": 128, "with_zero": True}),
+    ],
+)
+def test_a_gpu_quantises_to_the_bits_of_a_cpu(scheme, options):
+    """Where numbers are divided by 448, 7.5 or 15, and where errors are summed, an operation may round otherwise there."""
+    random = torch.Generator().manual_seed(5)
+    weight = torch.randn(3, 262, 256, generator=random) * torch.exp(torch.randn(3, 262, 1, generator=random))
+    weight[0, 0, :128] = 0
+    on_cpu, on_gpu = quantise_weights(weight, scheme, **options), quantise_weights(weight.cuda(), scheme, **options)
+    for part, expected in zip(on_gpu, on_cpu, strict=True):
+        assert (part is None) == (expected is None)
+        assert part is None or torch.equal(part.cpu().view(torch.uint8), expected.view(torch.uint8))
+    values = dequantise(*on_gpu, scheme, blocks_of=options.get("blocks_of")).cpu()
+    assert torch.equal(values, dequantise(*on_cpu, scheme, blocks_of=options.get("blocks_of")))
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("backend", ["torch", "triton"])
+def test_a_gpu_quantises_rows_to_the_bits_of_a_cpu(backend):
+    random = torch.Generator().manual_seed(6)
+    x = torch.randn(64, 1030, generator=random) * torch.exp(3 * torch.randn(64, 1, generator=random))
+    rows, expected = quantise_rows(x.cuda(), backend=backend), quantise_rows(x, backend="torch")
+    assert torch.equal(rows.scale_RG.cpu(), expected.scale_RG)
+    assert torch.equal(rows.values_RH.cpu().view(torch.uint8), expected.values_RH.view(torch.uint8))

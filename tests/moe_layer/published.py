@@ -23,7 +23,8 @@ def deepseek(
     for expert in range(num_experts):
         held = []
         for word, (rows, columns) in _sizes(hidden, inner).items():
-            weight = (torch.randn(rows, columns, generator=random) * 100).to(torch.float8_e4m3fn)
+            # Clamped: what is beyond 448 becomes that in some versions of PyTorch, and NaN in others.
+            weight = (torch.randn(rows, columns, generator=random) * 100).clamp(-448, 448).to(torch.float8_e4m3fn)
             blocks = torch.rand(-(-rows // 128), -(-columns // 128), generator=random)
             scale = (0.002 + 0.004 * blocks).to(scales)
             if scales == torch.float8_e8m0fnu:

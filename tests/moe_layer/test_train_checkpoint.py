@@ -67,8 +67,8 @@ def train(model, optimizer, steps, group, device):
         optimizer.zero_grad()
 
 
-def adamw(model):
-    return torch.optim.AdamW(model.parameters(), lr=1e-2, weight_decay=0.1)
+def adamw(model, **options):
+    return torch.optim.AdamW(model.parameters(), lr=1e-2, weight_decay=0.1, **options)
 
 
 def whole(model, optimizer, group):
@@ -164,10 +164,20 @@ def check_wrapped(pair, device, expected, folder):
     mesh = dist.device_mesh.DeviceMesh.from_group(pair, device.type)
     fully_shard(sharded, mesh=mesh, ignored_params=experts)
     spoil(sharded)
-    optimizer = adamw(sharded)
+    optimizer = adamw(sharded, foreach=True)  # the default on a GPU, with which this mixture cannot step
     dcp.load({"training": TrainingState(sharded, optimizer)}, checkpoint_id=f"{folder}/alone", process_group=pair)
     assert isinstance(sharded.dense.weight, DTensor)
     assert_equal(whole(sharded, optimizer, pair), expected, "FSDP2")
+    assert optimizer.param_groups[0]["foreach"] is True, "how to step is the reader's own"
+    assert TrainingState(sharded, optimizer).state_dict()["optimizer"]["param_groups"][0]["foreach"] is True
+    optimizer = adamw(sharded, foreach=False)
+    dcp.load({"training": TrainingState(sharded, optimizer)}, checkpoint_id=f"{folder}/alone", process_group=pair)
+    for parameter in sharded.parameters():
+        parameter.grad = torch.zeros_like(parameter)
+    optimizer.step()  # it has kept its own foreach
+    assert all(value["step"] == BEFORE + AFTER + 1 for value in optimizer.state.values())
+    optimizer = adamw(sharded, foreach=True)
+    dcp.load({"training": TrainingState(sharded, optimizer)}, checkpoint_id=f"{folder}/alone", process_group=pair)
     dcp.save({"training": TrainingState(sharded, optimizer)}, checkpoint_id=f"{folder}/fsdp", process_group=pair)
 
     plain = Model(pair, device)
@@ -294,6 +304,23 @@ def test_parameters_without_optimizer_state(make_optimizer, device, folder):
     other_optimizer = make_optimizer(other)
     for name, expected in (("partly", partly), ("fresh", fresh), ("partly", partly)):
         assert_equal(load(name), expected, name)
+
+
+def test_how_to_step_is_the_readers(device, folder):
+    """`foreach` and `fused` exclude each other: one that was saved must not join the other."""
+    options = [{"fused": True}, {"foreach": True}, {"foreach": False}, {}]
+    for number, (writer, reader) in enumerate(zip(options, [*options[1:], options[0]], strict=True)):
+        models = [Model(None, device) for _ in range(2)]
+        optimizers = [adamw(model, **how) for model, how in zip(models, (writer, reader), strict=True)]
+        train(models[0], optimizers[0], range(2), None, device)
+        dcp.save({"training": TrainingState(models[0], optimizers[0])}, checkpoint_id=f"{folder}/{number}")
+        optimizers[0].param_groups[0]["lr"] = 0.5
+        dcp.load({"training": TrainingState(models[1], optimizers[1])}, checkpoint_id=f"{folder}/{number}")
+        group = optimizers[1].param_groups[0]
+        assert (group["fused"], group["foreach"], group["lr"]) == (reader.get("fused"), reader.get("foreach"), 1e-2)
+        assert_equal(whole(models[1], optimizers[1], None), whole(models[0], optimizers[0], None), f"{reader}")
+        train(models[1], optimizers[1], range(2, 3), None, device)
+        assert all(state["step"] == 3 for state in optimizers[1].state.values())
 
 
 def test_errors_name_what_is_wrong(device, folder):

@@ -226,7 +226,7 @@ def test_clipping_of_other_dtypes_buffers_and_nothing(device):
     assert abs(clip_grad_norm([half], 1.0).item() - 1000**0.5) < 1e-3, "the norm is rounded to bfloat16"
     wide = nn.Parameter(torch.zeros(4, device=device, dtype=torch.float64))
     wide.grad = torch.ones_like(wide)
-    assert clip_grad_norm([wide], 1.0) == 2 and wide.grad.sum() == pytest.approx(2)
+    assert clip_grad_norm([wide], 1.0) == 2 and wide.grad.sum().item() == pytest.approx(2)
     assert clip_grad_norm(nn.Linear(2, 2, device=device), 1.0) == 0
     for arguments, message in (
         ({"max_norm": -1}, "max_norm must be a number of at least 0, got -1.0"),

@@ -100,7 +100,7 @@ def check_training(rank, group, device, wrap, options, micro_batches=1, main_gra
     alone, model = Model(None, device), Model(group, device, **options)
     experts = [parameter for layer in model.layers for parameter in layer.experts.parameters()]
     wrapped = wrap(model, device)
-    settings = {"lr": 0.01, "eps": 1e-3}
+    settings = {"lr": 0.01, "eps": 1e-3, "foreach": False}  # see `ignore_in_fsdp`
     optimizers = [torch.optim.AdamW(one.parameters(), **settings) for one in (alone, wrapped)]
     first = [parameter.detach().clone() for parameter in experts]
     for step in range(STEPS):

@@ -95,9 +95,20 @@ NATIVE += ("glm4_moe", "olmoe", "gemma4_text")  # with qwen3_moe
 
 
 def per_token(found, expected):
-    """The median over tokens of the logits' relative error: where a near tie falls otherwise, one token is far off."""
+    """The median over tokens of the relative error: where a near tie of a router falls otherwise, one token is far off."""
     found, expected = found.float().flatten(0, -2), expected.float().flatten(0, -2)
     return float(((found - expected).norm(dim=-1) / expected.norm(dim=-1)).median())
+
+
+def embedding_grads(model, tokens):
+    """The gradient of the loss for each token's embedding; none reaches the last one, after which nothing is predicted."""
+    kept = []
+    hook = model.get_input_embeddings().register_forward_hook(lambda _module, _inputs, output: kept.append(output))
+    loss = model(tokens, labels=tokens, use_cache=False).loss
+    hook.remove()
+    (embedded,) = kept
+    (grad,) = torch.autograd.grad(loss, embedded)
+    return grad[:, :-1]
 
 
 @pytest.mark.parametrize(
@@ -112,7 +123,7 @@ def test_whole_models_in_bfloat16(family, device, tmp_path):
     swap_experts(model, backend="triton")
     with torch.no_grad():
         expected, theirs, ours = (one(tokens, use_cache=False).logits for one in (exact, twin, model))
-        assert ours.dtype == torch.bfloat16
+        assert ours.dtype == theirs.dtype  # nemotron_h's logits are float32
         assert per_token(ours, expected) <= 1.5 * per_token(theirs, expected) + 5e-3
         assert per_token(ours, theirs) <= 3e-2
         saved = model.state_dict()
@@ -126,11 +137,9 @@ def test_whole_models_in_bfloat16(family, device, tmp_path):
             greedy = {"max_new_tokens": 8, "do_sample": False, "eos_token_id": None}
             told = model.generate(tokens, **greedy)
             assert told.shape == (2, 17) and torch.equal(model.generate(tokens, **greedy), told)
-    for one in (model, twin):
-        one(tokens, labels=tokens, use_cache=False).loss.backward()
-    pairs = [(one.get_output_embeddings().weight.grad, one.get_input_embeddings().weight.grad) for one in (model, twin)]
-    for found, wanted in zip(*pairs, strict=True):
-        assert torch.cosine_similarity(found.float().flatten(), wanted.float().flatten(), dim=0) > 0.99
+    expected, theirs, ours = (embedding_grads(one, tokens) for one in (exact, twin, model))
+    # A token's gradient has the errors of all that follow. Gemma 4's own are 6 % in bfloat16, those of the others 1 to 3 %.
+    assert per_token(ours, expected) <= 3 * per_token(theirs, expected) + 5e-3
 
 
 @pytest.mark.parametrize(

@@ -31,7 +31,7 @@ def test_it_learns_as_its_twin_does(example, capsys):
 
 
 def test_it_says_when_the_losses_differ(example, monkeypatch):
-    """Experts that say a tenth too much."""
+    """Experts that say nothing: the losses of such small ones differ by 1 to 2 %."""
     right = implementation.moe_experts
-    monkeypatch.setattr(implementation, "moe_experts", lambda *args, **options: 1.1 * right(*args, **options))
+    monkeypatch.setattr(implementation, "moe_experts", lambda *args, **options: 0 * right(*args, **options))
     assert example.main([*SMALL, "--steps", "3"]) == 1
