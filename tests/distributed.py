@@ -12,14 +12,16 @@ import importlib
 import inspect
 import os
 import signal
+import sys
 import time
 import traceback
 import warnings
 from collections.abc import Callable, Mapping
 from datetime import timedelta
-from multiprocessing import connection
+from multiprocessing import connection, forkserver
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import pytest
 import torch
@@ -88,8 +90,9 @@ def _run(
     folder: Path,
     timeout: float,
 ) -> None:
+    context = _context()
     processes = [
-        _context().Process(
+        context.Process(
             target=_run_rank,
             args=(rank, num_ranks, backend, device_type, function.__module__, function.__name__),
             kwargs={
@@ -126,12 +129,16 @@ def _run(
         pytest.fail("\n".join([f"{function.__name__}: exit codes by rank {codes}", *texts]), pytrace=False)
 
 
-@functools.cache
 def _context() -> Any:
     if torch.cuda.is_available():  # a process that has asked for the GPUs cannot be forked
         return torch.multiprocessing.get_context("spawn")
     context = torch.multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(_IMPORTED)
+    # The server does not know this process's sys.path. It would import from the folder it starts in, or from another
+    # checkout that is installed, and pass over in silence what it finds nowhere.
+    path = os.pathsep.join(filter(None, sys.path))
+    with mock.patch.dict(os.environ, {"PYTHONPATH": path, "PYTHONSAFEPATH": "1"}):
+        forkserver.ensure_running()
     return context
 
 
@@ -160,6 +167,8 @@ def _run_rank(
     timeout: float,
     environment: dict[str, str],
 ) -> None:
+    for variable in os.environ.keys() - environment.keys():  # the process that was forked had it, the test has not
+        del os.environ[variable]
     os.environ.update(environment)
     with open(Path(folder) / f"rank{rank}.txt", "w") as file:
         faulthandler.dump_traceback_later(timeout, file=file)
