@@ -15,6 +15,9 @@ from hypothesis import HealthCheck, settings
 
 if not torch.cuda.is_available():  # does not import triton
     os.environ["TRITON_INTERPRET"] = "1"
+    from tests.interpreter import quicken_interpreter
+
+    quicken_interpreter()
 os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # cuBLAS is deterministic only with it
 
 # The same examples in every run; fixtures of function scope (the device, poison) hold nothing that examples change.

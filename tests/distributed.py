@@ -174,6 +174,10 @@ def _run_rank(
         faulthandler.dump_traceback_later(timeout, file=file)
         try:
             torch.set_num_threads(1)
+            if INTERPRETED:
+                from tests.interpreter import quicken_interpreter
+
+                quicken_interpreter()
             device = torch.device("cpu")
             if device_type == "cuda":
                 device = torch.device("cuda", rank if backend == "nccl" else 0)
