@@ -90,7 +90,7 @@ def _run(
     folder: Path,
     timeout: float,
 ) -> None:
-    context = _context()
+    context = rank_context()
     processes = [
         context.Process(
             target=_run_rank,
@@ -129,7 +129,8 @@ def _run(
         pytest.fail("\n".join([f"{function.__name__}: exit codes by rank {codes}", *texts]), pytrace=False)
 
 
-def _context() -> Any:
+def rank_context() -> Any:
+    """The multiprocessing context in which ranks start: forked from a process that has imported all, if there is no GPU."""
     if torch.cuda.is_available():  # a process that has asked for the GPUs cannot be forked
         return torch.multiprocessing.get_context("spawn")
     context = torch.multiprocessing.get_context("forkserver")

@@ -26,7 +26,7 @@ def test_rotation_moves_every_expert():
 
 
 @pytest.mark.timeout(400)
-def test_three_protocols_serve_the_same_outputs(tmp_path, capsys):
+def test_three_protocols_serve_the_same_outputs(tmp_path, capsys, ranks_start_fast):
     path, picture = tmp_path / "out.csv", tmp_path / "out.png"
     plot = ["--plot", str(picture)] if importlib.util.find_spec("matplotlib") else []
     arguments = [*TINY, "--steps", "100", "--interval", "32", "--csv", str(path), *plot]
@@ -46,7 +46,7 @@ def test_three_protocols_serve_the_same_outputs(tmp_path, capsys):
 
 
 @pytest.mark.timeout(200)
-def test_a_trace_of_ours_has_no_collective_in_a_step(tmp_path, capsys):
+def test_a_trace_of_ours_has_no_collective_in_a_step(tmp_path, capsys, ranks_start_fast):
     path = tmp_path / "trace.json"
     assert (
         relocation.main([*TINY, "--steps", "120", "--interval", "60", "--protocols", "ours", "--trace", str(path)]) == 0
