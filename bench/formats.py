@@ -7,7 +7,7 @@ against float32; the exit status is 1 if one is wrong.
 
 import argparse
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from itertools import groupby
 from typing import Any
 
@@ -15,15 +15,14 @@ import torch
 
 from bench.cases import count_hit, make_logits
 from bench.command import make_parser
-from bench.providers import Problem, complaining, make_problem, make_weights, torch_routing
+from bench.fused import GPT_OSS, fused_forward, reference
+from bench.providers import Problem, complaining, make_problem, make_weights
 from bench.report import DTYPES, WORST_ERROR, Report, add_arguments, chosen_cases, geometric_mean, relative_error
 from bench.timing import Timing, capture, time_captured, time_eager
-from moe_kernels import ExpertMatrices, LoadCounter, ReplicaTable, RoutingRule, local_forward
-from moe_kernels.activation import gated
+from moe_kernels import ExpertMatrices
 
 PLAIN = "plain"
-CLAMPED = "silu limit=7.0 alpha=1.702 up_offset=1.0"
-FORMATS = {PLAIN: ("silu", False), "bias": ("silu", True), "clamp": (CLAMPED, False), "gpt_oss": (CLAMPED, True)}
+FORMATS = {PLAIN: ("silu", False), "bias": ("silu", True), "clamp": (GPT_OSS, False), "gpt_oss": (GPT_OSS, True)}
 """Activation, and whether both matrices have biases."""
 
 
@@ -40,38 +39,6 @@ def make_matrices(problem: Problem, name: str) -> ExpertMatrices:
         )
         biases = first, second
     return ExpertMatrices(gate_up, down, activation, *biases)
-
-
-def make_forward(problem: Problem, matrices: ExpertMatrices) -> Callable[[], torch.Tensor]:
-    """The fused forward, expert e in lane and slot e."""
-    device, num_experts = problem.x_TH.device, problem.shape.num_experts
-    numbers_E = torch.arange(num_experts, dtype=torch.int32, device=device)
-    counts_E = torch.zeros(num_experts, dtype=torch.int64, device=device)
-    load = LoadCounter(counts_E, torch.ones(1, dtype=torch.int64, device=device))
-    table, rule = ReplicaTable(numbers_E, numbers_E), RoutingRule()
-    return lambda: local_forward(problem.x_TH, problem.logits_TE, matrices, table, load, problem.top_k, rule)
-
-
-def reference(problem: Problem, matrices: ExpertMatrices) -> torch.Tensor:
-    """In float32, without TF32: expert after expert."""
-    before = torch.get_float32_matmul_precision()
-    torch.set_float32_matmul_precision("highest")
-    try:
-        weights_TK, ids_TK = torch_routing(problem)
-        x_TH = problem.x_TH.float()
-        y_TH = torch.zeros_like(x_TH)
-        for expert in ids_TK.unique().tolist():
-            token, k = torch.where(ids_TK == expert)
-            product = x_TH[token] @ matrices.gate_up_SNH[expert].float().T
-            if matrices.gate_up_bias_SN is not None:
-                product = product + matrices.gate_up_bias_SN[expert].float()
-            rows = gated(matrices.activation, *product.chunk(2, dim=-1)) @ matrices.down_SHI[expert].float().T
-            if matrices.down_bias_SH is not None:
-                rows = rows + matrices.down_bias_SH[expert].float()
-            y_TH.index_add_(0, token, rows * weights_TK[token, k, None])  # an expert has a token once
-        return y_TH
-    finally:
-        torch.set_float32_matmul_precision(before)
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -120,9 +87,9 @@ def _measure(
     errors: dict[str, float] = {}
     for name in FORMATS:
         with complaining(name, case, complaints):
-            matrices = make_matrices(problem, name)
-            forward = make_forward(problem, matrices)
-            errors[name] = error = relative_error(forward(), reference(problem, matrices))
+            given = problem.x_TH, problem.logits_TE, problem.top_k, make_matrices(problem, name)
+            forward = fused_forward(*given)
+            errors[name] = error = relative_error(forward(), reference(*given))
             if not error <= WORST_ERROR:
                 complaints.append(f"FAILED {name}, {case}: error {error:.2e} against float32, or NaN")
             forwards[name] = capture(forward, options.device) if is_gpu else forward

@@ -11,7 +11,7 @@ To measure a peer that is not built in, write a module that calls `bench.provide
 
 import argparse
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from itertools import groupby
 from pathlib import Path
 from typing import Any
@@ -20,9 +20,9 @@ import torch
 
 from bench import against
 from bench.cases import Case, count_hit, forward_work, make_logits
-from bench.ceilings import Ceilings, measure_ceilings
+from bench.ceilings import measure_ceilings
 from bench.command import make_parser
-from bench.providers import Named, Problem, Provider, complaining, find, make_problem, make_weights, reference
+from bench.providers import Named, complaining, find, make_problem, make_weights, reference
 from bench.report import (
     DTYPES,
     WORST_ERROR,
@@ -81,7 +81,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
                 logits_TE = make_logits(case)
                 problem = make_problem(shape, weights, logits_TE)
                 hit = count_hit(logits_TE, shape.top_k)
-                rows, problems = _measure(case, problem, hit, providers, options, ceilings)
+                floor_us = ceilings.floor_us(*forward_work(shape, case.num_tokens, hit, DTYPES[options.dtype]))
+                columns = {"dtype": options.dtype, "experts_hit": hit}
+                rows, problems = measure(
+                    case.name, problem, reference(problem), providers, options, floor_us, WORST_ERROR, columns
+                )
                 for row in rows:
                     report.row(row)
                 complaints += problems
@@ -99,44 +103,49 @@ def main(arguments: Sequence[str] | None = None) -> int:
     return 1 if wrong else 0
 
 
-def _measure(
-    case: Case,
-    problem: Problem,
-    hit: int,
-    providers: Sequence[Provider],
+def measure(
+    case: str,
+    problem: Any,
+    expected_TH: torch.Tensor,
+    providers: Sequence[Any],
     options: argparse.Namespace,
-    ceilings: Ceilings,
+    floor_us: float,
+    worst_error: float,
+    columns: Mapping[str, Any],
 ) -> tuple[list[dict[str, Any]], list[str]]:
-    """The rows of a case, and complaints: "skipped …" and "FAILED …"."""
-    expected = reference(problem)
-    floor = ceilings.floor_us(*forward_work(case.shape, case.num_tokens, hit, DTYPES[options.dtype]))
-    is_gpu = options.device.type == "cuda"
+    """The rows of a case, and complaints: "skipped …" and "FAILED …".
+
+    Args:
+        problem: what the providers' `prepare` takes.
+        expected_TH: what they should compute, in float32.
+        worst_error: the largest error relative to it, in norm.
+        columns: more, of every row.
+    """
     forwards: dict[str, Callable[[], torch.Tensor]] = {}
     graphs: dict[str, torch.cuda.CUDAGraph] = {}
     checked: dict[str, tuple[float, int | None]] = {}
     complaints: list[str] = []
     for provider in providers:
-        with complaining(provider.name, case.name, complaints):
+        with complaining(provider.name, case, complaints):
             forward = provider.prepare(problem)
-            error = relative_error(forward(), expected)
+            error = relative_error(forward(), expected_TH)
             checked[provider.name] = error, extra_bytes(forward, options.device)
-            if is_gpu:
+            if options.device.type == "cuda":
                 graphs[provider.name] = capture(forward, options.device)
             forwards[provider.name] = forward
-            if not error <= WORST_ERROR:
-                complaints.append(f"FAILED {provider.name}, {case.name}: error {error:.2e} against float32, or NaN")
+            if not error <= worst_error:
+                complaints.append(f"FAILED {provider.name}, {case}: error {error:.2e} against float32, or NaN")
     rows = [
         {
-            "case": case.name,
+            "case": case,
             "provider": name,
             "median_us": median_us,
             "p20_us": p20_us,
             "p80_us": p80_us,
-            "floor_us": floor,
+            "floor_us": floor_us,
             "rel_err": checked[name][0],
             "mode": mode,
-            "dtype": options.dtype,
-            "experts_hit": hit,
+            **columns,
             "extra_bytes": checked[name][1],
         }
         for name, times in measured_times(forwards, graphs, options).items()

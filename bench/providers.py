@@ -155,17 +155,36 @@ def routing_of(logits_TE: torch.Tensor, top_k: int) -> tuple[torch.Tensor, torch
 
 
 def reference(problem: Problem) -> torch.Tensor:
-    """The forward in float32, without TF32: expert after expert."""
+    """The forward in float32, without TF32, and without the project's packages, which may be another checkout's."""
+    weights = problem.weights
+
+    def expert_rows(expert: int, rows: torch.Tensor) -> torch.Tensor:
+        gate, up = (rows @ weights.gate_up_ENH[expert].float().T).chunk(2, dim=-1)
+        return (F.silu(gate) * up) @ weights.down_EHI[expert].float().T
+
+    return sum_over_experts(problem.x_TH, problem.logits_TE, problem.top_k, expert_rows)
+
+
+def sum_over_experts(
+    x_TH: torch.Tensor,
+    logits_TE: torch.Tensor,
+    top_k: int,
+    expert_rows: Callable[[int, torch.Tensor], torch.Tensor],
+) -> torch.Tensor:
+    """``y_t = Σ_k w_tk · expert_rows(e_tk, x_t)`` in float32, without TF32: expert after expert.
+
+    Args:
+        expert_rows: of an expert's number and float32 rows ``[n, H]`` its results, the same.
+    """
     before = torch.get_float32_matmul_precision()
     torch.set_float32_matmul_precision("highest")
     try:
-        weights_TK, ids_TK = torch_routing(problem)
-        x_TH = problem.x_TH.float()
+        weights_TK, ids_TK = routing_of(logits_TE, top_k)
+        x_TH = x_TH.float()
         y_TH = torch.zeros_like(x_TH)
         for expert in ids_TK.unique().tolist():
             token, k = torch.where(ids_TK == expert)
-            gate, up = (x_TH[token] @ problem.weights.gate_up_ENH[expert].float().T).chunk(2, dim=-1)
-            rows = (F.silu(gate) * up) @ problem.weights.down_EHI[expert].float().T
+            rows = expert_rows(expert, x_TH[token])
             y_TH.index_add_(0, token, rows * weights_TK[token, k, None])  # an expert has a token once
         return y_TH
     finally:

@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import argparse
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import replace
 from itertools import groupby
 from pathlib import Path
@@ -24,8 +24,9 @@ import torch
 from bench.cases import CASES, SHAPES, TOKENS, Case, count_hit, make_logits, select
 from bench.ceilings import Ceilings, measure_ceilings
 from bench.command import make_parser
-from bench.moe_forward import header, line_of, measured_times, summary
-from bench.providers import complaining, find
+from bench.fused import reference
+from bench.moe_forward import header, line_of, measure, summary
+from bench.providers import Unavailable, find
 from bench.quantised_providers import (
     FORMATS,
     PROVIDERS,
@@ -34,17 +35,15 @@ from bench.quantised_providers import (
     QuantisedProvider,
     make_matrices,
     make_problem,
-    reference,
 )
 from bench.report import (
     Report,
     add_device,
     geometric_mean,
     plot_over_floor,
-    relative_error,
     require_matplotlib,
 )
-from bench.timing import DEFAULT_SECONDS, FLUSHES, capture, extra_bytes, time_eager, time_graph
+from bench.timing import DEFAULT_SECONDS, FLUSHES, time_eager, time_graph
 from moe_kernels import ExpertMatrices
 
 DEFAULT = ("qwen3-fp8", "dsv3-fp8", "gptoss-mxfp4", "qwen3-int4")
@@ -82,10 +81,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
         require_matplotlib()
     complaints: list[str] = []
     ceilings = measure_ceilings(options.device, torch.bfloat16)
-    fp8 = replace(ceilings, flops_per_s=measure_fp8(options.device) or ceilings.flops_per_s)
+    fp8, said = fp8_ceilings(ceilings, options.device)
     columns = {**ceilings.columns(), "ceiling_fp8_tflops": fp8.columns()["ceiling_tflops"]}
     with Report(options.csv, len(cases), columns) as report, torch.no_grad():
-        report.line(f"floors by {ceilings}, and {fp8.columns()['ceiling_tflops']} TFLOP/s in fp8, measured now")
+        report.line(f"floors by {ceilings}, and {said}, measured now")
         report.line(header(providers) + f"{'bf16 /':>10}")
         for (shape, form), of_kind in groupby(cases, key=lambda pair: (pair[0].shape, pair[1])):
             matrices = make_matrices(shape, form, options.device)
@@ -150,8 +149,21 @@ def quantised_work(
     return flops, of_expert * hit + 4 * num_tokens * hidden_size
 
 
-def measure_fp8(device: torch.device, seconds: float = DEFAULT_SECONDS) -> float | None:
-    """FLOP/s of an 8192³ product of e4m3 numbers with one scale each; None where PyTorch has none."""
+def fp8_ceilings(ceilings: Ceilings, device: torch.device) -> tuple[Ceilings, str]:
+    """`ceilings` with e4m3 products, and how a report says it: where PyTorch has no such product, bfloat16's stay, and why."""
+    try:
+        fp8 = replace(ceilings, flops_per_s=measure_fp8(device))
+    except Unavailable as reason:
+        return ceilings, f"bfloat16's products for fp8 too ({reason})"
+    return fp8, f"{fp8.columns()['ceiling_tflops']} TFLOP/s in fp8"
+
+
+def measure_fp8(device: torch.device, seconds: float = DEFAULT_SECONDS) -> float:
+    """FLOP/s of an 8192³ product of e4m3 numbers with one scale each.
+
+    Raises:
+        Unavailable: PyTorch has none for this device.
+    """
     size = 8192 if device.type == "cuda" else 256
     a, b = (torch.randn(size, size, device=device).to(torch.float8_e4m3fn) for _ in range(2))
     one = torch.ones((), device=device)
@@ -161,8 +173,8 @@ def measure_fp8(device: torch.device, seconds: float = DEFAULT_SECONDS) -> float
 
     try:
         product()
-    except (RuntimeError, NotImplementedError, AttributeError):
-        return None
+    except (RuntimeError, NotImplementedError, AttributeError) as error:
+        raise Unavailable(f"{type(error).__name__}: {str(error).partition(chr(10))[0]}") from error
     timing = time_graph(product, device, seconds) if device.type == "cuda" else time_eager(product, device, seconds)[0]
     return 2e6 * size**3 / timing.median_us
 
@@ -175,42 +187,13 @@ def _measure(
     ceilings: Ceilings,
 ) -> tuple[list[dict[str, Any]], list[str]]:
     """The rows of a case, and complaints: "skipped …" and "FAILED …"."""
-    expected, shape, form = reference(problem), problem.shape, problem.form
+    shape, form = problem.shape, problem.form
     hit = count_hit(problem.logits_TE, shape.top_k)
     sizes = (shape.top_k, shape.hidden_size, shape.intermediate_size)
-    floor = ceilings.floor_us(*quantised_work(sizes, problem.quantised, case.num_tokens, hit))
-    forwards: dict[str, Callable[[], torch.Tensor]] = {}
-    graphs: dict[str, torch.cuda.CUDAGraph] = {}
-    checked: dict[str, tuple[float, int | None]] = {}
-    complaints: list[str] = []
-    for provider in providers:
-        with complaining(provider.name, case.name, complaints):
-            forward = provider.prepare(problem)
-            error = relative_error(forward(), expected)
-            checked[provider.name] = error, extra_bytes(forward, options.device)
-            if options.device.type == "cuda":
-                graphs[provider.name] = capture(forward, options.device)
-            forwards[provider.name] = forward
-            if not error <= form.worst_error:
-                complaints.append(f"FAILED {provider.name}, {case.name}: error {error:.2e} against float32, or NaN")
-    rows = [
-        {
-            "case": case.name,
-            "provider": name,
-            "median_us": median_us,
-            "p20_us": p20_us,
-            "p80_us": p80_us,
-            "floor_us": floor,
-            "rel_err": checked[name][0],
-            "mode": mode,
-            "scheme": form.scheme,
-            "experts_hit": hit,
-            "extra_bytes": checked[name][1],
-        }
-        for name, times in measured_times(forwards, graphs, options).items()
-        for mode, (median_us, p20_us, p80_us) in times.items()
-    ]
-    return rows, complaints
+    floor_us = ceilings.floor_us(*quantised_work(sizes, problem.quantised, case.num_tokens, hit))
+    expected_TH = reference(problem.x_TH, problem.logits_TE, shape.top_k, problem.quantised)
+    columns = {"scheme": form.scheme, "experts_hit": hit}
+    return measure(case.name, problem, expected_TH, providers, options, floor_us, form.worst_error, columns)
 
 
 def _ratio(rows: Sequence[dict[str, Any]]) -> str:

@@ -15,19 +15,9 @@ from typing import Protocol
 import torch
 
 from bench.cases import Shape
-from bench.providers import add, routing_of
-from moe_kernels import (
-    ExpertMatrices,
-    LoadCounter,
-    ReplicaTable,
-    RoutingRule,
-    dequantise,
-    local_forward,
-    quantise_weights,
-)
-from moe_kernels.activation import gated
-
-GPT_OSS = "silu limit=7.0 alpha=1.702 up_offset=1.0"
+from bench.fused import GPT_OSS, fused_forward
+from bench.providers import add
+from moe_kernels import ExpertMatrices, dequantise, quantise_weights
 
 
 @dataclass(frozen=True)
@@ -143,27 +133,6 @@ def make_problem(
     return QuantisedProblem(shape, form, *matrices, x_TH, logits_TE.to(device, torch.bfloat16))
 
 
-def reference(problem: QuantisedProblem) -> torch.Tensor:
-    """The forward in float32, without TF32, with dequantised weights and rows that are not quantised: expert after expert."""
-    before = torch.get_float32_matmul_precision()
-    torch.set_float32_matmul_precision("highest")
-    try:
-        weights_TK, ids_TK = routing_of(problem.logits_TE, problem.shape.top_k)
-        matrices, x_TH = problem.quantised, problem.x_TH.float()
-        up_bias, down_bias = matrices.gate_up_bias_SN, matrices.down_bias_SH
-        y_TH = torch.zeros_like(x_TH)
-        for expert in ids_TK.unique().tolist():
-            token, k = torch.where(ids_TK == expert)
-            product = x_TH[token] @ matrices.gate_up_of(expert, torch.float32).T
-            gate, up = (product if up_bias is None else product + up_bias[expert].float()).chunk(2, dim=-1)
-            rows = gated(matrices.activation, gate, up) @ matrices.down_of(expert, torch.float32).T
-            rows = rows if down_bias is None else rows + down_bias[expert].float()
-            y_TH.index_add_(0, token, rows * weights_TK[token, k, None])  # an expert has a token once
-        return y_TH
-    finally:
-        torch.set_float32_matmul_precision(before)
-
-
 class _Ours:
     """`local_forward` with the quantised matrices, or with their bfloat16 values."""
 
@@ -171,15 +140,8 @@ class _Ours:
         self.name, self._is_quantised = name, is_quantised
 
     def prepare(self, problem: QuantisedProblem) -> Callable[[], torch.Tensor]:
-        experts, device = problem.shape.num_experts, problem.x_TH.device
         matrices = problem.quantised if self._is_quantised else problem.plain
-        ids_E = torch.arange(experts, dtype=torch.int32, device=device)
-        load = LoadCounter(
-            torch.zeros(experts, dtype=torch.int64, device=device),
-            torch.ones(1, dtype=torch.int64, device=device),
-        )
-        arguments = (matrices, ReplicaTable(ids_E, ids_E), load, problem.shape.top_k, RoutingRule())
-        return lambda: local_forward(problem.x_TH, problem.logits_TE, *arguments)
+        return fused_forward(problem.x_TH, problem.logits_TE, problem.shape.top_k, matrices)
 
 
 register(_Ours("moe_layer", True))

@@ -25,14 +25,14 @@ def test_formats(tmp_path, capsys):
 
 def test_a_wrong_format_is_named(monkeypatch, capsys):
     """Kernels that forget a bias; one that raises."""
-    right = formats.make_forward
+    right = formats.fused_forward
 
-    def forgetful(problem, matrices):
+    def forgetful(x_TH, logits_TE, top_k, matrices):
         if matrices.activation != "silu" and matrices.down_bias_SH is not None:
             raise RuntimeError("no such kernel")
-        return right(problem, replace(matrices, gate_up_bias_SN=None))
+        return right(x_TH, logits_TE, top_k, replace(matrices, gate_up_bias_SN=None))
 
-    monkeypatch.setattr(formats, "make_forward", forgetful)
+    monkeypatch.setattr(formats, "fused_forward", forgetful)
     assert formats.main([*TINY, "--dtype", "bf16"]) == 1
     said = capsys.readouterr().err
     for case in ("T1", "T5"):

@@ -49,6 +49,19 @@ def test_a_wrong_output_fails_the_run(monkeypatch, capsys):
     assert "FAILED wrong, 8:2:128:128-int4/T9" in capsys.readouterr().err
 
 
+def test_a_missing_fp8_product_is_said(monkeypatch, capsys):
+    """Then floors in fp8 are by bfloat16's products."""
+
+    def missing(*_, **__):
+        raise NotImplementedError("no e4m3 on this device\nand more")
+
+    monkeypatch.setattr(torch, "_scaled_mm", missing)
+    assert quantised.main([*TINY, "--cases", "8:2:128:128-fp8"]) == 0
+    first = capsys.readouterr().out.splitlines()[0]
+    said = "and bfloat16's products for fp8 too (NotImplementedError: no e4m3 on this device), measured now"
+    assert first.startswith("floors by ") and first.endswith(said)
+
+
 def test_cases_have_the_logits_of_their_shape():
     cases = quantised.chosen(["qwen3-fp8", "gptoss-mxfp4"], [16])
     assert [case.name for case, _ in cases] == ["qwen3-fp8/T16", "gptoss-mxfp4/T16"]
