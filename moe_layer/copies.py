@@ -59,9 +59,8 @@ class Copies:
         self.check_whole()
         for (name, weight), (sent, version) in zip(weights.items(), self._sent, strict=False):
             if sent() is not weight:
-                self.is_stale = (
-                    True  # other tensors, as on all ranks: a parametrization's, or those of `functional_call`
-                )
+                # Other tensors, as on all ranks: a parametrization's, or those of `functional_call`.
+                self.is_stale = True
             elif weight._version != version and not self.is_stale:
                 raise RuntimeError(
                     f"experts.{name} was written without a backward, a load or place() before, so the copies that compute with "
