@@ -3,6 +3,9 @@
 Legend: L layers, E logical experts, W ranks, P physical experts of a rank.
 """
 
+from collections.abc import Mapping
+from typing import Any
+
 import numpy as np
 import torch
 import torch.distributed as dist
@@ -79,11 +82,37 @@ class TrainingBalancer:
         self._num_steps += 1
         if self._num_steps % self.interval:
             return False
-        load_LE = self._load()
-        window_LE, self._seen_LE = load_LE - self._seen_LE, load_LE
-        gathered = all_gather_rows(window_LE.flatten()[None], self._group).sum(dim=0).view_as(window_LE)
-        self._rebalance(gathered.cpu().numpy())
+        window_LE, self._seen_LE = self._window(), self._load()
+        self._rebalance(window_LE.cpu().numpy())
         return True
+
+    def state_dict(self) -> dict[str, Any]:
+        """What `step()` has counted, in plain Python, for any number of ranks (`TrainingState` saves it). Collective.
+
+        ``num_steps``, ``num_moved``, and ``window`` [L, E]: tokens of all ranks since the last look at the load.
+        """
+        return {"num_steps": self._num_steps, "num_moved": self.num_moved, "window": self._window().tolist()}
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Goes on from a `state_dict()`, on every rank. Where experts compute, `layer.experts.place()` restores.
+
+        Raises:
+            ValueError: it is of other numbers of layers or experts.
+        """
+        load_LE, window_LE = self._load(), torch.tensor(state["window"], dtype=torch.int64)
+        if window_LE.shape != load_LE.shape:
+            raise ValueError(
+                f"the balancer's window must be of (layers, experts) = {tuple(load_LE.shape)}, got {tuple(window_LE.shape)}"
+            )
+        self._num_steps, self.num_moved = state["num_steps"], state["num_moved"]
+        # All of the window is the first rank's, as there may be other ranks than those that counted it.
+        is_first = dist.get_rank(self._group) == 0
+        self._seen_LE = load_LE - window_LE.to(load_LE.device) if is_first else load_LE
+
+    def _window(self) -> torch.Tensor:
+        """int64 [L, E]: tokens of all ranks since the last look."""
+        window_LE = self._load() - self._seen_LE
+        return all_gather_rows(window_LE.flatten()[None], self._group).sum(dim=0).view_as(window_LE)
 
     def _load(self) -> torch.Tensor:
         """int64 [L, E], of this rank since the start."""

@@ -29,6 +29,7 @@ from torch.nn.parallel import DistributedDataParallel
 from torch.optim import Optimizer
 
 from eplb.planning.placement import Placement
+from moe_layer.balance import TrainingBalancer
 from moe_layer.collectives import all_gather_rows
 from moe_layer.trainable import TrainableExperts
 
@@ -58,8 +59,10 @@ class TrainingState(Stateful):
     `foreach` and `fused` stay its own: how to step depends on the machine and on what wraps the model.
 
     The experts' copies follow in the next forward. Experts of a layer with as many ranks and lanes as there were also compute
-    where they did, so that training goes on bit for bit, with replicas too; others stay where they are. (What
-    `TrainingBalancer` has counted is not saved.)
+    where they did, so that training goes on bit for bit, with replicas too; others stay where they are. With `balancer`, what
+    it has counted is saved too: on any number of ranks it looks at the same load in the same steps as without the
+    interruption. Where a model has several copies (data parallel over groups of ranks), placements and counts are those of
+    one of them.
 
     `dcp.save` and `dcp.load` are collective over the ranks that have the model. `dcp.load` raises `CheckpointException`, which
     names the key, if the checkpoint lacks it ("Missing key") or has other sizes ("Size mismatch"). `state_dict()` and
@@ -68,14 +71,22 @@ class TrainingState(Stateful):
     Args:
         model: also wrapped in DDP or FSDP2. Build it, wrap it and put it on its device first.
         optimizers: one or several, over parameters of `model`.
+        balancer: of layers of `model`. A checkpoint saved without one cannot be read with one (its key is missing); the other
+            way round, what was counted is not read.
 
     Raises:
-        ValueError: an optimizer has parameters that are not the model's. When saving or loading: experts that are spread over
-            ranks are on the meta device or sharded once more, or have optimizer state that cannot be divided by experts.
+        ValueError: an optimizer has parameters, or the balancer layers, that are not the model's. When saving or loading:
+            experts that are spread over ranks are on the meta device or sharded once more, or have optimizer state that
+            cannot be divided by experts; or the balancer's state is of other numbers of layers or experts.
     """
 
-    def __init__(self, model: nn.Module, optimizers: Optimizer | Sequence[Optimizer]) -> None:
-        self.model = model
+    def __init__(
+        self,
+        model: nn.Module,
+        optimizers: Optimizer | Sequence[Optimizer],
+        balancer: TrainingBalancer | None = None,
+    ) -> None:
+        self.model, self.balancer = model, balancer
         self.optimizers = [optimizers] if isinstance(optimizers, Optimizer) else list(optimizers)
         known = {id(parameter) for parameter in model.parameters()}
         foreign = [tuple(one.shape) for one in self._optimized() if id(one) not in known]
@@ -84,6 +95,8 @@ class TrainingState(Stateful):
                 f"optimizers must be over parameters of model, got {len(foreign)} others, the first of shape {foreign[0]}: "
                 "make the optimizer after fully_shard() and after the model has its device"
             )
+        if balancer is not None and not set(balancer.layers) <= set(model.modules()):
+            raise ValueError("balancer must be of layers of model, got one of other layers")
 
     def state_dict(self) -> dict[str, Any]:
         """What `dcp.save` writes, and what `dcp.load` writes into."""
@@ -108,9 +121,10 @@ class TrainingState(Stateful):
             weights[name] = shard(name, weights[name])
             if name in optimizer["state"]:
                 optimizer["state"][name] = {key: shard(key, one) for key, one in optimizer["state"][name].items()}
-        state = {"model": weights, "optimizer": optimizer, "without_state": without_state}
+        state: dict[str, Any] = {"model": weights, "optimizer": optimizer, "without_state": without_state}
         # One text, because layers and ranks may be others when it is read.
-        return {**state, "placements": json.dumps({name: _placed(one) for name, one in self._layers().items()})}
+        state["placements"] = json.dumps({name: _placed(one) for name, one in self._layers().items()})
+        return state if self.balancer is None else {**state, "balancer": json.dumps(self.balancer.state_dict())}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Takes what `dcp.load` has read into a `state_dict()` of this object."""
@@ -133,6 +147,8 @@ class TrainingState(Stateful):
         for optimizer in self.optimizers:
             _forget(optimizer, [one for one in _parameters(optimizer) if names[one] in fresh])
         self._place(json.loads(state_dict["placements"]))
+        if self.balancer is not None:  # after the load counters, of which it counts a difference
+            self.balancer.load_state_dict(json.loads(state_dict["balancer"]))
 
     def _place(self, saved: dict[str, dict[str, list[list[float]]]]) -> None:
         """Let experts compute where they did, in layers that have as many ranks and lanes."""

@@ -976,6 +976,20 @@ TRAINING = (
         "self.is_stale = True",
         (f"{L}training_moves.py",),
     ),
+    # Each rank takes the whole load since the last look for its own.
+    Mutant(
+        "moe_layer/balance.py",
+        "is_first = dist.get_rank(self._group) == 0",
+        "is_first = True",
+        (f"{L}train_checkpoint.py",),
+    ),
+    # What was counted before a restart is forgotten.
+    Mutant(
+        "moe_layer/balance.py",
+        "self._seen_LE = load_LE - window_LE.to(load_LE.device) if is_first else load_LE",
+        "self._seen_LE = load_LE",
+        (f"{L}train_checkpoint.py",),
+    ),
     # An expert that stays is said to have moved.
     Mutant("moe_layer/balance.py", "left.remove(expert)", "left.remove(left[0])", (f"{L}training_moves.py",)),
     # Ids past the last expert are computed by one of them.

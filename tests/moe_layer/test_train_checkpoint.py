@@ -18,10 +18,10 @@ from torch.distributed.tensor import DTensor
 from torch.nn.parallel import DistributedDataParallel
 
 from eplb.planning.placement import Placement
-from moe_layer import TrainingState, ignore_in_ddp
+from moe_layer import TrainingBalancer, TrainingState, ignore_in_ddp
 from moe_layer.collectives import all_gather_rows
 from tests.distributed import distributed
-from tests.moe_layer.ranks import EXPERTS, HIDDEN, Restless, make_layer
+from tests.moe_layer.ranks import EXPERTS, HIDDEN, TOP_K, Restless, make_layer
 
 BEFORE, AFTER = 4, 8  # steps before and after the checkpoint
 TOKENS = 24  # of all ranks together
@@ -134,6 +134,7 @@ def test_two_ranks_write_and_others_go_on(rank, num_ranks, group, device, folder
     if rank == 0:
         dcp.save({"training": TrainingState(other, optimizer)}, checkpoint_id=f"{folder}/alone", process_group=alone)
     alone_then = from_rank_0(whole(other, optimizer, None) if rank == 0 else None)
+    check_balancer(rank, group, pair, device, folder)
     check_two_copies(group, [pair, dist.new_group([2, 3])][rank // 2], device, alone_then, folder)
     if rank < 2:
         check_wrapped(pair, device, alone_then, folder)
@@ -237,6 +238,71 @@ def two_steps(model, optimizer, seed, group, device):
                 dist.all_reduce(parameter.grad, group=group)
         optimizer.step()
         optimizer.zero_grad()
+
+
+class Seen:
+    """A policy that is a pure function: other loads have other placements. It keeps how many tokens it saw."""
+
+    def __init__(self):
+        self.totals = []
+
+    def propose(self, load_LNE, physical_LWP, topology):
+        self.totals.append(int(load_LNE.sum()))
+        return Restless(int((load_LNE * (1 + np.arange(EXPERTS))).sum())).propose(load_LNE, physical_LWP, topology)
+
+
+def check_balancer(rank, group, pair, device, folder):
+    """Interrupted between two looks at the load: the next look comes when it would have come, with what it would have seen."""
+    interval, counted = 3, 3 * TOKENS * TOP_K * 2  # of 2 layers
+
+    def made(ranks):
+        model = Model(ranks, device, num_redundant_experts=dist.get_world_size(ranks))
+        policy = Seen()
+        balancer = TrainingBalancer(model, ranks, interval=interval, policy=policy)
+        return model, adamw(model), balancer, policy.totals
+
+    def go_on(model, optimizer, balancer, steps, ranks):
+        num_ranks, own = dist.get_world_size(ranks), dist.get_rank(ranks)
+        for step in steps:
+            x = torch.randn(TOKENS, HIDDEN, generator=torch.Generator().manual_seed(step))[own::num_ranks].to(device)
+            (model(x) ** 2).sum().backward()
+            for name, parameter in model.named_parameters():
+                if ".experts." not in name:
+                    dist.all_reduce(parameter.grad, group=ranks)
+            optimizer.step()
+            optimizer.zero_grad()
+            assert balancer.step() == (step % interval == interval - 1), step
+
+    if rank < 2:
+        model, optimizer, balancer, totals = made(pair)
+        go_on(model, optimizer, balancer, range(5), pair)
+        assert totals == [counted] and balancer.num_moved > 0
+        state = TrainingState(model, optimizer, balancer)
+        dcp.save({"training": state}, checkpoint_id=f"{folder}/balancer", process_group=pair)
+        resumed, other, its_balancer, its_totals = made(pair)
+        with torch.no_grad():
+            resumed(torch.randn(3 + rank, HIDDEN, device=device))  # counted, but not in the run that is read
+        state = TrainingState(resumed, other, its_balancer)
+        dcp.load({"training": state}, checkpoint_id=f"{folder}/balancer", process_group=pair)
+        assert its_balancer.num_moved == balancer.num_moved
+        go_on(model, optimizer, balancer, range(5, 8), pair)
+        go_on(resumed, other, its_balancer, range(5, 8), pair)
+        assert totals == [counted] * 2 and its_totals == [counted] and its_balancer.num_moved == balancer.num_moved
+        for mine, theirs in zip(resumed.layers, model.layers, strict=True):
+            assert mine.experts.owned.placement == theirs.experts.owned.placement
+        assert_equal(whole(resumed, other, pair), whole(model, optimizer, pair), "it went on with its balancer")
+        with pytest.raises(ValueError, match="balancer must be of layers of model"):
+            TrainingState(model, optimizer, its_balancer)
+        with pytest.raises(ValueError, match=r"must be of \(layers, experts\) = \(2, 8\), got \(1, 8\)"):
+            balancer.load_state_dict({**balancer.state_dict(), "window": [[0] * EXPERTS]})
+        with pytest.raises(CheckpointException, match=r"Missing key .*: training\.balancer"):
+            state = TrainingState(model, optimizer, balancer)
+            dcp.load({"training": state}, checkpoint_id=f"{folder}/alone", process_group=pair)
+    dist.barrier(group)
+    more, optimizer, balancer, totals = made(group)
+    dcp.load({"training": TrainingState(more, optimizer, balancer)}, checkpoint_id=f"{folder}/balancer")
+    go_on(more, optimizer, balancer, range(5, 6), group)
+    assert totals == [counted], "what two ranks had counted, and a step of four"
 
 
 def check_refusals(pair, device):
