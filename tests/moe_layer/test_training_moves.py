@@ -12,11 +12,13 @@ import numpy as np
 import pytest
 import torch
 import torch.distributed as dist
+import torch.distributed.checkpoint as dcp
 from torch import nn
 
 from eplb.planning.placement import Placement
 from moe_layer import TrainingBalancer, TrainingState, trainable
 from moe_layer.balance import _in_place
+from moe_layer.collectives import all_gather_rows
 from moe_layer.owned import OwnedExperts
 from moe_layer.publish import Route
 from moe_layer.training import abandon_step, clip_grad_norm, no_sync
@@ -50,11 +52,19 @@ def tokens(step, rank, device, micro=0):
     return torch.randn(0 if (step + rank) % 5 == 0 else 4 + rank, HIDDEN, generator=random).to(device)
 
 
-def train(stack, optimizer, step, rank, device, micro_batches=1, syncs_once=False):
-    """One step; the ranks have different numbers of tokens, in some steps none."""
+def train(stack, optimizer, step, ranks, device, micro_batches=1, syncs_once=False, group=None):
+    """One step with the tokens of `ranks`, one or several, which have different numbers, in some steps none.
+
+    Routers' gradients are summed over `group`, if there is one.
+    """
+    ranks = [ranks] if isinstance(ranks, int) else ranks
     for micro in range(micro_batches):
         with no_sync(stack) if syncs_once and micro < micro_batches - 1 else nullcontext():
-            (stack(tokens(step, rank, device, micro)) ** 2).sum().backward()
+            x = torch.cat([tokens(step, rank, device, micro) for rank in ranks])
+            (stack(x) ** 2).sum().backward()
+    if group is not None:
+        for layer in stack.layers:
+            dist.all_reduce(layer.gate.weight.grad, group=group)
     optimizer.step()
     optimizer.zero_grad(set_to_none=step % 2 == 0)
 
@@ -63,8 +73,13 @@ def state_of(optimizer):
     return [value for state in optimizer.state_dict()["state"].values() for value in state.values()]
 
 
+@pytest.fixture
+def folder(tmp_path_factory):
+    return str(tmp_path_factory.mktemp("checkpoint"))
+
+
 @distributed(num_ranks=2)
-def test_training_goes_on_as_without_moves(rank, num_ranks, group, device):
+def test_training_goes_on_as_without_moves(rank, num_ranks, group, device, folder):
     still, moving, replicated = (
         Stack(group, device, num_redundant_experts=count, recompute=recompute)
         for count, recompute in ((0, False), (0, True), (num_ranks, False))
@@ -75,8 +90,9 @@ def test_training_goes_on_as_without_moves(rank, num_ranks, group, device):
         for stack, optimizer in zip((still, moving, replicated), optimizers, strict=True):
             if step % (STEPS // FLIPS) == 1 and stack is not still:
                 stack.place(step)
-            micro_batches = 1 + 2 * (step % 16 == 1)
-            train(stack, optimizer, step, rank, device, micro_batches, syncs_once=stack is not still)
+            train(stack, optimizer, step, rank, device, micro_batches(step), stack is not still, group)
+        if step == STEPS // 2 - 1:
+            dcp.save({"training": TrainingState(replicated, optimizers[2])}, checkpoint_id=folder)
     assert moving.layers[0].experts.owned.placement != still.layers[0].experts.owned.placement
     for name, parameter in still.named_parameters():
         assert torch.equal(moving.get_parameter(name), parameter), name
@@ -84,6 +100,7 @@ def test_training_goes_on_as_without_moves(rank, num_ranks, group, device):
         assert error <= 1e-6, f"{name} is off by {error:.1e}"
     for one, other in zip(state_of(optimizers[0]), state_of(optimizers[1]), strict=True):
         assert torch.equal(one, other), "the optimizer's state is that of the same experts"
+    check_a_restart_on_one_rank(still, group, device, folder)
     # What was saved here is loaded under another placement, and the first forward has it.
     x = torch.randn(3, HIDDEN, device=device)
     with torch.no_grad():
@@ -105,6 +122,23 @@ def test_training_goes_on_as_without_moves(rank, num_ranks, group, device):
     check_writes_that_nobody_was_told_of(group, device)
     check_deadlines(rank, group, device)
     check_a_lost_peer(rank, group, device)  # the last: rank 1 ends there
+
+
+def micro_batches(step):
+    return 1 + 2 * (step % 16 == 1)
+
+
+def check_a_restart_on_one_rank(still, group, device, folder):
+    """What two ranks with replicas wrote in the middle: one rank, with all experts and tokens, comes to the same end."""
+    alone = Stack(None, device)
+    optimizer = torch.optim.AdamW(alone.parameters(), lr=1e-3)
+    dcp.load({"training": TrainingState(alone, optimizer)}, checkpoint_id=folder, no_dist=True)
+    for step in range(STEPS // 2, STEPS):
+        train(alone, optimizer, step, (0, 1), device, micro_batches(step))
+    for name, parameter in still.named_parameters():
+        whole = all_gather_rows(parameter.detach(), group) if ".experts." in name else parameter
+        error = (alone.get_parameter(name) - whole).abs().max() / whole.abs().max()
+        assert error <= 1e-6, f"restarted on one rank: {name} is off by {error:.1e}"
 
 
 def away(group, device, **options):
