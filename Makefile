@@ -18,7 +18,7 @@ lint: $(VENV)/installed
 
 $(VENV)/installed: pyproject.toml constraints.txt
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
-	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable ".[test,bench,demo,lint,transformers]"
+	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable ".[test,bench,demo,lint,transformers,integrations]"
 	touch $@
 
 clean:
