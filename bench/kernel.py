@@ -56,9 +56,20 @@ class Work:
 
 
 class Inputs:
-    """Inputs of a case's ops; each is made when it is first asked for. One lane per expert, slot = lane = id."""
+    """Inputs of a case's ops; each is made when it is first asked for. One lane per expert, slot = lane = id.
 
-    def __init__(self, case: Case, dtype: torch.dtype, device: torch.device, weights: Callable[[], Weights]) -> None:
+    `quantised`: experts of a scheme, instead of `weights`.
+    """
+
+    def __init__(
+        self,
+        case: Case,
+        dtype: torch.dtype,
+        device: torch.device,
+        weights: Callable[[], Weights],
+        quantised: ExpertMatrices | None = None,
+    ) -> None:
+        self._quantised = quantised
         self.case, self.shape = case, case.shape
         self.num_tokens, self.top_k = case.num_tokens, case.shape.top_k
         self.num_rows = case.num_tokens * case.shape.top_k
@@ -71,6 +82,8 @@ class Inputs:
 
     @property
     def matrices(self) -> ExpertMatrices:
+        if self._quantised is not None:
+            return self._quantised
         return ExpertMatrices(self.weights.gate_up_ENH, self.weights.down_EHI)
 
     @cached_property
@@ -103,7 +116,8 @@ class Inputs:
         """Of "up" or "down"."""
         sizes = (self.shape.hidden_size, self.shape.intermediate_size)
         batch = (self.dtype, self.num_tokens, self.top_k, self.shape.num_experts)
-        return gemm_configs(*sizes, *batch, tma=has_tma(self.device))[0 if op == "up" else 1]
+        scheme = "plain" if self._quantised is None else self._quantised.scheme
+        return gemm_configs(*sizes, *batch, tma=has_tma(self.device), scheme=scheme)[0 if op == "up" else 1]
 
     @cached_property
     def tiling(self) -> dict[str, int]:

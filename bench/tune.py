@@ -2,6 +2,7 @@
 
 Both GEMMs of a layer share one schedule: choose a pair of one `block_m` and one `extra_m`. Every candidate's
 result is compared with the first one's, bit for bit: tiles may be chosen freely only as long as they change none.
+``--format fp8`` (or mxfp4, int4, int4-g32) times tiles of quantised experts.
 """
 
 import sys
@@ -16,9 +17,11 @@ from bench.cases import Case
 from bench.command import make_parser
 from bench.kernel import Inputs
 from bench.providers import Weights, make_weights
+from bench.quantised_providers import FORMATS, Format, make_matrices
 from bench.report import DTYPES, WORST_ERROR, Report, add_arguments, chosen_cases, relative_error
 from bench.timing import time_graph
 from moe_kernels import (
+    ExpertMatrices,
     GemmConfig,
     TileSchedule,
     build_schedule,
@@ -27,8 +30,9 @@ from moe_kernels import (
     expert_up,
     expert_up_torch,
     has_tma,
+    quantise_rows,
 )
-from moe_kernels.quantise_rows import values_of
+from moe_kernels.quantise_rows import QuantisedRows, Rows
 
 NUM_WARPS = {(64, 128): 4, (64, 256): 4, (128, 128): 4, (128, 256): 8}
 
@@ -57,29 +61,55 @@ def candidates(op: str, rows_per_expert: float) -> Iterator[GemmConfig]:
                 )
 
 
-def tune(report: Report, case: Case, inputs: Inputs, seconds: float, best: int) -> bool:
+def quantised_candidates(op: str, rows_per_expert: float, scheme: str) -> Iterator[GemmConfig]:
+    """The same for quantised experts."""
+    if scheme == "fp8_block":
+        for num_stages, group_m in product((3, 4), (4, 8, 16)):
+            yield GemmConfig(128, 256, 128, 4, num_stages, group_m, tma=True, quantised=True)
+        # `expert_up` has a whole group of 128 hidden channels.
+        blocks: tuple[tuple[int, int, int], ...] = (
+            ((256, 128, 2), (256, 128, 3)) if op == "up" else ((128, 128, 3), (128, 128, 4), (64, 128, 5))
+        )
+    else:
+        blocks = tuple((n, k, stages) for n, k in product((64, 128, 256), (64, 128)) for stages in (3, 4, 5))
+    for block_m, (block_n, block_k, num_stages), num_warps in product((16, 32, 64, 128), blocks, (4, 8)):
+        is_narrow = block_m <= 32
+        if rows_per_expert > 64 if is_narrow else rows_per_expert < block_m / 4:
+            continue
+        for swap in (True, False) if is_narrow else (False,):
+            yield GemmConfig(block_m, block_n, block_k, num_warps, num_stages, swap=swap, quantised=True)
+
+
+def tune(
+    report: Report, case: Case, inputs: Inputs, seconds: float, best: int, worst_error: float = WORST_ERROR
+) -> bool:
     """Prints and writes all candidates of a case; whether all results had equal bits."""
     shape, device = case.shape, inputs.device
-    x_TH = inputs.normal(inputs.num_tokens, shape.hidden_size)
     weights_N = inputs.routing[0].flatten()
     rows_per_expert = inputs.num_rows / shape.num_experts
     schedules: dict[tuple[int, int], TileSchedule] = {}
-    expected: dict[str, torch.Tensor] = {}
+    expected: dict[str, Rows] = {}
     all_equal = True
-    slots, wrong = inputs.lane_to_slot_L, []
+    matrices, slots, wrong = inputs.matrices, inputs.lane_to_slot_L, []
+    is_plain = matrices.scheme == "plain"
+    floats_TH = inputs.normal(inputs.num_tokens, shape.hidden_size)
+    x_TH: Rows = quantise_rows(floats_TH) if matrices.scheme == "fp8_block" else floats_TH
 
-    def run(op: str, config: GemmConfig) -> torch.Tensor:
+    def run(op: str, config: GemmConfig) -> Rows:
         schedule = schedules[config.block_m, config.extra_m]
         if op == "up":
-            return values_of(expert_up(x_TH, inputs.matrices, slots, schedule, fanout=inputs.top_k, config=config))
-        return expert_down(expected["up"], inputs.matrices, slots, schedule, weights_N, config=config)
+            return expert_up(x_TH, matrices, slots, schedule, fanout=inputs.top_k, config=config)
+        return expert_down(expected["up"], matrices, slots, schedule, weights_N, config=config)
 
     for op in ("up", "down"):
         if op == "down" and "up" not in expected:
             raise SystemExit(f"{case.name}: no candidate of the up projection fits this GPU")
         times: list[tuple[float, GemmConfig]] = []
         keep = inputs.config(op).keep  # as served: it is a matter of sizes, not of tiles
-        for config in (replace(config, keep=keep) for config in candidates(op, rows_per_expert)):
+        of_op = (
+            candidates(op, rows_per_expert) if is_plain else quantised_candidates(op, rows_per_expert, matrices.scheme)
+        )
+        for config in (replace(config, keep=keep) for config in of_op):
             tiling = config.block_m, config.extra_m
             if tiling not in schedules:
                 flat_ids = inputs.ids_TK.flatten()
@@ -94,13 +124,13 @@ def tune(report: Report, case: Case, inputs: Inputs, seconds: float, best: int) 
                 expected[op] = result
                 schedule = schedules[tiling]
                 reference = (
-                    values_of(expert_up_torch(x_TH, inputs.matrices, slots, schedule, fanout=inputs.top_k))
+                    expert_up_torch(x_TH, matrices, slots, schedule, fanout=inputs.top_k)
                     if op == "up"
-                    else expert_down_torch(expected["up"], inputs.matrices, slots, schedule, weights_N)
+                    else expert_down_torch(expected["up"], matrices, slots, schedule, weights_N)
                 )
-                if not relative_error(result, reference) <= WORST_ERROR:
+                if not relative_error(_floats(result), _floats(reference)) <= worst_error:
                     wrong.append(op)
-            equal = torch.equal(result, expected[op])
+            equal = _have_equal_bits(result, expected[op])
             all_equal &= equal
             times.append((timing.median_us, config))
             report.row(
@@ -117,6 +147,18 @@ def tune(report: Report, case: Case, inputs: Inputs, seconds: float, best: int) 
     return all_equal
 
 
+def _floats(rows: Rows) -> torch.Tensor:
+    return rows.dequantised() if isinstance(rows, QuantisedRows) else rows
+
+
+def _have_equal_bits(rows: Rows, others: Rows) -> bool:
+    if isinstance(rows, QuantisedRows) and isinstance(others, QuantisedRows):
+        values, other_values = rows.values_RH.view(torch.uint8), others.values_RH.view(torch.uint8)
+        return torch.equal(values, other_values) and torch.equal(rows.scale_RG, others.scale_RG)
+    assert isinstance(rows, torch.Tensor) and isinstance(others, torch.Tensor)
+    return torch.equal(rows, others)
+
+
 def _fields(config: GemmConfig) -> str:
     return " ".join(str(int(value)) for value in astuple(config))
 
@@ -127,7 +169,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument(
         "--best", type=int, default=3, help="how many to print for each case and op; all are in the CSV"
     )
+    parser.add_argument("--format", choices=FORMATS, help="of quantised experts; default: of none")
     options = parser.parse_args(arguments)
+    form: Format | None = FORMATS[options.format] if options.format else None
     if not has_tma(options.device):
         parser.error(f"--device {options.device}: the candidates need a GPU with a tensor memory accelerator")
     if options.dtype == "fp32":
@@ -139,15 +183,22 @@ def main(arguments: Sequence[str] | None = None) -> int:
             parser.error(f"--shapes {shape.name}: the candidates need sizes divisible by 8")
     with Report(options.csv, len(cases)) as report, torch.no_grad():
         report.line(
-            "fields: block_m block_n block_k num_warps num_stages group_m tma swap tail_m programs_per_sm extra_m keep"
+            "fields: block_m block_n block_k num_warps num_stages group_m tma swap tail_m programs_per_sm extra_m keep "
+            "quantised"
         )
         for shape, of_shape in groupby(cases, key=lambda case: case.shape):
-            weights: Weights = make_weights(shape, DTYPES[options.dtype], options.device)
+            weights: Weights | None = None
+            quantised: ExpertMatrices | None = None
+            if form is None:
+                weights = make_weights(shape, DTYPES[options.dtype], options.device)
+            else:
+                quantised, _ = make_matrices(shape, form, options.device)
             for case in of_shape:
-                inputs = Inputs(case, DTYPES[options.dtype], options.device, lambda weights=weights: weights)  # type: ignore[misc]
-                all_equal &= tune(report, case, inputs, options.seconds, options.best)
+                inputs = Inputs(case, DTYPES[options.dtype], options.device, lambda weights=weights: weights, quantised)  # type: ignore[misc]
+                worst_error = WORST_ERROR if form is None else form.worst_error
+                all_equal &= tune(report, case, inputs, options.seconds, options.best, worst_error)
                 report.step(case.name)
-            del weights, inputs
+            del weights, quantised, inputs
     if not all_equal:
         print("some candidates gave other bits than the first: see the column equal_bits", file=sys.stderr)
     return 0 if all_equal else 1
