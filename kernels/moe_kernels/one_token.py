@@ -19,6 +19,7 @@ from moe_kernels.integers import cdiv, next_power_of_2
 from moe_kernels.launch import PreparedLaunch, on_device, raw_stream
 from moe_kernels.load import LoadCounter
 from moe_kernels.matrices import ExpertMatrices
+from moe_kernels.one_token_fp8 import _down_fp8_kernel, _up_fp8_kernel
 from moe_kernels.one_token_triton import _choice_kernel, _down_kernel, _up_kernel
 from moe_kernels.routing_triton import rule_constants
 from moe_kernels.rule import RoutingRule
@@ -28,11 +29,13 @@ from moe_kernels.table import ReplicaTable
 
 @dataclass(frozen=True)
 class _Plan:
-    """The three launches for layers of one kind, and where the choice begins behind hidden (in elements)."""
+    """The three launches for layers of one kind, their elements per program, and where the choice begins behind hidden."""
 
     choice: PreparedLaunch
     up: PreparedLaunch
     down: PreparedLaunch
+    columns: int
+    rows: int
     scratch: int
 
 
@@ -50,6 +53,42 @@ def _make_plan(
     num_bytes = 3 * top_k * matrix_bytes
     is_packed = matrices.scheme in ("mxfp4", "int4")
     eviction = "evict_first" if num_bytes <= _MOST_TO_STREAM else ""
+    columns = rows = 1
+    of_both = {"SCRATCH": scratch, "HIDDEN_SIZE": hidden_size, "INTERMEDIATE": intermediate, "EVICTION": eviction}
+    if matrices.scheme == "fp8_block":
+        columns, rows = _divisor(intermediate, _MOST_COLUMNS), _divisor(hidden_size, _MOST_ROWS)
+        up_chunks, down_chunks = _chunks(hidden_size, 64), _chunks(intermediate, 128)
+        up = _up_fp8_kernel.prepare(
+            device_index,
+            **of_both,
+            ACTIVATION=matrices.activation,
+            COLUMNS=columns,
+            CHUNKS=up_chunks,
+            num_warps=cdiv(up_chunks, 32),
+        )
+        down = _down_fp8_kernel.prepare(
+            device_index, **of_both, TOP_K=top_k, ROWS=rows, CHUNKS=down_chunks, num_warps=cdiv(down_chunks, 32)
+        )
+    else:
+        up = _up_kernel.prepare(
+            device_index,
+            **of_both,
+            SCHEME=matrices.scheme,
+            GROUP=_group(matrices.scheme, hidden_size, matrices.gate_up_scale),
+            ACTIVATION=matrices.activation,
+            BLOCK_H=_block(hidden_size),
+            num_warps=1 if is_packed else 2,  # 16 bytes a thread
+        )
+        down = _down_kernel.prepare(
+            device_index,
+            **of_both,
+            TOP_K=top_k,
+            SCHEME=matrices.scheme,
+            GROUP=_group(matrices.scheme, intermediate, matrices.down_scale),
+            BLOCK_K=block_k,
+            BLOCK_I=min(next_power_of_2(intermediate), max(_ELEMENTS // block_k, 16)),
+            num_warps=1,
+        )
     return _Plan(
         choice=_choice_kernel.prepare(
             device_index,
@@ -60,31 +99,10 @@ def _make_plan(
             BLOCK_K=block_k,
             num_warps=1,
         ),
-        up=_up_kernel.prepare(
-            device_index,
-            SCRATCH=scratch,
-            HIDDEN_SIZE=hidden_size,
-            INTERMEDIATE=intermediate,
-            SCHEME=matrices.scheme,
-            GROUP=_group(matrices.scheme, hidden_size, matrices.gate_up_scale),
-            ACTIVATION=matrices.activation,
-            EVICTION=eviction,
-            BLOCK_H=_block(hidden_size),
-            num_warps=1 if is_packed else 2,  # 16 bytes a thread
-        ),
-        down=_down_kernel.prepare(
-            device_index,
-            SCRATCH=scratch,
-            HIDDEN_SIZE=hidden_size,
-            INTERMEDIATE=intermediate,
-            TOP_K=top_k,
-            SCHEME=matrices.scheme,
-            GROUP=_group(matrices.scheme, intermediate, matrices.down_scale),
-            EVICTION=eviction,
-            BLOCK_K=block_k,
-            BLOCK_I=min(next_power_of_2(intermediate), max(_ELEMENTS // block_k, 16)),
-            num_warps=1,
-        ),
+        up=up,
+        down=down,
+        columns=columns,
+        rows=rows,
         scratch=scratch,
     )
 
@@ -168,17 +186,18 @@ def one_token_triton(
             num_experts,
             num_lanes,
         )
+        is_fp8 = matrices.scheme == "fp8_block"
         plan.up(
-            (intermediate, top_k, 1),
+            (intermediate // plan.columns, top_k, 1),
             stream,
-            *(x_1H, gate_up_SNH, up_bias, up_scale, up_zero, scratch),
-            *(stride_up, up_stride, strides[0], strides[2]),
+            *(x_1H, gate_up_SNH, up_bias, up_scale, *(() if is_fp8 else (up_zero,)), scratch),
+            *(stride_up, up_stride, strides[0], *(() if is_fp8 else (strides[2],))),
         )
         plan.down(
-            (hidden_size, 1, 1),
+            (hidden_size // plan.rows, 1, 1),
             stream,
-            *(scratch, down_SHI, down_bias, down_scale, down_zero, y_1H),
-            *(stride_down, down_stride, strides[1], strides[3]),
+            *(scratch, down_SHI, down_bias, down_scale, *(() if is_fp8 else (down_zero,)), y_1H),
+            *(stride_down, down_stride, strides[1], *(() if is_fp8 else (strides[3],))),
         )
     return y_1H
 
@@ -187,6 +206,21 @@ def one_token_triton(
 # first; more of them take longer so (measured on an H200, docs/log.md).
 _MOST_TO_STREAM = 256 << 20
 _ELEMENTS = 2048  # weights that a program of the down projection reads at once
+
+
+# fp8_block: elements of hidden and of y that a program computes.
+_MOST_COLUMNS = 2
+_MOST_ROWS = 2
+
+
+def _divisor(size: int, most: int) -> int:
+    """The largest power of two up to `most` that divides `size`."""
+    return min(size & -size, most)
+
+
+def _chunks(size: int, most: int) -> int:
+    """Pieces of 16 weights that a program of fp8_block reads at once: a thread has one."""
+    return min(most, next_power_of_2(cdiv(size, 16)))
 
 
 def _group(scheme: str, columns: int, scale: torch.Tensor | None) -> int:

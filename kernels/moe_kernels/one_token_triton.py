@@ -28,7 +28,7 @@ def _prefetch(pointer, num_elements):
 
 
 @triton.jit
-def _choice_in(scratch_ptr, SCRATCH: tl.constexpr):
+def choice_in(scratch_ptr, SCRATCH: tl.constexpr):
     """Slots and weights' bits, int32 [2, K], behind the SCRATCH elements of hidden."""
     return (scratch_ptr + SCRATCH).to(tl.pointer_type(tl.int32), bitcast=True)
 
@@ -94,7 +94,7 @@ def _choice_kernel(
     if mask_ptr is not None:
         counts &= tl.load(mask_ptr) != 0
     slot = tl.where(counts, tl.gather(slots, ids, 0), -1)
-    choice_ptr = _choice_in(scratch_ptr, SCRATCH)
+    choice_ptr = choice_in(scratch_ptr, SCRATCH)
     tl.store(choice_ptr + k, slot, mask=k < TOP_K)
     weights = tl.where(slot >= 0, weights, 0.0)
     tl.store(choice_ptr + TOP_K + k, weights.to(tl.int32, bitcast=True), mask=k < TOP_K)
@@ -138,7 +138,7 @@ def _up_kernel(
         gdc_wait()
         gdc_launch_dependents()
     column, k = tl.program_id(0).to(tl.int64), tl.program_id(1)
-    slot = tl.load(_choice_in(scratch_ptr, SCRATCH) + k).to(tl.int64)
+    slot = tl.load(choice_in(scratch_ptr, SCRATCH) + k).to(tl.int64)
     if slot < 0:
         return
     GATED: tl.constexpr = is_gated(ACTIVATION)
@@ -250,7 +250,7 @@ def _down_kernel(
     """
     row = tl.program_id(0).to(tl.int64)
     k = tl.arange(0, BLOCK_K)
-    choice_ptr = _choice_in(scratch_ptr, SCRATCH)
+    choice_ptr = choice_in(scratch_ptr, SCRATCH)
     # From L2: before its own wait a program may have an older line of this memory in L1.
     slot = tl.load(choice_ptr + k, mask=k < TOP_K, other=-1, cache_modifier=".cg").to(tl.int64)
     chosen = slot >= 0
