@@ -49,8 +49,12 @@ def check_slots(name: str, weights: torch.Tensor) -> None:
 
 
 def check_tma(name: str, weights: torch.Tensor, columns: int | None = None) -> None:
-    """The tensor memory accelerator needs 16-bit elements, and rows in units of 16 bytes."""
+    """The tensor memory accelerator needs rows in units of 16 bytes, of 16-bit elements or, with fp8_block, of bytes."""
     _, rows, inner = weights.shape
+    if weights.dtype == torch.float8_e4m3fn:
+        if inner % 16:
+            raise ValueError(f"{name} has shape {tuple(weights.shape)}: config.tma needs columns divisible by 16")
+        return
     if weights.element_size() != 2:
         raise ValueError(f"{name} has dtype {weights.dtype}: config.tma needs torch.float16 or torch.bfloat16")
     if inner % 8 or (rows if columns is None else columns) % 8:
@@ -61,7 +65,7 @@ def check_tma_address(name: str, tensor: torch.Tensor) -> None:
     """It needs a GPU that has it, and aligned addresses. A tracer has no addresses, so the ops themselves call this."""
     if tensor.is_cuda and not has_tma(tensor.device):
         raise ValueError(f"{name} is on {tensor.device}: config.tma needs a GPU for which has_tma() is true")
-    if (tensor.stride(0) % 8 and tensor.shape[0] > 1) or tensor.data_ptr() % 16:
+    if (tensor.stride(0) * tensor.element_size() % 16 and tensor.shape[0] > 1) or tensor.data_ptr() % 16:
         raise ValueError(
             f"{name} has strides {tensor.stride()} and begins at {tensor.data_ptr():#x}: config.tma needs slots and rows that "
             "begin at multiples of 16 bytes"

@@ -26,15 +26,16 @@ class GemmConfig:
         num_warps: warps per program.
         num_stages: depth of the software pipeline of loads; does not change any bit of the result.
         group_m: tiles that share a column block before the next column block begins (reuse of weights in L2).
-        tma: whether the weights come through the tensor memory accelerator (16-bit dtypes on Hopper; H and I divisible by
-            8). The others below are only for these kernels.
+        tma: whether the weights come through the tensor memory accelerator (on Hopper: 16-bit dtypes with H and I
+            divisible by 8, fp8_block by 16). The others below are only for these kernels.
         swap: weights on the M side of the product, for few rows: the tensor core takes 64 rows there and 16 on the N side.
         tail_m: tiles of at most so many rows are computed as ones of `tail_m` rows; 0, or a power of two, at least 64.
         extra_m: an expert's last rows, if at most so many, are computed together with the `block_m` before them, by the
             same load of the weights; 0, or a power of two, at least 64. The tile schedule must have been built with it.
         programs_per_sm: `expert_down` only: so many persistent programs per multiprocessor; 0 is one program per tile.
         keep: write the output so that L2 rather lets other things go, weights that stream by above all.
-        quantised: for experts of a scheme other than "plain", whose kernels use no TMA yet, but may `swap`.
+        quantised: for experts of a scheme other than "plain", which may `swap`. With `tma`, of fp8_block on Hopper: the
+            kernels of `fp8_ring.py`, whose tiles are 128 x 256 x 128, with `num_stages` in the ring.
     """
 
     block_m: int
@@ -59,9 +60,14 @@ class GemmConfig:
         for name, least in (("num_stages", 1), ("group_m", 1), ("programs_per_sm", 0)):
             if getattr(self, name) < least:
                 raise ValueError(f"{name}={getattr(self, name)}: must be at least {least}")
-        if self.quantised and self.tma:
-            raise ValueError(f"{self}: quantised and tma exclude each other")
         others = self.tail_m or self.programs_per_sm or self.extra_m or self.keep
+        if self.quantised and self.tma:
+            if (self.block_m, self.block_n, self.block_k, self.num_warps) != (128, 256, 128, 4):
+                raise ValueError(f"{self}: quantised with tma needs tiles of 128 x 256 x 128 and num_warps=4")
+            if others or self.swap:
+                raise ValueError(
+                    f"{self}: swap, tail_m, programs_per_sm, extra_m and keep are not for quantised with tma"
+                )
         if not self.tma and (others or (self.swap and not self.quantised)):
             raise ValueError(
                 f"{self}: swap, tail_m, programs_per_sm, extra_m and keep need tma=True; swap, or quantised=True"
@@ -114,10 +120,16 @@ _TABLE_4_BIT: _QuantisedTable = (
 _TABLE_4_BIT_OF_32: _QuantisedTable = (
     (_ANY, *2 * (GemmConfig(block_m=16, block_n=64, block_k=32, num_warps=4, num_stages=3, quantised=True),)),
 )
-# On Hopper, with weights on the M side for few rows.
-_TABLE_FP8_HOPPER: _QuantisedTable = (
+# On Hopper, with weights on the M side for few rows; from more on by a ring (`fp8_ring.py`), if TMA can read the weights.
+_FP8_RING = GemmConfig(block_m=128, block_n=256, block_k=128, num_warps=4, num_stages=4, tma=True, quantised=True)
+_FEW_FP8: _QuantisedTable = (
     (8, replace(_FP8_UP, num_stages=3, swap=True), replace(_FP8_DOWN, swap=True)),
-    (32, replace(_FP8_UP, block_m=32, num_stages=3, swap=True), replace(_FP8_DOWN, block_m=32, swap=True)),
+    (16, replace(_FP8_UP, block_m=32, num_stages=3, swap=True), replace(_FP8_DOWN, block_m=32, swap=True)),
+)
+_TABLE_FP8_RING: _QuantisedTable = (*_FEW_FP8, (_ANY, _FP8_RING, _FP8_RING))
+_TABLE_FP8_HOPPER: _QuantisedTable = (
+    *_FEW_FP8,
+    (32, *_FEW_FP8[-1][1:]),
     (64, replace(_FP8_UP, block_m=64, num_warps=8, num_stages=3), replace(_FP8_DOWN, block_m=64)),
     (_ANY, replace(_FP8_UP, block_m=128, num_warps=8, num_stages=3), replace(_FP8_DOWN, block_m=128, num_warps=8)),
 )
@@ -220,7 +232,7 @@ def gemm_config(
     bucket = next_power_of_2(num_tokens)
     rows_per_expert = bucket * top_k // num_experts
     if scheme != "plain":
-        quantised = _quantised_table(scheme, dtype, tma)
+        quantised = _quantised_table(scheme, dtype, tma, can_use_tma=(n // 2 if gated else n) % 16 == 0 and k % 16 == 0)
         up, down = next(pair for most, *pair in quantised if rows_per_expert <= most)
         return up if gated else down
     columns = n // 2 if gated else n
@@ -238,9 +250,9 @@ def gemm_config(
     return GemmConfig(config.block_m, block_n, block_k, config.num_warps, config.num_stages, config.group_m)
 
 
-def _quantised_table(scheme: str, dtype: torch.dtype, is_hopper: bool) -> _QuantisedTable:
+def _quantised_table(scheme: str, dtype: torch.dtype, is_hopper: bool, can_use_tma: bool = True) -> _QuantisedTable:
     if scheme == "fp8_block":
-        return _TABLE_FP8_HOPPER if is_hopper else _TABLE_FP8
+        return (_TABLE_FP8_RING if can_use_tma else _TABLE_FP8_HOPPER) if is_hopper else _TABLE_FP8
     if dtype.itemsize == 4:
         return _TABLE_4_BIT_OF_32
     return _TABLE_4_BIT_HOPPER if is_hopper else _TABLE_4_BIT

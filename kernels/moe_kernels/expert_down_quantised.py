@@ -10,6 +10,7 @@ import triton
 import triton.language as tl
 
 from moe_kernels.config import GemmConfig
+from moe_kernels.expert_down_fp8 import expert_down_fp8
 from moe_kernels.fp8 import e4m3_argument, operand
 from moe_kernels.homes import RowHomes
 from moe_kernels.integers import cdiv
@@ -141,6 +142,10 @@ def expert_down_quantised(
     hidden_size, intermediate = matrices.hidden_size, values.shape[1]
     shape, dtype = (schedule.order_N.shape[0], hidden_size), hidden_NI.dtype
     rows_NH = values.new_empty(shape, dtype=dtype) if homes is None else homes.own
+    if config.tma:
+        assert isinstance(hidden_NI, QuantisedRows)
+        expert_down_fp8(hidden_NI, matrices, lane_to_slot_L, schedule, row_weights_N, config, homes, rows_NH)
+        return rows_NH
     grid = (schedule.tile_lane.shape[0] * cdiv(hidden_size, config.block_n),)
     if grid[0]:
         _expert_down_quantised_kernel[grid](

@@ -10,6 +10,7 @@ import triton
 import triton.language as tl
 
 from moe_kernels.config import GemmConfig
+from moe_kernels.expert_up_fp8 import expert_up_fp8
 from moe_kernels.fp8 import as_e4m3, e4m3_argument, operand, quantised
 from moe_kernels.integers import cdiv
 from moe_kernels.launch import Launcher, gdc_launch_dependents, gdc_wait
@@ -171,6 +172,9 @@ def expert_up_quantised(
         x = x_RH if isinstance(x_RH, QuantisedRows) else QuantisedRows(*quantise_rows_triton(x_RH), x_RH.dtype)
         values, x_scale, weights = e4m3_argument(x.values_RH), x.scale_RG, e4m3_argument(gate_up_SNH)
         hidden = new_quantised_rows(values, num_rows, intermediate, x.dtype)
+        if config.tma:
+            expert_up_fp8(x, matrices, lane_to_slot_L, schedule, fanout, config, hidden)
+            return hidden
         outputs = e4m3_argument(hidden.values_RH), hidden.scale_RG
     else:
         assert isinstance(x_RH, torch.Tensor)

@@ -14,6 +14,7 @@ import triton.language as tl
 from moe_kernels.numerics import to_e4m3
 
 _E4M3_MAX = tl.constexpr(448.0)
+_LEAST_USUAL = tl.constexpr(2.0**-90)
 
 
 def e4m3_argument(tensor: torch.Tensor) -> torch.Tensor:
@@ -35,6 +36,28 @@ def quantised(groups):
     scale = tl.where(scale == 0, 1.0, scale)
     values = tl.div_rn(groups, tl.broadcast_to(scale[:, None], groups.shape))
     values = tl.where(values > _E4M3_MAX, _E4M3_MAX, values)  # the scale is rounded, so it may be; a NaN stays one
+    return tl.where(values < -_E4M3_MAX, -_E4M3_MAX, values), scale
+
+
+@triton.jit
+def quantised_fast(groups):
+    """The values and scales of `quantised`, bit for bit after rounding to e4m3, in fewer instructions.
+
+    One reciprocal serves a group. Two corrections by the remainder, which is exact, make a quotient the nearest one (Markstein,
+    IA-64 and Elementary Functions, chapter 8). That needs scales far from the ends of float32's range: else it divides.
+    """
+    scale = tl.div_rn(tl.max(tl.abs(groups), axis=1), _E4M3_MAX)
+    scale = tl.where(scale == 0, 1.0, scale)
+    is_usual = (scale > _LEAST_USUAL) & (scale < 1.0 / _LEAST_USUAL)
+    divisor = tl.broadcast_to(scale[:, None], groups.shape)
+    if tl.min(is_usual.to(tl.int32), axis=0) != 0:
+        inverse = tl.broadcast_to(tl.div_rn(is_usual.to(tl.float32), scale)[:, None], groups.shape)
+        values = groups * inverse
+        values = tl.fma(tl.fma(-values, divisor, groups), inverse, values)
+        values = tl.fma(tl.fma(-values, divisor, groups), inverse, values)
+    else:
+        values = tl.div_rn(groups, divisor)
+    values = tl.where(values > _E4M3_MAX, _E4M3_MAX, values)
     return tl.where(values < -_E4M3_MAX, -_E4M3_MAX, values), scale
 
 

@@ -10,6 +10,7 @@ from typing import Any, Literal
 
 import torch
 import triton
+from triton.experimental.gluon.nvidia.hopper import TensorDescriptor as GluonTensorDescriptor
 from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 from triton.tools.tensor_descriptor import TensorDescriptor
 
@@ -21,6 +22,7 @@ _log = logging.getLogger(__name__)
 
 # Triton's versions whose compiled kernels are launched by `PreparedLaunch` itself, through Triton's internals.
 _TESTED_TRITON = ("3.6", "3.7")
+_DESCRIPTORS = (TensorDescriptor, GluonTensorDescriptor)
 _MOST_PREPARED = 1024  # of a kernel; there is one for each of its specialisations, of which a process has few
 
 
@@ -65,7 +67,7 @@ class Launcher:
 
     def _launch(self, grid: tuple[int, ...], *arguments: Any, **constants: Any) -> None:
         first = arguments[0]
-        device_index = (first.base if type(first) is TensorDescriptor else first).get_device()
+        device_index = (first.base if type(first) in _DESCRIPTORS else first).get_device()
         launch = key = None
         if _prepares():
             key = (device_index, *self._specialization(arguments), *constants, *constants.values())
@@ -88,7 +90,7 @@ class Launcher:
                 parts += argument.dtype, argument.data_ptr() & 15
             elif kind is int:
                 parts.append(argument if by_value else -(2**31) <= argument < 2**31)
-            elif kind is TensorDescriptor:
+            elif kind in _DESCRIPTORS:  # of a kernel of Gluon, the layout is in the kernel's source
                 parts += argument.base.dtype, argument.padding, *argument.block_shape
             elif kind is float or argument is None:
                 parts.append(kind)

@@ -100,8 +100,10 @@ class ExpertMatrices:
             if config.block_k != BLOCK:
                 raise ValueError(f"config.block_k={config.block_k}: must be {BLOCK} with matrices.scheme='fp8_block'")
             # `expert_up` scales a whole group of hidden channels; columns of a block have one scale.
-            if config.block_n != 2 * BLOCK if which == "up" else config.block_n > BLOCK:
-                rule = f"{2 * BLOCK}" if which == "up" else f"at most {BLOCK}"
+            # With TMA the down projection takes two such blocks.
+            is_wide = which == "up" or config.tma
+            if config.block_n != 2 * BLOCK if is_wide else config.block_n > BLOCK:
+                rule = f"{2 * BLOCK}" if is_wide else f"at most {BLOCK}"
                 raise ValueError(
                     f"config.block_n={config.block_n}: must be {rule} in `expert_{which}` with matrices.scheme='fp8_block'"
                 )
