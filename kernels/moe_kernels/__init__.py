@@ -9,6 +9,7 @@ They know slots, lanes and rows; neither which expert a slot holds nor what a ra
 3. `schedule`: lanes → rows sorted by lane (`scan`), in `tiles`;
 4. `expert_up`: rows and `matrices` → hidden; 5. `expert_down`: hidden → rows; `_tma`: on Hopper; tile sizes: `config`;
    `_quantised`: of quantised experts (`schemes`, `quantised_weights`), whose rows of x `quantise_rows` may quantise;
+   `_fp8`: of fp8_block on Hopper, by a ring (`fp8_ring`);
 6. `combine`: rows → the output of each token.
 
 `expert_rows` is 4 to 6 as one op that has a gradient; its backward: `gradient_tiles`, then `experts_grad_hidden`,

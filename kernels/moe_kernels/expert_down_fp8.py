@@ -15,6 +15,7 @@ from moe_kernels.checks import check_tma_address
 from moe_kernels.config import GemmConfig
 from moe_kernels.fp8_ring import (
     FILL_REGISTERS,
+    MMA,
     MMA_COLUMNS,
     MMA_ROWS,
     REGISTERS,
@@ -99,8 +100,10 @@ def _multiply(
     """Four warps, for the first or the second 64 rows of each tile; `outputs`: rows, their homes, and rows of a home."""
     hidden_size, intermediate = sizes
     rows_ptr, homes_ptr, rows_per_home = outputs
-    VECTOR: gl.constexpr = 128 // rows_ptr.dtype.element_ty.primitive_bitwidth  # 16 bytes
-    LAYOUT: gl.constexpr = gl.BlockedLayout([1, VECTOR], [VECTOR // 4, 128 // VECTOR], [4, 1], [1, 0])
+    # 16-bit rows are stored 16 bytes at a time, through shared memory; there is no room for 32-bit ones, whose 8 bytes of a
+    # thread of the tensor core's layout make whole sectors of 32 with those of its neighbours.
+    BITS: gl.constexpr = rows_ptr.dtype.element_ty.primitive_bitwidth
+    LAYOUT: gl.constexpr = MMA if BITS == 32 else gl.BlockedLayout([1, 8], [2, 16], [4, 1], [1, 0])
     num_column_blocks = gl.cdiv(hidden_size, 2 * SIDE)
     count = 0
     first_program, num_programs = gl.program_id(0), gl.num_programs(0)

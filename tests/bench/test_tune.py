@@ -6,13 +6,14 @@ import torch
 from triton.runtime.errors import OutOfResources
 
 from bench import tune, tune_gradients
-from bench.cases import CASES, Case, Shape
+from bench.cases import CASES, SHAPES, Case, Shape
 from bench.kernel import Inputs
 from bench.providers import make_weights
+from bench.quantised_providers import FORMATS, make_matrices
 from bench.report import Report
 from bench.timing import Timing
-from bench.tune import candidates
-from moe_kernels import GemmConfig, gemm_configs
+from bench.tune import candidates, quantised_candidates
+from moe_kernels import GemmConfig, expert_up, gemm_configs
 from moe_kernels.gradient_configs import _TABLE_32_BIT, _TABLE_HOPPER
 
 
@@ -45,6 +46,50 @@ def test_a_candidate_that_does_not_fit_is_passed_over(monkeypatch, capsys):
     assert [row["op"] for row in report.rows] == (len(up) - 1) * ["up"] + len(down) * ["down"]
     out = capsys.readouterr().out
     assert out.count("out of resource: shared memory") == 1 and f"tiny/T20 up {up[0]}" in out
+
+
+@pytest.mark.parametrize("name", FORMATS)
+@pytest.mark.parametrize("num_tokens", [2, 16, 64, 256, 1024, 16384])
+def test_what_is_served_of_quantised_experts_is_among_the_candidates(name: str, num_tokens: int) -> None:
+    for shape in (SHAPES["qwen3"], SHAPES["dsv3"]):
+        batch, scheme = (torch.bfloat16, num_tokens, shape.top_k, shape.num_experts), FORMATS[name].scheme
+        configs = gemm_configs(shape.hidden_size, shape.intermediate_size, *batch, tma=True, scheme=scheme)
+        rows_per_expert = num_tokens * shape.top_k / shape.num_experts
+        for op, config in zip(("up", "down"), configs, strict=True):
+            assert config in set(quantised_candidates(op, rows_per_expert, scheme)), (shape.name, op)
+
+
+@pytest.mark.parametrize("name", ["fp8", "int4"])
+def test_quantised_candidates_are_compared(monkeypatch, capsys, name):
+    """Two for each op, on a CPU; one whose result is another is told."""
+    shape, form, device = Shape("tiny", 4, 2, 128, 128), FORMATS[name], torch.device("cpu")
+    matrices, _ = make_matrices(shape, form, device)
+    inputs = Inputs(Case(shape, 6), torch.bfloat16, device, pytest.fail, matrices)
+    candidates = [config for config in quantised_candidates("up", 3, form.scheme) if not config.tma][:2]
+    monkeypatch.setattr(tune, "time_graph", lambda *_: Timing(3.0, 2.0, 4.0, 10))
+    monkeypatch.setattr(
+        tune,
+        "quantised_candidates",
+        lambda op, *_: candidates if op == "up" else [replace(config, block_n=64) for config in candidates],
+    )
+    with Report(None) as report:
+        assert tune.tune(report, inputs.case, inputs, 0.01, best=1, worst_error=form.worst_error)
+    assert [(row["op"], row["equal_bits"]) for row in report.rows] == 2 * [("up", True)] + 2 * [("down", True)]
+    calls = []
+
+    def other(*arguments, **options):
+        rows = expert_up(*arguments, **options)
+        calls.append(rows)
+        if len(calls) > 1:
+            values = rows.values_RH.view(torch.uint8) if name == "fp8" else rows
+            values[0, 0] += 1
+        return rows
+
+    monkeypatch.setattr(tune, "expert_up", other)
+    with Report(None) as report:
+        assert not tune.tune(report, inputs.case, inputs, 0.01, best=1, worst_error=form.worst_error)
+    assert [row["equal_bits"] for row in report.rows] == [True, False, True, True]
+    capsys.readouterr()
 
 
 def test_gradients_what_is_served_is_among_the_candidates():

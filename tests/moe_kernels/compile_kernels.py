@@ -14,6 +14,7 @@ import torch
 import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
+from triton.experimental.gluon._runtime import GluonASTSource
 
 from moe_kernels import (  # noqa: F401
     GemmConfig,
@@ -29,7 +30,8 @@ from moe_kernels import (  # noqa: F401
     routing_triton,
     send_rows,
 )
-from moe_kernels.config import _INTERMEDIATE, _KEPT_TMA, _TABLE_TMA, _quantised_table
+from moe_kernels.config import _FP8_RING, _INTERMEDIATE, _KEPT_TMA, _TABLE_TMA, _quantised_table
+from moe_kernels.fp8_ring import ROW_LAYOUT, WEIGHT_LAYOUT
 from moe_kernels.gradient_configs import _TABLE_16_BIT, _TABLE_32_BIT, _TABLE_HOPPER
 from moe_kernels.scan import MANY_KEYS, chunk_options, scan_options
 
@@ -39,9 +41,11 @@ MODULES = {
         "combine",
         "count_experts",
         "expand_rows",
+        "expert_down_fp8",
         "expert_down_quantised",
         "expert_down_tma",
         "expert_down_triton",
+        "expert_up_fp8",
         "expert_up_quantised",
         "expert_up_tma",
         "expert_up_triton",
@@ -51,6 +55,7 @@ MODULES = {
         "gather_counts",
         "gradient_tiles",
         "meet_peers",
+        "one_token_fp8",
         "one_token_triton",
         "quantise_rows",
         "receive_rows",
@@ -81,9 +86,8 @@ def compile_kernel(module: str, name: str, types: dict[str, str], constants: dic
         for place, argument in enumerate(kernel.arg_names)
         if argument not in constants and (argument.endswith("_ptr") or argument in ALIGNED)
     }
-    compiled = triton.compile(
-        ASTSource(kernel, signature, places, aligned), target=GPUTarget("cuda", arch, 32), options=options
-    )
+    source = (GluonASTSource if kernel.is_gluon() else ASTSource)(kernel, signature, places, aligned)
+    compiled = triton.compile(source, target=GPUTarget("cuda", arch, 32), options=options)
     print(f"{module}.{name} sm_{arch} {options} {constants} shared={compiled.metadata.shared}", flush=True)
     return compiled
 
@@ -384,13 +388,24 @@ def compile_one_quantised_token(arch: int, scheme: str, dtype: str, zeros: bool 
     pdl, group = arch >= 90, 128 if scheme == "fp8_block" else 32
     sizes = {"HIDDEN_SIZE": 2048, "INTERMEDIATE": 768, "PDL": pdl, "SCRATCH": 6144, "EVICTION": "evict_first"}
     sizes |= {"SCHEME": scheme, "GROUP": group, "bias_ptr": None} | ({} if zeros else {"zero_ptr": None})
-    for name, num_warps, constants in (
-        ("_up_kernel", 2 if scheme == "fp8_block" else 1, {"ACTIVATION": "silu", "BLOCK_H": 1024}),
-        ("_down_kernel", 1, {"TOP_K": 8, "BLOCK_K": 8, "BLOCK_I": 256}),
-    ):
-        compiled = compile_kernel(
-            "one_token_triton", name, types, sizes | constants, arch, num_warps=num_warps, launch_pdl=pdl
+    module, kernels = (
+        "one_token_triton",
+        (
+            ("_up_kernel", 1, {"ACTIVATION": "silu", "BLOCK_H": 1024}),
+            ("_down_kernel", 1, {"TOP_K": 8, "BLOCK_K": 8, "BLOCK_I": 256}),
+        ),
+    )
+    if scheme == "fp8_block":
+        sizes = {name: value for name, value in sizes.items() if name not in ("SCHEME", "GROUP", "zero_ptr")}
+        module, kernels = (
+            "one_token_fp8",
+            (
+                ("_up_fp8_kernel", 2, {"ACTIVATION": "silu", "COLUMNS": 2, "CHUNKS": 64}),
+                ("_down_fp8_kernel", 2, {"TOP_K": 8, "ROWS": 2, "CHUNKS": 64}),
+            ),
         )
+    for name, num_warps, constants in kernels:
+        compiled = compile_kernel(module, name, types, sizes | constants, arch, num_warps=num_warps, launch_pdl=pdl)
         assert re.search(r"ld\.global\.\S*evict_first\S*cache_hint\S*v4", compiled.asm["ptx"]), (
             "weights must be loaded 16 bytes at a time, and not stay in L2"
         )
@@ -487,6 +502,36 @@ def compile_quantised(
     assert compiled.metadata.shared <= most * 1024, f"{compiled.metadata.shared} bytes of shared memory"
 
 
+def compile_ring(config: GemmConfig, dtype: str = "bf16", activation: str = "silu", biased: bool = False) -> None:
+    """Both products with fp8_block experts on Hopper."""
+    fp8 = "*fp8e4nv"
+    types = dict.fromkeys(("x_ptr", "hidden_ptr"), fp8) | dict.fromkeys(("bias_ptr", "rows_ptr"), f"*{dtype}")
+    types |= dict.fromkeys(("x_scale_ptr", "hidden_scale_ptr", "scale_ptr", "row_weights_ptr"), "*fp32")
+    for name, block, layout in (
+        ("gate_up", (1, 128, 128), WEIGHT_LAYOUT),
+        ("down", (1, 128, 128), WEIGHT_LAYOUT),
+        ("hidden", (64, 128), ROW_LAYOUT),
+    ):
+        types[name] = f"tensordesc<{fp8[1:]}{list(block)},{layout.value!r}>"
+    types["homes_ptr"] = "*i64"
+    constants = {"PDL": True, "STAGES": config.num_stages, "GROUP_M": config.group_m}
+    absent = {} if biased else {"bias_ptr": None}
+    for module, more in (
+        ("expert_up_fp8", {"ACTIVATION": activation}),
+        ("expert_down_fp8", {"homes_ptr": None}),
+        ("expert_down_fp8", {}),
+    ):
+        compiled = compile_kernel(
+            module, f"_{module}_kernel", types, constants | absent | more, 90, num_warps=4, launch_pdl=True
+        )
+        ptx = compiled.asm["ptx"]
+        assert "wgmma" in ptx and "mma.sync" not in ptx and "cp.async.bulk.tensor" in ptx
+        assert ptx.count("setmaxnreg.inc") >= 2, "who multiplies needs more registers than who copies"
+        if module == "expert_up_fp8" or dtype != "fp32":
+            assert re.search(r"st\.global\S*v4\.b32", ptx), "rows must be stored 16 bytes at a time"
+        assert compiled.metadata.shared <= 227 * 1024, f"{compiled.metadata.shared} bytes of shared memory"
+
+
 def compile_all_quantised(arch: int, all_of_them: bool) -> None:
     for dtype in ("bf16", "fp16", "fp32") if all_of_them else ("bf16",):
         values = "*u8" if arch < 89 else "*fp8e4nv"
@@ -495,7 +540,11 @@ def compile_all_quantised(arch: int, all_of_them: bool) -> None:
     for scheme in QUANTISED if all_of_them else ("fp8_block", "mxfp4"):
         for dtype in ("bf16", "fp16", "fp32") if all_of_them else ("bf16",):
             compile_one_quantised_token(arch, scheme, dtype, zeros=scheme == "int4")
-    tables = {scheme: _quantised_table(scheme, torch.bfloat16, arch == 90) for scheme in QUANTISED}
+    tables = {scheme: _quantised_table(scheme, torch.bfloat16, arch == 90, can_use_tma=False) for scheme in QUANTISED}
+    if arch == 90:
+        compile_ring(_FP8_RING)
+        for kind in (("bf16", GPT_OSS, True), ("fp16", "relu2 ungated", True), ("fp32", "gelu")) if all_of_them else ():
+            compile_ring(_FP8_RING, *kind)
     if not all_of_them:
         (_, up, down), (_, wide_up, _) = tables["fp8_block"][0], tables["fp8_block"][-1]
         compile_quantised(arch, "fp8_block", up, True)

@@ -1,4 +1,5 @@
 import itertools
+from dataclasses import replace
 
 import pytest
 import torch
@@ -85,3 +86,18 @@ def test_bad_tiles_are_refused(field):
     good = {"block_m": 16, "block_n": 32, "block_k": 16, "num_warps": 4, "num_stages": 2}
     with pytest.raises(ValueError, match=f"{field}=0"):
         GemmConfig(**(good | {field: 0}))
+
+
+def test_fp8_block_has_the_ring_on_hopper_where_tma_can_read_its_weights():
+    sizes = {"n": 2048, "k": 768, "dtype": torch.bfloat16, "num_tokens": 512, "top_k": 8, "num_experts": 128}
+    sizes |= {"scheme": "fp8_block", "tma": True}
+    ring = gemm_config(**sizes)
+    assert ring.tma and ring.quantised and ring.block_m == 128
+    assert gemm_config(**(sizes | {"n": 1536, "k": 2048}), gated=True) == ring
+    assert not gemm_config(**(sizes | {"tma": False})).tma
+    assert not gemm_config(**(sizes | {"k": 776})).tma and not gemm_config(**(sizes | {"n": 2056})).tma
+    assert not gemm_config(**(sizes | {"n": 1552, "k": 2048}), gated=True).tma  # 776 columns of each
+    assert gemm_config(**(sizes | {"num_tokens": 16})).swap
+    for wrong in ({"block_m": 64}, {"num_warps": 8}, {"swap": True}, {"tail_m": 64}, {"keep": True}):
+        with pytest.raises(ValueError, match="quantised with tma"):
+            replace(ring, **wrong)
