@@ -10,7 +10,6 @@ from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 
-from moe_kernels import fp8_ring
 from moe_kernels.checks import check_tma_address
 from moe_kernels.config import GemmConfig
 from moe_kernels.fp8_ring import (
@@ -29,7 +28,6 @@ from moe_kernels.fp8_ring import (
     multiply_tile,
     new_ring,
     num_programs,
-    wait_for_turn,
     weights_descriptor,
 )
 from moe_kernels.homes import RowHomes, row_at
@@ -95,7 +93,7 @@ def _load_flat(order_ptr, start, end, HALF: gl.constexpr):
 @gluon.jit
 def _multiply(
     ring, tiles, lane_to_slot_ptr, bias_ptr, row_weights_ptr, order_ptr, outputs, sizes, stride_bias,
-    HALF: gl.constexpr, STAGES: gl.constexpr, GROUP_M: gl.constexpr, STAGGER: gl.constexpr,
+    HALF: gl.constexpr, STAGES: gl.constexpr, GROUP_M: gl.constexpr,
 ):  # fmt: skip
     """Four warps, for the first or the second 64 rows of each tile; `outputs`: rows, their homes, and rows of a home."""
     hidden_size, intermediate = sizes
@@ -107,7 +105,6 @@ def _multiply(
     num_column_blocks = gl.cdiv(hidden_size, 2 * SIDE)
     count = 0
     first_program, num_programs = gl.program_id(0), gl.num_programs(0)
-    wait_for_turn(ring, first_program < tiles[3] * num_column_blocks, HALF, STAGGER)
     column_block, lane, start, end = load_tile_of(first_program, tiles, num_column_blocks, GROUP_M)
     flat = _load_flat(order_ptr, start, end, HALF)
     # Of the next tile: see `_fill`.
@@ -121,7 +118,7 @@ def _multiply(
         )
         start += HALF * ROWS
         row_weight = gl.load(row_weights_ptr + flat, mask=start + gl.arange(0, ROWS, MMA_ROWS) < end, other=0.0)
-        left, right, count = multiply_tile(ring, count, start < end, intermediate, False, HALF, STAGES, STAGGER)
+        left, right, count = multiply_tile(ring, count, start < end, intermediate, False, HALF, STAGES)
         if start < end:
             bias_at = bias_ptr
             if bias_ptr is not None:
@@ -167,7 +164,6 @@ def _expert_down_fp8_kernel(
     # tunables
     STAGES: gl.constexpr,
     GROUP_M: gl.constexpr,
-    STAGGER: gl.constexpr,
 ):
     """Every num_programs-th of: a tile of rows, 256 columns of the output."""
     if PDL:
@@ -181,11 +177,11 @@ def _expert_down_fp8_kernel(
         [
             (_multiply, (
                 ring, tiles, lane_to_slot_ptr, bias_ptr, row_weights_ptr, order_ptr, outputs, sizes, stride_bias,
-                0, STAGES, GROUP_M, STAGGER,
+                0, STAGES, GROUP_M,
             )),
             (_multiply, (
                 ring, tiles, lane_to_slot_ptr, bias_ptr, row_weights_ptr, order_ptr, outputs, sizes, stride_bias,
-                1, STAGES, GROUP_M, STAGGER,
+                1, STAGES, GROUP_M,
             )),
             (_fill, (
                 ring, tiles, hidden, hidden_scale_ptr, down, scale_ptr, lane_to_slot_ptr, sizes, stride_scale, STAGES, GROUP_M,
@@ -237,6 +233,5 @@ def expert_down_fp8(
         0 if bias_SH is None else bias_SH.stride(0),
         STAGES=config.num_stages,
         GROUP_M=config.group_m,
-        STAGGER=fp8_ring.STAGGER,
         num_warps=4,
     )

@@ -9,7 +9,6 @@ import torch
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
 
-from moe_kernels import fp8_ring
 from moe_kernels.config import GemmConfig
 from moe_kernels.fp8 import quantised_fast
 from moe_kernels.fp8_ring import (
@@ -26,7 +25,6 @@ from moe_kernels.fp8_ring import (
     multiply_tile,
     new_ring,
     num_programs,
-    wait_for_turn,
     weights_descriptor,
 )
 from moe_kernels.integers import cdiv
@@ -104,7 +102,7 @@ def _store_block(hidden, outputs, start, end, block, intermediate):
 @gluon.jit
 def _multiply(
     ring, tiles, lane_to_slot_ptr, bias_ptr, outputs, sizes, stride_bias,
-    HALF: gl.constexpr, ACTIVATION: gl.constexpr, STAGES: gl.constexpr, GROUP_M: gl.constexpr, STAGGER: gl.constexpr,
+    HALF: gl.constexpr, ACTIVATION: gl.constexpr, STAGES: gl.constexpr, GROUP_M: gl.constexpr,
 ):  # fmt: skip
     """Four warps, for the first or the second 64 rows of each tile."""
     hidden_size, intermediate, _ = sizes
@@ -113,7 +111,6 @@ def _multiply(
     num_column_blocks = gl.cdiv(gl.cdiv(intermediate, SIDE), BLOCKS)
     count = 0
     first_program, num_programs = gl.program_id(0), gl.num_programs(0)
-    wait_for_turn(ring, first_program < tiles[3] * num_column_blocks, HALF, STAGGER)
     next_block, next_lane, next_start, next_end = load_tile_of(first_program, tiles, num_column_blocks, GROUP_M)
     for program in range(first_program, tiles[3] * num_column_blocks, num_programs):
         column_block, lane, start, end = next_block, next_lane, next_start, next_end
@@ -121,7 +118,7 @@ def _multiply(
             program + num_programs, tiles, num_column_blocks, GROUP_M
         )
         start += HALF * ROWS
-        left, right, count = multiply_tile(ring, count, start < end, hidden_size, True, HALF, STAGES, STAGGER)
+        left, right, count = multiply_tile(ring, count, start < end, hidden_size, True, HALF, STAGES)
         if start < end:
             block = BLOCKS * column_block
             if bias_ptr is not None:
@@ -171,7 +168,6 @@ def _expert_up_fp8_kernel(
     # tunables
     STAGES: gl.constexpr,
     GROUP_M: gl.constexpr,
-    STAGGER: gl.constexpr,
 ):
     """Every num_programs-th of: a tile of rows, 128 columns of gate and of up, or 256 of up alone."""
     if PDL:
@@ -187,10 +183,10 @@ def _expert_up_fp8_kernel(
     gl.warp_specialize(
         [
             (_multiply, (
-                ring, tiles, lane_to_slot_ptr, bias_ptr, outputs, sizes, stride_bias, 0, ACTIVATION, STAGES, GROUP_M, STAGGER,
+                ring, tiles, lane_to_slot_ptr, bias_ptr, outputs, sizes, stride_bias, 0, ACTIVATION, STAGES, GROUP_M,
             )),
             (_multiply, (
-                ring, tiles, lane_to_slot_ptr, bias_ptr, outputs, sizes, stride_bias, 1, ACTIVATION, STAGES, GROUP_M, STAGGER,
+                ring, tiles, lane_to_slot_ptr, bias_ptr, outputs, sizes, stride_bias, 1, ACTIVATION, STAGES, GROUP_M,
             )),
             (_fill, (
                 ring, tiles, rows, gate_up, scale_ptr, lane_to_slot_ptr, order_ptr, sizes, strides, GATED, STAGES, GROUP_M,
@@ -242,6 +238,5 @@ def expert_up_fp8(
         ACTIVATION=matrices.activation,
         STAGES=config.num_stages,
         GROUP_M=config.group_m,
-        STAGGER=fp8_ring.STAGGER,
         num_warps=4,
     )

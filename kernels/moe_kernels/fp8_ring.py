@@ -62,7 +62,7 @@ def load_slot(lane_to_slot_ptr, lane):
 
 @gluon.jit
 def new_ring(STAGES: gl.constexpr):
-    """(rows [2 * STAGES, 64, 128], weights [2 * STAGES, 1, 128, 128], scales [STAGES, 256], filled, emptied, begun)."""
+    """(rows [2 * STAGES, 64, 128], weights [2 * STAGES, 1, 128, 128], scales [STAGES, 256], filled, emptied)."""
     rows = gl.allocate_shared_memory(gl.float8e4nv, [2 * STAGES, ROWS, SIDE], ROW_LAYOUT)
     weights = gl.allocate_shared_memory(gl.float8e4nv, [2 * STAGES, 1, SIDE, SIDE], WEIGHT_LAYOUT)
     scales = gl.allocate_shared_memory(gl.float32, [STAGES, 2 * SIDE], gl.SwizzledSharedLayout(1, 1, 1, [0]))
@@ -71,16 +71,7 @@ def new_ring(STAGES: gl.constexpr):
     for stage in gl.static_range(STAGES):
         mbarrier.init(filled.index(stage), count=_FILLERS + 1)  # each that copies, and the one that calls TMA
         mbarrier.init(emptied.index(stage), count=2)
-    begun = gl.allocate_shared_memory(gl.int64, [1], mbarrier.MBarrierLayout())
-    mbarrier.init(begun, count=1)
-    return rows, weights, scales, filled, emptied, begun
-
-
-@gluon.jit
-def wait_for_turn(ring, has_tile, HALF: gl.constexpr, STAGGER: gl.constexpr):
-    """The second group begins a step later, so that one multiplies while the other stores a tile."""
-    if STAGGER and HALF == 1:
-        mbarrier.wait(ring[5], 0, pred=has_tile)
+    return rows, weights, scales, filled, emptied
 
 
 @gluon.jit
@@ -129,7 +120,7 @@ def fill_tile(
     STAGES: gl.constexpr,
 ):
     """Load all steps of a tile, each as soon as its stage is empty. Returns the next `count`."""
-    rows, weights, scales, filled, emptied, _ = ring
+    rows, weights, scales, filled, emptied = ring
     num_steps = gl.cdiv(size, SIDE)
     flat, other_flat, scaled_flat = flat
     half = start + gl.arange(0, ROWS, gl.SliceLayout(1, _COPY))
@@ -177,13 +168,12 @@ def fill_tile(
 @gluon.jit
 def multiply_tile(
     ring, count, has_rows, size, ARE_COPIED: gl.constexpr, HALF: gl.constexpr, STAGES: gl.constexpr,
-    STAGGER: gl.constexpr,
 ):  # fmt: skip
     """Sums [64, 128] of this half of the tile's rows times each half of its weights, float32, and the next `count`.
 
     ARE_COPIED: the rows did not come by TMA.
     """
-    rows, weights, scales, filled, emptied, begun = ring
+    rows, weights, scales, filled, emptied = ring
     left = gl.zeros((ROWS, SIDE), gl.float32, MMA)
     right = gl.zeros((ROWS, SIDE), gl.float32, MMA)
     product = gl.zeros((ROWS, SIDE), gl.float32, MMA)
@@ -206,8 +196,6 @@ def multiply_tile(
             product = warpgroup_mma(x, weight, product, use_acc=False, is_async=True)
             product = warpgroup_mma_wait(0, deps=(product,))
             mbarrier.arrive(emptied.index(stage), count=1)
-            if STAGGER and HALF == 0:
-                mbarrier.arrive(begun, count=1, pred=count == 0)
             right = right + product * (row_scale * right_scale)[:, None]
         else:
             mbarrier.arrive(emptied.index(stage), count=1)
@@ -236,6 +224,3 @@ def _num_multiprocessors(index: int) -> int:
 def num_programs(device: torch.device, num_tiles: int) -> int:
     """One for each multiprocessor, whose shared memory and registers it needs, and no more than tiles."""
     return min(num_tiles, _num_multiprocessors(device.index))
-
-
-STAGGER = 1

@@ -29,13 +29,19 @@ from moe_kernels.table import ReplicaTable
 
 @dataclass(frozen=True)
 class _Plan:
-    """The three launches for layers of one kind, their elements per program, and where the choice begins behind hidden."""
+    """The three launches for layers of one kind.
+
+    Attributes:
+        rows: elements of y that a program of the down projection computes.
+        is_fp8: whether up and down are those of `one_token_fp8`, which take no zero points.
+        scratch: where the choice begins behind hidden, in elements.
+    """
 
     choice: PreparedLaunch
     up: PreparedLaunch
     down: PreparedLaunch
-    columns: int
     rows: int
+    is_fp8: bool
     scratch: int
 
 
@@ -53,18 +59,16 @@ def _make_plan(
     num_bytes = 3 * top_k * matrix_bytes
     is_packed = matrices.scheme in ("mxfp4", "int4")
     eviction = "evict_first" if num_bytes <= _MOST_TO_STREAM else ""
-    columns = rows = 1
     of_both = {"SCRATCH": scratch, "HIDDEN_SIZE": hidden_size, "INTERMEDIATE": intermediate, "EVICTION": eviction}
-    if matrices.scheme == "fp8_block":
-        columns, rows = _divisor(intermediate, _MOST_COLUMNS), _divisor(hidden_size, _MOST_ROWS)
-        up_chunks, down_chunks = _chunks(hidden_size, 64), _chunks(intermediate, 128)
+    rows = 1
+    is_fp8 = matrices.scheme == "fp8_block" and num_bytes > _MOST_TO_STREAM and top_k * cdiv(intermediate, 2048) <= 16
+    if (
+        is_fp8
+    ):  # measured on an H200: small ones gain nothing; and a program has all experts and pieces of hidden unrolled
+        rows = min(hidden_size & -hidden_size, _MOST_ROWS)  # a power of two that divides it
+        chunks, down_chunks = _chunks(hidden_size, 64), _chunks(intermediate, 128)
         up = _up_fp8_kernel.prepare(
-            device_index,
-            **of_both,
-            ACTIVATION=matrices.activation,
-            COLUMNS=columns,
-            CHUNKS=up_chunks,
-            num_warps=cdiv(up_chunks, 32),
+            device_index, **of_both, ACTIVATION=matrices.activation, CHUNKS=chunks, num_warps=cdiv(chunks, 32)
         )
         down = _down_fp8_kernel.prepare(
             device_index, **of_both, TOP_K=top_k, ROWS=rows, CHUNKS=down_chunks, num_warps=cdiv(down_chunks, 32)
@@ -101,8 +105,8 @@ def _make_plan(
         ),
         up=up,
         down=down,
-        columns=columns,
         rows=rows,
+        is_fp8=is_fp8,
         scratch=scratch,
     )
 
@@ -186,18 +190,17 @@ def one_token_triton(
             num_experts,
             num_lanes,
         )
-        is_fp8 = matrices.scheme == "fp8_block"
         plan.up(
-            (intermediate // plan.columns, top_k, 1),
+            (intermediate, top_k, 1),
             stream,
-            *(x_1H, gate_up_SNH, up_bias, up_scale, *(() if is_fp8 else (up_zero,)), scratch),
-            *(stride_up, up_stride, strides[0], *(() if is_fp8 else (strides[2],))),
+            *(x_1H, gate_up_SNH, up_bias, up_scale, *(() if plan.is_fp8 else (up_zero,)), scratch),
+            *(stride_up, up_stride, strides[0], *(() if plan.is_fp8 else (strides[2],))),
         )
         plan.down(
             (hidden_size // plan.rows, 1, 1),
             stream,
-            *(scratch, down_SHI, down_bias, down_scale, *(() if is_fp8 else (down_zero,)), y_1H),
-            *(stride_down, down_stride, strides[1], *(() if is_fp8 else (strides[3],))),
+            *(scratch, down_SHI, down_bias, down_scale, *(() if plan.is_fp8 else (down_zero,)), y_1H),
+            *(stride_down, down_stride, strides[1], *(() if plan.is_fp8 else (strides[3],))),
         )
     return y_1H
 
@@ -208,18 +211,11 @@ _MOST_TO_STREAM = 256 << 20
 _ELEMENTS = 2048  # weights that a program of the down projection reads at once
 
 
-# fp8_block: elements of hidden and of y that a program computes.
-_MOST_COLUMNS = 2
-_MOST_ROWS = 2
-
-
-def _divisor(size: int, most: int) -> int:
-    """The largest power of two up to `most` that divides `size`."""
-    return min(size & -size, most)
+_MOST_ROWS = 4  # of `_down_fp8_kernel`: more rows take more registers
 
 
 def _chunks(size: int, most: int) -> int:
-    """Pieces of 16 weights that a program of fp8_block reads at once: a thread has one."""
+    """Pieces of 16 weights that a program of `one_token_fp8` reads at once: a thread has one."""
     return min(most, next_power_of_2(cdiv(size, 16)))
 
 

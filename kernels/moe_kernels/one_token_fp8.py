@@ -1,7 +1,7 @@
-"""Steps 4 to 6 of a forward of a single token with fp8_block experts: `one_token_triton`, but for how weights are multiplied.
+"""Steps 4 to 6 of a forward of a single token with large fp8_block experts: as `one_token_triton`, but for the products.
 
-To widen e4m3 and to scale each weight takes as long as to read it. So a thread multiplies sixteen neighbours, which share a
-scale, and scales their sum; and a program has several rows for each piece of x or hidden.
+To widen e4m3 and to scale each weight takes about as long as to read it. So a thread multiplies sixteen neighbours, which share
+a scale, and scales their sum; and a program of the down projection has several rows for each piece of hidden.
 K experts per token, H hidden, I intermediate, S slots.
 """
 
@@ -90,54 +90,41 @@ def _up_fp8_kernel(
     EVICTION: tl.constexpr,
     PDL: tl.constexpr,
     # tunables
-    COLUMNS: tl.constexpr,
     CHUNKS: tl.constexpr,
 ):
-    """COLUMNS elements of hidden of one expert; they divide the intermediate size."""
+    """One element of hidden of one expert."""
     if PDL:  # see `Launcher`
         gdc_wait()
         gdc_launch_dependents()
-    first_column, k = tl.program_id(0) * COLUMNS, tl.program_id(1)
+    column, k = tl.program_id(0), tl.program_id(1)
     slot = tl.load(choice_in(scratch_ptr, SCRATCH) + k).to(tl.int64)
     if slot < 0:
         return
     GATED: tl.constexpr = is_gated(ACTIVATION)
     BLOCKS: tl.constexpr = (INTERMEDIATE + 128 - 1) // 128
     GROUPS: tl.constexpr = (HIDDEN_SIZE + 128 - 1) // 128
-    at = gate_up_ptr + slot * stride_slot + first_column.to(tl.int64) * HIDDEN_SIZE
-    scale_at = scale_ptr + slot * stride_scale + first_column // 128 * GROUPS
+    gate_at = gate_up_ptr + slot * stride_slot + column.to(tl.int64) * HIDDEN_SIZE
+    scale_at = scale_ptr + slot * stride_scale + column // 128 * GROUPS
     UP: tl.constexpr = INTERMEDIATE if GATED else 0  # where up's rows begin
     UP_SCALES: tl.constexpr = BLOCKS * GROUPS if GATED else 0
-    gates = ()
-    ups = ()
-    for _ in tl.static_range(COLUMNS):
-        gates += (tl.zeros((CHUNKS,), tl.float32),)
-        ups += (tl.zeros((CHUNKS,), tl.float32),)
+    up_at = gate_at + tl.full((), UP, tl.int64) * HIDDEN_SIZE
+    gate = tl.zeros((CHUNKS,), tl.float32)
+    up = tl.zeros((CHUNKS,), tl.float32)
     for first in tl.static_range(0, HIDDEN_SIZE, CHUNKS * 16):
         x = _load_columns(x_ptr, first, HIDDEN_SIZE, CHUNKS)
-        new_gates = ()
-        new_ups = ()
-        for c in tl.static_range(COLUMNS):
-            gate = gates[c]
-            if GATED:
-                weights = _load_weights(at + c * HIDDEN_SIZE, first, True, HIDDEN_SIZE, CHUNKS, EVICTION)
-                gate += _sums(weights, x, scale_at, first, True, HIDDEN_SIZE, CHUNKS)
-            up_at = at + tl.full((), UP + c, tl.int64) * HIDDEN_SIZE
-            weights = _load_weights(up_at, first, True, HIDDEN_SIZE, CHUNKS, EVICTION)
-            up = ups[c] + _sums(weights, x, scale_at + UP_SCALES, first, True, HIDDEN_SIZE, CHUNKS)
-            new_gates += (gate,)
-            new_ups += (up,)
-        gates, ups = new_gates, new_ups
-    for c in tl.static_range(COLUMNS):
-        gate, up = tl.sum(gates[c], axis=0), tl.sum(ups[c], axis=0)
-        column = first_column + c
-        if bias_ptr is not None:
-            bias_at = bias_ptr + slot * stride_bias + column
-            if GATED:
-                gate += widen(tl.load(bias_at))
-            up += widen(tl.load(bias_at + UP))
-        hidden = activated(gate, up, ACTIVATION)
-        tl.store(scratch_ptr + k * INTERMEDIATE + column, narrow(hidden, scratch_ptr.dtype.element_ty))
+        if GATED:
+            weights = _load_weights(gate_at, first, True, HIDDEN_SIZE, CHUNKS, EVICTION)
+            gate += _sums(weights, x, scale_at, first, True, HIDDEN_SIZE, CHUNKS)
+        weights = _load_weights(up_at, first, True, HIDDEN_SIZE, CHUNKS, EVICTION)
+        up += _sums(weights, x, scale_at + UP_SCALES, first, True, HIDDEN_SIZE, CHUNKS)
+    gate, up = tl.sum(gate, axis=0), tl.sum(up, axis=0)
+    if bias_ptr is not None:
+        bias_at = bias_ptr + slot * stride_bias + column
+        if GATED:
+            gate += widen(tl.load(bias_at))
+        up += widen(tl.load(bias_at + UP))
+    hidden = activated(gate, up, ACTIVATION)
+    tl.store(scratch_ptr + k * INTERMEDIATE + column, narrow(hidden, scratch_ptr.dtype.element_ty))
 
 
 @Launcher

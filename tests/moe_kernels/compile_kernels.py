@@ -400,8 +400,8 @@ def compile_one_quantised_token(arch: int, scheme: str, dtype: str, zeros: bool 
         module, kernels = (
             "one_token_fp8",
             (
-                ("_up_fp8_kernel", 2, {"ACTIVATION": "silu", "COLUMNS": 2, "CHUNKS": 64}),
-                ("_down_fp8_kernel", 2, {"TOP_K": 8, "ROWS": 2, "CHUNKS": 64}),
+                ("_up_fp8_kernel", 2, {"ACTIVATION": "silu", "CHUNKS": 64}),
+                ("_down_fp8_kernel", 4, {"TOP_K": 8, "ROWS": 4, "CHUNKS": 128}),
             ),
         )
     for name, num_warps, constants in kernels:

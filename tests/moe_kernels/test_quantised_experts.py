@@ -26,6 +26,7 @@ from moe_kernels import (
     local_experts,
     local_forward,
     moe_experts,
+    one_token,
     pack_nibbles,
     quantise_rows,
     quantise_weights,
@@ -661,6 +662,45 @@ def test_bits_of_one_token_do_not_depend_on_the_slots(make_experts, kind):
     arguments |= {"matrices": replace(matrices, **moved)}
     arguments["table"] = replace(arguments["table"], lane_to_slot_L=slots)
     assert torch.equal(run_whole(arguments, logits, "triton"), before)
+
+
+@pytest.mark.parametrize(
+    ("sizes", "form"),
+    [
+        ((136, 8), "gpt-oss"),  # a part of a block of sixteen chunks
+        ((133, 24), "silu"),  # rows of hidden one by one, and weights that no 16 bytes divide
+        ((136, 8), "relu2 ungated"),
+        pytest.param((7168, 2048), "silu", marks=pytest.mark.gpu),
+        pytest.param((1152, 2176), "gpt-oss", marks=pytest.mark.gpu),  # a second step of hidden, with a part
+    ],
+)
+def test_one_token_of_large_fp8_experts(make_experts, monkeypatch, sizes, form):
+    """The kernels of `one_token_fp8`, whatever the size, against those of small experts and float64."""
+    experts = make_experts(1, 2, 4, *sizes, torch.bfloat16)
+    matrices, device = quantised(experts, "fp8_block", form), experts.x_RH.device
+    table = ReplicaTable(torch.arange(4, dtype=torch.int32, device=device).flip(0), experts.lane_to_slot_L)
+    load = LoadCounter(torch.zeros(4, dtype=torch.int64, device=device), None)
+    arguments = {"x_TH": experts.x_RH, "matrices": matrices, "table": table, "load": load}
+    logits = torch.randn(1, 4, generator=torch.Generator().manual_seed(4)).to(device)
+    found = []
+    for most in (1 << 62, 0):
+        monkeypatch.setattr(one_token, "_MOST_TO_STREAM", most)
+        monkeypatch.setattr(one_token, "_plans", {})
+        found.append(run_whole(arguments, logits, "triton"))
+        assert [plan.is_fp8 for plan in one_token._plans.values()] in ([most == 0], [])  # unaligned ones are not kept
+    best, ids = logits.topk(2)
+    expected = torch.zeros(sizes[0], dtype=torch.float64, device=device)
+    for k, weight in enumerate(torch.softmax(best, -1).double()[0]):
+        slot = int(experts.lane_to_slot_L[3 - ids[0, k]])
+        gate_up, down = (one.double() for one in weights_of(matrices, slot, torch.bfloat16))
+        biases = [
+            0 if bias is None else bias[slot].double() for bias in (matrices.gate_up_bias_SN, matrices.down_bias_SH)
+        ]
+        product = gate_up @ experts.x_RH[0].double() + biases[0]
+        expected += weight * (down @ exact(matrices.activation, product) + biases[1])
+    for y in found:
+        assert error(y[0], expected) <= 6e-3
+    assert torch.equal(run_whole(arguments, logits, "triton"), found[1])
 
 
 @pytest.mark.gpu
