@@ -76,8 +76,9 @@ def whole(model, optimizer, group):
     found = {}
     for name, parameter in model.named_parameters():
         for key, value in {"weight": parameter.detach(), **optimizer.state[parameter]}.items():
-            value = value.full_tensor() if isinstance(value, DTensor) else value
             is_spread = group is not None and ".experts." in name and value.dim() > 0
+            if isinstance(value, DTensor):  # not `full_tensor()`, which over gloo crashes on a GPU
+                value, is_spread = value.to_local(), True
             found[f"{name} {key}"] = (all_gather_rows(value, group) if is_spread else value).cpu().clone()
     return found
 
