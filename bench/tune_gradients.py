@@ -7,7 +7,7 @@ is compared with the first one, within what roundings explain.
 
 import sys
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import astuple, replace
+from dataclasses import replace
 from itertools import groupby, product
 from typing import Any
 
@@ -28,6 +28,7 @@ from moe_kernels.gradient_tiles import GradientTiles, cut_tiles
 
 OPS = ("hidden", "weights", "x")
 TOKENS = (4096, 16384)
+FIELDS = ("block_m", "block_n", "block_k", "num_warps", "num_stages", "group_m", "tma", "tail_m", "programs_per_sm")
 
 
 def candidates(op: str, dtype: torch.dtype) -> Iterator[GemmConfig]:
@@ -44,11 +45,16 @@ def candidates(op: str, dtype: torch.dtype) -> Iterator[GemmConfig]:
             config = GemmConfig(block_m, block_n, block_k, num_warps, num_stages, group_m)
             yield config
             if op != "weights" and block_k == 64:
-                yield replace(config, tma=True)
+                for tail_m in (0, 64) if block_m == 128 else (0,):
+                    yield replace(config, tma=True, tail_m=tail_m)
+            if op == "x" and block_k == 64:
+                yield replace(config, tma=True, programs_per_sm=1 if block_n == 256 else 2)
     if op == "weights":
-        for num_stages in (5, 6):
-            yield GemmConfig(128, 128, 64, 8, num_stages)
-            yield GemmConfig(128, 256, 64, 8, num_stages)
+        by_tma = ((128, 256, 8, 1), (256, 128, 8, 1), (128, 128, 8, 2), (128, 128, 4, 2))
+        for (block_m, block_n, num_warps, programs), (block_k, num_stages) in product(
+            by_tma, ((64, 3), (64, 4), (32, 6), (32, 8))
+        ):
+            yield GemmConfig(block_m, block_n, block_k, num_warps, num_stages, tma=True, programs_per_sm=programs)
 
 
 class Backward:
@@ -73,7 +79,8 @@ class Backward:
 
     def tiles(self, config: GemmConfig) -> GradientTiles:
         slots = self.matrices.down_SHI.shape[0]
-        return cut_tiles(self.offsets_L1, self.slots, self.order_N.shape[0], slots, config.block_m)
+        sizes = {"tile_m": config.block_m, "block_k": config.block_k}
+        return cut_tiles(self.offsets_L1, self.slots, self.order_N.shape[0], slots, **sizes)
 
     def hidden(self, config: GemmConfig, tiles: GradientTiles) -> tuple[torch.Tensor, ...]:
         experts_grad_hidden(
@@ -102,7 +109,9 @@ class Backward:
 
     def x(self, config: GemmConfig, tiles: GradientTiles) -> tuple[torch.Tensor, ...]:
         gate_up = self.matrices.gate_up_SNH
-        return (experts_grad_x(self.pre_NJ, gate_up, self.slots, self.order_N, tiles, self.top_k, config),)
+        return (
+            experts_grad_x(self.pre_NJ, gate_up, self.slots, self.order_N, self.offsets_L1, tiles, self.top_k, config),
+        )
 
     def flops(self, op: str) -> float:
         rows, (_, hidden_size, intermediate) = self.order_N.shape[0], self.matrices.down_SHI.shape
@@ -146,7 +155,7 @@ def tune(report: Report, case: Case, backward: Backward, dtype: torch.dtype, opt
 
 
 def _fields(config: GemmConfig) -> str:
-    return " ".join(str(int(value)) for value in astuple(config)[:7])
+    return " ".join(str(int(getattr(config, name))) for name in FIELDS)
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -163,7 +172,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     cases, dtype = chosen_cases(parser, options), DTYPES[options.dtype]
     complaints: list[str] = []
     with Report(options.csv, len(cases)) as report, torch.no_grad():
-        report.line("fields: block_m block_n block_k num_warps num_stages group_m tma")
+        report.line(f"fields: {' '.join(FIELDS)}")
         for shape, of_shape in groupby(cases, key=lambda case: case.shape):
             weights: Weights = make_weights(shape, dtype, options.device)
             for case in of_shape:

@@ -13,7 +13,8 @@ They know slots, lanes and rows; neither which expert a slot holds nor what a ra
 6. `combine`: rows → the output of each token.
 
 `expert_rows` is 4 to 6 as one op that has a gradient; its backward: `gradient_tiles`, then `experts_grad_hidden`,
-`experts_grad_x` and `experts_grad_weights`; tile sizes: `gradient_configs`.
+`experts_grad_x` and `experts_grad_weights` (`_tma`: on Hopper, with `gather_sorted`); tile sizes: `gradient_configs`. That of
+`routing`: `routing_grad`.
 `moe_experts` (in `experts`) is the function for models that keep their weights themselves: no slots, no load, gradients.
 `local_experts` is 2 to 6 as one op, `local_forward` 1 to 6; `one_token` is the latter for one token. Below them are `launch`
 (how a kernel is launched) and `registered` (how an op is registered; `structures`: dataclasses as its arguments).

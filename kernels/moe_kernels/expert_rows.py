@@ -303,9 +303,9 @@ def expert_rows(
     check_tensor("row_weights_N", row_weights_N, (num_rows,), torch.float32, device)
     schedule.check_config(up)
     schedule.check_config(down)
-    if up.tma or gradient_configs.x.tma:
+    if up.tma or gradient_configs.x.tma or gradient_configs.weights.tma:
         check_tma("matrices.gate_up_SNH", matrices.gate_up_SNH, columns=matrices.intermediate_size)
-    if down.tma or gradient_configs.hidden.tma:
+    if down.tma or gradient_configs.hidden.tma or gradient_configs.weights.tma:
         check_tma("matrices.down_SHI", matrices.down_SHI)
     if adds_to_main_grads and torch.compiler.is_compiling():
         raise ValueError("adds_to_main_grads=True: must be False under torch.compile, whose graphs see no attributes")

@@ -63,7 +63,14 @@ def expert_rows_backward_triton(
         main_grads: float32 tensors that gradients of matrices and biases are added to; what has one is returned as None.
     """
     down_SHI, gate_up_SNH = matrices.down_SHI, matrices.gate_up_SNH
-    tiles = cut_tiles(offsets_L1, lane_to_slot_L, order_N.shape[0], down_SHI.shape[0], configs.hidden.block_m)
+    tiles = cut_tiles(
+        offsets_L1,
+        lane_to_slot_L,
+        order_N.shape[0],
+        down_SHI.shape[0],
+        tile_m=configs.hidden.block_m,
+        block_k=configs.weights.block_k,
+    )
     wants_pre = wanted.x or wanted.gate_up or wanted.gate_up_bias
     grad_pre_NJ = weighted_NI = grad_row_weights_N = grad_x_RH = None
     if wants_pre:
@@ -90,7 +97,9 @@ def expert_rows_backward_triton(
     )
     if wanted.x:  # first, as its rows are given back before the gradients of weights need memory
         assert grad_pre_NJ is not None
-        grad_x_RH = experts_grad_x(grad_pre_NJ, gate_up_SNH, lane_to_slot_L, order_N, tiles, fanout, configs.x)
+        grad_x_RH = experts_grad_x(
+            grad_pre_NJ, gate_up_SNH, lane_to_slot_L, order_N, offsets_L1, tiles, fanout, configs.x
+        )
 
     returned: dict[str, torch.Tensor] = {}
 

@@ -10,6 +10,7 @@ import triton
 import triton.language as tl
 
 from moe_kernels.config import GemmConfig
+from moe_kernels.experts_grad_weights_tma import experts_grad_weights_tma
 from moe_kernels.gradient_tiles import GradientTiles
 from moe_kernels.integers import cdiv, next_power_of_2
 from moe_kernels.launch import Launcher, gdc_launch_dependents, gdc_wait
@@ -170,6 +171,10 @@ def experts_grad_weights(
     zeros. Slots are contiguous, any distance apart.
     """
     slots, height, width = out_SPQ.shape
+    if config.tma:
+        sums = (order_N, offsets_L1, tiles, left_fanout, right_fanout)
+        experts_grad_weights_tma(left_NP, right_NQ, *sums, config, out_SPQ=out_SPQ, adds=adds)
+        return
     grid = (slots * cdiv(height, config.block_m) * cdiv(width, config.block_n),)
     if grid[0]:
         _experts_grad_weights_kernel[grid](

@@ -8,11 +8,11 @@ from __future__ import annotations
 import torch
 import triton
 import triton.language as tl
-from triton.tools.tensor_descriptor import TensorDescriptor
 
 from moe_kernels.combine import sum_rows_triton
 from moe_kernels.config import GemmConfig
-from moe_kernels.gradient_tiles import GradientTiles, weights_descriptor
+from moe_kernels.experts_grad_x_tma import grad_x_rows_tma
+from moe_kernels.gradient_tiles import GradientTiles
 from moe_kernels.integers import cdiv
 from moe_kernels.launch import Launcher, gdc_launch_dependents, gdc_wait
 from moe_kernels.numerics import dot, narrow
@@ -24,9 +24,7 @@ from moe_kernels.tile_order import load_own_tile
 def _experts_grad_x_kernel(
     # inputs
     grad_pre_ptr,
-    grad_pre,  # descriptor [N, J], or None: by `grad_pre_ptr`
     gate_up_ptr,
-    gate_up,  # descriptor [S, J, H], or None: by `gate_up_ptr`
     lane_to_slot_ptr,
     order_ptr,
     tile_lane_ptr,
@@ -67,15 +65,8 @@ def _experts_grad_x_kernel(
     weights_at = gate_up_ptr + slot * stride_slot + k[:, None].to(tl.int64) * hidden_size + column[None, :]
     product = tl.zeros((BLOCK_M, BLOCK_N), dtype=tl.float32)
     for first in range(0, tl.where(lane < num_lanes, inner, 0), BLOCK_K):
-        if grad_pre is not None:
-            grad = grad_pre.load([start, first])
-        elif EVEN_K:
-            grad = tl.load(grad_at)
-        else:
-            grad = tl.load(grad_at, mask=k[None, :] < inner - first, other=0.0)
-        if gate_up is not None:
-            weights = gate_up.load([slot.to(tl.int32), first, column_block * BLOCK_N]).reshape(BLOCK_K, BLOCK_N)
-        elif EVEN_N and EVEN_K:
+        grad = tl.load(grad_at) if EVEN_K else tl.load(grad_at, mask=k[None, :] < inner - first, other=0.0)
+        if EVEN_N and EVEN_K:
             weights = tl.load(weights_at)
         else:
             exists = (column[None, :] < hidden_size) & (k[:, None] < inner - first)
@@ -96,6 +87,7 @@ def experts_grad_x(
     gate_up_SNH: torch.Tensor,
     lane_to_slot_L: torch.Tensor,
     order_N: torch.Tensor,
+    offsets_L1: torch.Tensor,
     tiles: GradientTiles,
     fanout: int,
     config: GemmConfig,
@@ -104,19 +96,30 @@ def experts_grad_x(
 
     `config.block_m` is the tiles'.
     """
+    arguments = (grad_pre_NJ, gate_up_SNH, lane_to_slot_L, order_N)
+    by_tma = config.tma
+    rows_NH = (
+        grad_x_rows_tma(*arguments, offsets_L1, tiles, config) if by_tma else _grad_x_rows(*arguments, tiles, config)
+    )
+    return rows_NH if fanout == 1 else sum_rows_triton(rows_NH, fanout)
+
+
+def _grad_x_rows(
+    grad_pre_NJ: torch.Tensor,
+    gate_up_SNH: torch.Tensor,
+    lane_to_slot_L: torch.Tensor,
+    order_N: torch.Tensor,
+    tiles: GradientTiles,
+    config: GemmConfig,
+) -> torch.Tensor:
     num_rows, inner = grad_pre_NJ.shape
     hidden_size = gate_up_SNH.shape[2]
     rows_NH = grad_pre_NJ.new_empty((num_rows, hidden_size))
     grid = (len(tiles.tile_lane) * cdiv(hidden_size, config.block_n),)
     if grid[0]:
-        rows = None
-        if config.tma:
-            rows = TensorDescriptor(grad_pre_NJ, [num_rows, inner], [inner, 1], [config.block_m, config.block_k])
         _experts_grad_x_kernel[grid](
             grad_pre_NJ,
-            rows,
             gate_up_SNH,
-            weights_descriptor("gate_up_SNH", gate_up_SNH, config),
             lane_to_slot_L,
             order_N,
             tiles.tile_lane,
@@ -136,4 +139,4 @@ def experts_grad_x(
             num_warps=config.num_warps,
             num_stages=config.num_stages,
         )
-    return rows_NH if fanout == 1 else sum_rows_triton(rows_NH, fanout)
+    return rows_NH

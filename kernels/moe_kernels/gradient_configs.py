@@ -12,15 +12,17 @@ from moe_kernels.integers import next_power_of_2
 
 @dataclass(frozen=True)
 class GradientConfigs:
-    """Tiles of the three GEMMs of a backward. Fields of `GemmConfig` after `tma` are not used.
+    """Tiles of the three GEMMs of a backward.
 
-    With `tma` the weights of `hidden`, and weights and rows of `x`, come through the tensor memory accelerator: on Hopper, for
-    16-bit dtypes and sizes divisible by 8. It changes no bit.
+    With `tma` weights, sorted rows and gradients of weights go through the tensor memory accelerator: on Hopper, for 16-bit
+    dtypes and sizes divisible by 8. It changes no bit. No field of `GemmConfig` after `tma` is used but those named here.
 
     Attributes:
         hidden: of the gradient of the hidden rows: `block_m` rows, `block_n` columns of I, `block_k` of H.
-        weights: of the gradients of matrices: `block_m` × `block_n` of a slot's matrix, `block_k` rows.
+        weights: of the gradients of matrices: `block_m` × `block_n` of a slot's matrix, `block_k` rows. With `tma`
+            `programs_per_sm` persistent programs per multiprocessor; rows that are not in sorted order are copied first.
         x: of the gradient of x: `block_m` rows, equal to `hidden`'s, `block_n` columns of H, `block_k` of gate and up rows.
+            `tail_m` and `programs_per_sm` as of the forward.
     """
 
     hidden: GemmConfig
@@ -30,8 +32,17 @@ class GradientConfigs:
     def __post_init__(self) -> None:
         if self.x.block_m != self.hidden.block_m:
             raise ValueError(f"x.block_m={self.x.block_m}: must be hidden.block_m, {self.hidden.block_m}")
-        if self.weights.tma:
-            raise ValueError(f"weights={self.weights}: tma must be False, as rows that end within a block are masked")
+        for name, used in (
+            ("hidden", ()),
+            ("weights", ("programs_per_sm",)),
+            ("x", ("tail_m", "programs_per_sm")),
+        ):
+            for field in {"swap", "tail_m", "extra_m", "programs_per_sm"}.difference(used):
+                value = getattr(getattr(self, name), field)
+                if value:
+                    raise ValueError(f"{name}.{field}={value}: must not be set")
+        if self.weights.tma and not self.weights.programs_per_sm:
+            raise ValueError(f"weights.programs_per_sm={self.weights.programs_per_sm}: must be positive with tma=True")
 
 
 _ANY = 1 << 62  # more than there can be
@@ -53,6 +64,13 @@ _TABLE_HOPPER = (
     (128, GradientConfigs(_HOPPER, _SHALLOW, _HOPPER)),
     (_ANY, GradientConfigs(_HOPPER, _SQUARE, _HOPPER)),
 )
+# Measured there with 256 rows per expert (qwen3). Why that holds for 128 and for more: docs/log.md.
+_SUMS = replace(_HOPPER, tma=True, programs_per_sm=1)
+_TABLE_TMA = (
+    (64, GradientConfigs(_FEW, _SHALLOW, _FEW)),
+    (_ANY, GradientConfigs(_HOPPER, _SUMS, replace(_HOPPER, tma=True, tail_m=64))),
+)
+_LEAST_TMA = 128  # of H and I: smaller tiles have not been measured, nor would wgmma multiply all of them
 _TABLE_32_BIT = ((_ANY, GradientConfigs(_IEEE, replace(_IEEE, block_m=64), _IEEE)),)
 
 
@@ -86,14 +104,18 @@ def gradient_configs(
             sizes are divisible by 8.
     """
     rows_per_expert = next_power_of_2(num_tokens) * top_k // num_experts
-    table = _TABLE_32_BIT if dtype.itemsize == 4 else _TABLE_HOPPER if tma else _TABLE_16_BIT
+    smaller = min(hidden_size, intermediate_size)
+    fits_tma = hidden_size % 8 == intermediate_size % 8 == 0 and smaller >= _LEAST_TMA
+    table: tuple[tuple[int, GradientConfigs], ...] = _TABLE_TMA if fits_tma else _TABLE_HOPPER
+    if not tma:
+        table = _TABLE_16_BIT
+    if dtype.itemsize == 4:
+        table = _TABLE_32_BIT
     configs = next(configs for most, configs in table if rows_per_expert <= most)
-    hidden, x = configs.hidden, configs.x
-    if hidden_size % 8 or intermediate_size % 8:
-        hidden, x = replace(hidden, tma=False), replace(x, tma=False)
-    smaller = min(hidden_size, intermediate_size)  # `weights` is of both matrices, [J, H] and [H, I]
+    hidden, weights, x = configs.hidden, configs.weights, configs.x
+    # `weights` is of both matrices, [J, H] and [H, I].
     return GradientConfigs(
         _within(hidden, intermediate_size, hidden_size),
-        _within(configs.weights, smaller, configs.weights.block_k, smaller),
+        _within(weights, smaller, weights.block_k, smaller),
         _within(x, hidden_size, intermediate_size),
     )

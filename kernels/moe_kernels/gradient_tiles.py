@@ -26,15 +26,19 @@ class GradientTiles:
     Attributes:
         tile_lane: [most] int32, the lane of each tile, in order; L for rows of no lane, -1 where there are no more tiles.
         tile_start, tile_end: [most] int32, sorted positions of its first row and after its last one.
+        num_tiles: [1] int32, how many of these have a lane.
         first_lane_S: [S] int32, the lowest lane with rows that leads to a slot; -1: none.
         next_lane_L: [L] int32, of a lane with rows: the next such lane of the same slot; -1: none.
+        blocks_S: [S] int32, blocks of `block_k` rows of a slot, none of which spans lanes; 1 of a slot without rows.
     """
 
     tile_lane: torch.Tensor
     tile_start: torch.Tensor
     tile_end: torch.Tensor
+    num_tiles: torch.Tensor
     first_lane_S: torch.Tensor
     next_lane_L: torch.Tensor
+    blocks_S: torch.Tensor
 
 
 @Launcher
@@ -47,8 +51,10 @@ def _cut_tiles_kernel(
     tile_lane_ptr,
     tile_start_ptr,
     tile_end_ptr,
+    num_tiles_ptr,
     first_lane_ptr,
     next_lane_ptr,
+    blocks_ptr,
     # shapes
     num_rows,
     num_lanes,
@@ -57,6 +63,7 @@ def _cut_tiles_kernel(
     # constants
     PDL: tl.constexpr,
     TILE_M: tl.constexpr,
+    BLOCK_K: tl.constexpr,
     BLOCK_L: tl.constexpr,
     BLOCK_T: tl.constexpr,
 ):
@@ -87,6 +94,7 @@ def _cut_tiles_kernel(
             after = tl.minimum(own_start + (tile + 1) * TILE_M, own_end)
             tl.store(tile_end_ptr + first_tile + tile, after, mask=is_own)
         if own == num_lanes:
+            tl.store(num_tiles_ptr, first_tile)
             for first in range(first_tile + own_tiles, most_tiles, BLOCK_T):
                 tl.store(tile_lane_ptr + first + step, -1, mask=first + step < most_tiles)
         else:
@@ -97,16 +105,21 @@ def _cut_tiles_kernel(
     if own < num_slots:
         first_lane = tl.min(tl.where(slot == own, lane, BLOCK_L), 0)
         tl.store(first_lane_ptr + own, tl.where(first_lane == BLOCK_L, -1, first_lane))
+        blocks = tl.sum(tl.where(slot == own, tl.cdiv(end - start, BLOCK_K), 0), 0)
+        tl.store(blocks_ptr + own, tl.maximum(blocks, 1))
 
 
 def cut_tiles(
-    offsets_L1: torch.Tensor, lane_to_slot_L: torch.Tensor, num_rows: int, num_slots: int, tile_m: int
+    offsets_L1: torch.Tensor, lane_to_slot_L: torch.Tensor, num_rows: int, num_slots: int, *, tile_m: int, block_k: int
 ) -> GradientTiles:
-    """Tiles of `tile_m` rows that never span lanes; rows of no lane have their own. No host sync."""
+    """Tiles of `tile_m` rows that never span lanes; rows of no lane have their own. No host sync.
+
+    `block_k`: rows of a block in `blocks_S`.
+    """
     num_lanes = lane_to_slot_L.shape[0]
     most = max_tiles(num_rows, num_lanes + 1, tile_m)
-    tile_lane, tile_start, tile_end, first_lane_S, next_lane_L = (
-        offsets_L1.new_empty(size) for size in (most, most, most, num_slots, num_lanes)
+    tile_lane, tile_start, tile_end, num_tiles, first_lane_S, next_lane_L, blocks_S = (
+        offsets_L1.new_empty(size) for size in (most, most, most, 1, num_slots, num_lanes, num_slots)
     )
     _cut_tiles_kernel[(max(num_lanes + 1, num_slots),)](
         offsets_L1,
@@ -114,17 +127,20 @@ def cut_tiles(
         tile_lane,
         tile_start,
         tile_end,
+        num_tiles,
         first_lane_S,
         next_lane_L,
+        blocks_S,
         num_rows,
         num_lanes,
         num_slots,
         most,
         TILE_M=tile_m,
+        BLOCK_K=block_k,
         BLOCK_L=next_power_of_2(num_lanes + 1),
         BLOCK_T=64,
     )
-    return GradientTiles(tile_lane, tile_start, tile_end, first_lane_S, next_lane_L)
+    return GradientTiles(tile_lane, tile_start, tile_end, num_tiles, first_lane_S, next_lane_L, blocks_S)
 
 
 def weights_descriptor(name: str, weights_SKN: torch.Tensor, config: GemmConfig) -> TensorDescriptor | None:

@@ -16,7 +16,16 @@ from triton.tools.tensor_descriptor import TensorDescriptor
 
 from moe_kernels.backend import INTERPRETED
 
-__all__ = ["Launcher", "PreparedLaunch", "gdc_launch_dependents", "gdc_wait", "has_pdl", "on_device", "raw_stream"]
+__all__ = [
+    "Launcher",
+    "PreparedLaunch",
+    "gdc_launch_dependents",
+    "gdc_wait",
+    "has_pdl",
+    "num_multiprocessors",
+    "on_device",
+    "raw_stream",
+]
 
 _log = logging.getLogger(__name__)
 
@@ -170,6 +179,12 @@ def has_pdl(device_index: int) -> bool:
     if INTERPRETED or device_index < 0 or torch.version.cuda is None:
         return False
     return torch.cuda.get_device_capability(device_index) >= (9, 0)
+
+
+@functools.cache
+def num_multiprocessors(device: torch.device) -> int:
+    """Of a GPU; 2 for the interpreter, so that its programs are persistent too."""
+    return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 2
 
 
 def on_device(device_index: int) -> Any:

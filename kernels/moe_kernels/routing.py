@@ -11,6 +11,7 @@ import torch.nn.functional as F
 from moe_kernels.backend import resolve_backend
 from moe_kernels.checks import FLOATS, check_tensor
 from moe_kernels.registered import registered_op
+from moe_kernels.routing_grad import topk_routing_grad_triton
 from moe_kernels.routing_triton import topk_routing_triton
 from moe_kernels.rule import RoutingRule
 
@@ -100,16 +101,16 @@ def _topk_routing_fake(logits_TE, top_k, *_):
 
 
 def _setup_context(ctx, inputs, output):
-    logits_TE, _, ctx.rule, *_ = inputs
+    logits_TE, _, ctx.rule, *_, ctx.backend = inputs
     _, ids_TK = output
     ctx.mark_non_differentiable(ids_TK)
     ctx.save_for_backward(logits_TE, ids_TK)
 
 
-def _backward(ctx, needs, grad_weights_TK, _grad_ids):
-    """Plain row-wise PyTorch: nothing here depends on the placement."""
-    del needs  # only of the logits
-    (logits_TE, ids_TK), rule = ctx.saved_tensors, ctx.rule
+def _topk_routing_grad_torch(
+    logits_TE: torch.Tensor, ids_TK: torch.Tensor, grad_weights_TK: torch.Tensor, rule: RoutingRule
+) -> torch.Tensor:
+    """Reference of the gradient of the logits, in their dtype: plain row-wise PyTorch."""
     scores = _scores(logits_TE, rule.score_function)
     kept = ids_TK >= 0
     ids = torch.where(kept, ids_TK, 0).long()
@@ -128,7 +129,30 @@ def _backward(ctx, needs, grad_weights_TK, _grad_ids):
     else:
         grad = grad_scores * torch.sigmoid(logits_TE.float()) / (2 * scores).clamp(min=torch.finfo(torch.float32).tiny)
     grad = torch.where(kept[:, :1], grad, 0.0)
-    return {"logits_TE": grad.to(logits_TE.dtype)}
+    return grad.to(logits_TE.dtype)
+
+
+@registered_op("moe_kernels::topk_routing_grad")
+def _topk_routing_grad(
+    logits_TE: torch.Tensor, ids_TK: torch.Tensor, grad_weights_TK: torch.Tensor, rule: RoutingRule, backend: str
+) -> torch.Tensor:
+    grad_of = topk_routing_grad_triton if backend == "triton" else _topk_routing_grad_torch
+    return grad_of(logits_TE, ids_TK, grad_weights_TK, rule)
+
+
+@_topk_routing_grad.register_fake
+def _topk_routing_grad_fake(logits_TE, *_):
+    return torch.empty_like(logits_TE)
+
+
+def _backward(ctx, needs, grad_weights_TK, _grad_ids):
+    """Nothing here depends on the placement."""
+    del needs  # only of the logits
+    logits_TE, ids_TK = ctx.saved_tensors
+    inputs = (logits_TE, ids_TK, grad_weights_TK.contiguous(), ctx.rule)
+    if torch.is_grad_enabled():  # of a gradient that is to have one itself (create_graph=True), as the reference has
+        return {"logits_TE": _topk_routing_grad_torch(*inputs)}
+    return {"logits_TE": _topk_routing_grad(*inputs, ctx.backend)}
 
 
 _topk_routing.register_autograd(_backward, setup_context=_setup_context)

@@ -31,7 +31,7 @@ def _ordered(value):
 
 
 @triton.jit
-def _scored(logits, SCORE_FUNCTION: tl.constexpr):
+def scored(logits, SCORE_FUNCTION: tl.constexpr):
     """float32 scores [TOKENS, BLOCK_E]; logits are -inf where there is no expert."""
     if SCORE_FUNCTION == "softmax":
         scores = tl.exp(logits - tl.max(logits, axis=1, keep_dims=True))
@@ -106,7 +106,7 @@ def choose_experts(
     exists = expert < num_experts
     logits = tl.load(logits_ptr + token * num_experts + expert, mask=(token < num_tokens) & exists, other=0.0)
     logits = tl.where(exists, widen(logits), float("-inf"))
-    scores = _scored(logits, SCORE_FUNCTION)
+    scores = scored(logits, SCORE_FUNCTION)
     key = logits
     if bias_ptr is not None:
         # For each token anew, or Triton would spread one load over all warps, and the tokens with it.
@@ -206,7 +206,7 @@ def rule_constants(rule: RoutingRule) -> dict[str, Any]:
     }
 
 
-def _tokens_per_program(num_experts: int) -> int:
+def tokens_per_program(num_experts: int) -> int:
     """The same for any T, as the order of the sum over experts decides bits.
 
     Programs of one warp leave half of a multiprocessor's warps unused. Triton gives each token a warp of its own if a
@@ -225,7 +225,7 @@ def topk_routing_triton(
     num_tokens, num_experts = logits_TE.shape
     weights_TK = logits_TE.new_empty((num_tokens, top_k), dtype=torch.float32)
     ids_TK = logits_TE.new_empty((num_tokens, top_k), dtype=torch.int32)
-    tokens = _tokens_per_program(num_experts)
+    tokens = tokens_per_program(num_experts)
     if num_tokens:
         _topk_routing_kernel[(cdiv(num_tokens, tokens),)](
             logits_TE,

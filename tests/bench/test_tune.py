@@ -14,7 +14,7 @@ from bench.report import Report
 from bench.timing import Timing
 from bench.tune import candidates, quantised_candidates
 from moe_kernels import GemmConfig, expert_up, gemm_configs
-from moe_kernels.gradient_configs import _TABLE_32_BIT, _TABLE_HOPPER
+from moe_kernels.gradient_configs import _TABLE_32_BIT, _TABLE_HOPPER, _TABLE_TMA
 
 
 @pytest.mark.parametrize("case", [case for case in CASES if case.num_tokens > 1], ids=lambda case: case.name)
@@ -93,7 +93,7 @@ def test_quantised_candidates_are_compared(monkeypatch, capsys, name):
 
 
 def test_gradients_what_is_served_is_among_the_candidates():
-    for table, dtype in ((_TABLE_HOPPER, torch.bfloat16), (_TABLE_32_BIT, torch.float32)):
+    for table, dtype in ((_TABLE_HOPPER, torch.bfloat16), (_TABLE_TMA, torch.bfloat16), (_TABLE_32_BIT, torch.float32)):
         for _, configs in table:
             for op in tune_gradients.OPS:
                 assert getattr(configs, op) in set(tune_gradients.candidates(op, dtype)), (op, configs)
@@ -122,7 +122,7 @@ def test_gradients_of_candidates_are_compared(monkeypatch, tmp_path, capsys, dev
         assert tune_gradients.tune(report, case, backward, torch.float32, options) == []
         rows = report.rows
     assert [(row["op"], row["config"]) for row in rows] == [
-        (op, config) for op in tune_gradients.OPS for config in ("16 32 16 4 2 8 0", "32 64 32 4 2 8 0")
+        (op, config) for op in tune_gradients.OPS for config in ("16 32 16 4 2 8 0 0 0", "32 64 32 4 2 8 0 0 0")
     ]
     assert all(row["rel_err"] < 1e-6 and row["tflops"] > 0 for row in rows)
     out = capsys.readouterr().out

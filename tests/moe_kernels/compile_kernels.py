@@ -31,8 +31,10 @@ from moe_kernels import (  # noqa: F401
     send_rows,
 )
 from moe_kernels.config import _FP8_RING, _INTERMEDIATE, _KEPT_TMA, _TABLE_TMA, _quantised_table
+from moe_kernels.experts_grad_weights_tma import most_registers, num_parts
 from moe_kernels.fp8_ring import ROW_LAYOUT, WEIGHT_LAYOUT
 from moe_kernels.gradient_configs import _TABLE_16_BIT, _TABLE_32_BIT, _TABLE_HOPPER
+from moe_kernels.gradient_configs import _TABLE_TMA as _GRADIENTS_TMA
 from moe_kernels.scan import MANY_KEYS, chunk_options, scan_options
 
 MODULES = {
@@ -51,8 +53,11 @@ MODULES = {
         "expert_up_triton",
         "experts_grad_hidden",
         "experts_grad_weights",
+        "experts_grad_weights_tma",
         "experts_grad_x",
+        "experts_grad_x_tma",
         "gather_counts",
+        "gather_sorted",
         "gradient_tiles",
         "meet_peers",
         "one_token_fp8",
@@ -61,6 +66,7 @@ MODULES = {
         "receive_rows",
         "replicas_triton",
         "return_rows",
+        "routing_grad",
         "routing_triton",
         "scan",
         "schedule_triton",
@@ -142,8 +148,9 @@ def compile_gradients(
     unwanted = {} if place != 1 else {"weighted_ptr": None} if biased else {"grad_pre_ptr": None}
     weights = {"ADDS": place == 1} | ({"left_fanout": None} if place % 2 else {"right_fanout": None})
     is_even = place % 2 == 0
+    hidden = {"ACTIVATION": activation} | unwanted
     for module, config, variant, inner in (
-        ("experts_grad_hidden", configs.hidden, {"ACTIVATION": activation} | unwanted, "EVEN_K"),
+        ("experts_grad_hidden", configs.hidden, hidden, "EVEN_K"),
         ("experts_grad_x", configs.x, {}, "EVEN_K"),
         ("experts_grad_weights", configs.weights, weights, "EVEN_M"),
     ):
@@ -152,12 +159,9 @@ def compile_gradients(
         options = {"num_warps": config.num_warps, "num_stages": config.num_stages}
         grads = {"grad_ptr": "*fp32"} if variant.get("ADDS") else {}
         constants = tiles | {"EVEN_N": is_even, inner: is_even} | variant
-        descriptors = [name for name in ("down", "gate_up", "grad_pre") if name in _arguments(module)]
-        weights_box = f"tensordesc<{DTYPES[dtype]}[1,{config.block_k},{config.block_n}]>"
-        boxes = dict.fromkeys(descriptors, weights_box)
-        if "grad_pre" in boxes:
-            boxes["grad_pre"] = f"tensordesc<{DTYPES[dtype]}[{config.block_m},{config.block_k}]>"
-        constants |= {} if config.tma else dict.fromkeys(descriptors)
+        boxes = {"down": f"tensordesc<{DTYPES[dtype]}[1,{config.block_k},{config.block_n}]>"} if config.tma else {}
+        if module == "experts_grad_hidden" and not config.tma:
+            constants |= {"down": None}
         compiled = compile_kernel(module, f"_{module}_kernel", types | grads | boxes, constants, arch, **options)
         ptx = compiled.asm["ptx"]
         assert "cp.async" in ptx, "operands must be loaded ahead"
@@ -174,8 +178,47 @@ def compile_gradients(
             grads = {"grad_ptr": "*fp32"} if variant["ADDS"] else {}
             name = "_experts_grad_bias_kernel"
             compile_small_one("experts_grad_weights", name, types | grads, blocks | variant, arch)
-    blocks = {"TILE_M": configs.hidden.block_m, "BLOCK_L": 256, "BLOCK_T": 64}
+    blocks = {"TILE_M": configs.hidden.block_m, "BLOCK_K": configs.weights.block_k, "BLOCK_L": 256, "BLOCK_T": 64}
     compile_small_one("gradient_tiles", "_cut_tiles_kernel", {}, blocks, arch)
+
+
+def compile_gradients_tma(arch: int, dtype: torch.dtype, configs: GradientConfigs) -> None:
+    """Those of x and of weights on Hopper: loads run ahead of the products, and persistent ones past the end of a tile."""
+    element = DTYPES[dtype]
+    pointers = {"rows_ptr": f"*{element}", "grad_ptr": f"*{element}", "sorted_ptr": f"*{element}", "stride_slot": "i64"}
+    compile_small_one("gather_sorted", "_gather_sorted_kernel", pointers, {"BLOCK_M": 4, "BLOCK_N": 1024}, arch)
+    variants: list[tuple[str, GemmConfig, dict[str, str], dict[str, Any]]] = []
+    config = configs.weights
+    for adds in (False, True) if config.tma else ():
+        parts = num_parts(config, adds)
+        types = {"left": f"tensordesc<{element}[1,1,{config.block_k},{config.block_m}]>"}
+        types["right"] = f"tensordesc<{element}[1,1,{config.block_k},{config.block_n}]>"
+        types["grad"] = f"tensordesc<{element}[1,{config.block_m},{config.block_n // parts}]>"
+        added = {"grad": None} if adds else {}
+        types |= {"grad_ptr": "*fp32"} if adds else {}
+        variants.append(("weights", config, types, added | {"PARTS": parts, "BLOCK_S": 128}))
+    config = configs.x
+    if config.tma:
+        sizes = {"HIDDEN_SIZE": 2880, "INNER": 5760}
+        for programs, tail_m in ((0, config.tail_m), (1, 0)):
+            rows = {"grad_pre": config.block_m, "grad_tail": tail_m or config.block_m}
+            types = {name: f"tensordesc<{element}[{block},{config.block_k}]>" for name, block in rows.items()}
+            types["gate_up"] = f"tensordesc<{element}[1,{config.block_k},{config.block_n}]>"
+            variants.append(("x", config, types, sizes | {"PERSISTENT": programs > 0, "TAIL_M": tail_m}))
+    for name, config, types, constants in variants:
+        constants |= {"BLOCK_M": config.block_m, "BLOCK_N": config.block_n, "BLOCK_K": config.block_k}
+        constants |= {"GROUP_M": config.group_m, "PDL": True}
+        module = f"experts_grad_{name}_tma"
+        options = {"num_warps": config.num_warps, "num_stages": config.num_stages, "launch_pdl": True}
+        if name == "weights":
+            options["maxnreg"] = most_registers(config)
+        compiled = compile_kernel(module, f"_{module}_kernel", pointers | types, constants, arch, **options)
+        ptx = compiled.asm["ptx"]
+        # One product is under way while the next one's operands are waited for.
+        assert "wgmma.wait_group.sync.aligned 1" in ptx and "mma.sync" not in ptx
+        assert compiled.metadata.shared <= 227 * 1024 // max(1, config.programs_per_sm), (
+            f"{compiled.metadata.shared} bytes"
+        )
 
 
 def compile_small_one(
@@ -217,7 +260,7 @@ def compile_small(arch: int) -> None:
             (RoutingRule("sqrtsoftplus", round_to="bfloat16"), {}),
         ):
             for experts in (16, 48, 64, 128, 256) if dtype == "bf16" and rule == RoutingRule() else (64,):
-                tokens = routing_triton._tokens_per_program(experts)
+                tokens = routing_triton.tokens_per_program(experts)
                 compiled = compile_small_one(
                     "routing_triton",
                     "_topk_routing_kernel",
@@ -242,6 +285,11 @@ def compile_small(arch: int) -> None:
                 )
                 warps = set(re.findall(r"warpsPerCTA = \[(.*?)\]", compiled.asm["ttgir"]))
                 assert warps == {f"{tokens}, 1"}, f"a warp must have a token of its own: {warps}"
+            types = {"logits_ptr": f"*{dtype}", "grad_ptr": f"*{dtype}", "grad_weights_ptr": "*fp32"}
+            constants = {"TOP_K": 8, "SCORE_FUNCTION": rule.score_function, "RENORMALIZE": rule.renormalize}
+            constants |= {"TOKENS": tokens, "BLOCK_E": triton.next_power_of_2(experts)}
+            types |= {"scale": "fp32", "epsilon": "fp32"}
+            compile_small_one("routing_grad", "_topk_routing_grad_kernel", types, constants, arch, num_warps=tokens)
     one_replica_each = {"offsets_ptr": None, "cumulative_ptr": None}
     for num_keys in (512, 2048, 8192, MANY_KEYS):
         options, few = scan_options(num_keys), num_keys < MANY_KEYS
@@ -583,6 +631,9 @@ if __name__ == "__main__":
     for dtype, table in tables.items():
         for place, (_, configs) in enumerate(table):
             compile_gradients(arch, dtype, place, configs, *KINDS[place])
+    if arch == 90:
+        for _, configs in _GRADIENTS_TMA:
+            compile_gradients_tma(arch, torch.bfloat16, configs)
     compile_all_quantised(arch, all_of_them)
     if arch == 90:
         for hidden_size, intermediate in ((2048, 768), (2880, 2880), (4096, 14336)):  # one for each column

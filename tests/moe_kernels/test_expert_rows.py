@@ -192,21 +192,56 @@ def test_tma_keeps_the_pre_activation_too(make_experts, form, config):
         assert (kept.float() - portable.float()).abs().max() <= 0.02 * portable.abs().max()
 
 
-def test_weights_by_tma_change_no_bit(make_experts):
-    """Sizes that no tile divides; the last slot's box ends with the tensor."""
+PORTABLE = GemmConfig(64, 64, 32, 4, 3)
+BY_TMA = replace(PORTABLE, tma=True)
+WITH_TAILS = replace(BY_TMA, block_m=128, tail_m=64)
+LONG = replace(PORTABLE, block_m=128)
+PERSISTENT = replace(BY_TMA, programs_per_sm=1)
+
+
+@pytest.mark.parametrize("adds_to_main_grads", [False, True])
+@pytest.mark.parametrize(
+    ("tokens", "grads"),
+    [
+        (20, GradientConfigs(BY_TMA, PERSISTENT, BY_TMA)),
+        (70, GradientConfigs(LONG, replace(PERSISTENT, block_n=128), WITH_TAILS)),
+        (20, GradientConfigs(BY_TMA, replace(PERSISTENT, block_k=16, num_stages=4), PERSISTENT)),
+    ],
+)
+@pytest.mark.parametrize("has_rows", [True, False])
+def test_tma_changes_no_bit(make_experts, tokens, grads, has_rows, adds_to_main_grads):
+    """Sizes that no tile divides; the last slot's box ends with the tensor. Tiles of at most 64 rows, and longer ones.
+
+    Rows of no lane, a slot without rows, a slot of two lanes.
+    """
     if torch.cuda.is_available() and not has_tma(torch.device("cuda")):
         pytest.skip("needs a Hopper GPU, or none")
-    experts = make_experts(20, 2, 3, 88, 72, torch.bfloat16)
+    experts = make_experts(tokens, 2, 3, 88, 72, torch.bfloat16)
+    if not has_rows:
+        experts.lanes_N.fill_(-1)
+    assert (experts.lanes_N < 0).any()
+    experts.lane_to_slot_L[2] = experts.lane_to_slot_L[0]
     matrices = formatted(experts, *FORMATS["clamped"])
-    tile = GemmConfig(64, 64, 32, 4, 3)
     found = []
-    for tma in (False, True):
+    for configs in (GradientConfigs(PORTABLE, PORTABLE, PORTABLE), grads):
         leaves = leaves_of(experts, matrices)
-        config = replace(tile, tma=tma)
-        y = computed(experts, matrices, leaves, "triton", combines=True, grads=GradientConfigs(config, tile, config))
+        if adds_to_main_grads:
+            for place, leaf in enumerate(leaves[2:]):
+                if leaf is not None:
+                    leaf.main_grad = torch.full(leaf.shape, 0.25 * place, device=leaf.device)
+        y = computed(
+            experts, matrices, leaves, "triton", combines=True, grads=configs, adds_to_main_grads=adds_to_main_grads
+        )
         y.backward(upstream_of(y))
-        found.append(grads_of(leaves))
-    assert all(one is other is None or torch.equal(one, other) for one, other in zip(*found, strict=True))
+        found.append(
+            [
+                getattr(leaf, "main_grad", None) if adds_to_main_grads and place > 1 else leaf.grad
+                for place, leaf in enumerate(leaves)
+                if leaf is not None
+            ]
+        )
+    for portable, other in zip(*found, strict=True):
+        assert portable is not None and torch.equal(portable, other)
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
@@ -459,12 +494,14 @@ def test_tiles_by_hand(device):
     """The example of the kernel's docstring; and lanes 0 and 2 lead to one slot, lane 1 has no rows."""
     offsets = torch.tensor([0, 3, 3, 5], dtype=torch.int32, device=device)
     slots = torch.tensor([1, 0, 1], dtype=torch.int32, device=device)
-    tiles = cut_tiles(offsets, slots, num_rows=6, num_slots=3, tile_m=2)
+    tiles = cut_tiles(offsets, slots, num_rows=6, num_slots=3, tile_m=2, block_k=2)
     assert tiles.tile_lane.tolist() == [0, 0, 2, 3, -1]
     assert tiles.tile_start[:4].tolist() == [0, 2, 3, 5]
     assert tiles.tile_end[:4].tolist() == [2, 3, 5, 6]
     assert tiles.first_lane_S.tolist() == [-1, 0, -1]
     assert tiles.next_lane_L[[0, 2]].tolist() == [2, -1]
+    assert tiles.num_tiles.tolist() == [3]
+    assert tiles.blocks_S.tolist() == [1, 3, 1]
 
 
 @pytest.mark.parametrize(
@@ -508,5 +545,7 @@ def test_configs_go_together():
     config = gemm_config(64, 64, torch.bfloat16, 1, 1, 1)
     with pytest.raises(ValueError, match=r"x\.block_m"):
         GradientConfigs(config, config, replace(config, block_m=64))
-    with pytest.raises(ValueError, match="tma must be False"):
-        GradientConfigs(config, replace(MERGED, block_m=64, tail_m=0, extra_m=0), config)
+    with pytest.raises(ValueError, match=r"weights\.programs_per_sm=0"):
+        GradientConfigs(config, BY_TMA, config)
+    with pytest.raises(ValueError, match=r"weights\.tail_m=64"):
+        GradientConfigs(config, WITH_TAILS, config)

@@ -207,6 +207,40 @@ def test_gradient(device, assert_close, backend, renormalize, score_function):
 
 
 @pytest.mark.parametrize("backend", ["torch", "triton"])
+def test_gradient_by_hand(device, backend):
+    """The example of the kernel's docstring, in bfloat16."""
+    logits = torch.zeros((1, 2), device=device, dtype=torch.bfloat16, requires_grad=True)
+    weights, _ = topk_routing(logits, 1, RoutingRule(renormalize=False), backend=backend)
+    assert weights.tolist() == [[0.5]]
+    weights.sum().backward()
+    assert logits.grad.dtype == torch.bfloat16 and logits.grad.tolist() == [[0.25, -0.25]]
+
+
+@pytest.mark.parametrize("backend", ["torch", "triton"])
+def test_gradient_of_the_gradient(device, assert_close, backend):
+    logits = logits_of(5, 11, device).requires_grad_()
+    weights, ids = topk_routing(logits, 3, RoutingRule(), backend=backend)
+    (grad,) = torch.autograd.grad(weights.square().sum(), logits, create_graph=True)
+    (second,) = torch.autograd.grad(grad.square().sum(), logits)
+    exact = logits.detach().double().requires_grad_()
+    (grad,) = torch.autograd.grad(exact.gather(-1, ids.long()).softmax(-1).square().sum(), exact, create_graph=True)
+    assert_close(second, torch.autograd.grad(grad.square().sum(), exact)[0])
+
+
+@pytest.mark.parametrize("backend", ["torch", "triton"])
+def test_gradient_of_many_experts(device, assert_close, backend):
+    """Several tokens a program; more experts than a warp reads at once; the last program has one token."""
+    for experts in (128, 160):
+        logits = logits_of(5, experts, device).requires_grad_()
+        weights, ids = topk_routing(logits, 6, RoutingRule(), backend=backend)
+        upstream = torch.randn(weights.shape, generator=torch.Generator().manual_seed(3)).to(device)
+        weights.backward(upstream)
+        exact = logits.detach().double().requires_grad_()
+        (exact.gather(-1, ids.long()).softmax(-1) * upstream.double()).sum().backward()
+        assert_close(logits.grad, exact.grad)
+
+
+@pytest.mark.parametrize("backend", ["torch", "triton"])
 def test_opcheck(device, backend):
     logits = logits_of(3, 6, device).requires_grad_()
     mask, bias = torch.tensor([True, False, True], device=device), torch.zeros(6, device=device)
