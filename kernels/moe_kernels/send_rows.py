@@ -153,19 +153,12 @@ def _send_rows_kernel(
     BLOCK_H: tl.constexpr,
     GROUP: tl.constexpr,
 ):
-    """Programs share the work; the last to have done its part raises this rank's flag on every rank."""
-    if PDL:  # see `Launcher`
-        gdc_wait()
-        gdc_launch_dependents()
+    """Programs share the work; the last to have done its part raises this rank's flag on every rank.
+
+    Tokens are copied before the wait for the kernel before, `build_schedule`: only the lists need what that writes. It has
+    waited for its own predecessor itself, so x and the lanes are there.
+    """
     program, programs = tl.program_id(0), tl.num_programs(0)
-    other = programs - 1 - program  # of few items, those of different kinds fall to different programs
-    for block in range(other, tl.cdiv(W * (num_lanes + 2), BLOCK), programs):
-        _send_counts(offsets_ptr, addresses_ptr, block, rank, num_tokens, num_lanes, bound, counts_at, BLOCK, W)
-    for block in range(other, tl.cdiv(num_tokens * TOP_K, BLOCK), programs):
-        _send_list(
-            weights_ptr, order_ptr, offsets_ptr, addresses_ptr, block, rank, num_lanes, bound, weights_at, lists_at,
-            TOP_K, BLOCK, W,
-        )  # fmt: skip
     items = num_tokens * tl.cdiv(hidden_size, BLOCK_H)
     x, target = _load_columns(
         x_ptr, lanes_ptr, program, items, num_lanes, hidden_size, TOP_K, BLOCK_K, BLOCK_H
@@ -179,6 +172,17 @@ def _send_rows_kernel(
             BLOCK_H, W, GROUP,
         )  # fmt: skip
         x, target = later, later_target
+    if PDL:  # see `Launcher`
+        gdc_wait()
+        gdc_launch_dependents()
+    other = programs - 1 - program  # of few items, those of different kinds fall to different programs
+    for block in range(other, tl.cdiv(W * (num_lanes + 2), BLOCK), programs):
+        _send_counts(offsets_ptr, addresses_ptr, block, rank, num_tokens, num_lanes, bound, counts_at, BLOCK, W)
+    for block in range(other, tl.cdiv(num_tokens * TOP_K, BLOCK), programs):
+        _send_list(
+            weights_ptr, order_ptr, offsets_ptr, addresses_ptr, block, rank, num_lanes, bound, weights_at, lists_at,
+            TOP_K, BLOCK, W,
+        )  # fmt: skip
     tl.debug_barrier()
     # The programs of a GPU order their writes among themselves; the last one's release orders all of them for its peers,
     # because causality is transitive over scopes (PTX ISA, memory consistency model).
@@ -201,6 +205,9 @@ def send_rows(
 
     Every rank calls it, then `receive_rows`, then computes, then `meet_peers`, in this order and equally often. So when a rank
     writes, everybody has read what it wrote before. No rank waits here.
+
+    The kernel enqueued just before it is the last one of `build_schedule`, of which x_TH and lanes_TK are older: on GPUs with
+    programmatic dependent launch, tokens are copied while that one still runs.
 
     Args:
         x_TH: [T, H] float32, float16 or bfloat16, contiguous; T at most `bound`.
