@@ -168,12 +168,38 @@ def wait_for_flags(
 
 
 @triton.jit
+def token_ends(counts_ptr, first, num_lanes, W: tl.constexpr, BLOCK_W: tl.constexpr):
+    """How many tokens ranks have, added up: of the rank `first`, of it and the next one, and so on around."""
+    turn = tl.arange(0, BLOCK_W)
+    peer = (first + turn) % W
+    tokens = tl.load(counts_ptr + peer * (num_lanes + 2) + num_lanes, mask=turn < W, other=0)
+    return tl.cumsum(tokens, axis=0)
+
+
+@triton.jit
+def find_token(ends, index, first, W: tl.constexpr, BLOCK_W: tl.constexpr):
+    """The rank and the token that `index` is, by `token_ends`; past the last one they mean nothing.
+
+    Example (2 ranks with 3 and 2 tokens, first 1): ends [2, 5]; index 1 is token 1 of rank 1, index 2 is token 0 of rank 0.
+    """
+    turn = tl.arange(0, BLOCK_W)
+    # One maximum for both: how many ranks end before, and where the last of them ends.
+    both = tl.max(tl.where(ends <= index, ((turn + 1).to(tl.int64) << 32) + ends, 0), axis=0)
+    return (first + (both >> 32).to(tl.int32)) % W, index - both.to(tl.int32)
+
+
+@triton.jit
 def leave_word(state_ptr, error_ptr, what):
     tl.store(state_ptr + ERROR, what.to(tl.int64))
     tl.store(error_ptr, what.to(tl.int64))
 
 
+def rank_options(area: PeerArea) -> dict[str, int]:
+    """Constants of kernels that look at all ranks."""
+    num_ranks = area.layout.num_ranks
+    return {"W": num_ranks, "BLOCK_W": next_power_of_2(num_ranks)}
+
+
 def sync_options(area: PeerArea) -> dict[str, int | bool]:
     """Constants of kernels that wait."""
-    num_ranks = area.layout.num_ranks
-    return {"W": num_ranks, "BLOCK_W": next_power_of_2(num_ranks), "TIMED": not INTERPRETED}
+    return rank_options(area) | {"TIMED": not INTERPRETED}

@@ -14,7 +14,7 @@ from moe_kernels.homes import row_at
 from moe_kernels.integers import cdiv, next_power_of_2
 from moe_kernels.launch import Launcher, gdc_launch_dependents, gdc_wait
 from moe_kernels.numerics import narrow, widen
-from moe_kernels.peers import EPOCH, PeerArea
+from moe_kernels.peers import EPOCH, PeerArea, find_token, rank_options, token_ends
 from moe_kernels.tiles import TileSchedule
 
 _MOST_PROGRAMS = 512  # of 4 warps: as many threads as 32 of an H100's multiprocessors have
@@ -23,6 +23,13 @@ _MOST_PROGRAMS = 512  # of 4 warps: as many threads as 32 of an H100's multiproc
 def _programs(rows: int, hidden_size: int, block: int) -> tuple[int]:
     """For as many rows as come in the mean."""
     return (max(1, min(_MOST_PROGRAMS, rows * cdiv(hidden_size, block))),)
+
+
+@triton.jit
+def _load_row(rows_ptr, flat, item, items, blocks, hidden_size, BLOCK_H: tl.constexpr):
+    """BLOCK_H columns of a row."""
+    column = item % blocks * BLOCK_H + tl.arange(0, BLOCK_H)
+    return tl.load(rows_ptr + flat.to(tl.int64) * hidden_size + column, mask=(item < items) & (column < hidden_size))
 
 
 @Launcher
@@ -46,12 +53,20 @@ def _return_rows_kernel(
         gdc_wait()
         gdc_launch_dependents()
     blocks = tl.cdiv(hidden_size, BLOCK_H)
-    for item in range(tl.program_id(0), tl.load(num_rows_ptr) * blocks, tl.num_programs(0)):
-        flat = tl.load(order_ptr + item // blocks)
+    program, programs = tl.program_id(0), tl.num_programs(0)
+    items = tl.load(num_rows_ptr) * blocks
+    flat = tl.load(order_ptr + program // blocks)  # undefined past the last row, and not used
+    next_flat = tl.load(order_ptr + (program + programs) // blocks, mask=program + programs < items, other=0)
+    row = _load_row(rows_ptr, flat, program, items, blocks, hidden_size, BLOCK_H)
+    for item in range(program, items, programs):
+        # Ahead of the store: the next row, and where the one after that is.
+        later = item + programs
+        next_row = _load_row(rows_ptr, next_flat, later, items, blocks, hidden_size, BLOCK_H)
+        last_flat = tl.load(order_ptr + (later + programs) // blocks, mask=later + programs < items, other=0)
         column = item % blocks * BLOCK_H + tl.arange(0, BLOCK_H)
-        inside = column < hidden_size
-        row = tl.load(rows_ptr + flat.to(tl.int64) * hidden_size + column, mask=inside)
-        tl.store(row_at(rows_ptr, flat, hidden_size, homes_ptr, rows_per_home) + column, row, mask=inside)
+        at = row_at(rows_ptr, flat, hidden_size, homes_ptr, rows_per_home) + column
+        tl.store(at, row, mask=column < hidden_size)
+        flat, next_flat, row = next_flat, last_flat, next_row
 
 
 @Launcher
@@ -72,6 +87,7 @@ def _return_sums_kernel(
     TOP_K: tl.constexpr,
     PDL: tl.constexpr,
     W: tl.constexpr,
+    BLOCK_W: tl.constexpr,
     # tunables
     BLOCK_K: tl.constexpr,
     BLOCK_H: tl.constexpr,
@@ -84,26 +100,26 @@ def _return_sums_kernel(
     blocks = tl.cdiv(hidden_size, BLOCK_H)
     k = tl.arange(0, BLOCK_K)
     program, programs = tl.program_id(0), tl.num_programs(0)
-    for turn in tl.static_range(W):
-        home = (rank + 1 + turn) % W  # each rank begins with another, or all would crowd one's links
-        items = tl.load(counts_ptr + home * (num_lanes + 2) + num_lanes) * blocks
-        at = tl.multiple_of(tl.load(homes_ptr + home).to(rows_ptr.dtype), 16)
-        here_at = here_ptr + home * bound * TOP_K + k
-        seen = tl.load(here_at + program // blocks * TOP_K, mask=(program < items) & (k < TOP_K), other=0)
-        for item in range(program, items, programs):
-            token = item // blocks
-            column = item % blocks * BLOCK_H + tl.arange(0, BLOCK_H)
-            inside = column < hidden_size
-            here = seen == epoch
-            row = (home * bound + token) * TOP_K + k
-            rows = rows_ptr + row.to(tl.int64)[:, None] * hidden_size + column[None, :]
-            rows = tl.load(rows, mask=here[:, None] & inside[None, :], other=0.0)
-            later = item + programs  # ahead of the stores
-            seen = tl.load(here_at + later // blocks * TOP_K, mask=(later < items) & (k < TOP_K), other=0)
-            total = tl.sum(widen(rows), axis=0)
-            wanted = tl.max(here.to(tl.int32), axis=0) > 0
-            to = at + (token.to(tl.int64) * W + rank) * hidden_size + column
-            tl.store(to, narrow(total, rows_ptr.dtype.element_ty), mask=inside & wanted)
+    # Each rank begins with another home, or all would crowd one's links.
+    ends = token_ends(counts_ptr, rank + 1, num_lanes, W, BLOCK_W)
+    items = tl.max(ends, axis=0) * blocks
+    home, token = find_token(ends, program // blocks, rank + 1, W, BLOCK_W)
+    seen = tl.load(here_ptr + (home * bound + token) * TOP_K + k, mask=(program < items) & (k < TOP_K), other=0)
+    for item in range(program, items, programs):
+        column = item % blocks * BLOCK_H + tl.arange(0, BLOCK_H)
+        inside = column < hidden_size
+        here = seen == epoch
+        row = (home * bound + token) * TOP_K + k
+        rows = rows_ptr + row.to(tl.int64)[:, None] * hidden_size + column[None, :]
+        rows = tl.load(rows, mask=here[:, None] & inside[None, :], other=0.0)
+        to = tl.multiple_of(tl.load(homes_ptr + home).to(rows_ptr.dtype), 16)
+        to += (token.to(tl.int64) * W + rank) * hidden_size + column
+        later = item + programs  # ahead of the stores
+        home, token = find_token(ends, later // blocks, rank + 1, W, BLOCK_W)
+        seen = tl.load(here_ptr + (home * bound + token) * TOP_K + k, mask=(later < items) & (k < TOP_K), other=0)
+        total = tl.sum(widen(rows), axis=0)
+        wanted = tl.max(here.to(tl.int32), axis=0) > 0
+        tl.store(to, narrow(total, rows_ptr.dtype.element_ty), mask=inside & wanted)
 
 
 @Launcher
@@ -178,7 +194,7 @@ def return_sums(rows_NH: torch.Tensor, area: PeerArea, bound: int, num_lanes: in
         *(rows_NH, area.here, area.part("counts", torch.int32, 1), area.results_W, area.state),
         *(area.rank, bound, layout.hidden_size, num_lanes),
         TOP_K=layout.top_k,
-        W=layout.num_ranks,
+        **rank_options(area),
         BLOCK_K=next_power_of_2(layout.top_k),
         BLOCK_H=block,
         num_warps=4,

@@ -13,7 +13,7 @@ from moe_kernels.checks import FLOATS, check_tensor
 from moe_kernels.integers import cdiv, next_power_of_2
 from moe_kernels.launch import Launcher, gdc_launch_dependents, gdc_wait
 from moe_kernels.numerics import to_e4m3, widen
-from moe_kernels.peers import ARRIVED, EPOCH, FP8_GROUP, SENT, PeerArea, peer_at, raise_flags, sync_options
+from moe_kernels.peers import ARRIVED, EPOCH, FP8_GROUP, SENT, PeerArea, peer_at, raise_flags, rank_options
 from moe_kernels.tiles import TileSchedule
 
 _BLOCK = 128  # of list entries, or of lanes, that a program takes at once
@@ -239,8 +239,6 @@ def send_rows(
     items = num_tokens * cdiv(layout.hidden_size, block_h)
     items += cdiv(num_tokens * top_k, _BLOCK) + cdiv(layout.num_ranks * (num_lanes + 2), _BLOCK)
     at = layout.offsets
-    constants = sync_options(area)
-    del constants["TIMED"]
     _send_rows_kernel[(min(items, _MOST_THREADS // (32 * _NUM_WARPS)),)](
         *(x_TH, weights_TK, lanes_TK, by_lane.order_N, by_lane.offsets_L1, area.addresses_W),
         *(
@@ -251,7 +249,7 @@ def send_rows(
         *(area.rank, num_tokens, bound, layout.hidden_size, num_lanes),
         *(at["flags"], at["counts"], at["weights"], at["lists"], at["rows"], at["scales"]),
         TOP_K=top_k,
-        **constants,
+        **rank_options(area),
         BLOCK=_BLOCK,
         BLOCK_K=next_power_of_2(top_k),
         BLOCK_H=block_h,

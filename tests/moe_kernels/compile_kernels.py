@@ -63,6 +63,7 @@ MODULES = {
         "solve_shares_triton",
     )
 }
+EARLY = ("_send_rows_kernel",)  # begin with what is older than the kernel before
 ALIGNED = ("stride_row", "stride_slot", "hidden_size", "intermediate", "num_experts", "rows_at")
 ALIGNED += ("stride_scale", "stride_zero", "inner", "height", "width", "stride_left", "stride_right")
 DTYPES = {torch.float32: "fp32", torch.float16: "fp16", torch.bfloat16: "bf16"}
@@ -181,7 +182,10 @@ def compile_small_one(
     compiled = compile_kernel(module, name, types, constants | {"PDL": pdl}, arch, num_warps=num_warps, launch_pdl=pdl)
     ptx = compiled.asm["ptx"]
     wait, access = ptx.find("griddepcontrol.wait"), min(ptx.find("ld.global"), ptx.find("st.global"))
-    assert 0 <= wait < access if pdl else wait == -1, "must wait for the kernel before, and before all else"
+    if name in EARLY and pdl:
+        assert access < wait < ptx.find("atom."), "must wait for the kernel before, and before it says anything"
+    else:
+        assert 0 <= wait < access if pdl else wait == -1, "must wait for the kernel before, and before all else"
     if "increment_ptr" in types and constants.get("increment_ptr", 0) is not None:
         check_recording(ptx)
     return compiled
@@ -303,8 +307,9 @@ def compile_peers(arch: int, dtype: torch.dtype, num_ranks: int) -> None:
     ranks = {"W": num_ranks}
     waits = ranks | {"BLOCK_W": triton.next_power_of_2(num_ranks), "TIMED": True}
     columns = {"TOP_K": 8, "BLOCK_K": 8, "BLOCK_H": 1024}
-    sends = columns | ranks | {"BLOCK_W": waits["BLOCK_W"], "BLOCK": 128, "GROUP": 128}
-    expands = ranks | {"GROUP": 128, "BLOCK_H": 1024}
+    sees = ranks | {"BLOCK_W": waits["BLOCK_W"]}
+    sends = columns | sees | {"BLOCK": 128, "GROUP": 128}
+    expands = sees | {"GROUP": 128, "BLOCK_H": 1024}
     receives = waits | {"BLOCK_M": 16, "EXTRA_M": 0, "BLOCK": 512, "BLOCK_L": 128}
     meets = waits | {"SAYS": True, "WAITS": True}
     for module, name, constants, num_warps in (
@@ -319,7 +324,7 @@ def compile_peers(arch: int, dtype: torch.dtype, num_ranks: int) -> None:
         ("meet_peers", "_meet_peers_kernel", meets, 1),
         ("gather_counts", "_gather_counts_kernel", meets | {"BLOCK": 1024}, 4),
         ("return_rows", "_return_rows_kernel", {"BLOCK_H": 1024}, 4),
-        ("return_rows", "_return_sums_kernel", columns | ranks, 4),
+        ("return_rows", "_return_sums_kernel", columns | sees, 4),
         ("return_rows", "_combine_sums_kernel", columns | ranks, 4),
     ):
         fp8 = module == "expand_rows" or (module == "send_rows" and "scales_ptr" not in constants)
