@@ -22,8 +22,8 @@ FP8_GROUP = 128  # channels that share a scale
 # Numbers of flags, W of each: a rank's rows have arrived; its results have; its counts have.
 ARRIVED, RETURNED, COUNTED = tl.constexpr(0), tl.constexpr(1), tl.constexpr(2)
 _NUM_FLAGS = 3
-# Of the state on each device: forwards that are over; programs that have sent; 1 + the rank that did not come.
-EPOCH, SENT, ERROR = tl.constexpr(0), tl.constexpr(1), tl.constexpr(2)
+# Of the state on each device: forwards whose rows this rank has sent; programs that are done; 1 + the rank that did not come.
+EPOCH, DONE, ERROR = tl.constexpr(0), tl.constexpr(1), tl.constexpr(2)
 _STATE_SIZE = 3
 NO_RANK = 1 << 20  # an error that is no rank's: the ranks' bounds differ
 
@@ -133,6 +133,20 @@ def raise_flags(addresses_ptr, flags_at, flag, rank, epoch, flags_ptr, W: tl.con
     address = tl.load(addresses_ptr + peer, mask=peer < W, other=0)
     at = (address + flags_at).to(flags_ptr.dtype) + flag * W + rank
     tl.atomic_xchg(at, tl.zeros((BLOCK_W,), dtype=tl.int64) + epoch, mask=peer < W, sem="release", scope="sys")
+
+
+@triton.jit
+def is_last_program(state_ptr):
+    """Whether all other programs have come here; then what they wrote is ordered before what this one releases.
+
+    The programs of a GPU order their writes among themselves; the last one's release orders all of them for its peers, because
+    causality is transitive over scopes (PTX ISA, memory consistency model).
+    """
+    tl.debug_barrier()
+    before = tl.atomic_add(state_ptr + DONE, 1, sem="acq_rel", scope="gpu")
+    is_last = before == tl.num_programs(0) - 1
+    tl.store(state_ptr + DONE, 0, mask=is_last)
+    return is_last
 
 
 @triton.jit

@@ -62,7 +62,7 @@ def _receive_rows_kernel(
     """
     if PDL:  # see `Launcher`
         gdc_wait()
-    epoch = tl.load(state_ptr + EPOCH) + 1
+    epoch = tl.load(state_ptr + EPOCH)
     wait_for_flags(flags_ptr, state_ptr, error_ptr, ARRIVED, epoch, patience, W, BLOCK_W, TIMED)
     if PDL:  # not before: programs that wait for this one would keep a peer on the same device from running
         gdc_launch_dependents()

@@ -96,7 +96,7 @@ def _return_sums_kernel(
     if PDL:  # see `Launcher`
         gdc_wait()
         gdc_launch_dependents()
-    epoch = tl.load(state_ptr + EPOCH) + 1
+    epoch = tl.load(state_ptr + EPOCH)
     blocks = tl.cdiv(hidden_size, BLOCK_H)
     k = tl.arange(0, BLOCK_K)
     program, programs = tl.program_id(0), tl.num_programs(0)
@@ -120,42 +120,6 @@ def _return_sums_kernel(
         total = tl.sum(widen(rows), axis=0)
         wanted = tl.max(here.to(tl.int32), axis=0) > 0
         tl.store(to, narrow(total, rows_ptr.dtype.element_ty), mask=inside & wanted)
-
-
-@Launcher
-@triton.jit
-def _combine_sums_kernel(
-    # inputs
-    sums_ptr,
-    lanes_ptr,
-    # outputs
-    y_ptr,
-    # shapes
-    hidden_size,
-    num_lanes,
-    # constants
-    TOP_K: tl.constexpr,
-    PDL: tl.constexpr,
-    W: tl.constexpr,
-    # tunables
-    BLOCK_K: tl.constexpr,
-    BLOCK_H: tl.constexpr,
-):
-    """One token, BLOCK_H columns: the ranks that had a row of it, in their order."""
-    if PDL:  # see `Launcher`
-        gdc_wait()
-        gdc_launch_dependents()
-    token = tl.program_id(0).to(tl.int64)
-    column = tl.program_id(1) * BLOCK_H + tl.arange(0, BLOCK_H)
-    inside = column < hidden_size
-    k = tl.arange(0, BLOCK_K)
-    lane = tl.load(lanes_ptr + token * TOP_K + k, mask=k < TOP_K, other=-1)
-    owner = tl.where(lane >= 0, lane // num_lanes, -1)
-    total = tl.zeros((BLOCK_H,), dtype=tl.float32)
-    for peer in tl.static_range(W):
-        has = tl.max((owner == peer).to(tl.int32), axis=0) > 0
-        total += widen(tl.load(sums_ptr + (token * W + peer) * hidden_size + column, mask=inside & has, other=0.0))
-    tl.store(y_ptr + token * hidden_size + column, narrow(total, y_ptr.dtype.element_ty), mask=inside)
 
 
 def return_rows(rows_NH: torch.Tensor, schedule: TileSchedule, area: PeerArea, bound: int) -> None:
@@ -199,26 +163,3 @@ def return_sums(rows_NH: torch.Tensor, area: PeerArea, bound: int, num_lanes: in
         BLOCK_H=block,
         num_warps=4,
     )
-
-
-def combine_sums(lanes_TK: torch.Tensor, area: PeerArea, num_lanes: int) -> torch.Tensor:
-    """y[t] = the ranks' sums of token t, in the order of the ranks, in float32, rounded once.
-
-    Args:
-        lanes_TK: global lanes, as in `send_rows`.
-        num_lanes: S.
-    """
-    layout = area.layout
-    num_tokens, hidden_size = lanes_TK.shape[0], layout.hidden_size
-    y_TH = torch.empty((num_tokens, hidden_size), dtype=layout.dtype, device=area.own.device)
-    if y_TH.numel():
-        block = min(1024, next_power_of_2(hidden_size))
-        _combine_sums_kernel[(num_tokens, cdiv(hidden_size, block))](
-            *(area.part("results", layout.dtype, 1), lanes_TK, y_TH),
-            *(hidden_size, num_lanes),
-            TOP_K=layout.top_k,
-            W=layout.num_ranks,
-            BLOCK_K=next_power_of_2(layout.top_k),
-            BLOCK_H=block,
-        )
-    return y_TH

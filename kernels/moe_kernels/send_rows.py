@@ -13,7 +13,7 @@ from moe_kernels.checks import FLOATS, check_tensor
 from moe_kernels.integers import cdiv, next_power_of_2
 from moe_kernels.launch import Launcher, gdc_launch_dependents, gdc_wait
 from moe_kernels.numerics import to_e4m3, widen
-from moe_kernels.peers import ARRIVED, EPOCH, FP8_GROUP, SENT, PeerArea, peer_at, raise_flags, rank_options
+from moe_kernels.peers import ARRIVED, EPOCH, FP8_GROUP, PeerArea, is_last_program, peer_at, raise_flags, rank_options
 from moe_kernels.tiles import TileSchedule
 
 _BLOCK = 128  # of list entries, or of lanes, that a program takes at once
@@ -183,14 +183,10 @@ def _send_rows_kernel(
             weights_ptr, order_ptr, offsets_ptr, addresses_ptr, block, rank, num_lanes, bound, weights_at, lists_at,
             TOP_K, BLOCK, W,
         )  # fmt: skip
-    tl.debug_barrier()
-    # The programs of a GPU order their writes among themselves; the last one's release orders all of them for its peers,
-    # because causality is transitive over scopes (PTX ISA, memory consistency model).
-    before = tl.atomic_add(state_ptr + SENT, 1, sem="acq_rel", scope="gpu")
-    if before == tl.num_programs(0) - 1:
-        tl.store(state_ptr + SENT, 0)
+    if is_last_program(state_ptr):
         epoch = tl.load(state_ptr + EPOCH) + 1
         raise_flags(addresses_ptr, flags_at, ARRIVED, rank, epoch, flags_ptr, W, BLOCK_W)
+        tl.store(state_ptr + EPOCH, epoch)
 
 
 def send_rows(
@@ -203,7 +199,7 @@ def send_rows(
 ) -> None:
     """Write each token's hidden state, and which of whose lanes want it, into the buffers of the ranks concerned.
 
-    Every rank calls it, then `receive_rows`, then computes, then `meet_peers`, in this order and equally often. So when a rank
+    Every rank calls it, then `receive_rows`, then computes, then `combine_home`, in this order and equally often. So when a rank
     writes, everybody has read what it wrote before. No rank waits here.
 
     The kernel enqueued just before it is the last one of `build_schedule`, of which x_TH and lanes_TK are older: on GPUs with

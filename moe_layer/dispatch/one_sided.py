@@ -11,14 +11,14 @@ import torch
 import torch.distributed as dist
 
 from eplb.peer_memory import PeerMemory, connect_peers, over_group
-from moe_kernels import TileSchedule, build_schedule, combine
+from moe_kernels import TileSchedule, build_schedule
+from moe_kernels.combine_home import combine_home
 from moe_kernels.expand_rows import expand_rows
 from moe_kernels.gather_counts import gather_counts
 from moe_kernels.homes import RowHomes
-from moe_kernels.meet_peers import meet_peers
 from moe_kernels.peers import NO_RANK, PeerArea, PeerLayout
 from moe_kernels.receive_rows import receive_rows
-from moe_kernels.return_rows import combine_sums, return_rows, return_sums
+from moe_kernels.return_rows import return_rows, return_sums
 from moe_kernels.send_rows import send_rows
 from moe_layer.arguments import check_choice
 from moe_layer.dispatch.all_to_all import AllToAllDispatcher
@@ -217,7 +217,6 @@ class OneSidedDispatcher:
             assert self._with_gradients is not None
             return self._with_gradients.combine(rows_NH, dispatched, lanes_TK, backend)
         self.send_back(rows_NH, dispatched)
-        meet_peers(self.area)
         return self.sum_up(dispatched, lanes_TK)
 
     def send_back(self, rows_NH: torch.Tensor | None, dispatched: Dispatched) -> None:
@@ -229,13 +228,12 @@ class OneSidedDispatcher:
         elif rows_NH is not None:
             return_rows(rows_NH, route.schedules[0], self.area, route.bound)
 
-    def sum_up(self, dispatched: Dispatched, lanes_TK: torch.Tensor) -> torch.Tensor:
-        """The part of `combine` after ranks have met."""
+    def sum_up(
+        self, dispatched: Dispatched, lanes_TK: torch.Tensor, says: bool = True, out: torch.Tensor | None = None
+    ) -> torch.Tensor:
+        """The part of `combine` in which ranks meet; for `says` and `out` see `combine_home`."""
         route: _Route = dispatched.route
-        if self._by_rank:
-            return combine_sums(lanes_TK, self.area, route.num_lanes)
-        rows = self.area.part("results", self._layout.dtype, lanes_TK.numel(), self._layout.hidden_size)
-        return combine(rows, lanes_TK, backend="triton")
+        return combine_home(lanes_TK, self.area, route.num_lanes, by_rank=self._by_rank, says=says, out=out)
 
 
 def _refuse_gradients() -> NoReturn:

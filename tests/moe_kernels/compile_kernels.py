@@ -19,6 +19,7 @@ from moe_kernels import (  # noqa: F401
     GemmConfig,
     GradientConfigs,
     RoutingRule,
+    combine_home,
     expand_rows,
     gather_counts,
     gemm_config,
@@ -37,6 +38,7 @@ MODULES = {
     name: sys.modules[f"moe_kernels.{name}"]
     for name in (
         "combine",
+        "combine_home",
         "count_experts",
         "expand_rows",
         "expert_down_quantised",
@@ -325,7 +327,10 @@ def compile_peers(arch: int, dtype: torch.dtype, num_ranks: int) -> None:
         ("gather_counts", "_gather_counts_kernel", meets | {"BLOCK": 1024}, 4),
         ("return_rows", "_return_rows_kernel", {"BLOCK_H": 1024}, 4),
         ("return_rows", "_return_sums_kernel", columns | sees, 4),
-        ("return_rows", "_combine_sums_kernel", columns | ranks, 4),
+        *(
+            ("combine_home", "_combine_home_kernel", meets | columns | {"BY_RANK": by_rank}, 4)
+            for by_rank in (False, True)
+        ),
     ):
         fp8 = module == "expand_rows" or (module == "send_rows" and "scales_ptr" not in constants)
         own = types | ({"rows_ptr": "*fp8e4nv", "scales_ptr": "*fp32", "expanded_ptr": element} if fp8 else {})
@@ -335,7 +340,7 @@ def compile_peers(arch: int, dtype: torch.dtype, num_ranks: int) -> None:
             assert re.search(r"st\.global\S*v4\.b32", ptx), "rows must be stored 16 bytes at a time"
         if "TIMED" in constants:
             assert "global.sys.acquire" in ptx and "globaltimer" in ptx
-        if name in ("_send_rows_kernel", "_meet_peers_kernel", "_gather_counts_kernel"):
+        if name in ("_send_rows_kernel", "_meet_peers_kernel", "_gather_counts_kernel", "_combine_home_kernel"):
             assert "global.sys.release" in ptx
 
 
