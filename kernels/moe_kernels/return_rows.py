@@ -14,7 +14,16 @@ from moe_kernels.homes import row_at
 from moe_kernels.integers import cdiv, next_power_of_2
 from moe_kernels.launch import Launcher, gdc_launch_dependents, gdc_wait
 from moe_kernels.numerics import narrow, widen
-from moe_kernels.peers import EPOCH, PeerArea, find_token, rank_options, token_ends
+from moe_kernels.peers import (
+    EPOCH,
+    RETURNED,
+    PeerArea,
+    find_token,
+    is_last_program,
+    raise_flags,
+    rank_options,
+    token_ends,
+)
 from moe_kernels.tiles import TileSchedule
 
 _MOST_PROGRAMS = 512  # of 4 warps: as many threads as 32 of an H100's multiprocessors have
@@ -26,6 +35,13 @@ def _programs(rows: int, hidden_size: int, block: int) -> tuple[int]:
 
 
 @triton.jit
+def _say(addresses_ptr, flags_at, rank, flags_ptr, state_ptr, W: tl.constexpr, BLOCK_W: tl.constexpr):
+    """The last program to have done its part tells every rank that this rank's results are there."""
+    if is_last_program(state_ptr):
+        raise_flags(addresses_ptr, flags_at, RETURNED, rank, tl.load(state_ptr + EPOCH), flags_ptr, W, BLOCK_W)
+
+
+@triton.jit
 def _load_row(rows_ptr, flat, item, items, blocks, hidden_size, BLOCK_H: tl.constexpr):
     """BLOCK_H columns of a row."""
     column = item % blocks * BLOCK_H + tl.arange(0, BLOCK_H)
@@ -33,18 +49,26 @@ def _load_row(rows_ptr, flat, item, items, blocks, hidden_size, BLOCK_H: tl.cons
 
 
 @Launcher
-@triton.jit(do_not_specialize=["rows_per_home"])
+@triton.jit(do_not_specialize=["rank", "rows_per_home"])
 def _return_rows_kernel(
     # inputs
     rows_ptr,
     order_ptr,
     num_rows_ptr,
     homes_ptr,
+    addresses_ptr,
+    flags_ptr,
+    # input and output
+    state_ptr,
     # shapes
+    rank,
     rows_per_home,
     hidden_size,
+    flags_at,
     # constants
     PDL: tl.constexpr,
+    W: tl.constexpr,
+    BLOCK_W: tl.constexpr,
     # tunables
     BLOCK_H: tl.constexpr,
 ):
@@ -67,6 +91,7 @@ def _return_rows_kernel(
         at = row_at(rows_ptr, flat, hidden_size, homes_ptr, rows_per_home) + column
         tl.store(at, row, mask=column < hidden_size)
         flat, next_flat, row = next_flat, last_flat, next_row
+    _say(addresses_ptr, flags_at, rank, flags_ptr, state_ptr, W, BLOCK_W)
 
 
 @Launcher
@@ -77,12 +102,16 @@ def _return_sums_kernel(
     here_ptr,
     counts_ptr,
     homes_ptr,
+    addresses_ptr,
+    flags_ptr,
+    # input and output
     state_ptr,
     # shapes
     rank,
     bound,
     hidden_size,
     num_lanes,
+    flags_at,
     # constants
     TOP_K: tl.constexpr,
     PDL: tl.constexpr,
@@ -120,10 +149,11 @@ def _return_sums_kernel(
         total = tl.sum(widen(rows), axis=0)
         wanted = tl.max(here.to(tl.int32), axis=0) > 0
         tl.store(to, narrow(total, rows_ptr.dtype.element_ty), mask=inside & wanted)
+    _say(addresses_ptr, flags_at, rank, flags_ptr, state_ptr, W, BLOCK_W)
 
 
 def return_rows(rows_NH: torch.Tensor, schedule: TileSchedule, area: PeerArea, bound: int) -> None:
-    """Write each computed row to its place among the results of its token's rank, [B * K, H] there.
+    """Write each computed row to its place among the results of its token's rank, [B * K, H] there, and say so to all ranks.
 
     Args:
         rows_NH: [N, H], contiguous, in flat order, as `expert_down` returns them.
@@ -135,14 +165,16 @@ def return_rows(rows_NH: torch.Tensor, schedule: TileSchedule, area: PeerArea, b
     block = min(1024, next_power_of_2(layout.hidden_size))
     _return_rows_kernel[_programs(bound * layout.top_k, layout.hidden_size, block)](
         *(rows_NH, schedule.order_N, schedule.offsets_L1[-1:], area.results_W),
-        *(bound * layout.top_k, layout.hidden_size),
+        *(area.addresses_W, area.part("flags", torch.int64, 1), area.state),
+        *(area.rank, bound * layout.top_k, layout.hidden_size, layout.offsets["flags"]),
+        **rank_options(area),
         BLOCK_H=block,
         num_warps=4,
     )
 
 
 def return_sums(rows_NH: torch.Tensor, area: PeerArea, bound: int, num_lanes: int) -> None:
-    """Sum what this rank has computed for a token, in float32, rounded once, and write it home: [B, W, H].
+    """Sum what this rank has computed for a token, in float32, rounded once, and write it home: [B, W, H]. Say so to all ranks.
 
     Fewer bytes travel, but the result depends on which experts share a rank, to rounding.
 
@@ -155,8 +187,9 @@ def return_sums(rows_NH: torch.Tensor, area: PeerArea, bound: int, num_lanes: in
     check_tensor("rows_NH", rows_NH, (layout.num_ranks * per_rank, layout.hidden_size), layout.dtype, area.own.device)
     block = min(1024, next_power_of_2(layout.hidden_size))
     _return_sums_kernel[_programs(bound * layout.num_ranks, layout.hidden_size, block)](
-        *(rows_NH, area.here, area.part("counts", torch.int32, 1), area.results_W, area.state),
-        *(area.rank, bound, layout.hidden_size, num_lanes),
+        *(rows_NH, area.here, area.part("counts", torch.int32, 1), area.results_W),
+        *(area.addresses_W, area.part("flags", torch.int64, 1), area.state),
+        *(area.rank, bound, layout.hidden_size, num_lanes, layout.offsets["flags"]),
         TOP_K=layout.top_k,
         **rank_options(area),
         BLOCK_K=next_power_of_2(layout.top_k),

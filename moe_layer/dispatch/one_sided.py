@@ -216,17 +216,18 @@ class OneSidedDispatcher:
         if not isinstance(dispatched.route, _Route):
             assert self._with_gradients is not None
             return self._with_gradients.combine(rows_NH, dispatched, lanes_TK, backend)
-        self.send_back(rows_NH, dispatched)
-        return self.sum_up(dispatched, lanes_TK)
+        has_said = self.send_back(rows_NH, dispatched)
+        return self.sum_up(dispatched, lanes_TK, not has_said)
 
-    def send_back(self, rows_NH: torch.Tensor | None, dispatched: Dispatched) -> None:
-        """The part of `combine` before ranks meet."""
+    def send_back(self, rows_NH: torch.Tensor | None, dispatched: Dispatched) -> bool:
+        """The part of `combine` before ranks meet. Returns whether it has told the ranks that their rows are there."""
         route: _Route = dispatched.route
         if self._by_rank:
             assert rows_NH is not None
             return_sums(rows_NH, self.area, route.bound, route.num_lanes)
         elif rows_NH is not None:
             return_rows(rows_NH, route.schedules[0], self.area, route.bound)
+        return rows_NH is not None
 
     def sum_up(
         self, dispatched: Dispatched, lanes_TK: torch.Tensor, says: bool = True, out: torch.Tensor | None = None

@@ -325,7 +325,7 @@ def compile_peers(arch: int, dtype: torch.dtype, num_ranks: int) -> None:
         ("receive_rows", "_receive_rows_kernel", receives | {"here_ptr": None}, 4),
         ("meet_peers", "_meet_peers_kernel", meets, 1),
         ("gather_counts", "_gather_counts_kernel", meets | {"BLOCK": 1024}, 4),
-        ("return_rows", "_return_rows_kernel", {"BLOCK_H": 1024}, 4),
+        ("return_rows", "_return_rows_kernel", sees | {"BLOCK_H": 1024}, 4),
         ("return_rows", "_return_sums_kernel", columns | sees, 4),
         *(
             ("combine_home", "_combine_home_kernel", meets | columns | {"BY_RANK": by_rank}, 4)
@@ -340,7 +340,7 @@ def compile_peers(arch: int, dtype: torch.dtype, num_ranks: int) -> None:
             assert re.search(r"st\.global\S*v4\.b32", ptx), "rows must be stored 16 bytes at a time"
         if "TIMED" in constants:
             assert "global.sys.acquire" in ptx and "globaltimer" in ptx
-        if name in ("_send_rows_kernel", "_meet_peers_kernel", "_gather_counts_kernel", "_combine_home_kernel"):
+        if name not in ("_receive_rows_kernel", "_expand_rows_kernel"):
             assert "global.sys.release" in ptx
 
 
