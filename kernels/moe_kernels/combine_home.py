@@ -61,7 +61,9 @@ def _combine_home_kernel(
 
     Example (K 2, by choice): rows [[1], [2]], lanes [3, -1] → y 1: what a choice of no expert left there is not used.
     """
-    if PDL:  # see `Launcher`
+    # Where the kernel before has told the peers, the flags say more than its end: rows of all ranks, its own too, are there.
+    IS_EARLY: tl.constexpr = WAITS and not SAYS
+    if PDL and not IS_EARLY:  # see `Launcher`
         gdc_wait()
     program, programs = tl.program_id(0), tl.num_programs(0)
     epoch = tl.load(state_ptr + EPOCH)
@@ -75,6 +77,8 @@ def _combine_home_kernel(
     if WAITS:
         wait_for_flags(flags_ptr, state_ptr, error_ptr, RETURNED, epoch, patience, W, BLOCK_W, TIMED)
     if PDL:
+        if IS_EARLY:
+            gdc_wait()
         gdc_launch_dependents()
     for item in range(program, items, programs):
         token = (item // blocks).to(tl.int64)

@@ -65,7 +65,6 @@ MODULES = {
         "solve_shares_triton",
     )
 }
-EARLY = ("_send_rows_kernel",)  # begin with what is older than the kernel before
 ALIGNED = ("stride_row", "stride_slot", "hidden_size", "intermediate", "num_experts", "rows_at")
 ALIGNED += ("stride_scale", "stride_zero", "inner", "height", "width", "stride_left", "stride_right")
 DTYPES = {torch.float32: "fp32", torch.float16: "fp16", torch.bfloat16: "bf16"}
@@ -184,8 +183,10 @@ def compile_small_one(
     compiled = compile_kernel(module, name, types, constants | {"PDL": pdl}, arch, num_warps=num_warps, launch_pdl=pdl)
     ptx = compiled.asm["ptx"]
     wait, access = ptx.find("griddepcontrol.wait"), min(ptx.find("ld.global"), ptx.find("st.global"))
-    if name in EARLY and pdl:
+    if name == "_send_rows_kernel" and pdl:
         assert access < wait < ptx.find("atom."), "must wait for the kernel before, and before it says anything"
+    elif name == "_combine_home_kernel" and pdl and not constants["SAYS"]:
+        assert ptx.find("atom.") < wait < ptx.find("launch_dependents"), "must have waited when the next kernel starts"
     else:
         assert 0 <= wait < access if pdl else wait == -1, "must wait for the kernel before, and before all else"
     if "increment_ptr" in types and constants.get("increment_ptr", 0) is not None:
@@ -328,8 +329,8 @@ def compile_peers(arch: int, dtype: torch.dtype, num_ranks: int) -> None:
         ("return_rows", "_return_rows_kernel", sees | {"BLOCK_H": 1024}, 4),
         ("return_rows", "_return_sums_kernel", columns | sees, 4),
         *(
-            ("combine_home", "_combine_home_kernel", meets | columns | {"BY_RANK": by_rank}, 4)
-            for by_rank in (False, True)
+            ("combine_home", "_combine_home_kernel", meets | columns | {"BY_RANK": by_rank, "SAYS": says}, 4)
+            for by_rank, says in ((False, True), (False, False), (True, False))
         ),
     ):
         fp8 = module == "expand_rows" or (module == "send_rows" and "scales_ptr" not in constants)
@@ -341,7 +342,7 @@ def compile_peers(arch: int, dtype: torch.dtype, num_ranks: int) -> None:
         if "TIMED" in constants:
             assert "global.sys.acquire" in ptx and "globaltimer" in ptx
         if name not in ("_receive_rows_kernel", "_expand_rows_kernel"):
-            assert "global.sys.release" in ptx
+            assert "global.sys.release" in ptx or not constants.get("SAYS", True)
 
 
 def compile_one_token(arch: int, dtype: torch.dtype) -> None:
