@@ -67,9 +67,8 @@ def _combine_home_kernel(
         gdc_wait()
     program, programs = tl.program_id(0), tl.num_programs(0)
     epoch = tl.load(state_ptr + EPOCH)
-    if SAYS:
-        if program == 0:
-            raise_flags(addresses_ptr, flags_at, RETURNED, rank, epoch, flags_ptr, W, BLOCK_W)
+    if SAYS and program == 0:
+        raise_flags(addresses_ptr, flags_at, RETURNED, rank, epoch, flags_ptr, W, BLOCK_W)
     blocks = tl.cdiv(hidden_size, BLOCK_H)
     items = num_tokens * blocks
     k = tl.arange(0, BLOCK_K)

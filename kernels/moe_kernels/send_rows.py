@@ -199,8 +199,8 @@ def send_rows(
 ) -> None:
     """Write each token's hidden state, and which of whose lanes want it, into the buffers of the ranks concerned.
 
-    Every rank calls it, then `receive_rows`, then computes, then `combine_home`, in this order and equally often. So when a rank
-    writes, everybody has read what it wrote before. No rank waits here.
+    Every rank calls it, then `receive_rows`, then computes, then `combine_home`, in this order and equally often. So when a
+    rank writes, everybody has read what it wrote before. No rank waits here.
 
     The kernel enqueued just before it is the last one of `build_schedule`, of which x_TH and lanes_TK are older: on GPUs with
     programmatic dependent launch, tokens are copied while that one still runs.

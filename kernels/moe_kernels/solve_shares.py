@@ -6,6 +6,7 @@ W ranks, E logical experts, P replicas of all experts together (entries of the t
 from __future__ import annotations
 
 import itertools
+from copy import deepcopy
 
 import torch
 
@@ -46,21 +47,33 @@ def solve_shares_torch(
             loads[owner] += _cost(quota, expert_cost)
     least = sum(_cost(total, expert_cost) for ranks, total in zip(ranks_of, totals, strict=True) if ranks)
     bound = -(-least // num_ranks)
-    split = [expert for expert, ranks in enumerate(ranks_of) if len(ranks) > 1]
+    is_pair = [len(ranks) == 2 and not expert_cost for ranks in ranks_of]
+    pairs = {tuple(ranks): [0, 0] for ranks, is_one in zip(ranks_of, is_pair, strict=True) if is_one}
+    for expert, ranks in enumerate(ranks_of):
+        if is_pair[expert]:
+            pairs[tuple(ranks)] = [
+                have + quota for have, quota in zip(pairs[tuple(ranks)], quotas[expert], strict=True)
+            ]
     for round in range(ROUNDS):
         gathers = round == 0 and expert_cost > 0
         if max(loads) <= bound and not gathers:
             break
-        moved = False
-        for expert in split:
-            old = list(quotas[expert])
-            num = len(old)
+        old = deepcopy((pairs, quotas))
+        for a, b in sorted(pairs, key=lambda pair: pair[0] ^ pair[1]):
+            _level_pair(loads, pairs[a, b], [a, b], 0, 1, 0, bound, False)
+        for expert, ranks in enumerate(ranks_of):
+            num = len(ranks)
             stride = round + 1 if round + 1 < num else 1
-            for a in range(num if num > 2 else 1):
-                _level_pair(loads, quotas[expert], ranks_of[expert], a, (a + stride) % num, expert_cost, bound, gathers)
-            moved |= quotas[expert] != old
-        if not moved and not gathers:
+            for a in range(0 if num < 2 or is_pair[expert] else num if num > 2 else 1):
+                _level_pair(loads, quotas[expert], ranks, a, (a + stride) % num, expert_cost, bound, gathers)
+        if old == (pairs, quotas) and not gathers:
             break
+    for expert, ranks in enumerate(ranks_of):
+        if is_pair[expert]:  # of what is left of the pair's tokens, the smaller rank has the first
+            left = pairs[tuple(ranks)]
+            first = min(left[0], totals[expert])
+            quotas[expert] = [first, totals[expert] - first]
+            left[0] -= first
     ends = [0] * len(lanes)
     for expert, ranks in enumerate(ranks_of):
         left, end = dict(zip(ranks, quotas[expert], strict=True)), 0

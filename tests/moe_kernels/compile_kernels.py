@@ -293,10 +293,8 @@ def compile_small(arch: int) -> None:
     for cost, block_e in ((0, 256), (40, 1024)):
         for absent in ({}, {"offsets_ptr": None}):
             solve = {"LANES": 9, "EXPERT_COST": cost, "BLOCK_E": block_e} | absent
-            compile_small_one("solve_shares_triton", "_start_kernel", {}, solve | {"BLOCK_V": 8192 // block_e}, arch, 8)
-            compiled = compile_small_one(
-                "solve_shares_triton", "_solve_shares_kernel", {}, solve | {"BLOCK_W": 32}, arch, 1
-            )
+            sizes = {"BLOCK_W": 32, "PAIRS": 8, "BLOCK_V": 8, "BLOCK_R": 8, "TILES": 1, "BLOCK_F": 8192 // block_e}
+            compiled = compile_small_one("solve_shares_triton", "_solve_shares_kernel", {}, solve | sizes, arch, 8)
             assert "redux.sync.add.s32" in compiled.asm["ptx"], "a sum over ranks must be one instruction"
     compile_small_one("schedule_triton", "_place_rows_kernel", {}, chunk, arch, options["num_warps"])
 
