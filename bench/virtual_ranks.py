@@ -197,18 +197,13 @@ class VirtualRanks:
         self, rows: Sequence[torch.Tensor | None], sent: Sequence[Dispatched], lanes: Sequence[torch.Tensor]
     ) -> list[torch.Tensor]:
         """The combine of all ranks."""
-        is_cuda = self.device.type == "cuda"
-        # Before any rank waits: to allocate memory may wait for the device.
+        # Before any rank waits: to allocate memory, or to load a kernel, may wait for the device.
         outputs = [
             torch.empty((len(lanes_TK), self.sizes.hidden_size), dtype=self.sizes.dtype, device=self.device)
             for lanes_TK in lanes
         ]
         said = self.all(lambda rank: self.dispatchers[rank].send_back(rows[rank], sent[rank]))
-        if not is_cuda:  # one thread, and kernels that are over when their launch returns
-            self.all(lambda rank: said[rank] or meet_peers(self.dispatchers[rank].area, waits=False))
-
-        def sum_up(rank: int) -> torch.Tensor:
-            says = is_cuda and not said[rank]
-            return self.dispatchers[rank].sum_up(sent[rank], lanes[rank], says, outputs[rank])
-
-        return self.all(sum_up)  # type: ignore[return-value]
+        self.all(lambda rank: said[rank] or meet_peers(self.dispatchers[rank].area, waits=False))
+        return self.all(  # type: ignore[return-value]
+            lambda rank: self.dispatchers[rank].sum_up(sent[rank], lanes[rank], False, outputs[rank])
+        )

@@ -796,14 +796,14 @@ KERNELS = (
     ),
     # Shares by batch: a rank splits an expert though that saves nothing.
     Mutant(
-        "kernels/moe_kernels/solve_shares_triton.py",
+        "kernels/moe_kernels/solve_shares_steps.py",
         "is_whole = gathers | (whole <= tl.maximum(bound, ((both + sum_rest + 1) >> 1) + EXPERT_COST))",
         "is_whole = gathers | (whole <= ((both + sum_rest + 1) >> 1) + EXPERT_COST)",
         (f"{K}batch_shares.py",),
     ),
     # One round is all.
     Mutant(
-        "kernels/moe_kernels/solve_shares_triton.py",
+        "kernels/moe_kernels/solve_shares_steps.py",
         "goes_on = (round < _ROUNDS) & has_moved & (tl.max(load, axis=0) > bound)",
         "goes_on = round < 1",
         (f"{K}batch_shares.py",),
@@ -811,8 +811,8 @@ KERNELS = (
     # A rank counts its own tokens among those before it.
     Mutant(
         "kernels/moe_kernels/solve_shares_triton.py",
-        "before += tl.sum(tl.where(peer < rank, counts, 0), axis=0)",
-        "before += tl.sum(tl.where(peer <= rank, counts, 0), axis=0)",
+        "before += tl.where(peer < rank, counts, 0)",
+        "before += tl.where(peer <= rank, counts, 0)",
         (f"{K}batch_shares.py",),
     ),
     # Of many elements, those of the ranks before are forgotten.
@@ -901,8 +901,8 @@ ONE_SIDED = (
     # A lane's rows begin with those of the lane before.
     Mutant(
         "kernels/moe_kernels/receive_rows.py",
-        "listed = lists_ptr + peer * per_rank + first",
-        "listed = lists_ptr + peer * per_rank",
+        "listed = peer * per_rank + first - (end - own)",
+        "listed = peer * per_rank - (end - own)",
         (f"{L}one_sided.py",),
     ),
     # Rows go home to the next rank.

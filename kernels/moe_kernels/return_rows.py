@@ -42,10 +42,14 @@ def _say(addresses_ptr, flags_at, rank, flags_ptr, state_ptr, W: tl.constexpr, B
 
 
 @triton.jit
-def _load_row(rows_ptr, flat, item, items, blocks, hidden_size, BLOCK_H: tl.constexpr):
-    """BLOCK_H columns of a row."""
-    column = item % blocks * BLOCK_H + tl.arange(0, BLOCK_H)
-    return tl.load(rows_ptr + flat.to(tl.int64) * hidden_size + column, mask=(item < items) & (column < hidden_size))
+def _load_choice(rows_ptr, first, here, place, k, number, column, hidden_size):
+    """Columns of the row of a token's `number`-th choice that is here, counted from 1; zeros, if there is none."""
+    is_it = here & (place == number)
+    row = first + tl.sum(tl.where(is_it, k, 0), axis=0)
+    exists = tl.max(is_it.to(tl.int32), axis=0) > 0
+    at = rows_ptr + row.to(tl.int64) * hidden_size + column
+    # Nobody reads it again: L2 lets it go first, and keeps what goes home.
+    return widen(tl.load(at, mask=exists & (column < hidden_size), other=0.0, eviction_policy="evict_first"))
 
 
 @Launcher
@@ -77,20 +81,14 @@ def _return_rows_kernel(
         gdc_wait()
         gdc_launch_dependents()
     blocks = tl.cdiv(hidden_size, BLOCK_H)
-    program, programs = tl.program_id(0), tl.num_programs(0)
-    items = tl.load(num_rows_ptr) * blocks
-    flat = tl.load(order_ptr + program // blocks)  # undefined past the last row, and not used
-    next_flat = tl.load(order_ptr + (program + programs) // blocks, mask=program + programs < items, other=0)
-    row = _load_row(rows_ptr, flat, program, items, blocks, hidden_size, BLOCK_H)
-    for item in range(program, items, programs):
-        # Ahead of the store: the next row, and where the one after that is.
-        later = item + programs
-        next_row = _load_row(rows_ptr, next_flat, later, items, blocks, hidden_size, BLOCK_H)
-        last_flat = tl.load(order_ptr + (later + programs) // blocks, mask=later + programs < items, other=0)
+    for item in range(tl.program_id(0), tl.load(num_rows_ptr) * blocks, tl.num_programs(0)):
+        flat = tl.load(order_ptr + item // blocks)
         column = item % blocks * BLOCK_H + tl.arange(0, BLOCK_H)
-        at = row_at(rows_ptr, flat, hidden_size, homes_ptr, rows_per_home) + column
-        tl.store(at, row, mask=column < hidden_size)
-        flat, next_flat, row = next_flat, last_flat, next_row
+        inside = column < hidden_size
+        # Nobody reads it again: L2 lets it go first, and keeps what goes home.
+        at = rows_ptr + flat.to(tl.int64) * hidden_size + column
+        row = tl.load(at, mask=inside, eviction_policy="evict_first")
+        tl.store(row_at(rows_ptr, flat, hidden_size, homes_ptr, rows_per_home) + column, row, mask=inside)
     _say(addresses_ptr, flags_at, rank, flags_ptr, state_ptr, W, BLOCK_W)
 
 
@@ -138,17 +136,23 @@ def _return_sums_kernel(
         column = item % blocks * BLOCK_H + tl.arange(0, BLOCK_H)
         inside = column < hidden_size
         here = seen == epoch
-        row = (home * bound + token) * TOP_K + k
-        rows = rows_ptr + row.to(tl.int64)[:, None] * hidden_size + column[None, :]
-        rows = tl.load(rows, mask=here[:, None] & inside[None, :], other=0.0)
+        place = tl.cumsum(here.to(tl.int32), axis=0)
+        num = tl.max(place, axis=0)
+        first = (home * bound + token) * TOP_K
         to = tl.multiple_of(tl.load(homes_ptr + home).to(rows_ptr.dtype), 16)
         to += (token.to(tl.int64) * W + rank) * hidden_size + column
         later = item + programs  # ahead of the stores
         home, token = find_token(ends, later // blocks, rank + 1, W, BLOCK_W)
         seen = tl.load(here_ptr + (home * bound + token) * TOP_K + k, mask=(later < items) & (k < TOP_K), other=0)
-        total = tl.sum(widen(rows), axis=0)
-        wanted = tl.max(here.to(tl.int32), axis=0) > 0
-        tl.store(to, narrow(total, rows_ptr.dtype.element_ty), mask=inside & wanted)
+        # Four rows at once, of all that may be; most tokens have fewer here.
+        total = tl.zeros((BLOCK_H,), dtype=tl.float32)
+        for before in range(0, num, 4):
+            row0 = _load_choice(rows_ptr, first, here, place, k, before + 1, column, hidden_size)
+            row1 = _load_choice(rows_ptr, first, here, place, k, before + 2, column, hidden_size)
+            row2 = _load_choice(rows_ptr, first, here, place, k, before + 3, column, hidden_size)
+            row3 = _load_choice(rows_ptr, first, here, place, k, before + 4, column, hidden_size)
+            total = total + row0 + row1 + row2 + row3
+        tl.store(to, narrow(total, rows_ptr.dtype.element_ty), mask=inside & (num > 0))
     _say(addresses_ptr, flags_at, rank, flags_ptr, state_ptr, W, BLOCK_W)
 
 

@@ -14,7 +14,8 @@ from moe_kernels.backend import resolve_backend
 from moe_kernels.checks import check_tensor
 from moe_kernels.circle import SHARE_BITS, SHARE_ONE
 from moe_kernels.registered import registered_op
-from moe_kernels.solve_shares_triton import ROUNDS, solve_shares_triton
+from moe_kernels.solve_shares_steps import ROUNDS
+from moe_kernels.solve_shares_triton import solve_shares_triton
 from moe_kernels.table import ReplicaTable
 
 MOST_RANKS = 64  # a bit for each in an integer of the kernels
@@ -132,9 +133,11 @@ def solve_shares(
     The load of a rank is its tokens, and `expert_cost` for each expert of which it has any. All ranks that have the same
     counts and table get the same bits: it is all integers, in a fixed order.
 
-    Each expert begins with the table's shares. Then each pair of its replicas levels its two ranks, expert by expert: up to
-    `ROUNDS` times, until nothing moves or no division could be better. With an `expert_cost` the first round gives each expert
-    to one rank whole; a later one splits it only where the larger of the two ranks gains and would else be above the mean.
+    Each expert begins with the table's shares. Without an `expert_cost`, experts that have the same two ranks are divided as
+    one, the first ones to the smaller rank. Then each pair of ranks levels what its experts have, then each other expert its
+    ranks by pairs: up to `ROUNDS` times, until nothing moves or no division could be better. With an `expert_cost` each expert
+    is divided on its own: the first round gives it to one rank whole; a later one splits it only where the larger of the two
+    ranks gains and would else be above the mean.
 
     Args:
         counts_WE: [W, E] int32, contiguous: the tokens that each rank has for each expert. At most 64 ranks, 1024

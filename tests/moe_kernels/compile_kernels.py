@@ -293,8 +293,10 @@ def compile_small(arch: int) -> None:
     for cost, block_e in ((0, 256), (40, 1024)):
         for absent in ({}, {"offsets_ptr": None}):
             solve = {"LANES": 9, "EXPERT_COST": cost, "BLOCK_E": block_e} | absent
-            sizes = {"BLOCK_W": 32, "PAIRS": 8, "BLOCK_V": 8, "BLOCK_R": 8, "TILES": 1, "BLOCK_F": 8192 // block_e}
-            compiled = compile_small_one("solve_shares_triton", "_solve_shares_kernel", {}, solve | sizes, arch, 8)
+            sizes = {"BLOCK_W": 32, "PAIRS": 8, "BLOCK_V": 8, "BLOCK_F": 32}
+            compiled = compile_small_one(
+                "solve_shares_triton", "_solve_shares_kernel", {}, solve | sizes, arch, 8 if cost == 0 else 16
+            )
             assert "redux.sync.add.s32" in compiled.asm["ptx"], "a sum over ranks must be one instruction"
     compile_small_one("schedule_triton", "_place_rows_kernel", {}, chunk, arch, options["num_warps"])
 
