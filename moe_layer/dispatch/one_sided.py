@@ -46,7 +46,8 @@ class OneSidedDispatcher:
     if there is one: their batches are large, and their backward repeats them.
 
     A rank that waits in vain for a peer goes on after `timeout`, with outputs that mean nothing; from then on no forward waits.
-    The next eager forward and `raise_if_failed()` raise it. A dispatcher that failed stays so: make a new one.
+    The next eager forward and `raise_if_failed()` raise it; a controller's `health()` shows it, also where graphs are replayed.
+    A dispatcher that failed stays so: make a new one.
 
     Args:
         memory: of `PeerLayout.num_bytes` or more, zero.
@@ -134,14 +135,21 @@ class OneSidedDispatcher:
             TimeoutError: one did not, in some forward until now. Outputs since then mean nothing.
             ValueError: the ranks gave different `max_tokens` to a forward.
         """
-        failure = self.area.failure()
-        if failure == NO_RANK:
-            raise ValueError("max_tokens must be equal on all ranks in each forward, but another rank gave another one")
+        failure = self.why_failed()
         if failure is not None:
-            raise TimeoutError(
-                f"rank {failure} of the ranks that share the experts did not come to a forward within {self._timeout} s. "
-                "Outputs since then mean nothing; make the layers anew once all ranks are there"
-            )
+            raise (ValueError if self.area.failure() == NO_RANK else TimeoutError)(failure)
+
+    def why_failed(self) -> str | None:
+        """What `raise_if_failed` raises, in words; None if all is well. Never blocks."""
+        failure = self.area.failure()
+        if failure is None:
+            return None
+        if failure == NO_RANK:
+            return "max_tokens must be equal on all ranks in each forward, but another rank gave another one"
+        return (
+            f"rank {failure} of the ranks that share the experts did not come to a forward within {self._timeout} s. "
+            "Outputs since then mean nothing; make the layers anew once all ranks are there"
+        )
 
     def gather_counts(self, counts_E: torch.Tensor, needs_grad: bool) -> torch.Tensor:
         """See `Dispatcher`. The result lasts until the forward is over."""
