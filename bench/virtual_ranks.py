@@ -203,7 +203,9 @@ class VirtualRanks:
             for lanes_TK in lanes
         ]
         said = self.all(lambda rank: self.dispatchers[rank].send_back(rows[rank], sent[rank]))
-        self.all(lambda rank: said[rank] or meet_peers(self.dispatchers[rank].area, waits=False))
+        for rank in (rank for rank in range(self.sizes.num_ranks) if not said[rank]):
+            with self.on(rank):
+                meet_peers(self.dispatchers[rank].area, waits=False)
         return self.all(  # type: ignore[return-value]
             lambda rank: self.dispatchers[rank].sum_up(sent[rank], lanes[rank], False, outputs[rank])
         )

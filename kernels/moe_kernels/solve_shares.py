@@ -71,10 +71,10 @@ def solve_shares_torch(
             break
     for expert, ranks in enumerate(ranks_of):
         if is_pair[expert]:  # of what is left of the pair's tokens, the smaller rank has the first
-            left = pairs[tuple(ranks)]
-            first = min(left[0], totals[expert])
+            of_pair = pairs[tuple(ranks)]
+            first = min(of_pair[0], totals[expert])
             quotas[expert] = [first, totals[expert] - first]
-            left[0] -= first
+            of_pair[0] -= first
     ends = [0] * len(lanes)
     for expert, ranks in enumerate(ranks_of):
         left, end = dict(zip(ranks, quotas[expert], strict=True)), 0
