@@ -28,6 +28,7 @@ from moe_kernels import (  # noqa: F401
     receive_rows,
     return_rows,
     routing_triton,
+    send_few_rows,
     send_rows,
 )
 from moe_kernels.config import _INTERMEDIATE, _KEPT_TMA, _TABLE_TMA, _quantised_table
@@ -61,6 +62,7 @@ MODULES = {
         "routing_triton",
         "scan",
         "schedule_triton",
+        "send_few_rows",
         "send_rows",
         "solve_shares_triton",
     )
@@ -317,6 +319,10 @@ def compile_peers(arch: int, dtype: torch.dtype, num_ranks: int) -> None:
     meets = waits | {"SAYS": True, "WAITS": True}
     for module, name, constants, num_warps in (
         ("send_rows", "_send_rows_kernel", sends | {"scales_ptr": None}, 4),
+        *(
+            ("send_few_rows", "_send_few_rows_kernel", sends | scan | {"BLOCK_L": 512, "scales_ptr": None}, 4)
+            for scan in ({"BLOCK": 512, "ROWS": 4}, {"BLOCK": 2048, "ROWS": 4})
+        ),
         *(
             [("send_rows", "_send_rows_kernel", sends, 4), ("expand_rows", "_expand_rows_kernel", expands, 4)]
             if arch >= 89
