@@ -15,8 +15,9 @@ from moe_kernels.peers import ARRIVED, EPOCH, FP8_GROUP, PeerArea, is_last_progr
 from moe_kernels.scan import count_hits, first_index, load_bins, num_steps, rank_hits, row_ends, scan_options
 from moe_kernels.send_rows import MOST_PROGRAMS, block_columns, check_sending, load_columns, send_columns
 
-FEW_ROWS = 2048
-"""T * K, at most: so many keys are sorted by 4 warps, which suit the copying too."""
+FEW_ROWS = 512
+"""T * K, at most: so many keys are sorted in one step by 4 warps, which suit the copying too. More would take more registers
+from it."""
 _LEAST_COPYING = 128  # programs
 
 
