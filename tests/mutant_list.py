@@ -796,7 +796,7 @@ KERNELS = (
     ),
     # Shares by batch: a rank splits an expert though that saves nothing.
     Mutant(
-        "kernels/moe_kernels/solve_shares_steps.py",
+        "kernels/moe_kernels/solve_shares_rows.py",
         "is_whole = gathers | (whole <= tl.maximum(bound, ((both + sum_rest + 1) >> 1) + EXPERT_COST))",
         "is_whole = gathers | (whole <= ((both + sum_rest + 1) >> 1) + EXPERT_COST)",
         (f"{K}batch_shares.py",),
@@ -810,7 +810,7 @@ KERNELS = (
     ),
     # A rank counts its own tokens among those before it.
     Mutant(
-        "kernels/moe_kernels/solve_shares_triton.py",
+        "kernels/moe_kernels/solve_shares_pairs.py",
         "before += tl.where(peer < rank, counts, 0)",
         "before += tl.where(peer <= rank, counts, 0)",
         (f"{K}batch_shares.py",),

@@ -41,17 +41,6 @@ def _say(addresses_ptr, flags_at, rank, flags_ptr, state_ptr, W: tl.constexpr, B
         raise_flags(addresses_ptr, flags_at, RETURNED, rank, tl.load(state_ptr + EPOCH), flags_ptr, W, BLOCK_W)
 
 
-@triton.jit
-def _load_choice(rows_ptr, first, here, place, k, number, column, hidden_size):
-    """Columns of the row of a token's `number`-th choice that is here, counted from 1; zeros, if there is none."""
-    is_it = here & (place == number)
-    row = first + tl.sum(tl.where(is_it, k, 0), axis=0)
-    exists = tl.max(is_it.to(tl.int32), axis=0) > 0
-    at = rows_ptr + row.to(tl.int64) * hidden_size + column
-    # Nobody reads it again: L2 lets it go first, and keeps what goes home.
-    return widen(tl.load(at, mask=exists & (column < hidden_size), other=0.0, eviction_policy="evict_first"))
-
-
 @Launcher
 @triton.jit(do_not_specialize=["rank", "rows_per_home"])
 def _return_rows_kernel(
@@ -136,23 +125,17 @@ def _return_sums_kernel(
         column = item % blocks * BLOCK_H + tl.arange(0, BLOCK_H)
         inside = column < hidden_size
         here = seen == epoch
-        place = tl.cumsum(here.to(tl.int32), axis=0)
-        num = tl.max(place, axis=0)
-        first = (home * bound + token) * TOP_K
+        row = (home * bound + token) * TOP_K + k
+        rows = rows_ptr + row.to(tl.int64)[:, None] * hidden_size + column[None, :]
+        rows = tl.load(rows, mask=here[:, None] & inside[None, :], other=0.0, eviction_policy="evict_first")  # as above
         to = tl.multiple_of(tl.load(homes_ptr + home).to(rows_ptr.dtype), 16)
         to += (token.to(tl.int64) * W + rank) * hidden_size + column
         later = item + programs  # ahead of the stores
         home, token = find_token(ends, later // blocks, rank + 1, W, BLOCK_W)
         seen = tl.load(here_ptr + (home * bound + token) * TOP_K + k, mask=(later < items) & (k < TOP_K), other=0)
-        # Four rows at once, of all that may be; most tokens have fewer here.
-        total = tl.zeros((BLOCK_H,), dtype=tl.float32)
-        for before in range(0, num, 4):
-            row0 = _load_choice(rows_ptr, first, here, place, k, before + 1, column, hidden_size)
-            row1 = _load_choice(rows_ptr, first, here, place, k, before + 2, column, hidden_size)
-            row2 = _load_choice(rows_ptr, first, here, place, k, before + 3, column, hidden_size)
-            row3 = _load_choice(rows_ptr, first, here, place, k, before + 4, column, hidden_size)
-            total = total + row0 + row1 + row2 + row3
-        tl.store(to, narrow(total, rows_ptr.dtype.element_ty), mask=inside & (num > 0))
+        total = tl.sum(widen(rows), axis=0)
+        wanted = tl.max(here.to(tl.int32), axis=0) > 0
+        tl.store(to, narrow(total, rows_ptr.dtype.element_ty), mask=inside & wanted)
     _say(addresses_ptr, flags_at, rank, flags_ptr, state_ptr, W, BLOCK_W)
 
 

@@ -14,8 +14,9 @@ from moe_kernels.backend import resolve_backend
 from moe_kernels.checks import check_tensor
 from moe_kernels.circle import SHARE_BITS, SHARE_ONE
 from moe_kernels.registered import registered_op
+from moe_kernels.solve_shares_pairs import PAIRED_RANKS, solve_pairs
+from moe_kernels.solve_shares_rows import ROW_ROUNDS, solve_rows
 from moe_kernels.solve_shares_steps import ROUNDS
-from moe_kernels.solve_shares_triton import solve_shares_triton
 from moe_kernels.table import ReplicaTable
 
 MOST_RANKS = 64  # a bit for each in an integer of the kernels
@@ -48,14 +49,15 @@ def solve_shares_torch(
             loads[owner] += _cost(quota, expert_cost)
     least = sum(_cost(total, expert_cost) for ranks, total in zip(ranks_of, totals, strict=True) if ranks)
     bound = -(-least // num_ranks)
-    is_pair = [len(ranks) == 2 and not expert_cost for ranks in ranks_of]
+    is_paired = _is_paired(num_ranks, expert_cost)
+    is_pair = [is_paired and len(ranks) == 2 for ranks in ranks_of]
     pairs = {tuple(ranks): [0, 0] for ranks, is_one in zip(ranks_of, is_pair, strict=True) if is_one}
     for expert, ranks in enumerate(ranks_of):
         if is_pair[expert]:
             pairs[tuple(ranks)] = [
                 have + quota for have, quota in zip(pairs[tuple(ranks)], quotas[expert], strict=True)
             ]
-    for round in range(ROUNDS):
+    for round in range(ROUNDS if is_paired else ROW_ROUNDS):
         gathers = round == 0 and expert_cost > 0
         if max(loads) <= bound and not gathers:
             break
@@ -84,6 +86,11 @@ def solve_shares_torch(
     return counts_WE.new_tensor(ends), counts_WE[:rank].sum(dim=0, dtype=torch.int32)
 
 
+def _is_paired(num_ranks: int, expert_cost: int) -> bool:
+    """Whether experts of the same two ranks are divided together."""
+    return num_ranks <= PAIRED_RANKS and not expert_cost
+
+
 def _cost(quota: int, expert_cost: int) -> int:
     return quota + expert_cost * (quota > 0)
 
@@ -110,8 +117,11 @@ def _level_pair(
 def _solve_shares(
     counts_WE: torch.Tensor, table: ReplicaTable, lanes_per_rank: int, rank: int, expert_cost: int, backend: str
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    solve = solve_shares_triton if backend == "triton" else solve_shares_torch
-    return solve(counts_WE, table, lanes_per_rank, rank, expert_cost)
+    if backend != "triton":
+        return solve_shares_torch(counts_WE, table, lanes_per_rank, rank, expert_cost)
+    if _is_paired(counts_WE.shape[0], expert_cost):
+        return solve_pairs(counts_WE, table, lanes_per_rank, rank)
+    return solve_rows(counts_WE, table, lanes_per_rank, rank, expert_cost)
 
 
 @_solve_shares.register_fake
@@ -133,11 +143,12 @@ def solve_shares(
     The load of a rank is its tokens, and `expert_cost` for each expert of which it has any. All ranks that have the same
     counts and table get the same bits: it is all integers, in a fixed order.
 
-    Each expert begins with the table's shares. Without an `expert_cost`, experts that have the same two ranks are divided as
-    one, the first ones to the smaller rank. Then each pair of ranks levels what its experts have, then each other expert its
-    ranks by pairs: up to `ROUNDS` times, until nothing moves or no division could be better. With an `expert_cost` each expert
-    is divided on its own: the first round gives it to one rank whole; a later one splits it only where the larger of the two
-    ranks gains and would else be above the mean.
+    Each expert begins with the table's shares. On at most `PAIRED_RANKS` ranks without an `expert_cost`, experts that have the
+    same two ranks are divided as one, the first of them to the smaller rank: each pair of ranks levels what these experts have,
+    then each other expert its ranks by pairs. Else each expert levels its ranks by pairs. That is done up to `ROUNDS` (or
+    `ROW_ROUNDS`) times, until nothing moves or no division could be better. With an `expert_cost` the first round gives each
+    expert to one rank whole; a later one splits it only where the larger of the two ranks gains and would else be above the
+    mean.
 
     Args:
         counts_WE: [W, E] int32, contiguous: the tokens that each rank has for each expert. At most 64 ranks, 1024

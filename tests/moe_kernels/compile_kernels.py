@@ -64,7 +64,8 @@ MODULES = {
         "schedule_triton",
         "send_few_rows",
         "send_rows",
-        "solve_shares_triton",
+        "solve_shares_pairs",
+        "solve_shares_rows",
     )
 }
 ALIGNED = ("stride_row", "stride_slot", "hidden_size", "intermediate", "num_experts", "rows_at")
@@ -295,11 +296,16 @@ def compile_small(arch: int) -> None:
     for cost, block_e in ((0, 256), (40, 1024)):
         for absent in ({}, {"offsets_ptr": None}):
             solve = {"LANES": 9, "EXPERT_COST": cost, "BLOCK_E": block_e} | absent
-            sizes = {"BLOCK_W": 32, "PAIRS": 8, "BLOCK_V": 8, "BLOCK_F": 32}
+            compile_small_one("solve_shares_rows", "_start_kernel", {}, solve | {"BLOCK_V": 8192 // block_e}, arch, 8)
             compiled = compile_small_one(
-                "solve_shares_triton", "_solve_shares_kernel", {}, solve | sizes, arch, 8 if cost == 0 else 16
+                "solve_shares_rows", "_solve_shares_kernel", {}, solve | {"BLOCK_W": 32}, arch, 1
             )
             assert "redux.sync.add.s32" in compiled.asm["ptx"], "a sum over ranks must be one instruction"
+    for ranks, block_e in ((4, 256), (16, 1024)):
+        solve = {"LANES": 9, "BLOCK_E": block_e, "BLOCK_W": 32, "PAIRS": ranks, "BLOCK_V": min(8, ranks), "BLOCK_F": 32}
+        warps = min(16, block_e // 32)
+        compiled = compile_small_one("solve_shares_pairs", "_solve_pairs_kernel", {}, solve, arch, warps)
+        assert "shfl.sync.idx" in compiled.asm["ptx"], "a step of pairs must need no shared memory"
     compile_small_one("schedule_triton", "_place_rows_kernel", {}, chunk, arch, options["num_warps"])
 
 

@@ -1,4 +1,4 @@
-"""Replica choice by batch: the kernel of `solve_shares` and its launch.
+"""Replica choice by batch: the kernel of `solve_shares` for few ranks without costs, and its launch.
 
 W ranks, E logical experts, P entries of the table.
 """
@@ -12,8 +12,12 @@ import triton.language as tl
 from moe_kernels.circle import _SHARE_BITS
 from moe_kernels.integers import next_power_of_2
 from moe_kernels.launch import Launcher, gdc_launch_dependents, gdc_wait
+from moe_kernels.solve_shares_rows import count_bits, entries_of
 from moe_kernels.solve_shares_steps import solve
 from moe_kernels.table import ReplicaTable
+
+PAIRED_RANKS = 16
+"""The most ranks for which this takes less time than `solve_rows`: its steps grow with the ranks."""
 
 _UNROLL = tl.constexpr(2)  # entries of an expert that are looked at together, so that their loads overlap
 _MOST_AHEAD = 8  # ranks whose counts are loaded together
@@ -22,33 +26,10 @@ _MOST_WARPS = 16  # else an expert for each thread
 
 
 @triton.jit
-def _count_bits(bits):
-    """How many bits of a uint64 are 1."""
-    bits = (bits & 0x5555555555555555) + ((bits >> 1) & 0x5555555555555555)
-    bits = (bits & 0x3333333333333333) + ((bits >> 2) & 0x3333333333333333)
-    bits = (bits & 0x0F0F0F0F0F0F0F0F) + ((bits >> 4) & 0x0F0F0F0F0F0F0F0F)
-    bits = (bits & 0x00FF00FF00FF00FF) + ((bits >> 8) & 0x00FF00FF00FF00FF)
-    bits = (bits & 0x0000FFFF0000FFFF) + ((bits >> 16) & 0x0000FFFF0000FFFF)
-    return ((bits + (bits >> 32)) & 127).to(tl.int32)
-
-
-@triton.jit
-def _entries_of(offsets_ptr, expert, num_experts):
-    """First and last entry of each expert; none of what is past the last expert."""
-    exists = expert < num_experts
-    if offsets_ptr is None:
-        first, last = expert, tl.where(exists, expert + 1, expert)
-    else:
-        first = tl.load(offsets_ptr + expert, mask=exists, other=0)
-        last = tl.load(offsets_ptr + expert + 1, mask=exists, other=0)
-    return first, last
-
-
-@triton.jit
 def _parts(scratch_ptr, num_ranks, num_experts, PAIRS: tl.constexpr):
     """Where the program keeps what its threads tell each other.
 
-    pairs [PAIRS, PAIRS]: at [r, m], what rank r has of the experts that are on the ranks r and r ^ m and no other; loads [W];
+    pairs [PAIRS, PAIRS]: at [m, r], what rank r has of the experts that are on the ranks r and r ^ m and no other; loads [W];
     then a record for each row: 1 + the ordinals of the ranks [W] (0: the rank has no replica), and quotas [W]. All these are
     sums, and begin as zeros. The list [3, E] has, without gaps, the pair of each expert that has one, its tokens, and those of
     the experts before it in the list that have the same pair.
@@ -98,11 +79,10 @@ def _ranks_of(table_lanes_ptr, first, last, num_replicas, LANES: tl.constexpr, B
 def _begin_with_table(
     table_lanes_ptr, cumulative_ptr, first, last, num_replicas, total, ranks, mix, is_pair, row,
     pairs_ptr, loads_ptr, records_ptr, num_ranks,
-    LANES: tl.constexpr, EXPERT_COST: tl.constexpr, BLOCK_E: tl.constexpr, PAIRS: tl.constexpr,
+    LANES: tl.constexpr, BLOCK_E: tl.constexpr, PAIRS: tl.constexpr,
 ):  # fmt: skip
     """Add up what ranks have by the shares of the table: their loads, pairs and rows."""
     one = tl.full((BLOCK_E,), 1, dtype=tl.uint64)
-    paid = tl.zeros((BLOCK_E,), dtype=tl.uint64)
     begin = tl.zeros((BLOCK_E,), dtype=tl.int32)
     for replica in range(0, num_replicas, _UNROLL):
         for ahead in tl.static_range(_UNROLL):
@@ -115,16 +95,11 @@ def _begin_with_table(
                 end = ((total.to(tl.int64) * share) >> _SHARE_BITS).to(tl.int32)
             quota = end - begin
             begin = end
-            cost = quota
             bit = one << owner.to(tl.uint64)
-            if EXPERT_COST:
-                cost += tl.where((quota > 0) & ((paid & bit) == 0), EXPERT_COST, 0)
-                paid |= tl.where(quota > 0, bit, 0)
-            tl.atomic_add(loads_ptr + owner, cost, mask=is_entry, sem="relaxed")
-            if EXPERT_COST == 0:
-                tl.atomic_add(pairs_ptr + owner * PAIRS + mix, quota, mask=is_entry & is_pair, sem="relaxed")
+            tl.atomic_add(loads_ptr + owner, quota, mask=is_entry, sem="relaxed")
+            tl.atomic_add(pairs_ptr + mix * PAIRS + owner, quota, mask=is_entry & is_pair, sem="relaxed")
             record_ptr = records_ptr + row * (2 * num_ranks) + owner
-            tl.store(record_ptr, 1 + _count_bits(ranks & (bit - 1)), mask=is_entry & (row >= 0))
+            tl.store(record_ptr, 1 + count_bits(ranks & (bit - 1)), mask=is_entry & (row >= 0))
             tl.atomic_add(record_ptr + num_ranks, quota, mask=is_entry & (row >= 0), sem="relaxed")
 
 
@@ -146,7 +121,7 @@ def _add_up_list(list_ptr, num_pairs, num_experts, BLOCK_F: tl.constexpr):
 
 @Launcher
 @triton.jit(do_not_specialize=["rank"])
-def _solve_shares_kernel(
+def _solve_pairs_kernel(
     # inputs
     counts_ptr,
     offsets_ptr,  # None: each expert has one replica
@@ -163,7 +138,6 @@ def _solve_shares_kernel(
     num_entries,
     # constants
     LANES: tl.constexpr,  # of a rank; a constant, as division by any number takes long
-    EXPERT_COST: tl.constexpr,
     PDL: tl.constexpr,
     BLOCK_W: tl.constexpr,
     BLOCK_E: tl.constexpr,
@@ -173,7 +147,7 @@ def _solve_shares_kernel(
 ):
     """One program.
 
-    Example (2 ranks of 2 lanes, cost 0): counts [[3, 1], [2, 0]], expert 0 half in lane 0, half in lane 2, expert 1 in lane 1
+    Example (2 ranks of 2 lanes): counts [[3, 1], [2, 0]], expert 0 half in lane 0, half in lane 2, expert 1 in lane 1
     → by the table's shares ranks 0 and 1 have 2 and 3 of expert 0, and loads 3 and 3, which is the bound: quotas (ends)
     [2, 5, 1] of the entries 0, 1 (expert 0) and 2.
     """
@@ -187,15 +161,15 @@ def _solve_shares_kernel(
         tl.load(table_lanes_ptr + start + expert, mask=start + expert < num_entries, volatile=True)
         if cumulative_ptr is not None:
             tl.load(cumulative_ptr + start + expert, mask=start + expert < num_entries, volatile=True)
-    first, last = _entries_of(offsets_ptr, expert, num_experts)
+    first, last = entries_of(offsets_ptr, expert, num_experts)
     total, before = _count_tokens(counts_ptr, rank, num_ranks, num_experts, BLOCK_E, BLOCK_V)
     for start in range(0, PAIRS * PAIRS + num_ranks, BLOCK_E):
         tl.store(pairs_ptr + start + expert, 0, mask=start + expert < PAIRS * PAIRS + num_ranks)
     num_replicas = tl.max(last - first, axis=0)
     ranks, smallest, mix = _ranks_of(table_lanes_ptr, first, last, num_replicas, LANES, BLOCK_E)
-    num = _count_bits(ranks)
-    is_pair = (num == 2) & (EXPERT_COST == 0)
-    is_row = (num > 1) & (is_pair == 0)
+    num = count_bits(ranks)
+    is_pair = num == 2
+    is_row = num > 2
     # One sum for both: how many pairs and rows there are up to each expert.
     both = tl.cumsum(is_pair.to(tl.int32) + (is_row.to(tl.int32) << 16), axis=0)
     both_all = tl.max(both, axis=0)
@@ -206,23 +180,22 @@ def _solve_shares_kernel(
     tl.debug_barrier()
     _begin_with_table(
         table_lanes_ptr, cumulative_ptr, first, last, num_replicas, total, ranks, mix, is_pair, row,
-        pairs_ptr, loads_ptr, records_ptr, num_ranks, LANES, EXPERT_COST, BLOCK_E, PAIRS,
+        pairs_ptr, loads_ptr, records_ptr, num_ranks, LANES, BLOCK_E, PAIRS,
     )  # fmt: skip
     tl.store(list_ptr + pair, smallest * 64 + mix, mask=is_pair)
     tl.store(list_ptr + num_experts + pair, total, mask=is_pair)
     tl.store(before_ptr + expert, before, mask=exists)
-    least = tl.sum(tl.where(num > 0, total + EXPERT_COST * (total > 0).to(tl.int32), 0), axis=0)
+    least = tl.sum(tl.where(num > 0, total, 0), axis=0)
     tl.debug_barrier()
 
     _add_up_list(list_ptr, num_pairs, num_experts, BLOCK_F)
     solve(
-        loads_ptr, pairs_ptr, records_ptr, num_pairs, num_rows, num_ranks, tl.cdiv(least, num_ranks),
-        EXPERT_COST, BLOCK_W, PAIRS,
+        loads_ptr, pairs_ptr, records_ptr, num_pairs, num_rows, num_ranks, tl.cdiv(least, num_ranks), BLOCK_W, PAIRS,
     )  # fmt: skip
 
     # Of a pair's tokens, expert by expert, the smaller rank has the first, the other one the rest.
     earlier = tl.load(list_ptr + 2 * num_experts + pair, mask=is_pair, other=0)
-    of_smallest = tl.load(pairs_ptr + smallest * PAIRS + mix, mask=is_pair, other=0)
+    of_smallest = tl.load(pairs_ptr + mix * PAIRS + smallest, mask=is_pair, other=0)
     of_smallest = tl.minimum(tl.maximum(of_smallest - earlier, 0), total)
     row_ptr = records_ptr + row * (2 * num_ranks) + num_ranks
     end = tl.where(is_pair | is_row, 0, total)
@@ -245,8 +218,8 @@ def _solve_shares_kernel(
             tl.store(quotas_ptr + start + expert, 0, mask=start + expert < num_entries)
 
 
-def solve_shares_triton(
-    counts_WE: torch.Tensor, table: ReplicaTable, lanes_per_rank: int, rank: int, expert_cost: int
+def solve_pairs(
+    counts_WE: torch.Tensor, table: ReplicaTable, lanes_per_rank: int, rank: int
 ) -> tuple[torch.Tensor, torch.Tensor]:
     num_ranks, num_experts = counts_WE.shape
     num_entries = table.lanes_P.numel()
@@ -255,12 +228,11 @@ def solve_shares_triton(
     pairs = max(4, next_power_of_2(num_ranks))
     scratch = counts_WE.new_empty(pairs * pairs + num_ranks + 3 * num_experts + rows * 2 * num_ranks)
     block_e = next_power_of_2(num_experts)
-    _solve_shares_kernel[(1,)](
+    _solve_pairs_kernel[(1,)](
         *(counts_WE, table.offsets_E1, table.lanes_P, table.cumulative_P, rank),
         *(before_E, quotas_P, scratch),
         *(num_ranks, num_experts, num_entries),
         LANES=lanes_per_rank,
-        EXPERT_COST=expert_cost,
         BLOCK_W=max(32, pairs),
         BLOCK_E=block_e,
         BLOCK_V=min(pairs, _MOST_AHEAD),
