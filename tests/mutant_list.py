@@ -905,6 +905,20 @@ ONE_SIDED = (
         "listed = peer * per_rank - (end - own)",
         (f"{L}one_sided.py",),
     ),
+    # Of few tokens, each rank's list goes on where that of the rank before ends.
+    Mutant(
+        "kernels/moe_kernels/send_few_rows.py",
+        "before = tl.sum(tl.where((every >= lane - part) & (every < lane), counts, 0), axis=0)",
+        "before = tl.sum(tl.where(every < lane, counts, 0), axis=0)",
+        (f"{L}one_sided.py",),
+    ),
+    # Who returns rows does not say so.
+    Mutant(
+        "kernels/moe_kernels/return_rows.py",
+        "if is_last_program(state_ptr):",
+        "if is_last_program(state_ptr) & (rank < 0):",
+        (f"{L}one_sided.py",),
+    ),
     # Rows go home to the next rank.
     Mutant(
         "kernels/moe_kernels/homes.py",
