@@ -197,10 +197,15 @@ class VirtualRanks:
         self, rows: Sequence[torch.Tensor | None], sent: Sequence[Dispatched], lanes: Sequence[torch.Tensor]
     ) -> list[torch.Tensor]:
         """The combine of all ranks."""
-        self.all(lambda rank: self.dispatchers[rank].send_back(rows[rank], sent[rank]))
-        if self.device.type == "cuda":
-            self.all(lambda rank: meet_peers(self.dispatchers[rank].area))
-        else:  # one thread, and kernels that are over when their launch returns
-            self.all(lambda rank: meet_peers(self.dispatchers[rank].area, waits=False))
-            self.all(lambda rank: meet_peers(self.dispatchers[rank].area, says=False))
-        return self.all(lambda rank: self.dispatchers[rank].sum_up(sent[rank], lanes[rank]))  # type: ignore[return-value]
+        # Before any rank waits: to allocate memory, or to load a kernel, may wait for the device.
+        outputs = [
+            torch.empty((len(lanes_TK), self.sizes.hidden_size), dtype=self.sizes.dtype, device=self.device)
+            for lanes_TK in lanes
+        ]
+        said = self.all(lambda rank: self.dispatchers[rank].send_back(rows[rank], sent[rank]))
+        for rank in (rank for rank in range(self.sizes.num_ranks) if not said[rank]):
+            with self.on(rank):
+                meet_peers(self.dispatchers[rank].area, waits=False)
+        return self.all(  # type: ignore[return-value]
+            lambda rank: self.dispatchers[rank].sum_up(sent[rank], lanes[rank], False, outputs[rank])
+        )

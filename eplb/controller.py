@@ -262,7 +262,13 @@ class EplbController:
     # ---- looking in
 
     def health(self) -> Health:
-        """How the rebalancer is; cheap, never blocks, never raises."""
+        """How the rebalancer is, and whether the layers can still reach their ranks; cheap, never blocks, never raises."""
+        health = self._health_of_worker()
+        for failure in [] if self._closed else filter(None, (layer.dispatch_failure() for layer in self._layers)):
+            return replace(health, state=HealthState.DISPATCH_FAILED, seconds_waiting=0.0, reason=failure)
+        return health
+
+    def _health_of_worker(self) -> Health:
         worker = self._worker
         if worker is None:
             return Health(HealthState.CLOSED if self._closed else HealthState.IDLE, 0, "IDLE")

@@ -25,6 +25,9 @@ class HealthState(StrEnum):
     """The rounds failed for good, or the worker's thread has ended or hangs."""
     PEER_LEFT = "peer_left"
     """Another rank closed its controller."""
+    DISPATCH_FAILED = "dispatch_failed"
+    """A layer's forward waited in vain for a rank; `Health.reason` says for which. Its outputs mean nothing since then, until
+    the layers are made anew. Whatever else holds is not shown, but for `CLOSED`."""
     CLOSED = "closed"
 
 
@@ -62,7 +65,7 @@ class Metrics:
 
 @dataclass(frozen=True)
 class Health:
-    """How the rebalancer of this rank is. The layers serve in every state.
+    """How the rebalancer of this rank is. The layers serve in every state but "dispatch_failed".
 
     Attributes:
         state: a `HealthState`.

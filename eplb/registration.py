@@ -16,10 +16,14 @@ class RelocatableLayer(Protocol):
     expert_ranks: tuple[int, ...]
     """The global ranks that share its experts, in their order; empty for one rank alone."""
     dispatch_backend: str
-    """What its forward dispatches with: "nccl", "gloo" or "local"."""
+    """What its forward dispatches with: "nccl", "gloo", "symm_mem" or "local"."""
 
     def why_not_relocatable(self) -> str | None:
         """Why its experts must not move, None if they may."""
+        ...
+
+    def dispatch_failure(self) -> str | None:
+        """Why its outputs mean nothing any more, because a forward's dispatch failed; None while none did. Never blocks."""
         ...
 
 

@@ -35,3 +35,11 @@ class Relocatable:
         if experts.resident.num_shadow_slots == 0:
             return "it was built with num_shadow_slots=0"
         return None
+
+    def dispatch_failure(self) -> str | None:
+        """Why outputs mean nothing any more: a forward waited in vain for a rank. None while none did. Never blocks.
+
+        Of dispatchers that show it (`why_failed`): the one-sided one, whose forwards fail on the device. Others raise at once.
+        """
+        why_failed = getattr(self.executor.dispatcher, "why_failed", None)
+        return None if why_failed is None else why_failed()

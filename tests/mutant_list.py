@@ -796,23 +796,23 @@ KERNELS = (
     ),
     # Shares by batch: a rank splits an expert though that saves nothing.
     Mutant(
-        "kernels/moe_kernels/solve_shares_triton.py",
+        "kernels/moe_kernels/solve_shares_rows.py",
         "is_whole = gathers | (whole <= tl.maximum(bound, ((both + sum_rest + 1) >> 1) + EXPERT_COST))",
         "is_whole = gathers | (whole <= ((both + sum_rest + 1) >> 1) + EXPERT_COST)",
         (f"{K}batch_shares.py",),
     ),
     # One round is all.
     Mutant(
-        "kernels/moe_kernels/solve_shares_triton.py",
+        "kernels/moe_kernels/solve_shares_steps.py",
         "goes_on = (round < _ROUNDS) & has_moved & (tl.max(load, axis=0) > bound)",
         "goes_on = round < 1",
         (f"{K}batch_shares.py",),
     ),
     # A rank counts its own tokens among those before it.
     Mutant(
-        "kernels/moe_kernels/solve_shares_triton.py",
-        "before += tl.sum(tl.where(peer < rank, counts, 0), axis=0)",
-        "before += tl.sum(tl.where(peer <= rank, counts, 0), axis=0)",
+        "kernels/moe_kernels/solve_shares_pairs.py",
+        "before += tl.where(peer < rank, counts, 0)",
+        "before += tl.where(peer <= rank, counts, 0)",
         (f"{K}batch_shares.py",),
     ),
     # Of many elements, those of the ranks before are forgotten.
@@ -901,8 +901,22 @@ ONE_SIDED = (
     # A lane's rows begin with those of the lane before.
     Mutant(
         "kernels/moe_kernels/receive_rows.py",
-        "listed = lists_ptr + peer * per_rank + first",
-        "listed = lists_ptr + peer * per_rank",
+        "listed = peer * per_rank + first - (end - own)",
+        "listed = peer * per_rank - (end - own)",
+        (f"{L}one_sided.py",),
+    ),
+    # Of few tokens, each rank's list goes on where that of the rank before ends.
+    Mutant(
+        "kernels/moe_kernels/send_few_rows.py",
+        "before = tl.sum(tl.where((every >= lane - part) & (every < lane), counts, 0), axis=0)",
+        "before = tl.sum(tl.where(every < lane, counts, 0), axis=0)",
+        (f"{L}one_sided.py",),
+    ),
+    # Who returns rows does not say so.
+    Mutant(
+        "kernels/moe_kernels/return_rows.py",
+        "if is_last_program(state_ptr):",
+        "if is_last_program(state_ptr) & (rank < 0):",
         (f"{L}one_sided.py",),
     ),
     # Rows go home to the next rank.

@@ -13,7 +13,7 @@ from moe_kernels.checks import check_tensor
 from moe_kernels.integers import cdiv, next_power_of_2
 from moe_kernels.launch import Launcher, gdc_launch_dependents, gdc_wait
 from moe_kernels.numerics import narrow
-from moe_kernels.peers import FP8_GROUP, PeerArea
+from moe_kernels.peers import FP8_GROUP, PeerArea, find_token, rank_options, token_ends
 
 _MOST_PROGRAMS = 1024
 
@@ -34,6 +34,7 @@ def _expand_rows_kernel(
     # constants
     PDL: tl.constexpr,
     W: tl.constexpr,
+    BLOCK_W: tl.constexpr,
     GROUP: tl.constexpr,
     # tunables
     BLOCK_H: tl.constexpr,
@@ -44,17 +45,17 @@ def _expand_rows_kernel(
         gdc_launch_dependents()
     blocks = tl.cdiv(hidden_size, BLOCK_H)
     num_groups = tl.cdiv(hidden_size, GROUP)
-    for peer in tl.static_range(W):
-        num_tokens = tl.load(counts_ptr + peer * (num_lanes + 2) + num_lanes)
-        for item in range(tl.program_id(0), num_tokens * blocks, tl.num_programs(0)):
-            row = (peer * bound + item // blocks).to(tl.int64)
-            column = item % blocks * BLOCK_H + tl.arange(0, BLOCK_H)
-            inside = column < hidden_size
-            group = item % blocks * (BLOCK_H // GROUP) + tl.arange(0, BLOCK_H // GROUP)
-            x = tl.load(rows_ptr + row * hidden_size + column, mask=inside).to(tl.float32)
-            scale = tl.load(scales_ptr + row * num_groups + group, mask=group < num_groups, other=0.0)
-            x = (x.reshape(BLOCK_H // GROUP, GROUP) * scale[:, None]).reshape(BLOCK_H)
-            tl.store(expanded_ptr + row * hidden_size + column, narrow(x, expanded_ptr.dtype.element_ty), mask=inside)
+    ends = token_ends(counts_ptr, 0, num_lanes, W, BLOCK_W)
+    for item in range(tl.program_id(0), tl.max(ends, axis=0) * blocks, tl.num_programs(0)):
+        peer, token = find_token(ends, item // blocks, 0, W, BLOCK_W)
+        row = (peer * bound + token).to(tl.int64)
+        column = item % blocks * BLOCK_H + tl.arange(0, BLOCK_H)
+        inside = column < hidden_size
+        group = item % blocks * (BLOCK_H // GROUP) + tl.arange(0, BLOCK_H // GROUP)
+        x = tl.load(rows_ptr + row * hidden_size + column, mask=inside).to(tl.float32)
+        scale = tl.load(scales_ptr + row * num_groups + group, mask=group < num_groups, other=0.0)
+        x = (x.reshape(BLOCK_H // GROUP, GROUP) * scale[:, None]).reshape(BLOCK_H)
+        tl.store(expanded_ptr + row * hidden_size + column, narrow(x, expanded_ptr.dtype.element_ty), mask=inside)
 
 
 def expand_rows(expanded: torch.Tensor, area: PeerArea, bound: int, num_lanes: int) -> None:
@@ -77,7 +78,7 @@ def expand_rows(expanded: torch.Tensor, area: PeerArea, bound: int, num_lanes: i
         *(area.part("rows", torch.float8_e4m3fn, 1), area.part("scales", torch.float32, 1)),
         *(area.part("counts", torch.int32, 1), expanded),
         *(bound, layout.hidden_size, num_lanes),
-        W=layout.num_ranks,
+        **rank_options(area),
         GROUP=FP8_GROUP,
         BLOCK_H=block,
         num_warps=4,

@@ -16,7 +16,6 @@ def _meet_peers_kernel(
     # inputs
     addresses_ptr,
     flags_ptr,
-    # input and output
     state_ptr,
     # outputs
     error_ptr,
@@ -35,18 +34,17 @@ def _meet_peers_kernel(
     """One program."""
     if PDL:  # see `Launcher`
         gdc_wait()
-    epoch = tl.load(state_ptr + EPOCH) + 1
+    epoch = tl.load(state_ptr + EPOCH)
     if SAYS:
         raise_flags(addresses_ptr, flags_at, RETURNED, rank, epoch, flags_ptr, W, BLOCK_W)
     if WAITS:
         wait_for_flags(flags_ptr, state_ptr, error_ptr, RETURNED, epoch, patience, W, BLOCK_W, TIMED)
-        tl.store(state_ptr + EPOCH, epoch)
     if PDL:
         gdc_launch_dependents()
 
 
 def meet_peers(area: PeerArea, *, says: bool = True, waits: bool = True) -> None:
-    """Say to all ranks that what they wait for from this one is there, then wait for theirs. Ends the forward.
+    """Say to all ranks that what they wait for from this one is there, then wait for theirs.
 
     Args:
         says, waits: only the one or the other, where several ranks share a host thread that can't do both (the interpreter).

@@ -22,8 +22,8 @@ FP8_GROUP = 128  # channels that share a scale
 # Numbers of flags, W of each: a rank's rows have arrived; its results have; its counts have.
 ARRIVED, RETURNED, COUNTED = tl.constexpr(0), tl.constexpr(1), tl.constexpr(2)
 _NUM_FLAGS = 3
-# Of the state on each device: forwards that are over; programs that have sent; 1 + the rank that did not come.
-EPOCH, SENT, ERROR = tl.constexpr(0), tl.constexpr(1), tl.constexpr(2)
+# Of the state on each device: forwards whose rows this rank has sent; programs that are done; 1 + the rank that did not come.
+EPOCH, DONE, ERROR = tl.constexpr(0), tl.constexpr(1), tl.constexpr(2)
 _STATE_SIZE = 3
 NO_RANK = 1 << 20  # an error that is no rank's: the ranks' bounds differ
 
@@ -136,6 +136,20 @@ def raise_flags(addresses_ptr, flags_at, flag, rank, epoch, flags_ptr, W: tl.con
 
 
 @triton.jit
+def is_last_program(state_ptr):
+    """Whether all other programs have come here; then what they wrote is ordered before what this one releases.
+
+    The programs of a GPU order their writes among themselves; the last one's release orders all of them for its peers, because
+    causality is transitive over scopes (PTX ISA, memory consistency model).
+    """
+    tl.debug_barrier()
+    before = tl.atomic_add(state_ptr + DONE, 1, sem="acq_rel", scope="gpu")
+    is_last = before == tl.num_programs(0) - 1
+    tl.store(state_ptr + DONE, 0, mask=is_last)
+    return is_last
+
+
+@triton.jit
 def wait_for_flags(
     flags_ptr,
     state_ptr,
@@ -168,12 +182,38 @@ def wait_for_flags(
 
 
 @triton.jit
+def token_ends(counts_ptr, first, num_lanes, W: tl.constexpr, BLOCK_W: tl.constexpr):
+    """How many tokens ranks have, added up: of the rank `first`, of it and the next one, and so on around."""
+    turn = tl.arange(0, BLOCK_W)
+    peer = (first + turn) % W
+    tokens = tl.load(counts_ptr + peer * (num_lanes + 2) + num_lanes, mask=turn < W, other=0)
+    return tl.cumsum(tokens, axis=0)
+
+
+@triton.jit
+def find_token(ends, index, first, W: tl.constexpr, BLOCK_W: tl.constexpr):
+    """The rank and the token that `index` is, by `token_ends`; past the last one they mean nothing.
+
+    Example (2 ranks with 3 and 2 tokens, first 1): ends [2, 5]; index 1 is token 1 of rank 1, index 2 is token 0 of rank 0.
+    """
+    turn = tl.arange(0, BLOCK_W)
+    # One maximum for both: how many ranks end before, and where the last of them ends.
+    both = tl.max(tl.where(ends <= index, ((turn + 1).to(tl.int64) << 32) + ends, 0), axis=0)
+    return (first + (both >> 32).to(tl.int32)) % W, index - both.to(tl.int32)
+
+
+@triton.jit
 def leave_word(state_ptr, error_ptr, what):
     tl.store(state_ptr + ERROR, what.to(tl.int64))
     tl.store(error_ptr, what.to(tl.int64))
 
 
+def rank_options(area: PeerArea) -> dict[str, int]:
+    """Constants of kernels that look at all ranks."""
+    num_ranks = area.layout.num_ranks
+    return {"W": num_ranks, "BLOCK_W": next_power_of_2(num_ranks)}
+
+
 def sync_options(area: PeerArea) -> dict[str, int | bool]:
     """Constants of kernels that wait."""
-    num_ranks = area.layout.num_ranks
-    return {"W": num_ranks, "BLOCK_W": next_power_of_2(num_ranks), "TIMED": not INTERPRETED}
+    return rank_options(area) | {"TIMED": not INTERPRETED}

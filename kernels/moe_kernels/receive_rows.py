@@ -62,7 +62,7 @@ def _receive_rows_kernel(
     """
     if PDL:  # see `Launcher`
         gdc_wait()
-    epoch = tl.load(state_ptr + EPOCH) + 1
+    epoch = tl.load(state_ptr + EPOCH)
     wait_for_flags(flags_ptr, state_ptr, error_ptr, ARRIVED, epoch, patience, W, BLOCK_W, TIMED)
     if PDL:  # not before: programs that wait for this one would keep a peer on the same device from running
         gdc_launch_dependents()
@@ -70,32 +70,36 @@ def _receive_rows_kernel(
     is_lane = lane < num_lanes
     lanes = tl.arange(0, BLOCK_L)
     width = num_lanes + 2
-    counts = tl.zeros((BLOCK_L,), dtype=tl.int32)
-    for peer in tl.static_range(W):
-        counts += tl.load(counts_ptr + peer * width + lanes, mask=lanes < num_lanes, other=0)
-    count = tl.sum(tl.where(lanes == lane, counts, 0), axis=0)
+    peer = tl.arange(0, BLOCK_W)
+    at = counts_ptr + peer[:, None] * width + lanes[None, :]
+    counts_WL = tl.load(at, mask=(peer < W)[:, None] & (lanes < num_lanes)[None, :], other=0)
+    # Of each rank's list: how many rows are the lane's, and how many are before them. Two sums for the price of one.
+    parts = tl.where(lanes < lane, counts_WL, 0).to(tl.int64) + (
+        tl.where(lanes == lane, counts_WL, 0).to(tl.int64) << 32
+    )
+    both = tl.sum(parts, axis=1)
+    first, own = both.to(tl.int32), (both >> 32).to(tl.int32)
+    count = tl.sum(own, axis=0)
     start = write_tiles(
-        counts, count, lane, num_lanes, max_tiles, offsets_ptr, tile_lane_ptr, tile_start_ptr, tile_end_ptr, num_tiles_ptr,
+        tl.sum(counts_WL, axis=0), count, lane, num_lanes, max_tiles,
+        offsets_ptr, tile_lane_ptr, tile_start_ptr, tile_end_ptr, num_tiles_ptr,
         BLOCK_M, EXTRA_M, BLOCK, BLOCK_L,
     )  # fmt: skip
-    for peer in tl.static_range(W):
-        own = tl.load(counts_ptr + peer * width + lanes, mask=lanes < num_lanes, other=0)
-        count = tl.sum(tl.where(lanes == lane, own, 0), axis=0)
-        first = tl.sum(tl.where(lanes < lane, own, 0), axis=0)
-        listed = lists_ptr + peer * per_rank + first
-        for begin in range(0, count, BLOCK):
-            row = begin + tl.arange(0, BLOCK)
-            # The masks keep a wrong count from a write out of bounds.
-            inside = (row < count) & (start + row < W * per_rank) & (first + row < per_rank)
-            flat = tl.load(listed + row, mask=inside, other=0)
-            tl.store(order_ptr + start + row, flat, mask=inside)
-            if here_ptr is not None:
-                known = inside & (flat >= 0) & (flat < W * per_rank)
-                tl.store(here_ptr + flat, tl.zeros((BLOCK,), dtype=tl.int64) + epoch, mask=known)
-        start += count
+    end = tl.cumsum(own, axis=0)
+    listed = peer * per_rank + first - (end - own)  # so far is a row of the lane from its place in the lists
+    for begin in range(0, count, BLOCK):
+        row = begin + tl.arange(0, BLOCK)
+        is_theirs = (row[None, :] < end[:, None]) & (row[None, :] >= (end - own)[:, None])
+        place = row + tl.sum(tl.where(is_theirs, listed[:, None], 0), axis=0)
+        # The masks keep a wrong count from a write out of bounds.
+        inside = (row < count) & (start + row < W * per_rank) & (place >= 0) & (place < W * per_rank)
+        flat = tl.load(lists_ptr + place, mask=inside, other=0)
+        tl.store(order_ptr + start + row, flat, mask=inside)
+        if here_ptr is not None:
+            known = inside & (flat >= 0) & (flat < W * per_rank)
+            tl.store(here_ptr + flat, tl.zeros((BLOCK,), dtype=tl.int64) + epoch, mask=known)
     if is_lane == 0:
-        peers = tl.arange(0, BLOCK_W)
-        theirs = tl.load(counts_ptr + peers * width + num_lanes + 1, mask=peers < W, other=bound)
+        theirs = tl.load(counts_ptr + peer * width + num_lanes + 1, mask=peer < W, other=bound)
         if tl.max((theirs != bound).to(tl.int32), axis=0) > 0:
             leave_word(state_ptr, error_ptr, tl.cast(_NO_RANK + 1, tl.int64))
 

@@ -14,7 +14,16 @@ from moe_kernels.homes import row_at
 from moe_kernels.integers import cdiv, next_power_of_2
 from moe_kernels.launch import Launcher, gdc_launch_dependents, gdc_wait
 from moe_kernels.numerics import narrow, widen
-from moe_kernels.peers import EPOCH, PeerArea
+from moe_kernels.peers import (
+    EPOCH,
+    RETURNED,
+    PeerArea,
+    find_token,
+    is_last_program,
+    raise_flags,
+    rank_options,
+    token_ends,
+)
 from moe_kernels.tiles import TileSchedule
 
 _MOST_PROGRAMS = 512  # of 4 warps: as many threads as 32 of an H100's multiprocessors have
@@ -25,19 +34,34 @@ def _programs(rows: int, hidden_size: int, block: int) -> tuple[int]:
     return (max(1, min(_MOST_PROGRAMS, rows * cdiv(hidden_size, block))),)
 
 
+@triton.jit
+def _say(addresses_ptr, flags_at, rank, flags_ptr, state_ptr, W: tl.constexpr, BLOCK_W: tl.constexpr):
+    """The last program to have done its part tells every rank that this rank's results are there."""
+    if is_last_program(state_ptr):
+        raise_flags(addresses_ptr, flags_at, RETURNED, rank, tl.load(state_ptr + EPOCH), flags_ptr, W, BLOCK_W)
+
+
 @Launcher
-@triton.jit(do_not_specialize=["rows_per_home"])
+@triton.jit(do_not_specialize=["rank", "rows_per_home"])
 def _return_rows_kernel(
     # inputs
     rows_ptr,
     order_ptr,
     num_rows_ptr,
     homes_ptr,
+    addresses_ptr,
+    flags_ptr,
+    # input and output
+    state_ptr,
     # shapes
+    rank,
     rows_per_home,
     hidden_size,
+    flags_at,
     # constants
     PDL: tl.constexpr,
+    W: tl.constexpr,
+    BLOCK_W: tl.constexpr,
     # tunables
     BLOCK_H: tl.constexpr,
 ):
@@ -50,8 +74,11 @@ def _return_rows_kernel(
         flat = tl.load(order_ptr + item // blocks)
         column = item % blocks * BLOCK_H + tl.arange(0, BLOCK_H)
         inside = column < hidden_size
-        row = tl.load(rows_ptr + flat.to(tl.int64) * hidden_size + column, mask=inside)
+        # Nobody reads it again: L2 lets it go first, and keeps what goes home.
+        at = rows_ptr + flat.to(tl.int64) * hidden_size + column
+        row = tl.load(at, mask=inside, eviction_policy="evict_first")
         tl.store(row_at(rows_ptr, flat, hidden_size, homes_ptr, rows_per_home) + column, row, mask=inside)
+    _say(addresses_ptr, flags_at, rank, flags_ptr, state_ptr, W, BLOCK_W)
 
 
 @Launcher
@@ -62,16 +89,21 @@ def _return_sums_kernel(
     here_ptr,
     counts_ptr,
     homes_ptr,
+    addresses_ptr,
+    flags_ptr,
+    # input and output
     state_ptr,
     # shapes
     rank,
     bound,
     hidden_size,
     num_lanes,
+    flags_at,
     # constants
     TOP_K: tl.constexpr,
     PDL: tl.constexpr,
     W: tl.constexpr,
+    BLOCK_W: tl.constexpr,
     # tunables
     BLOCK_K: tl.constexpr,
     BLOCK_H: tl.constexpr,
@@ -80,70 +112,35 @@ def _return_sums_kernel(
     if PDL:  # see `Launcher`
         gdc_wait()
         gdc_launch_dependents()
-    epoch = tl.load(state_ptr + EPOCH) + 1
+    epoch = tl.load(state_ptr + EPOCH)
     blocks = tl.cdiv(hidden_size, BLOCK_H)
     k = tl.arange(0, BLOCK_K)
     program, programs = tl.program_id(0), tl.num_programs(0)
-    for turn in tl.static_range(W):
-        home = (rank + 1 + turn) % W  # each rank begins with another, or all would crowd one's links
-        items = tl.load(counts_ptr + home * (num_lanes + 2) + num_lanes) * blocks
-        at = tl.multiple_of(tl.load(homes_ptr + home).to(rows_ptr.dtype), 16)
-        here_at = here_ptr + home * bound * TOP_K + k
-        seen = tl.load(here_at + program // blocks * TOP_K, mask=(program < items) & (k < TOP_K), other=0)
-        for item in range(program, items, programs):
-            token = item // blocks
-            column = item % blocks * BLOCK_H + tl.arange(0, BLOCK_H)
-            inside = column < hidden_size
-            here = seen == epoch
-            row = (home * bound + token) * TOP_K + k
-            rows = rows_ptr + row.to(tl.int64)[:, None] * hidden_size + column[None, :]
-            rows = tl.load(rows, mask=here[:, None] & inside[None, :], other=0.0)
-            later = item + programs  # ahead of the stores
-            seen = tl.load(here_at + later // blocks * TOP_K, mask=(later < items) & (k < TOP_K), other=0)
-            total = tl.sum(widen(rows), axis=0)
-            wanted = tl.max(here.to(tl.int32), axis=0) > 0
-            to = at + (token.to(tl.int64) * W + rank) * hidden_size + column
-            tl.store(to, narrow(total, rows_ptr.dtype.element_ty), mask=inside & wanted)
-
-
-@Launcher
-@triton.jit
-def _combine_sums_kernel(
-    # inputs
-    sums_ptr,
-    lanes_ptr,
-    # outputs
-    y_ptr,
-    # shapes
-    hidden_size,
-    num_lanes,
-    # constants
-    TOP_K: tl.constexpr,
-    PDL: tl.constexpr,
-    W: tl.constexpr,
-    # tunables
-    BLOCK_K: tl.constexpr,
-    BLOCK_H: tl.constexpr,
-):
-    """One token, BLOCK_H columns: the ranks that had a row of it, in their order."""
-    if PDL:  # see `Launcher`
-        gdc_wait()
-        gdc_launch_dependents()
-    token = tl.program_id(0).to(tl.int64)
-    column = tl.program_id(1) * BLOCK_H + tl.arange(0, BLOCK_H)
-    inside = column < hidden_size
-    k = tl.arange(0, BLOCK_K)
-    lane = tl.load(lanes_ptr + token * TOP_K + k, mask=k < TOP_K, other=-1)
-    owner = tl.where(lane >= 0, lane // num_lanes, -1)
-    total = tl.zeros((BLOCK_H,), dtype=tl.float32)
-    for peer in tl.static_range(W):
-        has = tl.max((owner == peer).to(tl.int32), axis=0) > 0
-        total += widen(tl.load(sums_ptr + (token * W + peer) * hidden_size + column, mask=inside & has, other=0.0))
-    tl.store(y_ptr + token * hidden_size + column, narrow(total, y_ptr.dtype.element_ty), mask=inside)
+    # Each rank begins with another home, or all would crowd one's links.
+    ends = token_ends(counts_ptr, rank + 1, num_lanes, W, BLOCK_W)
+    items = tl.max(ends, axis=0) * blocks
+    home, token = find_token(ends, program // blocks, rank + 1, W, BLOCK_W)
+    seen = tl.load(here_ptr + (home * bound + token) * TOP_K + k, mask=(program < items) & (k < TOP_K), other=0)
+    for item in range(program, items, programs):
+        column = item % blocks * BLOCK_H + tl.arange(0, BLOCK_H)
+        inside = column < hidden_size
+        here = seen == epoch
+        row = (home * bound + token) * TOP_K + k
+        rows = rows_ptr + row.to(tl.int64)[:, None] * hidden_size + column[None, :]
+        rows = tl.load(rows, mask=here[:, None] & inside[None, :], other=0.0, eviction_policy="evict_first")  # as above
+        to = tl.multiple_of(tl.load(homes_ptr + home).to(rows_ptr.dtype), 16)
+        to += (token.to(tl.int64) * W + rank) * hidden_size + column
+        later = item + programs  # ahead of the stores
+        home, token = find_token(ends, later // blocks, rank + 1, W, BLOCK_W)
+        seen = tl.load(here_ptr + (home * bound + token) * TOP_K + k, mask=(later < items) & (k < TOP_K), other=0)
+        total = tl.sum(widen(rows), axis=0)
+        wanted = tl.max(here.to(tl.int32), axis=0) > 0
+        tl.store(to, narrow(total, rows_ptr.dtype.element_ty), mask=inside & wanted)
+    _say(addresses_ptr, flags_at, rank, flags_ptr, state_ptr, W, BLOCK_W)
 
 
 def return_rows(rows_NH: torch.Tensor, schedule: TileSchedule, area: PeerArea, bound: int) -> None:
-    """Write each computed row to its place among the results of its token's rank, [B * K, H] there.
+    """Write each computed row to its place among the results of its token's rank, [B * K, H] there, and say so to all ranks.
 
     Args:
         rows_NH: [N, H], contiguous, in flat order, as `expert_down` returns them.
@@ -155,14 +152,16 @@ def return_rows(rows_NH: torch.Tensor, schedule: TileSchedule, area: PeerArea, b
     block = min(1024, next_power_of_2(layout.hidden_size))
     _return_rows_kernel[_programs(bound * layout.top_k, layout.hidden_size, block)](
         *(rows_NH, schedule.order_N, schedule.offsets_L1[-1:], area.results_W),
-        *(bound * layout.top_k, layout.hidden_size),
+        *(area.addresses_W, area.part("flags", torch.int64, 1), area.state),
+        *(area.rank, bound * layout.top_k, layout.hidden_size, layout.offsets["flags"]),
+        **rank_options(area),
         BLOCK_H=block,
         num_warps=4,
     )
 
 
 def return_sums(rows_NH: torch.Tensor, area: PeerArea, bound: int, num_lanes: int) -> None:
-    """Sum what this rank has computed for a token, in float32, rounded once, and write it home: [B, W, H].
+    """Sum what this rank has computed for a token, in float32, rounded once, and write it home: [B, W, H]. Say so to all ranks.
 
     Fewer bytes travel, but the result depends on which experts share a rank, to rounding.
 
@@ -175,34 +174,12 @@ def return_sums(rows_NH: torch.Tensor, area: PeerArea, bound: int, num_lanes: in
     check_tensor("rows_NH", rows_NH, (layout.num_ranks * per_rank, layout.hidden_size), layout.dtype, area.own.device)
     block = min(1024, next_power_of_2(layout.hidden_size))
     _return_sums_kernel[_programs(bound * layout.num_ranks, layout.hidden_size, block)](
-        *(rows_NH, area.here, area.part("counts", torch.int32, 1), area.results_W, area.state),
-        *(area.rank, bound, layout.hidden_size, num_lanes),
+        *(rows_NH, area.here, area.part("counts", torch.int32, 1), area.results_W),
+        *(area.addresses_W, area.part("flags", torch.int64, 1), area.state),
+        *(area.rank, bound, layout.hidden_size, num_lanes, layout.offsets["flags"]),
         TOP_K=layout.top_k,
-        W=layout.num_ranks,
+        **rank_options(area),
         BLOCK_K=next_power_of_2(layout.top_k),
         BLOCK_H=block,
         num_warps=4,
     )
-
-
-def combine_sums(lanes_TK: torch.Tensor, area: PeerArea, num_lanes: int) -> torch.Tensor:
-    """y[t] = the ranks' sums of token t, in the order of the ranks, in float32, rounded once.
-
-    Args:
-        lanes_TK: global lanes, as in `send_rows`.
-        num_lanes: S.
-    """
-    layout = area.layout
-    num_tokens, hidden_size = lanes_TK.shape[0], layout.hidden_size
-    y_TH = torch.empty((num_tokens, hidden_size), dtype=layout.dtype, device=area.own.device)
-    if y_TH.numel():
-        block = min(1024, next_power_of_2(hidden_size))
-        _combine_sums_kernel[(num_tokens, cdiv(hidden_size, block))](
-            *(area.part("results", layout.dtype, 1), lanes_TK, y_TH),
-            *(hidden_size, num_lanes),
-            TOP_K=layout.top_k,
-            W=layout.num_ranks,
-            BLOCK_K=next_power_of_2(layout.top_k),
-            BLOCK_H=block,
-        )
-    return y_TH

@@ -6,6 +6,7 @@ W ranks, E logical experts, P replicas of all experts together (entries of the t
 from __future__ import annotations
 
 import itertools
+from copy import deepcopy
 
 import torch
 
@@ -13,7 +14,9 @@ from moe_kernels.backend import resolve_backend
 from moe_kernels.checks import check_tensor
 from moe_kernels.circle import SHARE_BITS, SHARE_ONE
 from moe_kernels.registered import registered_op
-from moe_kernels.solve_shares_triton import ROUNDS, solve_shares_triton
+from moe_kernels.solve_shares_pairs import PAIRED_RANKS, solve_pairs
+from moe_kernels.solve_shares_rows import ROW_ROUNDS, solve_rows
+from moe_kernels.solve_shares_steps import ROUNDS
 from moe_kernels.table import ReplicaTable
 
 MOST_RANKS = 64  # a bit for each in an integer of the kernels
@@ -46,21 +49,34 @@ def solve_shares_torch(
             loads[owner] += _cost(quota, expert_cost)
     least = sum(_cost(total, expert_cost) for ranks, total in zip(ranks_of, totals, strict=True) if ranks)
     bound = -(-least // num_ranks)
-    split = [expert for expert, ranks in enumerate(ranks_of) if len(ranks) > 1]
-    for round in range(ROUNDS):
+    is_paired = _is_paired(num_ranks, expert_cost)
+    is_pair = [is_paired and len(ranks) == 2 for ranks in ranks_of]
+    pairs = {tuple(ranks): [0, 0] for ranks, is_one in zip(ranks_of, is_pair, strict=True) if is_one}
+    for expert, ranks in enumerate(ranks_of):
+        if is_pair[expert]:
+            pairs[tuple(ranks)] = [
+                have + quota for have, quota in zip(pairs[tuple(ranks)], quotas[expert], strict=True)
+            ]
+    for round in range(ROUNDS if is_paired else ROW_ROUNDS):
         gathers = round == 0 and expert_cost > 0
         if max(loads) <= bound and not gathers:
             break
-        moved = False
-        for expert in split:
-            old = list(quotas[expert])
-            num = len(old)
+        old = deepcopy((pairs, quotas))
+        for a, b in sorted(pairs, key=lambda pair: pair[0] ^ pair[1]):
+            _level_pair(loads, pairs[a, b], [a, b], 0, 1, 0, bound, False)
+        for expert, ranks in enumerate(ranks_of):
+            num = len(ranks)
             stride = round + 1 if round + 1 < num else 1
-            for a in range(num if num > 2 else 1):
-                _level_pair(loads, quotas[expert], ranks_of[expert], a, (a + stride) % num, expert_cost, bound, gathers)
-            moved |= quotas[expert] != old
-        if not moved and not gathers:
+            for a in range(0 if num < 2 or is_pair[expert] else num if num > 2 else 1):
+                _level_pair(loads, quotas[expert], ranks, a, (a + stride) % num, expert_cost, bound, gathers)
+        if old == (pairs, quotas) and not gathers:
             break
+    for expert, ranks in enumerate(ranks_of):
+        if is_pair[expert]:  # of what is left of the pair's tokens, the smaller rank has the first
+            of_pair = pairs[tuple(ranks)]
+            first = min(of_pair[0], totals[expert])
+            quotas[expert] = [first, totals[expert] - first]
+            of_pair[0] -= first
     ends = [0] * len(lanes)
     for expert, ranks in enumerate(ranks_of):
         left, end = dict(zip(ranks, quotas[expert], strict=True)), 0
@@ -68,6 +84,11 @@ def solve_shares_torch(
             end += left.pop(lanes[entry] // lanes_per_rank, 0)  # of two replicas on one rank, the first has all
             ends[entry] = end
     return counts_WE.new_tensor(ends), counts_WE[:rank].sum(dim=0, dtype=torch.int32)
+
+
+def _is_paired(num_ranks: int, expert_cost: int) -> bool:
+    """Whether experts of the same two ranks are divided together."""
+    return num_ranks <= PAIRED_RANKS and not expert_cost
 
 
 def _cost(quota: int, expert_cost: int) -> int:
@@ -96,8 +117,11 @@ def _level_pair(
 def _solve_shares(
     counts_WE: torch.Tensor, table: ReplicaTable, lanes_per_rank: int, rank: int, expert_cost: int, backend: str
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    solve = solve_shares_triton if backend == "triton" else solve_shares_torch
-    return solve(counts_WE, table, lanes_per_rank, rank, expert_cost)
+    if backend != "triton":
+        return solve_shares_torch(counts_WE, table, lanes_per_rank, rank, expert_cost)
+    if _is_paired(counts_WE.shape[0], expert_cost):
+        return solve_pairs(counts_WE, table, lanes_per_rank, rank)
+    return solve_rows(counts_WE, table, lanes_per_rank, rank, expert_cost)
 
 
 @_solve_shares.register_fake
@@ -119,9 +143,12 @@ def solve_shares(
     The load of a rank is its tokens, and `expert_cost` for each expert of which it has any. All ranks that have the same
     counts and table get the same bits: it is all integers, in a fixed order.
 
-    Each expert begins with the table's shares. Then each pair of its replicas levels its two ranks, expert by expert: up to
-    `ROUNDS` times, until nothing moves or no division could be better. With an `expert_cost` the first round gives each expert
-    to one rank whole; a later one splits it only where the larger of the two ranks gains and would else be above the mean.
+    Each expert begins with the table's shares. On at most `PAIRED_RANKS` ranks without an `expert_cost`, experts that have the
+    same two ranks are divided as one, the first of them to the smaller rank: each pair of ranks levels what these experts have,
+    then each other expert its ranks by pairs. Else each expert levels its ranks by pairs. That is done up to `ROUNDS` (or
+    `ROW_ROUNDS`) times, until nothing moves or no division could be better. With an `expert_cost` the first round gives each
+    expert to one rank whole; a later one splits it only where the larger of the two ranks gains and would else be above the
+    mean.
 
     Args:
         counts_WE: [W, E] int32, contiguous: the tokens that each rank has for each expert. At most 64 ranks, 1024

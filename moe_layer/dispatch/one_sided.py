@@ -11,14 +11,15 @@ import torch
 import torch.distributed as dist
 
 from eplb.peer_memory import PeerMemory, connect_peers, over_group
-from moe_kernels import TileSchedule, build_schedule, combine
+from moe_kernels import TileSchedule, build_schedule
+from moe_kernels.combine_home import combine_home
 from moe_kernels.expand_rows import expand_rows
 from moe_kernels.gather_counts import gather_counts
 from moe_kernels.homes import RowHomes
-from moe_kernels.meet_peers import meet_peers
 from moe_kernels.peers import NO_RANK, PeerArea, PeerLayout
 from moe_kernels.receive_rows import receive_rows
-from moe_kernels.return_rows import combine_sums, return_rows, return_sums
+from moe_kernels.return_rows import return_rows, return_sums
+from moe_kernels.send_few_rows import FEW_ROWS, send_few_rows
 from moe_kernels.send_rows import send_rows
 from moe_layer.arguments import check_choice
 from moe_layer.dispatch.all_to_all import AllToAllDispatcher
@@ -46,7 +47,8 @@ class OneSidedDispatcher:
     if there is one: their batches are large, and their backward repeats them.
 
     A rank that waits in vain for a peer goes on after `timeout`, with outputs that mean nothing; from then on no forward waits.
-    The next eager forward and `raise_if_failed()` raise it. A dispatcher that failed stays so: make a new one.
+    The next eager forward and `raise_if_failed()` raise it; a controller's `health()` shows it, also where graphs are replayed.
+    A dispatcher that failed stays so: make a new one.
 
     Args:
         memory: of `PeerLayout.num_bytes` or more, zero.
@@ -134,14 +136,21 @@ class OneSidedDispatcher:
             TimeoutError: one did not, in some forward until now. Outputs since then mean nothing.
             ValueError: the ranks gave different `max_tokens` to a forward.
         """
-        failure = self.area.failure()
-        if failure == NO_RANK:
-            raise ValueError("max_tokens must be equal on all ranks in each forward, but another rank gave another one")
+        failure = self.why_failed()
         if failure is not None:
-            raise TimeoutError(
-                f"rank {failure} of the ranks that share the experts did not come to a forward within {self._timeout} s. "
-                "Outputs since then mean nothing; make the layers anew once all ranks are there"
-            )
+            raise (ValueError if self.area.failure() == NO_RANK else TimeoutError)(failure)
+
+    def why_failed(self) -> str | None:
+        """What `raise_if_failed` raises, in words; None if all is well. Never blocks."""
+        failure = self.area.failure()
+        if failure is None:
+            return None
+        if failure == NO_RANK:
+            return "max_tokens must be equal on all ranks in each forward, but another rank gave another one"
+        return (
+            f"rank {failure} of the ranks that share the experts did not come to a forward within {self._timeout} s. "
+            "Outputs since then mean nothing; make the layers anew once all ranks are there"
+        )
 
     def gather_counts(self, counts_E: torch.Tensor, needs_grad: bool) -> torch.Tensor:
         """See `Dispatcher`. The result lasts until the forward is over."""
@@ -180,8 +189,11 @@ class OneSidedDispatcher:
         layout, area = self._layout, self.area
         bound = layout.max_tokens if max_tokens is None else max_tokens
         num_lanes = counts_L.numel() // layout.num_ranks
-        by_lane = build_schedule(lanes_TK.view(-1), counts_L, block_m=_ANY_BLOCK_M, backend="triton")
-        send_rows(x_TH, weights_TK, lanes_TK, by_lane, area, bound)
+        if lanes_TK.numel() <= FEW_ROWS:
+            send_few_rows(x_TH, weights_TK, lanes_TK, counts_L, area, bound)
+        else:
+            by_lane = build_schedule(lanes_TK.view(-1), counts_L, block_m=_ANY_BLOCK_M, backend="triton")
+            send_rows(x_TH, weights_TK, lanes_TK, by_lane, area, bound)
         schedules: list[TileSchedule] = []
 
         num_rows = layout.num_ranks * bound
@@ -216,26 +228,25 @@ class OneSidedDispatcher:
         if not isinstance(dispatched.route, _Route):
             assert self._with_gradients is not None
             return self._with_gradients.combine(rows_NH, dispatched, lanes_TK, backend)
-        self.send_back(rows_NH, dispatched)
-        meet_peers(self.area)
-        return self.sum_up(dispatched, lanes_TK)
+        has_said = self.send_back(rows_NH, dispatched)
+        return self.sum_up(dispatched, lanes_TK, not has_said)
 
-    def send_back(self, rows_NH: torch.Tensor | None, dispatched: Dispatched) -> None:
-        """The part of `combine` before ranks meet."""
+    def send_back(self, rows_NH: torch.Tensor | None, dispatched: Dispatched) -> bool:
+        """The part of `combine` before ranks meet. Returns whether it has told the ranks that their rows are there."""
         route: _Route = dispatched.route
         if self._by_rank:
             assert rows_NH is not None
             return_sums(rows_NH, self.area, route.bound, route.num_lanes)
         elif rows_NH is not None:
             return_rows(rows_NH, route.schedules[0], self.area, route.bound)
+        return rows_NH is not None
 
-    def sum_up(self, dispatched: Dispatched, lanes_TK: torch.Tensor) -> torch.Tensor:
-        """The part of `combine` after ranks have met."""
+    def sum_up(
+        self, dispatched: Dispatched, lanes_TK: torch.Tensor, says: bool = True, out: torch.Tensor | None = None
+    ) -> torch.Tensor:
+        """The part of `combine` in which ranks meet; for `says` and `out` see `combine_home`."""
         route: _Route = dispatched.route
-        if self._by_rank:
-            return combine_sums(lanes_TK, self.area, route.num_lanes)
-        rows = self.area.part("results", self._layout.dtype, lanes_TK.numel(), self._layout.hidden_size)
-        return combine(rows, lanes_TK, backend="triton")
+        return combine_home(lanes_TK, self.area, route.num_lanes, by_rank=self._by_rank, says=says, out=out)
 
 
 def _refuse_gradients() -> NoReturn:

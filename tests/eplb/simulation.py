@@ -34,6 +34,9 @@ class SimLayer(nn.Module):
     def why_not_relocatable(self) -> str | None:
         return None
 
+    def dispatch_failure(self) -> str | None:
+        return None
+
 
 class FaultyPolicy:
     def __init__(self, policy: Any, faults: Faults) -> None:

@@ -48,6 +48,9 @@ class StubLayer(nn.Module):
     def why_not_relocatable(self) -> str | None:
         return None
 
+    def dispatch_failure(self) -> str | None:
+        return None
+
 
 def controller_of(layer: nn.Module | None = None, **options) -> EplbController:
     controller = EplbController(EplbConfig(**{**QUICK, **options}))

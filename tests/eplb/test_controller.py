@@ -154,6 +154,23 @@ def test_a_pool_without_a_free_slot_is_degraded():
     assert controller.health().state == "degraded"
 
 
+def test_a_dispatch_that_failed_is_shown_until_close():
+    """Whatever the rebalancer does; also before the first step."""
+    layer = StubLayer(num_shadow_slots=0)
+    controller = controller_of(layer, use_async=False)
+    assert controller.health().state == "idle"
+    layer.dispatch_failure = lambda: "rank 3 did not come"
+    assert (controller.health().state, controller.health().reason) == ("dispatch_failed", "rank 3 did not come")
+    for _ in range(2):
+        controller.step()
+    assert (controller.health().state, controller.health().reason) == ("dispatch_failed", "rank 3 did not come")
+    layer.dispatch_failure = lambda: None
+    assert controller.health().state == "degraded"
+    layer.dispatch_failure = lambda: "rank 3 did not come"
+    controller.close()
+    assert controller.health().state == "closed"
+
+
 def test_balancedness_is_logged_at_its_interval(caplog):
     with caplog.at_level(logging.INFO, logger="eplb"):
         controller = controller_of(

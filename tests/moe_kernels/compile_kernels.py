@@ -20,6 +20,7 @@ from moe_kernels import (  # noqa: F401
     GemmConfig,
     GradientConfigs,
     RoutingRule,
+    combine_home,
     expand_rows,
     gather_counts,
     gemm_config,
@@ -28,6 +29,7 @@ from moe_kernels import (  # noqa: F401
     receive_rows,
     return_rows,
     routing_triton,
+    send_few_rows,
     send_rows,
 )
 from moe_kernels.config import _FP8_RING, _INTERMEDIATE, _KEPT_TMA, _TABLE_TMA, _quantised_table
@@ -41,6 +43,7 @@ MODULES = {
     name: sys.modules[f"moe_kernels.{name}"]
     for name in (
         "combine",
+        "combine_home",
         "count_experts",
         "expand_rows",
         "expert_down_fp8",
@@ -70,8 +73,10 @@ MODULES = {
         "routing_triton",
         "scan",
         "schedule_triton",
+        "send_few_rows",
         "send_rows",
-        "solve_shares_triton",
+        "solve_shares_pairs",
+        "solve_shares_rows",
     )
 }
 ALIGNED = ("stride_row", "stride_slot", "hidden_size", "intermediate", "num_experts", "rows_at")
@@ -228,7 +233,12 @@ def compile_small_one(
     compiled = compile_kernel(module, name, types, constants | {"PDL": pdl}, arch, num_warps=num_warps, launch_pdl=pdl)
     ptx = compiled.asm["ptx"]
     wait, access = ptx.find("griddepcontrol.wait"), min(ptx.find("ld.global"), ptx.find("st.global"))
-    assert 0 <= wait < access if pdl else wait == -1, "must wait for the kernel before, and before all else"
+    if name == "_send_rows_kernel" and pdl:
+        assert access < wait < ptx.find("atom."), "must wait for the kernel before, and before it says anything"
+    elif name == "_combine_home_kernel" and pdl and not constants["SAYS"]:
+        assert ptx.find("atom.") < wait < ptx.find("launch_dependents"), "must have waited when the next kernel starts"
+    else:
+        assert 0 <= wait < access if pdl else wait == -1, "must wait for the kernel before, and before all else"
     if "increment_ptr" in types and constants.get("increment_ptr", 0) is not None:
         check_recording(ptx)
     return compiled
@@ -338,11 +348,16 @@ def compile_small(arch: int) -> None:
     for cost, block_e in ((0, 256), (40, 1024)):
         for absent in ({}, {"offsets_ptr": None}):
             solve = {"LANES": 9, "EXPERT_COST": cost, "BLOCK_E": block_e} | absent
-            compile_small_one("solve_shares_triton", "_start_kernel", {}, solve | {"BLOCK_V": 8192 // block_e}, arch, 8)
+            compile_small_one("solve_shares_rows", "_start_kernel", {}, solve | {"BLOCK_V": 8192 // block_e}, arch, 8)
             compiled = compile_small_one(
-                "solve_shares_triton", "_solve_shares_kernel", {}, solve | {"BLOCK_W": 32}, arch, 1
+                "solve_shares_rows", "_solve_shares_kernel", {}, solve | {"BLOCK_W": 32}, arch, 1
             )
             assert "redux.sync.add.s32" in compiled.asm["ptx"], "a sum over ranks must be one instruction"
+    for ranks, block_e in ((4, 256), (16, 1024)):
+        solve = {"LANES": 9, "BLOCK_E": block_e, "BLOCK_W": 32, "PAIRS": ranks, "BLOCK_V": min(8, ranks), "BLOCK_F": 32}
+        warps = min(16, block_e // 32)
+        compiled = compile_small_one("solve_shares_pairs", "_solve_pairs_kernel", {}, solve, arch, warps)
+        assert "shfl.sync.idx" in compiled.asm["ptx"], "a step of pairs must need no shared memory"
     compile_small_one("schedule_triton", "_place_rows_kernel", {}, chunk, arch, options["num_warps"])
 
 
@@ -355,12 +370,15 @@ def compile_peers(arch: int, dtype: torch.dtype, num_ranks: int) -> None:
     ranks = {"W": num_ranks}
     waits = ranks | {"BLOCK_W": triton.next_power_of_2(num_ranks), "TIMED": True}
     columns = {"TOP_K": 8, "BLOCK_K": 8, "BLOCK_H": 1024}
-    sends = columns | ranks | {"BLOCK_W": waits["BLOCK_W"], "BLOCK": 128, "GROUP": 128}
-    expands = ranks | {"GROUP": 128, "BLOCK_H": 1024}
+    sees = ranks | {"BLOCK_W": waits["BLOCK_W"]}
+    sends = columns | sees | {"BLOCK": 128, "GROUP": 128}
+    few = sends | {"BLOCK": 512, "ROWS": 4, "BLOCK_L": 512}
+    expands = sees | {"GROUP": 128, "BLOCK_H": 1024}
     receives = waits | {"BLOCK_M": 16, "EXTRA_M": 0, "BLOCK": 512, "BLOCK_L": 128}
     meets = waits | {"SAYS": True, "WAITS": True}
     for module, name, constants, num_warps in (
         ("send_rows", "_send_rows_kernel", sends | {"scales_ptr": None}, 4),
+        ("send_few_rows", "_send_few_rows_kernel", few | {"scales_ptr": None}, 4),
         *(
             [("send_rows", "_send_rows_kernel", sends, 4), ("expand_rows", "_expand_rows_kernel", expands, 4)]
             if arch >= 89
@@ -370,9 +388,12 @@ def compile_peers(arch: int, dtype: torch.dtype, num_ranks: int) -> None:
         ("receive_rows", "_receive_rows_kernel", receives | {"here_ptr": None}, 4),
         ("meet_peers", "_meet_peers_kernel", meets, 1),
         ("gather_counts", "_gather_counts_kernel", meets | {"BLOCK": 1024}, 4),
-        ("return_rows", "_return_rows_kernel", {"BLOCK_H": 1024}, 4),
-        ("return_rows", "_return_sums_kernel", columns | ranks, 4),
-        ("return_rows", "_combine_sums_kernel", columns | ranks, 4),
+        ("return_rows", "_return_rows_kernel", sees | {"BLOCK_H": 1024}, 4),
+        ("return_rows", "_return_sums_kernel", columns | sees, 4),
+        *(
+            ("combine_home", "_combine_home_kernel", meets | columns | {"BY_RANK": by_rank, "SAYS": says}, 4)
+            for by_rank, says in ((False, True), (False, False), (True, False))
+        ),
     ):
         fp8 = module == "expand_rows" or (module == "send_rows" and "scales_ptr" not in constants)
         own = types | ({"rows_ptr": "*fp8e4nv", "scales_ptr": "*fp32", "expanded_ptr": element} if fp8 else {})
@@ -382,8 +403,8 @@ def compile_peers(arch: int, dtype: torch.dtype, num_ranks: int) -> None:
             assert re.search(r"st\.global\S*v4\.b32", ptx), "rows must be stored 16 bytes at a time"
         if "TIMED" in constants:
             assert "global.sys.acquire" in ptx and "globaltimer" in ptx
-        if name in ("_send_rows_kernel", "_meet_peers_kernel", "_gather_counts_kernel"):
-            assert "global.sys.release" in ptx
+        if name not in ("_receive_rows_kernel", "_expand_rows_kernel"):
+            assert "global.sys.release" in ptx or not constants.get("SAYS", True)
 
 
 def compile_one_token(arch: int, dtype: torch.dtype) -> None:

@@ -10,7 +10,9 @@ from bench.virtual_ranks import Sizes, VirtualRanks
 from eplb.planning.placement import Placement
 from eplb.planning.shares import equal_shares
 from eplb.relocation.table import flip, map_lanes
+from moe_kernels import combine_home
 from moe_kernels.peers import NO_RANK
+from moe_layer.dispatch import one_sided
 from moe_layer.executors import choose_replicas
 
 SMALL = {"num_experts": 8, "top_k": 2, "hidden_size": 24, "intermediate_size": 16, "max_tokens": 6}
@@ -136,6 +138,56 @@ def test_fp8_rows(device):
             scale = groups.repeat_interleave(128, 1)[:, :300] / 448
             assert ((y - x_TH).abs() <= torch.maximum(x_TH.abs() / 16, scale * 2**-10) * 1.0001).all()
             assert not torch.equal(y, x_TH)
+
+
+@pytest.mark.parametrize("sums", ["fixed_order", "by_rank"])
+def test_long_batches_wait_in_one_program(sums, device, monkeypatch):
+    """As where all programs wait: the same bits. Here each batch counts as long."""
+    sizes = Sizes(num_ranks=2, dtype=torch.float32, **SMALL)
+    ranks = VirtualRanks(sizes, torch.device(device), sums=sums)
+    x, chosen = batch(sizes, [5, 2], device)
+    few = [y.clone() for y in run(ranks, x, chosen)]
+    met = []
+    monkeypatch.setattr(combine_home, "_MOST_TURNS", 0)
+    meet_peers = combine_home.meet_peers
+    monkeypatch.setattr(
+        combine_home, "meet_peers", lambda area, **says: (met.append(area.rank), meet_peers(area, **says))
+    )
+    assert all(torch.equal(y, wanted) for y, wanted in zip(run(ranks, x, chosen), few, strict=True))
+    assert met == [0, 1]
+
+
+@pytest.mark.parametrize("fp8", [False, True])
+def test_few_tokens_are_sent_as_many_are(fp8, device, monkeypatch):
+    """One kernel sorts and sends them, or one sorts and another sends: the receivers have the same."""
+    sizes = Sizes(num_ranks=2, num_redundant_experts=2, dtype=torch.float32, fp8=fp8, **SMALL)
+    ranks = VirtualRanks(sizes, torch.device(device))
+    x, chosen = batch(sizes, [6, 3], device)
+    chosen[0][1][2] = -1
+    lanes = [choose_replicas(ranks.experts[rank], chosen[rank][1]) for rank in range(2)]
+    found = []
+    for few in (one_sided.FEW_ROWS, 0):
+        monkeypatch.setattr(one_sided, "FEW_ROWS", few)
+        for dispatcher in ranks.dispatchers:
+            dispatcher.area.own[ranks.layout.offsets["counts"] :] = 255
+        sent = [
+            dispatcher.dispatch(x_TH, weights_TK, *of_rank, "triton")
+            for dispatcher, x_TH, (weights_TK, _), of_rank in zip(ranks.dispatchers, x, chosen, lanes, strict=True)
+        ]
+        schedules = [one.schedule(16, 0) for one in sent]
+        for one, schedule in zip(sent, schedules, strict=True):
+            count = int(schedule.offsets_L1[-1])
+            rows = schedule.order_N[:count].long()
+            assert one.row_weights_N is not None
+            found.append((schedule.offsets_L1, rows, one.row_weights_N[rows], one.rows_RH[rows // sizes.top_k]))
+        assert sum(len(rows) for _, rows, _, _ in found[-2:]) == sum(int((ids >= 0).sum()) for _, ids in chosen)
+    for first, second in zip(found[:2], found[2:], strict=True):
+        assert all(torch.equal(one, other) for one, other in zip(first, second, strict=True))
+    weights = torch.cat([chosen[0][0].flatten(), chosen[1][0].flatten()])
+    for _, rows, got, _ in found:
+        tokens = rows // sizes.top_k
+        place = torch.where(tokens < 6, rows, rows - (sizes.max_tokens - 6) * sizes.top_k)
+        assert torch.equal(got, weights[place])
 
 
 def test_a_rank_that_does_not_come_ends_the_wait(device):

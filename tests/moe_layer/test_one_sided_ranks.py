@@ -7,6 +7,7 @@ import pytest
 import torch
 import torch.distributed as dist
 
+from eplb import EplbController
 from moe_layer import MoELayer
 from moe_layer.dispatch.one_sided import OneSidedDispatcher
 from tests.distributed import INTERPRETED, distributed
@@ -100,13 +101,22 @@ def check_absence(rank, group, device):
     dispatcher = connect(group, device, timeout=0.2)
     layer = make_layer(group, device, dispatcher=dispatcher, max_tokens=MOST, backend="triton")
     x = torch.zeros(3, HIDDEN, device=device)
+    controller = EplbController(process_group=group)
+    controller.register(layer)
     layer(x)
     dist.barrier(group)
+    assert controller.health().state == "idle" and layer.dispatch_failure() is None
     if rank == 0:
         layer(x)
         if device.type == "cuda":
             torch.cuda.synchronize()
         with pytest.raises(TimeoutError, match="rank 1 of the ranks that share the experts did not come"):
             layer(x)
+        health = controller.health()
+        assert health.state == "dispatch_failed" and "rank 1 of the ranks that share" in health.reason
+        assert layer.dispatch_failure() == health.reason
+    else:
+        assert controller.health().state == "idle"  # it has waited for nobody
     dist.barrier(group)
-    assert isinstance(layer, MoELayer)
+    controller.close()
+    assert controller.health().state == "closed" and isinstance(layer, MoELayer)

@@ -1,4 +1,4 @@
-"""Replica choice by batch: the kernels of `solve_shares` and their launches.
+"""Replica choice by batch: the kernels of `solve_shares` for costs and for many ranks, and their launches.
 
 W ranks, E logical experts, P entries of the table, F experts with replicas on several ranks ("split" experts, a row each).
 """
@@ -14,17 +14,17 @@ from moe_kernels.integers import cdiv, next_power_of_2
 from moe_kernels.launch import Launcher, gdc_launch_dependents, gdc_wait
 from moe_kernels.table import ReplicaTable
 
-ROUNDS = 4
+ROW_ROUNDS = 4
 """Rounds over all split experts, at most. Simulated with 256 experts and 32 redundant ones on 4 to 32 ranks, the largest load
 is then within 0.4 % of the exact optimum in the mean; one round leaves up to 1.4 %."""
 
-_ROUNDS = tl.constexpr(ROUNDS)
+_ROUNDS = tl.constexpr(ROW_ROUNDS)
 _UNROLL = tl.constexpr(4)  # entries of an expert that are looked at together, so that their loads overlap
 _TILE = 8192  # counts that a program adds up in a step
 
 
 @triton.jit
-def _count_bits(bits):
+def count_bits(bits):
     """How many bits of a uint64 are 1."""
     bits = (bits & 0x5555555555555555) + ((bits >> 1) & 0x5555555555555555)
     bits = (bits & 0x3333333333333333) + ((bits >> 2) & 0x3333333333333333)
@@ -35,7 +35,7 @@ def _count_bits(bits):
 
 
 @triton.jit
-def _entries_of(offsets_ptr, expert, num_experts):
+def entries_of(offsets_ptr, expert, num_experts):
     """First and last entry of each expert; none of what is past the last expert."""
     exists = expert < num_experts
     if offsets_ptr is None:
@@ -91,7 +91,7 @@ def _start_kernel(
     totals_ptr, rows_ptr, loads_ptr, sizes_ptr, records_ptr = _parts(scratch_ptr, num_ranks, num_experts)
     expert = tl.arange(0, BLOCK_E)
     exists = expert < num_experts
-    first, last = _entries_of(offsets_ptr, expert, num_experts)
+    first, last = entries_of(offsets_ptr, expert, num_experts)
     total = tl.zeros((BLOCK_E,), dtype=tl.int32)
     before = tl.zeros((BLOCK_E,), dtype=tl.int32)
     for start in range(0, num_ranks, BLOCK_V):
@@ -117,9 +117,9 @@ def _start_kernel(
                 end = ((total.to(tl.int64) * share) >> _SHARE_BITS).to(tl.int32)
             quota += tl.where(is_entry & (owner == here), end - begin, 0)
             begin = end
-    num = _count_bits(ranks)
+    num = count_bits(ranks)
     bit = one << here.to(tl.uint64)
-    ordinal = _count_bits(ranks & (bit - 1))
+    ordinal = count_bits(ranks & (bit - 1))
     is_here = (ranks & bit) != 0
     cost = quota + EXPERT_COST * (quota > 0).to(tl.int32)
     tl.store(loads_ptr + here, tl.sum(cost, axis=0))
@@ -140,7 +140,7 @@ def _start_kernel(
 
 
 @triton.jit
-def _level_pair(load, quota, ordinal, a, b, bound, gathers, EXPERT_COST: tl.constexpr):
+def level_pair(load, quota, ordinal, a, b, bound, gathers, EXPERT_COST: tl.constexpr):
     """Split what the ordinals a and b of an expert have together, so that the larger of the two loads becomes least.
 
     One expression serves both ranks, each in its place of the vectors over ranks; so the only thing that waits for other
@@ -225,7 +225,7 @@ def _solve_shares_kernel(
             for a in range(0, tl.where(num > 2, num, 1)):
                 b = a + stride
                 b -= tl.where(b < num, 0, num)
-                load, quota = _level_pair(load, quota, ordinal, a, b, bound, gathers, EXPERT_COST)
+                load, quota = level_pair(load, quota, ordinal, a, b, bound, gathers, EXPERT_COST)
             moved |= (quota != old).to(tl.int32)
             tl.store(mine + 1 + num_ranks + rank, quota, mask=is_rank)
         round += 1
@@ -236,7 +236,7 @@ def _solve_shares_kernel(
     tl.debug_barrier()
     expert = tl.arange(0, BLOCK_E)
     exists = expert < num_experts
-    first, last = _entries_of(offsets_ptr, expert, num_experts)
+    first, last = entries_of(offsets_ptr, expert, num_experts)
     total = tl.load(totals_ptr + expert, mask=exists, other=0)
     row = tl.load(rows_ptr + expert, mask=exists, other=-1)
     row_ptr = records_ptr + row * size + 1 + num_ranks
@@ -259,7 +259,7 @@ def _solve_shares_kernel(
             tl.store(quotas_ptr + start + expert, 0, mask=start + expert < num_entries)
 
 
-def solve_shares_triton(
+def solve_rows(
     counts_WE: torch.Tensor, table: ReplicaTable, lanes_per_rank: int, rank: int, expert_cost: int
 ) -> tuple[torch.Tensor, torch.Tensor]:
     num_ranks, num_experts = counts_WE.shape
