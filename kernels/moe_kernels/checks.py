@@ -61,7 +61,7 @@ def check_tma_address(name: str, tensor: torch.Tensor) -> None:
     """It needs a GPU that has it, and aligned addresses. A tracer has no addresses, so the ops themselves call this."""
     if tensor.is_cuda and not has_tma(tensor.device):
         raise ValueError(f"{name} is on {tensor.device}: config.tma needs a GPU for which has_tma() is true")
-    if (tensor.stride(0) % 8 and tensor.shape[0] > 1) or tensor.data_ptr() % 16:
+    if (tensor.stride(0) * tensor.element_size() % 16 and tensor.shape[0] > 1) or tensor.data_ptr() % 16:
         raise ValueError(
             f"{name} has strides {tensor.stride()} and begins at {tensor.data_ptr():#x}: config.tma needs slots and rows that "
             "begin at multiples of 16 bytes"

@@ -34,7 +34,8 @@ class GemmConfig:
             same load of the weights; 0, or a power of two, at least 64. The tile schedule must have been built with it.
         programs_per_sm: `expert_down` only: so many persistent programs per multiprocessor; 0 is one program per tile.
         keep: write the output so that L2 rather lets other things go, weights that stream by above all.
-        quantised: for experts of a scheme other than "plain", whose kernels use no TMA yet, but may `swap`.
+        quantised: for experts of a scheme other than "plain", whose kernels may `swap`. Together with `tma` it is for 4-bit
+            experts, which always have `swap` then, and may have `tail_m`.
     """
 
     block_m: int
@@ -59,8 +60,8 @@ class GemmConfig:
         for name, least in (("num_stages", 1), ("group_m", 1), ("programs_per_sm", 0)):
             if getattr(self, name) < least:
                 raise ValueError(f"{name}={getattr(self, name)}: must be at least {least}")
-        if self.quantised and self.tma:
-            raise ValueError(f"{self}: quantised and tma exclude each other")
+        if self.quantised and self.tma and not (self.swap and not self.extra_m and not self.programs_per_sm):
+            raise ValueError(f"{self}: quantised and tma need swap=True, extra_m=0 and programs_per_sm=0")
         others = self.tail_m or self.programs_per_sm or self.extra_m or self.keep
         if not self.tma and (others or (self.swap and not self.quantised)):
             raise ValueError(
@@ -73,7 +74,7 @@ class GemmConfig:
                 raise ValueError(f"{name}={value}: must be 0, or a power of two and at least 64")
             if value >= self.block_m:
                 raise ValueError(f"{name}={value}: must be less than block_m={self.block_m}")
-            if value and (self.swap or self.programs_per_sm):
+            if value and ((self.swap and not self.quantised) or self.programs_per_sm):
                 raise ValueError(f"{name}={value}: not together with swap or programs_per_sm")
         if self.tma and not (128 if self.swap else 32) <= self.block_n <= 256:
             # Swapped, gate and up rows are 64 each at least, or they would be multiplied by mma.sync; a box holds 256.
@@ -121,11 +122,14 @@ _TABLE_FP8_HOPPER: _QuantisedTable = (
     (64, replace(_FP8_UP, block_m=64, num_warps=8, num_stages=3), replace(_FP8_DOWN, block_m=64)),
     (_ANY, replace(_FP8_UP, block_m=128, num_warps=8, num_stages=3), replace(_FP8_DOWN, block_m=128, num_warps=8)),
 )
+_FOUR_BIT_TMA = GemmConfig(
+    block_m=16, block_n=128, block_k=128, num_warps=4, num_stages=4, tma=True, swap=True, quantised=True
+)
 _TABLE_4_BIT_HOPPER: _QuantisedTable = (
-    (8, *2 * (replace(_FOUR_BIT, num_stages=4, swap=True),)),
-    (32, *2 * (replace(_FOUR_BIT, block_m=32, num_stages=4, swap=True),)),
-    (64, *2 * (replace(_FOUR_BIT, block_m=64, num_warps=4),)),
-    (_ANY, *2 * (replace(_FOUR_BIT, block_m=128, block_k=64, num_warps=8, num_stages=4),)),
+    (8, *2 * (_FOUR_BIT_TMA,)),
+    (32, *2 * (replace(_FOUR_BIT_TMA, block_m=32),)),
+    (64, *2 * (replace(_FOUR_BIT_TMA, block_m=64, num_stages=3),)),
+    (_ANY, *2 * (replace(_FOUR_BIT_TMA, block_m=128, block_n=256, num_warps=8, num_stages=3, tail_m=64),)),
 )
 
 # With TMA, tuned on an H200 (`python -m bench.tune`, docs/log.md).

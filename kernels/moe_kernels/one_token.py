@@ -130,7 +130,7 @@ def one_token_triton(
             matrices.scheme,
             strides,
             up_zero is None,
-            None if up_scale is None else up_scale.shape[2],
+            None if up_scale is None else up_scale.shape[1],
             matrices.activation,
         ),
         *(up_bias is None, up_stride, down_bias is None, down_stride),
@@ -191,7 +191,7 @@ _ELEMENTS = 2048  # weights that a program of the down projection reads at once
 
 def _group(scheme: str, columns: int, scale: torch.Tensor | None) -> int:
     """Columns that share a scale; 0: there is none."""
-    return BLOCK if scheme == "fp8_block" else 0 if scale is None else columns // scale.shape[2]
+    return BLOCK if scheme == "fp8_block" else 0 if scale is None else columns // scale.shape[1]
 
 
 def _block(size: int) -> int:

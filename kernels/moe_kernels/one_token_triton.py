@@ -143,6 +143,7 @@ def _up_kernel(
         return
     GATED: tl.constexpr = is_gated(ACTIVATION)
     UP_ROWS: tl.constexpr = INTERMEDIATE if GATED else 0  # where they begin
+    ROWS: tl.constexpr = UP_ROWS + INTERMEDIATE
     if SCHEME != "plain":
         gate_up = gate_up_ptr + slot * stride_slot, scale_ptr + slot * stride_scale, None
         if zero_ptr is not None:
@@ -157,11 +158,13 @@ def _up_kernel(
             x = widen(tl.load(x_ptr + h, mask=h < HIDDEN_SIZE, other=0.0))
             if GATED:
                 gate_weight = load_rows(
-                    *gate_up, column, 0, first, chosen, HIDDEN_SIZE, SCHEME, GROUP, EVICTION, BLOCK_H, x_ptr.dtype.element_ty
+                    *gate_up, column, 0, first, chosen, ROWS, HIDDEN_SIZE, SCHEME, GROUP, EVICTION, BLOCK_H,
+                    x_ptr.dtype.element_ty,
                 )  # fmt: skip
                 gate_weight = tl.reshape(gate_weight, (BLOCK_H,))
             up_weight = load_rows(
-                *gate_up, column, UP_ROWS, first, chosen, HIDDEN_SIZE, SCHEME, GROUP, EVICTION, BLOCK_H, x_ptr.dtype.element_ty
+                *gate_up, column, UP_ROWS, first, chosen, ROWS, HIDDEN_SIZE, SCHEME, GROUP, EVICTION, BLOCK_H,
+                x_ptr.dtype.element_ty,
             )  # fmt: skip
             up_weight = tl.reshape(up_weight, (BLOCK_H,))
         elif first + BLOCK_H <= HIDDEN_SIZE:
@@ -188,8 +191,8 @@ def _up_kernel(
 
 @triton.jit
 def _down_weights(
-    matrix, row, chosen, first, INTERMEDIATE: tl.constexpr, SCHEME: tl.constexpr, GROUP: tl.constexpr,
-    EVICTION: tl.constexpr, BLOCK_I: tl.constexpr, scratch_ptr,
+    matrix, row, chosen, first, HIDDEN_SIZE: tl.constexpr, INTERMEDIATE: tl.constexpr, SCHEME: tl.constexpr,
+    GROUP: tl.constexpr, EVICTION: tl.constexpr, BLOCK_I: tl.constexpr, scratch_ptr,
 ):  # fmt: skip
     """float32 [K, BLOCK_I] of a row of each expert's matrix: `matrix` has where it begins, or the row of plain ones."""
     if SCHEME == "plain":
@@ -199,7 +202,7 @@ def _down_weights(
     else:
         return load_rows(
             *matrix, row, 0, first, chosen[:, None],
-            INTERMEDIATE, SCHEME, GROUP, EVICTION, BLOCK_I, scratch_ptr.dtype.element_ty,
+            HIDDEN_SIZE, INTERMEDIATE, SCHEME, GROUP, EVICTION, BLOCK_I, scratch_ptr.dtype.element_ty,
         )  # fmt: skip
 
 
@@ -256,7 +259,9 @@ def _down_kernel(
         matrix = slot_at, scale_ptr + (slot * stride_scale)[:, None], None
         if zero_ptr is not None:
             matrix = slot_at, matrix[1], zero_ptr + (slot * stride_zero)[:, None]
-    down = _down_weights(matrix, row, chosen, 0, INTERMEDIATE, SCHEME, GROUP, EVICTION, BLOCK_I, scratch_ptr)
+    down = _down_weights(
+        matrix, row, chosen, 0, HIDDEN_SIZE, INTERMEDIATE, SCHEME, GROUP, EVICTION, BLOCK_I, scratch_ptr
+    )
     if PDL:  # see `Launcher`
         gdc_wait()
         gdc_launch_dependents()
@@ -265,10 +270,14 @@ def _down_kernel(
     # Unrolled, all loads are under way at once; but the compiler would choke on very long rows.
     UNROLLED: tl.constexpr = min(INTERMEDIATE, _MOST_STEPS * BLOCK_I)
     for first in tl.static_range(BLOCK_I, UNROLLED, BLOCK_I):
-        down = _down_weights(matrix, row, chosen, first, INTERMEDIATE, SCHEME, GROUP, EVICTION, BLOCK_I, scratch_ptr)
+        down = _down_weights(
+            matrix, row, chosen, first, HIDDEN_SIZE, INTERMEDIATE, SCHEME, GROUP, EVICTION, BLOCK_I, scratch_ptr
+        )
         product += down * _hidden(hidden_at, chosen, first, INTERMEDIATE, BLOCK_I)
     for first in tl.range(UNROLLED, INTERMEDIATE, BLOCK_I):
-        down = _down_weights(matrix, row, chosen, first, INTERMEDIATE, SCHEME, GROUP, EVICTION, BLOCK_I, scratch_ptr)
+        down = _down_weights(
+            matrix, row, chosen, first, HIDDEN_SIZE, INTERMEDIATE, SCHEME, GROUP, EVICTION, BLOCK_I, scratch_ptr
+        )
         product += down * _hidden(hidden_at, chosen, first, INTERMEDIATE, BLOCK_I)
     weights = tl.load(choice_ptr + TOP_K + k, mask=k < TOP_K, other=0, cache_modifier=".cg").to(
         tl.float32, bitcast=True
