@@ -16,6 +16,10 @@ from moe_kernels.quantised_weights import group_of
 from moe_kernels.words import WORD
 
 _E2M1_FACTOR = tl.constexpr(2.0**126)
+# Codes of e2m1 are used as numbers of 2 ** -126. Times x in units of 2 ** -48 their products keep far from subnormal numbers,
+# and from infinity while x is below 2 ** 78.
+SUMS_FACTOR = tl.constexpr(2.0**48)
+_SUMS_UNDONE = tl.constexpr(2.0**78)
 
 # Of a bfloat16, twice: its sign, the last two bits of its exponent and the first bit of its mantissa.
 _FOUR_OF_MXFP4 = """
@@ -166,11 +170,16 @@ def weights_of_words(
             c, d = _pair_of_int4(bits >> 4, middle, factor, DTYPE)
             e, f = _pair_of_int4(bits >> 8, middle, factor, DTYPE)
             g, h = _pair_of_int4(bits >> 12, middle, factor, DTYPE)
-    # The columns of word t of a group are 8i + 2t + e with i = 2j + l, and the pairs i come one after the other.
-    even = tl.join(tl.join(a, b), tl.join(c, d))  # [N, W, e, l]
+    return _by_columns(a, b, c, d, e, f, g, h)
+
+
+@triton.jit
+def _by_columns(a, b, c, d, e, f, g, h):
+    """[N, W] each of a word's eight weights, in the order of i and e → [N, 8W]. Threads keep what they have."""
+    even = tl.join(tl.join(a, b), tl.join(c, d))  # [N, W, e, l], where i = 2j + l
     odd = tl.join(tl.join(e, f), tl.join(g, h))
-    parts = tl.reshape(tl.join(even, odd), (words.shape[0], words.shape[1] // 4, 4, 2, 2, 2))  # group, t, e, l, j
-    return tl.reshape(tl.permute(parts, (0, 1, 5, 4, 2, 3)), (words.shape[0], 8 * words.shape[1]))
+    parts = tl.reshape(tl.join(even, odd), (a.shape[0], a.shape[1] // 4, 4, 2, 2, 2))  # group, t, e, l, j
+    return tl.reshape(tl.permute(parts, (0, 1, 5, 4, 2, 3)), (a.shape[0], 8 * a.shape[1]))
 
 
 @triton.jit
@@ -194,3 +203,51 @@ def _pair_of_int4(bits, middle, factor, DTYPE: tl.constexpr):
     low = ((bits & 15).to(tl.float32) - middle) * factor
     high = (((bits >> 16) & 15).to(tl.float32) - middle) * factor
     return narrow(low, DTYPE), narrow(high, DTYPE)
+
+
+@triton.jit
+def sums_of_words(words, x, scale, zero, SCHEME: tl.constexpr):
+    """float32 [R, W / 4]: of each group of 32 columns, the sum of x times the weights of words [R, W].
+
+    The weights are not rounded: the scale multiplies the sum, in float32.
+
+    Args:
+        words: int32.
+        x: float32 [R, W / 4, 32]; the first dimension may be 1. Of mxfp4 times `SUMS_FACTOR`.
+        scale, zero: [R, W / 4]; zero may be None: 8.
+    """
+    bits = words.to(tl.uint32, bitcast=True)
+    if SCHEME == "mxfp4":
+        a, b = _raw_of_mxfp4(bits)
+        c, d = _raw_of_mxfp4(bits << 3)
+        e, f = _raw_of_mxfp4(bits << 6)
+        g, h = _raw_of_mxfp4(((bits << 1) & 0x80008000) | ((bits >> 3) & 0x01800180) | ((bits >> 7) & 0x00400040))
+    else:
+        middle = 136.0
+        if zero is not None:
+            middle = _of_words(zero.to(tl.float32) + 128.0, 4)
+        a, b = _raw_of_int4(bits, middle)
+        c, d = _raw_of_int4(bits >> 4, middle)
+        e, f = _raw_of_int4(bits >> 8, middle)
+        g, h = _raw_of_int4(bits >> 12, middle)
+    values = tl.reshape(_by_columns(a, b, c, d, e, f, g, h), (words.shape[0], words.shape[1] // 4, 32))
+    sums = tl.sum(values * x, axis=2)
+    if SCHEME == "mxfp4":
+        is_special = (scale == 0) | (scale == 255)  # 2 ** -127, which is subnormal, and NaN
+        factor = (scale.to(tl.uint32) << 23) | tl.where(is_special, 0x400000, 0).to(tl.uint32)
+        return sums * _SUMS_UNDONE * factor.to(tl.float32, bitcast=True)
+    else:
+        return sums * widen(scale)
+
+
+@triton.jit
+def _raw_of_mxfp4(bits):
+    """Times 2 ** -126."""
+    return ((bits << 16) & 0x81C00000).to(tl.float32, bitcast=True), (bits & 0x81C00000).to(tl.float32, bitcast=True)
+
+
+@triton.jit
+def _raw_of_int4(bits, middle):
+    """A code as the last bits of 128, whose mantissa ends 16 bits up with the digit of 1."""
+    low = (((bits << 16) & 0x000F0000) | 0x43000000).to(tl.float32, bitcast=True)
+    return low - middle, ((bits & 0x000F0000) | 0x43000000).to(tl.float32, bitcast=True) - middle

@@ -14,6 +14,7 @@ from typing import Any
 
 import torch
 
+from moe_kernels import one_token_four_bit
 from moe_kernels.fp8 import e4m3_argument
 from moe_kernels.integers import cdiv, next_power_of_2
 from moe_kernels.launch import PreparedLaunch, on_device, raw_stream
@@ -60,7 +61,7 @@ def _make_plan(
             BLOCK_K=block_k,
             num_warps=1,
         ),
-        up=_up_kernel.prepare(
+        up=(one_token_four_bit._up_kernel if is_packed else _up_kernel).prepare(
             device_index,
             SCRATCH=scratch,
             HIDDEN_SIZE=hidden_size,
@@ -69,10 +70,13 @@ def _make_plan(
             GROUP=_group(matrices.scheme, hidden_size, matrices.gate_up_scale),
             ACTIVATION=matrices.activation,
             EVICTION=eviction,
-            BLOCK_H=_block(hidden_size),
-            num_warps=1 if is_packed else 2,  # 16 bytes a thread
+            **(
+                {"BLOCK_H": _packed_block(hidden_size), "BLOCK_R": _UP_ROWS, "num_warps": _UP_WARPS}
+                if is_packed
+                else {"BLOCK_H": _block(hidden_size), "num_warps": 2}  # 16 bytes a thread
+            ),
         ),
-        down=_down_kernel.prepare(
+        down=(one_token_four_bit._down_kernel if is_packed else _down_kernel).prepare(
             device_index,
             SCRATCH=scratch,
             HIDDEN_SIZE=hidden_size,
@@ -82,8 +86,14 @@ def _make_plan(
             GROUP=_group(matrices.scheme, intermediate, matrices.down_scale),
             EVICTION=eviction,
             BLOCK_K=block_k,
-            BLOCK_I=min(next_power_of_2(intermediate), max(_ELEMENTS // block_k, 16)),
-            num_warps=1,
+            **(
+                {"BLOCK_I": _packed_block(intermediate), "BLOCK_R": _down_rows(block_k), "num_warps": _DOWN_WARPS}
+                if is_packed
+                else {
+                    "BLOCK_I": min(next_power_of_2(intermediate), max(_ELEMENTS // block_k, 16)),
+                    "num_warps": 1,
+                }
+            ),
         ),
         scratch=scratch,
     )
@@ -105,8 +115,11 @@ def one_token_triton(
     token_mask_T: torch.Tensor | None,
 ) -> torch.Tensor:
     gate_up_SNH, down_SHI = matrices.gate_up_SNH, matrices.down_SHI
+    is_packed = matrices.scheme in ("mxfp4", "int4")
     if matrices.scheme == "fp8_block":
         gate_up_SNH, down_SHI = e4m3_argument(gate_up_SNH), e4m3_argument(down_SHI)
+    elif is_packed:
+        gate_up_SNH, down_SHI = gate_up_SNH.view(torch.int32), down_SHI.view(torch.int32)
     up_scale, down_scale, up_zero, down_zero = (
         matrices.gate_up_scale,
         matrices.down_scale,
@@ -169,13 +182,13 @@ def one_token_triton(
             num_lanes,
         )
         plan.up(
-            (intermediate, top_k, 1),
+            (cdiv(intermediate, _UP_ROWS) if is_packed else intermediate, top_k, 1),
             stream,
             *(x_1H, gate_up_SNH, up_bias, up_scale, up_zero, scratch),
             *(stride_up, up_stride, strides[0], strides[2]),
         )
         plan.down(
-            (hidden_size, 1, 1),
+            (cdiv(hidden_size, _down_rows(next_power_of_2(top_k))) if is_packed else hidden_size, 1, 1),
             stream,
             *(scratch, down_SHI, down_bias, down_scale, down_zero, y_1H),
             *(stride_down, down_stride, strides[1], strides[3]),
@@ -187,6 +200,23 @@ def one_token_triton(
 # first; more of them take longer so (measured on an H200, docs/log.md).
 _MOST_TO_STREAM = 256 << 20
 _ELEMENTS = 2048  # weights that a program of the down projection reads at once
+
+
+# Of 4-bit weights: rows of the matrices that a program has, and its warps.
+_UP_ROWS, _UP_WARPS = 8, 2
+_DOWN_ROWS, _DOWN_WARPS = 16, 4  # rows of all experts together
+_MOST_STEPS = 16  # which are unrolled
+
+
+def _down_rows(block_k: int) -> int:
+    """Rows of y that a program has."""
+    return max(_DOWN_ROWS // block_k, 1)
+
+
+def _packed_block(size: int) -> int:
+    """1024 columns, a warp's words; fewer where 1024 would be half empty, and more of very long rows."""
+    least = 1024 if size % 1024 == 0 or size > 2048 else 256
+    return max(min(least, next_power_of_2(size)), next_power_of_2(cdiv(size, _MOST_STEPS)))
 
 
 def _group(scheme: str, columns: int, scale: torch.Tensor | None) -> int:

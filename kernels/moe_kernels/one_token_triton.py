@@ -28,7 +28,7 @@ def _prefetch(pointer, num_elements):
 
 
 @triton.jit
-def _choice_in(scratch_ptr, SCRATCH: tl.constexpr):
+def choice_in(scratch_ptr, SCRATCH: tl.constexpr):
     """Slots and weights' bits, int32 [2, K], behind the SCRATCH elements of hidden."""
     return (scratch_ptr + SCRATCH).to(tl.pointer_type(tl.int32), bitcast=True)
 
@@ -94,7 +94,7 @@ def _choice_kernel(
     if mask_ptr is not None:
         counts &= tl.load(mask_ptr) != 0
     slot = tl.where(counts, tl.gather(slots, ids, 0), -1)
-    choice_ptr = _choice_in(scratch_ptr, SCRATCH)
+    choice_ptr = choice_in(scratch_ptr, SCRATCH)
     tl.store(choice_ptr + k, slot, mask=k < TOP_K)
     weights = tl.where(slot >= 0, weights, 0.0)
     tl.store(choice_ptr + TOP_K + k, weights.to(tl.int32, bitcast=True), mask=k < TOP_K)
@@ -113,7 +113,7 @@ def _up_kernel(
     gate_up_ptr,
     bias_ptr,  # None: no biases
     scale_ptr,  # None: not quantised
-    zero_ptr,  # None: no zeros
+    zero_ptr,  # None; for `one_token_four_bit`
     # input and output
     scratch_ptr,
     # shapes and strides, in elements
@@ -138,16 +138,13 @@ def _up_kernel(
         gdc_wait()
         gdc_launch_dependents()
     column, k = tl.program_id(0).to(tl.int64), tl.program_id(1)
-    slot = tl.load(_choice_in(scratch_ptr, SCRATCH) + k).to(tl.int64)
+    slot = tl.load(choice_in(scratch_ptr, SCRATCH) + k).to(tl.int64)
     if slot < 0:
         return
     GATED: tl.constexpr = is_gated(ACTIVATION)
     UP_ROWS: tl.constexpr = INTERMEDIATE if GATED else 0  # where they begin
-    ROWS: tl.constexpr = UP_ROWS + INTERMEDIATE
     if SCHEME != "plain":
-        gate_up = gate_up_ptr + slot * stride_slot, scale_ptr + slot * stride_scale, None
-        if zero_ptr is not None:
-            gate_up = gate_up[0], gate_up[1], zero_ptr + slot * stride_zero
+        gate_up = gate_up_ptr + slot * stride_slot, scale_ptr + slot * stride_scale
         chosen = tl.full((1, 1), True, tl.int1)
     at = gate_up_ptr + slot * stride_slot + column * HIDDEN_SIZE
     gate = tl.zeros((BLOCK_H,), dtype=tl.float32)
@@ -157,15 +154,9 @@ def _up_kernel(
         if SCHEME != "plain":
             x = widen(tl.load(x_ptr + h, mask=h < HIDDEN_SIZE, other=0.0))
             if GATED:
-                gate_weight = load_rows(
-                    *gate_up, column, 0, first, chosen, ROWS, HIDDEN_SIZE, SCHEME, GROUP, EVICTION, BLOCK_H,
-                    x_ptr.dtype.element_ty,
-                )  # fmt: skip
+                gate_weight = load_rows(*gate_up, column, 0, first, chosen, HIDDEN_SIZE, GROUP, EVICTION, BLOCK_H)
                 gate_weight = tl.reshape(gate_weight, (BLOCK_H,))
-            up_weight = load_rows(
-                *gate_up, column, UP_ROWS, first, chosen, ROWS, HIDDEN_SIZE, SCHEME, GROUP, EVICTION, BLOCK_H,
-                x_ptr.dtype.element_ty,
-            )  # fmt: skip
+            up_weight = load_rows(*gate_up, column, UP_ROWS, first, chosen, HIDDEN_SIZE, GROUP, EVICTION, BLOCK_H)
             up_weight = tl.reshape(up_weight, (BLOCK_H,))
         elif first + BLOCK_H <= HIDDEN_SIZE:
             gate_weight = tl.load(at + h, eviction_policy=EVICTION) if GATED else 0.0
@@ -191,8 +182,8 @@ def _up_kernel(
 
 @triton.jit
 def _down_weights(
-    matrix, row, chosen, first, HIDDEN_SIZE: tl.constexpr, INTERMEDIATE: tl.constexpr, SCHEME: tl.constexpr,
-    GROUP: tl.constexpr, EVICTION: tl.constexpr, BLOCK_I: tl.constexpr, scratch_ptr,
+    matrix, row, chosen, first, INTERMEDIATE: tl.constexpr, SCHEME: tl.constexpr, GROUP: tl.constexpr,
+    EVICTION: tl.constexpr, BLOCK_I: tl.constexpr,
 ):  # fmt: skip
     """float32 [K, BLOCK_I] of a row of each expert's matrix: `matrix` has where it begins, or the row of plain ones."""
     if SCHEME == "plain":
@@ -200,10 +191,7 @@ def _down_weights(
         inside = chosen[:, None] & (i < INTERMEDIATE)
         return widen(tl.load(matrix[0] + i, mask=inside, other=0.0, eviction_policy=EVICTION))
     else:
-        return load_rows(
-            *matrix, row, 0, first, chosen[:, None],
-            HIDDEN_SIZE, INTERMEDIATE, SCHEME, GROUP, EVICTION, BLOCK_I, scratch_ptr.dtype.element_ty,
-        )  # fmt: skip
+        return load_rows(*matrix, row, 0, first, chosen[:, None], INTERMEDIATE, GROUP, EVICTION, BLOCK_I)
 
 
 @triton.jit
@@ -220,7 +208,7 @@ def _down_kernel(
     down_ptr,
     bias_ptr,  # None: no biases
     scale_ptr,  # None: not quantised
-    zero_ptr,  # None: no zeros
+    zero_ptr,  # None; for `one_token_four_bit`
     # outputs
     y_ptr,
     # shapes and strides, in elements
@@ -248,20 +236,15 @@ def _down_kernel(
     """
     row = tl.program_id(0).to(tl.int64)
     k = tl.arange(0, BLOCK_K)
-    choice_ptr = _choice_in(scratch_ptr, SCRATCH)
+    choice_ptr = choice_in(scratch_ptr, SCRATCH)
     # From L2: before its own wait a program may have an older line of this memory in L1.
     slot = tl.load(choice_ptr + k, mask=k < TOP_K, other=-1, cache_modifier=".cg").to(tl.int64)
     chosen = slot >= 0
     at = down_ptr + (slot * stride_slot + row * INTERMEDIATE)[:, None]
-    matrix = at, None, None
+    matrix = at, None
     if SCHEME != "plain":
-        slot_at = down_ptr + (slot * stride_slot)[:, None]
-        matrix = slot_at, scale_ptr + (slot * stride_scale)[:, None], None
-        if zero_ptr is not None:
-            matrix = slot_at, matrix[1], zero_ptr + (slot * stride_zero)[:, None]
-    down = _down_weights(
-        matrix, row, chosen, 0, HIDDEN_SIZE, INTERMEDIATE, SCHEME, GROUP, EVICTION, BLOCK_I, scratch_ptr
-    )
+        matrix = down_ptr + (slot * stride_slot)[:, None], scale_ptr + (slot * stride_scale)[:, None]
+    down = _down_weights(matrix, row, chosen, 0, INTERMEDIATE, SCHEME, GROUP, EVICTION, BLOCK_I)
     if PDL:  # see `Launcher`
         gdc_wait()
         gdc_launch_dependents()
@@ -270,14 +253,10 @@ def _down_kernel(
     # Unrolled, all loads are under way at once; but the compiler would choke on very long rows.
     UNROLLED: tl.constexpr = min(INTERMEDIATE, _MOST_STEPS * BLOCK_I)
     for first in tl.static_range(BLOCK_I, UNROLLED, BLOCK_I):
-        down = _down_weights(
-            matrix, row, chosen, first, HIDDEN_SIZE, INTERMEDIATE, SCHEME, GROUP, EVICTION, BLOCK_I, scratch_ptr
-        )
+        down = _down_weights(matrix, row, chosen, first, INTERMEDIATE, SCHEME, GROUP, EVICTION, BLOCK_I)
         product += down * _hidden(hidden_at, chosen, first, INTERMEDIATE, BLOCK_I)
     for first in tl.range(UNROLLED, INTERMEDIATE, BLOCK_I):
-        down = _down_weights(
-            matrix, row, chosen, first, HIDDEN_SIZE, INTERMEDIATE, SCHEME, GROUP, EVICTION, BLOCK_I, scratch_ptr
-        )
+        down = _down_weights(matrix, row, chosen, first, INTERMEDIATE, SCHEME, GROUP, EVICTION, BLOCK_I)
         product += down * _hidden(hidden_at, chosen, first, INTERMEDIATE, BLOCK_I)
     weights = tl.load(choice_ptr + TOP_K + k, mask=k < TOP_K, other=0, cache_modifier=".cg").to(
         tl.float32, bitcast=True

@@ -78,36 +78,25 @@ def add_product(accumulator, rows, weights, row_scale, block_scale, SWAP: tl.con
 
 @triton.jit
 def load_rows(
-    weights_at, scale_at, zero_at, row, first_row: tl.constexpr, first, chosen, ROWS: tl.constexpr, SIZE: tl.constexpr,
-    SCHEME: tl.constexpr, GROUP: tl.constexpr, EVICTION: tl.constexpr, BLOCK: tl.constexpr, DTYPE: tl.constexpr,
+    weights_at, scale_at, row, first_row: tl.constexpr, first, chosen, SIZE: tl.constexpr, GROUP: tl.constexpr,
+    EVICTION: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
-    """float32 [R, BLOCK] of weights, of one row in each of R matrices [ROWS, SIZE], from column `first` on.
+    """float32 [R, BLOCK] of fp8_block weights, of one row in each of R matrices of SIZE columns, from column `first` on.
 
-    4-bit weights are rounded to DTYPE before. What is not `chosen` [R, 1], and columns past the end, are zeros.
+    What is not `chosen` [R, 1], and columns past the end, are zeros.
 
     Args:
-        weights_at, scale_at, zero_at: where the matrices begin: one pointer, or [R, 1].
-        first_row: that of the part of the matrix (up behind gate) to which `row` belongs: fp8_block's blocks begin anew there.
+        weights_at, scale_at: where the matrices begin: one pointer, or [R, 1].
+        first_row: that of the part of the matrix (up behind gate) to which `row` belongs: blocks begin anew there.
     """
     GROUPS: tl.constexpr = max(BLOCK // GROUP, 1)
     NUM_GROUPS: tl.constexpr = tl.cdiv(SIZE, GROUP)
     group = first // GROUP + tl.arange(0, GROUPS)[None, :]
+    i = first + tl.arange(0, BLOCK)[None, :]
+    at = weights_at + (first_row + row) * SIZE + i
+    values = widen(operand(tl.load(at, mask=chosen & (i < SIZE), other=0.0, eviction_policy=EVICTION)))
+    scale_row = tl.cdiv(first_row, GROUP) + row // GROUP
     is_group = chosen & (group < NUM_GROUPS)
-    if SCHEME == "fp8_block":
-        i = first + tl.arange(0, BLOCK)[None, :]
-        at = weights_at + (first_row + row) * SIZE + i
-        values = widen(operand(tl.load(at, mask=chosen & (i < SIZE), other=0.0, eviction_policy=EVICTION)))
-        scale_row = tl.cdiv(first_row, GROUP) + row // GROUP
-        scale = tl.load(scale_at + scale_row * NUM_GROUPS + group, mask=is_group, other=0.0)
-        values = tl.reshape(values, (values.shape[0], GROUPS, BLOCK // GROUPS)) * scale[:, :, None]
-        return tl.reshape(values, (values.shape[0], BLOCK))
-    else:
-        word = first // 8 + tl.arange(0, BLOCK // 8)[None, :]
-        words_at = weights_at.to(tl.pointer_type(tl.int32), bitcast=True) + (first_row + row) * (SIZE // 8)
-        words = tl.load(words_at + word, mask=chosen & (word < SIZE // 8), other=0, eviction_policy=EVICTION)
-        group_at = group * ROWS + first_row + row
-        scale = tl.load(scale_at + group_at, mask=is_group, other=0)
-        zero = None
-        if zero_at is not None:
-            zero = tl.load(zero_at + group_at, mask=is_group, other=0)
-        return widen(weights_of_words(words, scale, zero, SCHEME, GROUP, DTYPE, False))
+    scale = tl.load(scale_at + scale_row * NUM_GROUPS + group, mask=is_group, other=0.0)
+    values = tl.reshape(values, (values.shape[0], GROUPS, BLOCK // GROUPS)) * scale[:, :, None]
+    return tl.reshape(values, (values.shape[0], BLOCK))

@@ -39,9 +39,11 @@ MODULES = {
         "combine",
         "count_experts",
         "expand_rows",
+        "expert_down_four_bit",
         "expert_down_quantised",
         "expert_down_tma",
         "expert_down_triton",
+        "expert_up_four_bit",
         "expert_up_quantised",
         "expert_up_tma",
         "expert_up_triton",
@@ -453,6 +455,45 @@ QUANTISED = {  # the types of weights and of their scales
 }
 
 
+def compile_four_bit(
+    scheme: str, config: GemmConfig, is_up: bool, dtype: str = "bf16", sizes: tuple[int, int] = (2880, 2880),
+    group: int = 32, activation: str = "silu", biased: bool = False, zeros: bool = False,
+) -> None:  # fmt: skip
+    """One of the two products with 4-bit experts on Hopper."""
+    rows, k = config.block_n // 2 if is_up else config.block_n, config.block_k
+    box = f"1,{max(k // group, 1)},{rows}"
+    types = {"scale": f"tensordesc<{QUANTISED[scheme][1][1:]}[{box}]>", "zero": f"tensordesc<u8[{box}]>"}
+    types |= dict.fromkeys(("bias_ptr", "x_ptr", "hidden_ptr", "rows_ptr"), f"*{dtype}")
+    types |= {"gate_up" if is_up else "down": f"tensordesc<i32[1,{rows},{k // 8}]>", "row_weights_ptr": "*fp32"}
+    constants = {"HIDDEN_SIZE": sizes[0], "INTERMEDIATE": sizes[1], "SCHEME": scheme, "GROUP": group, "PDL": True}
+    constants |= {"ASSEMBLY": dtype == "bf16", "TAIL_M": config.tail_m, "BLOCK_M": config.block_m, "BLOCK_K": k}
+    constants |= {"GROUP_M": config.group_m}
+    if is_up:
+        eviction = "evict_last" if config.keep else ""
+        constants |= {"ACTIVATION": activation, "EVICTION": eviction, "BLOCK_I": rows}
+    else:
+        constants |= {"BLOCK_N": rows, "homes_ptr": None}
+        types |= {
+            name: f"tensordesc<{dtype}[{height or config.block_m},{k}]>"
+            for name, height in (("hidden", config.block_m), ("hidden_tail", config.tail_m))
+        }
+    constants |= ({} if biased else {"bias_ptr": None}) | ({} if zeros else {"zero": None})
+    module = f"expert_{'up' if is_up else 'down'}_four_bit"
+    options = {"num_warps": config.num_warps, "num_stages": config.num_stages, "launch_pdl": True}
+    compiled = compile_kernel(module, f"_{module}_kernel", types, constants, 90, **options)
+    ptx = compiled.asm["ptx"]
+    assert "wgmma" in ptx and "mma.sync" not in ptx
+    assert compiled.metadata.shared <= 227 * 1024, f"{compiled.metadata.shared} bytes of shared memory"
+    loop = re.search(r"scf\.for.*?scf\.yield", compiled.asm["ttgir"], re.DOTALL)
+    assert loop is not None and "local_store" not in loop[0], (
+        "weights must go from shared memory to registers, and stay there"
+    )
+    operands = re.findall(r"warp_group_dot %\S+, .*? : tensor<", loop[0])
+    assert operands and len(operands) == len(re.findall(r"ttng\.warp_group_dot %", loop[0])), (
+        "weights must be in registers"
+    )
+
+
 def compile_quantised(
     arch: int, scheme: str, config: GemmConfig, is_up: bool, dtype: str = "bf16", even_k: bool = True,
     activation: str = "silu", biased: bool = False, zeros: bool = False,
@@ -501,11 +542,29 @@ def compile_all_quantised(arch: int, all_of_them: bool) -> None:
         compile_quantised(arch, "fp8_block", up, True)
         compile_quantised(arch, "fp8_block", down, False, even_k=False)
         compile_quantised(arch, "fp8_block", wide_up, True)
-        compile_quantised(arch, "mxfp4", tables["mxfp4"][0][1], True, activation=GPT_OSS, biased=True)
-        compile_quantised(arch, "int4", tables["int4"][-1][2], False, zeros=True)
+        narrow, wide = tables["mxfp4"][0][1], tables["int4"][-1][2]
+        if arch == 90:
+            compile_four_bit("mxfp4", narrow, True, activation=GPT_OSS, biased=True)
+            compile_four_bit("int4", wide, False, sizes=(2048, 768), group=128, zeros=True)
+        else:
+            compile_quantised(arch, "mxfp4", narrow, True, activation=GPT_OSS, biased=True)
+            compile_quantised(arch, "int4", wide, False, zeros=True)
         return
     for scheme, table in tables.items():
         for _, up, down in table:
+            if up.tma:
+                kind, group, sizes = (
+                    {"activation": GPT_OSS, "biased": True},
+                    32 if scheme == "mxfp4" else 128,
+                    (2048, 768),
+                )
+                compile_four_bit(scheme, up, True, **kind)
+                compile_four_bit(scheme, down, False, biased=True)
+                compile_four_bit(scheme, up, True, sizes=sizes, group=group, zeros=scheme == "int4")
+                compile_four_bit(scheme, down, False, sizes=sizes, group=group, zeros=scheme == "int4")
+                compile_four_bit(scheme, up, True, "fp16", activation="relu2 ungated")
+                compile_four_bit(scheme, down, False, "fp16")
+                continue
             for even_k in (True, False):
                 compile_quantised(arch, scheme, up, True, even_k=even_k)
                 compile_quantised(arch, scheme, down, False, even_k=even_k)
