@@ -60,7 +60,7 @@ class GemmConfig:
         for name, least in (("num_stages", 1), ("group_m", 1), ("programs_per_sm", 0)):
             if getattr(self, name) < least:
                 raise ValueError(f"{name}={getattr(self, name)}: must be at least {least}")
-        if self.quantised and self.tma and not (self.swap and not self.extra_m and not self.programs_per_sm):
+        if self.quantised and self.tma and (not self.swap or self.extra_m or self.programs_per_sm):
             raise ValueError(f"{self}: quantised and tma need swap=True, extra_m=0 and programs_per_sm=0")
         others = self.tail_m or self.programs_per_sm or self.extra_m or self.keep
         if not self.tma and (others or (self.swap and not self.quantised)):
@@ -76,9 +76,11 @@ class GemmConfig:
                 raise ValueError(f"{name}={value}: must be less than block_m={self.block_m}")
             if value and ((self.swap and not self.quantised) or self.programs_per_sm):
                 raise ValueError(f"{name}={value}: not together with swap or programs_per_sm")
-        if self.tma and not (128 if self.swap else 32) <= self.block_n <= 256:
-            # Swapped, gate and up rows are 64 each at least, or they would be multiplied by mma.sync; a box holds 256.
-            raise ValueError(f"block_n={self.block_n}: must be in [{128 if self.swap else 32}, 256] with tma=True")
+        # Swapped, rows of weights are 64 at least (gate and up rows each, where they are multiplied apart), or they would be
+        # multiplied by mma.sync; a box holds 256.
+        least = 32 if not self.swap else 64 if self.quantised else 128
+        if self.tma and not least <= self.block_n <= 256:
+            raise ValueError(f"block_n={self.block_n}: must be in [{least}, 256] with tma=True")
 
 
 _ANY = 1 << 62  # more than there can be

@@ -69,6 +69,10 @@ _EXPONENT = tl.constexpr("""{
 }""")
 
 
+MOST_HALVED = 32
+"""Rows of a tile up to which the kernels use `halves`."""
+
+
 def described(
     which: str,
     weights: torch.Tensor,
@@ -77,20 +81,24 @@ def described(
     scheme: str,
     block_n: int,
     block_k: int,
+    interleaved: bool = False,
 ) -> tuple[TensorDescriptor, TensorDescriptor, TensorDescriptor | None, int]:
-    """Descriptors for `loaded_weights` of matrices [S, N, K / 2] and of their scales and zeros, and the group."""
+    """Descriptors of the words of matrices [S, N, K / 2] and of their scales and zeros, and the group.
+
+    `interleaved`: a box of the words has block_n gate rows and block_n up rows, eight of each in turn. (N is divisible by 64.)
+    """
     assert scale is not None
     group = group_of(weights, scale, scheme)
     for name, tensor in (("SNH", weights), ("scale", scale), ("zero", zero)):
         if tensor is not None:
             check_tma_address(f"matrices.{which}_{name}", tensor)
     slots, rows, inner = weights.shape
-    words = TensorDescriptor(
-        weights.view(torch.int32),
-        [slots, rows, inner // 4],
-        [slot_stride(weights) // 4, inner // 4, 1],
-        [1, block_n, block_k // WORD],
-    )
+    inner, stride_slot = inner // 4, slot_stride(weights) // 4
+    shape, strides, block = [slots, rows, inner], [stride_slot, inner, 1], [1, block_n, block_k // WORD]
+    if interleaved:  # in an order that is not that of the strides: see `expert_up_tma`
+        shape, strides = [slots, rows // 16, 2, 8, inner], [stride_slot, 8 * inner, rows // 2 * inner, inner, 1]
+        block = [1, block_n // 8, 2, 8, block_k // WORD]
+    words = TensorDescriptor(weights.view(torch.int32), shape, strides, block)
 
     def of_groups(tensor: torch.Tensor) -> TensorDescriptor:
         block = [1, max(block_k // group, 1), block_n]
@@ -100,20 +108,22 @@ def described(
 
 
 @triton.jit
-def loaded_weights(
-    matrices, scale, zero, slot, first_row, step, SCHEME: tl.constexpr, GROUP: tl.constexpr, BLOCK_N: tl.constexpr,
-    BLOCK_K: tl.constexpr, DTYPE: tl.constexpr, ASSEMBLY: tl.constexpr,
-):  # fmt: skip
-    """The weights [BLOCK_N, BLOCK_K] from `first_row` and column step * BLOCK_K on, by descriptors of `described`. Columns
-    past a row's end are zeros."""
+def load_groups(of_groups, slot, first_row, step, GROUP: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr):
+    """Scales or zeros [BLOCK_N, groups] of rows from `first_row` and columns from step * BLOCK_K on."""
     GROUPS: tl.constexpr = max(BLOCK_K // GROUP, 1)
-    words = matrices.load([slot, first_row, step * (BLOCK_K // 8)]).reshape(BLOCK_N, BLOCK_K // 8)
-    group = step * BLOCK_K // GROUP
-    of_groups = scale.load([slot, group, first_row]).reshape(GROUPS, BLOCK_N).T
-    zeros = None
-    if zero is not None:
-        zeros = zero.load([slot, group, first_row]).reshape(GROUPS, BLOCK_N).T
-    return weights_of_words(words, of_groups, zeros, SCHEME, GROUP, DTYPE, ASSEMBLY)
+    return of_groups.load([slot, step * BLOCK_K // GROUP, first_row]).reshape(GROUPS, BLOCK_N).T
+
+
+@triton.jit
+def halves(weights):
+    """The left and the right half of the columns, for two products one after the other.
+
+    The compiler divides a single product in a loop into ones of 16 columns, to unpack the next while one runs. Two it leaves
+    whole, and waits for each. With few rows the products are short, and so many synchronisations take longer. The bits are
+    the same.
+    """
+    ROWS: tl.constexpr = weights.shape[0]
+    return weights.reshape(ROWS, 2, weights.shape[1] // 2).permute(0, 2, 1).split()
 
 
 @triton.jit

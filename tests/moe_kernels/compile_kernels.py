@@ -30,6 +30,7 @@ from moe_kernels import (  # noqa: F401
     send_rows,
 )
 from moe_kernels.config import _INTERMEDIATE, _KEPT_TMA, _TABLE_TMA, _quantised_table
+from moe_kernels.four_bit import MOST_HALVED
 from moe_kernels.gradient_configs import _TABLE_16_BIT, _TABLE_32_BIT, _TABLE_HOPPER
 from moe_kernels.scan import MANY_KEYS, chunk_options, scan_options
 
@@ -53,6 +54,7 @@ MODULES = {
         "gather_counts",
         "gradient_tiles",
         "meet_peers",
+        "one_token_four_bit",
         "one_token_triton",
         "quantise_rows",
         "receive_rows",
@@ -382,17 +384,18 @@ def compile_one_token(arch: int, dtype: torch.dtype) -> None:
 def compile_one_quantised_token(arch: int, scheme: str, dtype: str, zeros: bool = False) -> None:
     weights, scale = QUANTISED[scheme]
     types = dict.fromkeys(("x_ptr", "scratch_ptr", "y_ptr"), f"*{dtype}") | {"scale_ptr": scale, "zero_ptr": "*u8"}
-    types |= dict.fromkeys(("gate_up_ptr", "down_ptr"), "*u8" if arch < 89 else weights)
+    words = "*i32" if scheme != "fp8_block" else "*u8" if arch < 89 else weights
+    types |= dict.fromkeys(("gate_up_ptr", "down_ptr"), words)
     pdl, group = arch >= 90, 128 if scheme == "fp8_block" else 32
     sizes = {"HIDDEN_SIZE": 2048, "INTERMEDIATE": 768, "PDL": pdl, "SCRATCH": 6144, "EVICTION": "evict_first"}
     sizes |= {"SCHEME": scheme, "GROUP": group, "bias_ptr": None} | ({} if zeros else {"zero_ptr": None})
     for name, num_warps, constants in (
-        ("_up_kernel", 2 if scheme == "fp8_block" else 1, {"ACTIVATION": "silu", "BLOCK_H": 1024}),
-        ("_down_kernel", 1, {"TOP_K": 8, "BLOCK_K": 8, "BLOCK_I": 256}),
+        ("_up_kernel", 2, {"ACTIVATION": "silu", "BLOCK_H": 1024}),
+        ("_down_kernel", 1 if scheme == "fp8_block" else 4, {"TOP_K": 8, "BLOCK_K": 8, "BLOCK_I": 256}),
     ):
-        compiled = compile_kernel(
-            "one_token_triton", name, types, sizes | constants, arch, num_warps=num_warps, launch_pdl=pdl
-        )
+        constants |= {} if scheme == "fp8_block" else {"BLOCK_R": 8 if name == "_up_kernel" else 2}
+        module = "one_token_triton" if scheme == "fp8_block" else "one_token_four_bit"
+        compiled = compile_kernel(module, name, types, sizes | constants, arch, num_warps=num_warps, launch_pdl=pdl)
         assert re.search(r"ld\.global\.\S*evict_first\S*cache_hint\S*v4", compiled.asm["ptx"]), (
             "weights must be loaded 16 bytes at a time, and not stay in L2"
         )
@@ -450,8 +453,8 @@ def compile_tma_gemms(
 
 QUANTISED = {  # the types of weights and of their scales
     "fp8_block": ("*fp8e4nv", "*fp32"),
-    "mxfp4": ("*u8", "*u8"),
-    "int4": ("*u8", "*bf16"),
+    "mxfp4": ("*i32", "*u8"),
+    "int4": ("*i32", "*bf16"),
 }
 
 
@@ -464,19 +467,25 @@ def compile_four_bit(
     box = f"1,{max(k // group, 1)},{rows}"
     types = {"scale": f"tensordesc<{QUANTISED[scheme][1][1:]}[{box}]>", "zero": f"tensordesc<u8[{box}]>"}
     types |= dict.fromkeys(("bias_ptr", "x_ptr", "hidden_ptr", "rows_ptr"), f"*{dtype}")
-    types |= {"gate_up" if is_up else "down": f"tensordesc<i32[1,{rows},{k // 8}]>", "row_weights_ptr": "*fp32"}
+    is_interleaved, is_halved = is_up and "ungated" not in activation, config.block_m <= MOST_HALVED
+    height = f"{rows // 8},2,8" if is_interleaved else f"{rows}"
+    types |= {"gate_up" if is_up else "down": f"tensordesc<i32[1,{height},{k // 8}]>", "row_weights_ptr": "*fp32"}
     constants = {"HIDDEN_SIZE": sizes[0], "INTERMEDIATE": sizes[1], "SCHEME": scheme, "GROUP": group, "PDL": True}
-    constants |= {"ASSEMBLY": dtype == "bf16", "TAIL_M": config.tail_m, "BLOCK_M": config.block_m, "BLOCK_K": k}
+    constants |= {
+        "ASSEMBLY": dtype == "bf16",
+        "HALVES": is_halved,
+        "TAIL_M": config.tail_m,
+        "BLOCK_M": config.block_m,
+        "BLOCK_K": k,
+    }
     constants |= {"GROUP_M": config.group_m}
     if is_up:
         eviction = "evict_last" if config.keep else ""
         constants |= {"ACTIVATION": activation, "EVICTION": eviction, "BLOCK_I": rows}
     else:
         constants |= {"BLOCK_N": rows, "homes_ptr": None}
-        types |= {
-            name: f"tensordesc<{dtype}[{height or config.block_m},{k}]>"
-            for name, height in (("hidden", config.block_m), ("hidden_tail", config.tail_m))
-        }
+        for name, most in (("hidden", config.block_m), ("hidden_tail", config.tail_m or config.block_m)):
+            types[name] = f"*{dtype}" if is_halved else f"tensordesc<{dtype}[{most},{k}]>"
     constants |= ({} if biased else {"bias_ptr": None}) | ({} if zeros else {"zero": None})
     module = f"expert_{'up' if is_up else 'down'}_four_bit"
     options = {"num_warps": config.num_warps, "num_stages": config.num_stages, "launch_pdl": True}
@@ -501,7 +510,7 @@ def compile_quantised(
     """One of the two products with quantised experts."""
     is_fp8 = scheme == "fp8_block"
     weights, scale = QUANTISED[scheme]
-    weights = "*u8" if arch < 89 else weights  # no e4m3 there: bytes
+    weights = "*u8" if is_fp8 and arch < 89 else weights  # no e4m3 there: bytes
     rows = weights if is_fp8 else f"*{dtype}"
     types = dict.fromkeys(("x_ptr", "hidden_ptr"), rows) | dict.fromkeys(("gate_up_ptr", "down_ptr"), weights)
     types |= dict.fromkeys(("x_scale_ptr", "hidden_scale_ptr", "row_weights_ptr"), "*fp32")
