@@ -64,11 +64,9 @@ def _tile(
     Rows past the tile's end are not stored; by a descriptor they are read (the next lane's, of no lane, or zero at last).
     """
     position = start + tl.arange(0, BLOCK_M)
+    DTYPE: tl.constexpr = hidden.dtype.element_ty if HALVES else hidden.dtype
     if HALVES:
-        DTYPE: tl.constexpr = hidden.dtype.element_ty
         inside, row_at = (position < end)[:, None], hidden + position.to(tl.int64)[:, None] * stride_row
-    else:
-        DTYPE: tl.constexpr = hidden.dtype
     first_column = column_block * BLOCK_N
     product = tl.zeros((BLOCK_N, BLOCK_M), dtype=tl.float32)
     for step in tl.range(0, (INTERMEDIATE + BLOCK_K - 1) // BLOCK_K):
