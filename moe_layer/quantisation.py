@@ -99,7 +99,7 @@ class Quantisation:
                 f"quantisation={self.scheme!r} needs hidden_size and intermediate_size divisible by its group {group}: "
                 f"{name} has {columns} columns"
             )
-        per_group = (rows, columns // group)
+        per_group = (columns // group, rows)
         specs = [TensorSpec(name, (rows, columns // 2), torch.uint8)]
         specs += [TensorSpec(name + SCALE, per_group, torch.uint8 if self.scheme == "mxfp4" else torch.bfloat16)]
         specs += [TensorSpec(name + ZERO, per_group, torch.uint8)] * self.zero_points

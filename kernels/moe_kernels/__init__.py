@@ -45,6 +45,7 @@ from moe_kernels.select_by_quota import select_by_quota, select_by_quota_torch
 from moe_kernels.solve_shares import solve_shares, solve_shares_torch
 from moe_kernels.table import ReplicaTable
 from moe_kernels.tiles import TileSchedule
+from moe_kernels.words import pack_words, unpack_words
 
 __all__ = [
     "GOLDEN",
@@ -80,6 +81,7 @@ __all__ = [
     "local_forward_torch",
     "moe_experts",
     "pack_nibbles",
+    "pack_words",
     "quantise_rows",
     "quantise_rows_torch",
     "quantise_weights",
@@ -93,4 +95,5 @@ __all__ = [
     "topk_routing",
     "topk_routing_torch",
     "unpack_nibbles",
+    "unpack_words",
 ]

@@ -34,8 +34,9 @@ class GemmConfig:
             same load of the weights; 0, or a power of two, at least 64. The tile schedule must have been built with it.
         programs_per_sm: `expert_down` only: so many persistent programs per multiprocessor; 0 is one program per tile.
         keep: write the output so that L2 rather lets other things go, weights that stream by above all.
-        quantised: for experts of a scheme other than "plain", which may `swap`. With `tma`, of fp8_block on Hopper: the
-            kernels of `fp8_ring.py`, whose tiles are 128 x 256 x 128, with `num_stages` in the ring.
+        quantised: for experts of a scheme other than "plain", which may `swap`. With `tma`, on Hopper: of fp8_block the kernels
+            of `fp8_ring.py`, whose tiles are 128 x 256 x 128, with `num_stages` in the ring; of 4-bit weights those of
+            `expert_up_four_bit.py`, which always have `swap`, and may have `tail_m`.
     """
 
     block_m: int
@@ -61,12 +62,14 @@ class GemmConfig:
             if getattr(self, name) < least:
                 raise ValueError(f"{name}={getattr(self, name)}: must be at least {least}")
         others = self.tail_m or self.programs_per_sm or self.extra_m or self.keep
-        if self.quantised and self.tma:
+        if self.quantised and self.tma and self.swap and (self.extra_m or self.programs_per_sm):
+            raise ValueError(f"{self}: quantised with tma and swap needs extra_m=0 and programs_per_sm=0")
+        if self.quantised and self.tma and not self.swap:
             if (self.block_m, self.block_n, self.block_k, self.num_warps) != (128, 256, 128, 4):
                 raise ValueError(f"{self}: quantised with tma needs tiles of 128 x 256 x 128 and num_warps=4")
-            if others or self.swap:
+            if others:
                 raise ValueError(
-                    f"{self}: swap, tail_m, programs_per_sm, extra_m and keep are not for quantised with tma"
+                    f"{self}: tail_m, programs_per_sm, extra_m and keep are not for quantised with tma but no swap"
                 )
         if not self.tma and (others or (self.swap and not self.quantised)):
             raise ValueError(
@@ -79,11 +82,13 @@ class GemmConfig:
                 raise ValueError(f"{name}={value}: must be 0, or a power of two and at least 64")
             if value >= self.block_m:
                 raise ValueError(f"{name}={value}: must be less than block_m={self.block_m}")
-            if value and (self.swap or self.programs_per_sm):
+            if value and ((self.swap and not self.quantised) or self.programs_per_sm):
                 raise ValueError(f"{name}={value}: not together with swap or programs_per_sm")
-        if self.tma and not (128 if self.swap else 32) <= self.block_n <= 256:
-            # Swapped, gate and up rows are 64 each at least, or they would be multiplied by mma.sync; a box holds 256.
-            raise ValueError(f"block_n={self.block_n}: must be in [{128 if self.swap else 32}, 256] with tma=True")
+        # Swapped, rows of weights are 64 at least (gate and up rows each, where they are multiplied apart), or they would be
+        # multiplied by mma.sync; a box holds 256.
+        least = 32 if not self.swap else 64 if self.quantised else 128
+        if self.tma and not least <= self.block_n <= 256:
+            raise ValueError(f"block_n={self.block_n}: must be in [{least}, 256] with tma=True")
 
 
 _ANY = 1 << 62  # more than there can be
@@ -133,11 +138,14 @@ _TABLE_FP8_HOPPER: _QuantisedTable = (
     (64, replace(_FP8_UP, block_m=64, num_warps=8, num_stages=3), replace(_FP8_DOWN, block_m=64)),
     (_ANY, replace(_FP8_UP, block_m=128, num_warps=8, num_stages=3), replace(_FP8_DOWN, block_m=128, num_warps=8)),
 )
+_FOUR_BIT_TMA = GemmConfig(
+    block_m=16, block_n=128, block_k=128, num_warps=4, num_stages=4, tma=True, swap=True, quantised=True
+)
 _TABLE_4_BIT_HOPPER: _QuantisedTable = (
-    (8, *2 * (replace(_FOUR_BIT, num_stages=4, swap=True),)),
-    (32, *2 * (replace(_FOUR_BIT, block_m=32, num_stages=4, swap=True),)),
-    (64, *2 * (replace(_FOUR_BIT, block_m=64, num_warps=4),)),
-    (_ANY, *2 * (replace(_FOUR_BIT, block_m=128, block_k=64, num_warps=8, num_stages=4),)),
+    (8, *2 * (_FOUR_BIT_TMA,)),
+    (32, *2 * (replace(_FOUR_BIT_TMA, block_m=32),)),
+    (64, *2 * (replace(_FOUR_BIT_TMA, block_m=64, num_stages=3),)),
+    (_ANY, *2 * (replace(_FOUR_BIT_TMA, block_m=128, block_n=256, num_warps=8, num_stages=3, tail_m=64),)),
 )
 
 # With TMA, tuned on an H200 (`python -m bench.tune`, docs/log.md).

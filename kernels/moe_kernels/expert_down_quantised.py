@@ -89,11 +89,12 @@ def _expert_down_quantised_kernel(
     column = first_column + tl.arange(0, BLOCK_N)
     row = tl.minimum(column, hidden_size - 1) - first_column
     down_at = down_ptr + slot * stride_slot + tl.cast(first_column, tl.int64) * width
-    scale_row = first_column // GROUP if FP8 else first_column
-    scale_at = scale_ptr + slot * stride_scale + scale_row * num_groups
+    # Scales of blocks lie along the columns; those of a row's groups each beside the next row's.
+    scale_from = first_column // GROUP * num_groups if FP8 else first_column
+    scale_at = scale_ptr + slot * stride_scale + scale_from
     zero_at = None
     if zero_ptr is not None:
-        zero_at = zero_ptr + slot * stride_zero + scale_row * num_groups
+        zero_at = zero_ptr + slot * stride_zero + scale_from
 
     k = tl.arange(0, BLOCK_K)
     hidden_at = hidden_ptr + source[:, None] * stride_row + k[None, :]
@@ -110,7 +111,7 @@ def _expert_down_quantised_kernel(
             hidden_scale = tl.load(hidden_scale_ptr + source * num_groups + step)
             block_scale = tl.load(scale_at + step)
         weights = load_weights(
-            down_at, scale_at, zero_at, row, step, width, num_groups, left,
+            down_at, scale_at, zero_at, row, step, width, num_groups, hidden_size, left,
             SCHEME, GROUP, EVEN_K, BLOCK_K, DTYPE,
         )  # fmt: skip
         product = add_product(product, hidden, weights, hidden_scale, block_scale, SWAP)
@@ -136,9 +137,12 @@ def expert_down_quantised(
 ) -> torch.Tensor:
     bias_SH, scale, zero = matrices.down_bias_SH, matrices.down_scale, matrices.down_zero
     assert scale is not None
-    values, hidden_scale, weights = values_of(hidden_NI), None, matrices.down_SHI
+    values, hidden_scale, weights, num_groups = values_of(hidden_NI), None, matrices.down_SHI, scale.shape[1]
     if isinstance(hidden_NI, QuantisedRows):
         values, hidden_scale, weights = e4m3_argument(values), hidden_NI.scale_RG, e4m3_argument(weights)
+        num_groups = scale.shape[2]
+    else:
+        weights = weights.view(torch.int32)
     hidden_size, intermediate = matrices.hidden_size, values.shape[1]
     shape, dtype = (schedule.order_N.shape[0], hidden_size), hidden_NI.dtype
     rows_NH = values.new_empty(shape, dtype=dtype) if homes is None else homes.own
@@ -167,14 +171,14 @@ def expert_down_quantised(
             hidden_size,
             intermediate,
             weights.shape[2],
-            scale.shape[2],
+            num_groups,
             values.stride(0),
             weights.stride(0),
             scale.stride(0),
             0 if zero is None else zero.stride(0),
             0 if bias_SH is None else bias_SH.stride(0),
             SCHEME=matrices.scheme,
-            GROUP=BLOCK if matrices.scheme == "fp8_block" else intermediate // scale.shape[2],
+            GROUP=BLOCK if hidden_scale is not None else intermediate // num_groups,
             EVEN_K=intermediate % config.block_k == 0,
             SWAP=config.swap,
             BLOCK_M=config.block_m,

@@ -11,6 +11,7 @@ import triton
 import triton.language as tl
 
 from moe_kernels.config import GemmConfig
+from moe_kernels.expert_down_four_bit import expert_down_four_bit
 from moe_kernels.expert_down_quantised import expert_down_quantised
 from moe_kernels.expert_down_tma import expert_down_tma
 from moe_kernels.homes import RowHomes
@@ -103,6 +104,9 @@ def expert_down_triton(
     config: GemmConfig,
     homes: RowHomes | None = None,
 ) -> torch.Tensor:
+    if matrices.scheme != "plain" and config.tma:
+        assert isinstance(hidden_NI, torch.Tensor)
+        return expert_down_four_bit(hidden_NI, matrices, lane_to_slot_L, schedule, row_weights_N, config, homes)
     if matrices.scheme != "plain":
         return expert_down_quantised(hidden_NI, matrices, lane_to_slot_L, schedule, row_weights_N, config, homes)
     assert isinstance(hidden_NI, torch.Tensor)

@@ -91,17 +91,17 @@ def _expert_up_quantised_kernel(
     row = tl.minimum(column, intermediate - 1) - first_column
     gate_at = gate_up_ptr + slot * stride_slot + tl.cast(first_column, tl.int64) * width
     up_at = gate_at + (tl.cast(intermediate, tl.int64) * width if GATED else 0)
-    # Rows of the scales: of blocks, or one for each row of weights.
-    scale_row = column_block if FP8 else first_column
-    gate_scale_at = scale_ptr + slot * stride_scale + scale_row * num_groups
-    up_scale_at = gate_scale_at + (
-        (tl.cdiv(intermediate, BLOCK_I) if FP8 else intermediate) * num_groups if GATED else 0
-    )
+    # Scales of blocks lie along the columns; those of a row's groups each beside the next row's.
+    up_rows = intermediate if GATED else 0
+    scale_at = column_block * num_groups if FP8 else first_column
+    up_scale_from = (tl.cdiv(intermediate, BLOCK_I) * num_groups if GATED else 0) if FP8 else up_rows
+    gate_scale_at = scale_ptr + slot * stride_scale + scale_at
+    up_scale_at = gate_scale_at + up_scale_from
     gate_zero_at = None
     up_zero_at = None
     if zero_ptr is not None:
-        gate_zero_at = zero_ptr + slot * stride_zero + scale_row * num_groups
-        up_zero_at = gate_zero_at + (intermediate * num_groups if GATED else 0)
+        gate_zero_at = zero_ptr + slot * stride_zero + scale_at
+        up_zero_at = gate_zero_at + up_rows
 
     k = tl.arange(0, BLOCK_K)
     x_at = x_ptr + source[:, None] * stride_row + k[None, :]
@@ -122,12 +122,12 @@ def _expert_up_quantised_kernel(
             up_scale = tl.load(up_scale_at + step)
         if GATED:
             weights = load_weights(
-                gate_at, gate_scale_at, gate_zero_at, row, step, width, num_groups, left,
+                gate_at, gate_scale_at, gate_zero_at, row, step, width, num_groups, intermediate + up_rows, left,
                 SCHEME, GROUP, EVEN_K, BLOCK_K, DTYPE,
             )  # fmt: skip
             gate = add_product(gate, x, weights, x_scale, gate_scale, SWAP)
         weights = load_weights(
-            up_at, up_scale_at, up_zero_at, row, step, width, num_groups, left,
+            up_at, up_scale_at, up_zero_at, row, step, width, num_groups, intermediate + up_rows, left,
             SCHEME, GROUP, EVEN_K, BLOCK_K, DTYPE,
         )  # fmt: skip
         up = add_product(up, x, weights, x_scale, up_scale, SWAP)
@@ -178,10 +178,10 @@ def expert_up_quantised(
         outputs = e4m3_argument(hidden.values_RH), hidden.scale_RG
     else:
         assert isinstance(x_RH, torch.Tensor)
-        values, x_scale, weights = x_RH, None, gate_up_SNH
+        values, x_scale, weights = x_RH, None, gate_up_SNH.view(torch.int32)
         hidden = x_RH.new_empty((num_rows, intermediate))
         outputs = hidden, None
-    hidden_size = values.shape[1]
+    hidden_size, num_groups = values.shape[1], scale.shape[2 if x_scale is not None else 1]
     grid = (schedule.tile_lane.shape[0] * cdiv(intermediate, config.block_n // 2),)
     if grid[0]:
         _expert_up_quantised_kernel[grid](
@@ -200,7 +200,7 @@ def expert_up_quantised(
             hidden_size,
             intermediate,
             weights.shape[2],
-            scale.shape[2],
+            num_groups,
             fanout,
             values.stride(0),
             weights.stride(0),
@@ -209,7 +209,7 @@ def expert_up_quantised(
             0 if bias_SN is None else bias_SN.stride(0),
             ACTIVATION=matrices.activation,
             SCHEME=matrices.scheme,
-            GROUP=BLOCK if matrices.scheme == "fp8_block" else hidden_size // scale.shape[2],
+            GROUP=BLOCK if x_scale is not None else hidden_size // num_groups,
             EVEN_K=hidden_size % config.block_k == 0,
             SWAP=config.swap,
             BLOCK_M=config.block_m,

@@ -11,6 +11,7 @@ import triton
 import triton.language as tl
 
 from moe_kernels.config import GemmConfig
+from moe_kernels.expert_up_four_bit import expert_up_four_bit
 from moe_kernels.expert_up_quantised import expert_up_quantised
 from moe_kernels.expert_up_tma import expert_up_tma
 from moe_kernels.integers import cdiv
@@ -133,6 +134,9 @@ def expert_up_triton(
     """hidden_NI. Into `pre_NJ`, if given, it writes what the activation gets: gate and up with their biases."""
     if matrices.scheme != "plain":
         assert pre_NJ is None, "quantised experts have no gradient"
+        if config.tma:
+            assert isinstance(x_RH, torch.Tensor)
+            return expert_up_four_bit(x_RH, matrices, lane_to_slot_L, schedule, fanout, config)
         return expert_up_quantised(x_RH, matrices, lane_to_slot_L, schedule, fanout, config)
     assert isinstance(x_RH, torch.Tensor)
     hidden_NI = x_RH.new_empty((schedule.order_N.shape[0], matrices.intermediate_size))

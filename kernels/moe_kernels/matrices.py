@@ -32,7 +32,8 @@ class ExpertMatrices:
         gate_up_bias_SN: [S, 2I] or [S, I] of the dtype of x; None: no biases.
         down_bias_SH: [S, H], likewise; added before the routing weight multiplies.
         gate_up_scale, down_scale: of quantised weights, of blocks of 128 × 128 (fp8_block: [S, 2 * ceil(I / 128),
-            ceil(H / 128)], gate rows' blocks first, and [S, ceil(H / 128), ceil(I / 128)]) or of groups of columns.
+            ceil(H / 128)], gate rows' blocks first, and [S, ceil(H / 128), ceil(I / 128)]) or of groups of columns ([S,
+            H / group, 2I] and [S, I / group, H]).
         gate_up_zero, down_zero: of int4 with zero points, of the shapes of the scales; else None.
         scheme: one of `schemes.SCHEMES`; `quantised_weights` says what they mean. Quantised experts have no gradient.
             "fp8_block" takes any sizes, "mxfp4" and "int4" need H and I divisible by the group.
@@ -107,6 +108,8 @@ class ExpertMatrices:
                 raise ValueError(
                     f"config.block_n={config.block_n}: must be {rule} in `expert_{which}` with matrices.scheme='fp8_block'"
                 )
+            if config.tma:
+                raise ValueError(f"config.tma=True: must be False with matrices.scheme={self.scheme!r}")
         elif self.scheme != "plain" and config.block_k < MXFP4_GROUP:
             raise ValueError(f"config.block_k={config.block_k}: must be at least {MXFP4_GROUP} with 4-bit weights")
 
@@ -175,7 +178,7 @@ class ExpertMatrices:
             shape, dtype = (slots, num_block_rows(rows, blocks_of), cdiv(columns, BLOCK)), torch.float32
         else:
             group = group_of(weights, scale, self.scheme, f"matrices.{which}_scale")
-            shape = (slots, rows, columns // group)
+            shape = (slots, columns // group, rows)
             dtype = torch.uint8 if self.scheme == "mxfp4" else torch.bfloat16
         check_tensor(f"matrices.{which}_scale", scale, shape, dtype, device, contiguous=False)
         check_slots(f"matrices.{which}_scale", scale)

@@ -19,6 +19,8 @@ from moe_kernels.integers import cdiv, next_power_of_2
 from moe_kernels.launch import PreparedLaunch, on_device, raw_stream
 from moe_kernels.load import LoadCounter
 from moe_kernels.matrices import ExpertMatrices
+from moe_kernels.one_token_four_bit import _down_kernel as _down_packed_kernel
+from moe_kernels.one_token_four_bit import _up_kernel as _up_packed_kernel
 from moe_kernels.one_token_fp8 import _down_fp8_kernel, _up_fp8_kernel
 from moe_kernels.one_token_triton import _choice_kernel, _down_kernel, _up_kernel
 from moe_kernels.routing_triton import rule_constants
@@ -32,7 +34,8 @@ class _Plan:
     """The three launches for layers of one kind.
 
     Attributes:
-        rows: elements of y that a program of the down projection computes.
+        up_rows: elements of hidden that a program of the up projection computes.
+        down_rows: elements of y that a program of the down projection computes.
         is_fp8: whether up and down are those of `one_token_fp8`, which take no zero points.
         scratch: where the choice begins behind hidden, in elements.
     """
@@ -40,7 +43,8 @@ class _Plan:
     choice: PreparedLaunch
     up: PreparedLaunch
     down: PreparedLaunch
-    rows: int
+    up_rows: int
+    down_rows: int
     is_fp8: bool
     scratch: int
 
@@ -57,38 +61,49 @@ def _make_plan(
     scratch = cdiv(top_k * intermediate, 16) * 16
     matrix_bytes = hidden_size * matrices.down_SHI.shape[2] * matrices.down_SHI.element_size()
     num_bytes = 3 * top_k * matrix_bytes
-    is_packed = matrices.scheme in ("mxfp4", "int4")
     eviction = "evict_first" if num_bytes <= _MOST_TO_STREAM else ""
     of_both = {"SCRATCH": scratch, "HIDDEN_SIZE": hidden_size, "INTERMEDIATE": intermediate, "EVICTION": eviction}
-    rows = 1
+    up_rows = down_rows = 1
+    # Measured on an H200: small ones gain nothing; and a program has all experts and pieces of hidden unrolled.
     is_fp8 = matrices.scheme == "fp8_block" and num_bytes > _MOST_TO_STREAM and top_k * cdiv(intermediate, 2048) <= 16
-    if (
-        is_fp8
-    ):  # measured on an H200: small ones gain nothing; and a program has all experts and pieces of hidden unrolled
-        rows = min(hidden_size & -hidden_size, _MOST_ROWS)  # a power of two that divides it
+    of_up = {"SCHEME": matrices.scheme, "GROUP": _group(matrices.scheme, hidden_size, matrices.gate_up_scale)}
+    of_down = {"SCHEME": matrices.scheme, "GROUP": _group(matrices.scheme, intermediate, matrices.down_scale)}
+    if is_fp8:
+        down_rows = min(hidden_size & -hidden_size, _MOST_ROWS)  # a power of two that divides it
         chunks, down_chunks = _chunks(hidden_size, 64), _chunks(intermediate, 128)
         up = _up_fp8_kernel.prepare(
             device_index, **of_both, ACTIVATION=matrices.activation, CHUNKS=chunks, num_warps=cdiv(chunks, 32)
         )
         down = _down_fp8_kernel.prepare(
-            device_index, **of_both, TOP_K=top_k, ROWS=rows, CHUNKS=down_chunks, num_warps=cdiv(down_chunks, 32)
+            device_index, **of_both, TOP_K=top_k, ROWS=down_rows, CHUNKS=down_chunks, num_warps=cdiv(down_chunks, 32)
+        )
+    elif matrices.scheme in ("mxfp4", "int4"):
+        up_rows, down_rows = _UP_ROWS, max(_DOWN_ROWS // block_k, 1)
+        up = _up_packed_kernel.prepare(
+            device_index,
+            **(of_both | of_up),
+            ACTIVATION=matrices.activation,
+            BLOCK_H=_packed_block(hidden_size),
+            BLOCK_R=up_rows,
+            num_warps=_UP_WARPS,
+        )
+        down = _down_packed_kernel.prepare(
+            device_index,
+            **(of_both | of_down),
+            TOP_K=top_k,
+            BLOCK_K=block_k,
+            BLOCK_I=_packed_block(intermediate),
+            BLOCK_R=down_rows,
+            num_warps=_DOWN_WARPS,
         )
     else:
         up = _up_kernel.prepare(
-            device_index,
-            **of_both,
-            SCHEME=matrices.scheme,
-            GROUP=_group(matrices.scheme, hidden_size, matrices.gate_up_scale),
-            ACTIVATION=matrices.activation,
-            BLOCK_H=_block(hidden_size),
-            num_warps=1 if is_packed else 2,  # 16 bytes a thread
-        )
+            device_index, **(of_both | of_up), ACTIVATION=matrices.activation, BLOCK_H=_block(hidden_size), num_warps=2
+        )  # 16 bytes a thread
         down = _down_kernel.prepare(
             device_index,
-            **of_both,
+            **(of_both | of_down),
             TOP_K=top_k,
-            SCHEME=matrices.scheme,
-            GROUP=_group(matrices.scheme, intermediate, matrices.down_scale),
             BLOCK_K=block_k,
             BLOCK_I=min(next_power_of_2(intermediate), max(_ELEMENTS // block_k, 16)),
             num_warps=1,
@@ -105,7 +120,8 @@ def _make_plan(
         ),
         up=up,
         down=down,
-        rows=rows,
+        up_rows=up_rows,
+        down_rows=down_rows,
         is_fp8=is_fp8,
         scratch=scratch,
     )
@@ -129,6 +145,8 @@ def one_token_triton(
     gate_up_SNH, down_SHI = matrices.gate_up_SNH, matrices.down_SHI
     if matrices.scheme == "fp8_block":
         gate_up_SNH, down_SHI = e4m3_argument(gate_up_SNH), e4m3_argument(down_SHI)
+    elif matrices.scheme != "plain":
+        gate_up_SNH, down_SHI = gate_up_SNH.view(torch.int32), down_SHI.view(torch.int32)
     up_scale, down_scale, up_zero, down_zero = (
         matrices.gate_up_scale,
         matrices.down_scale,
@@ -152,7 +170,7 @@ def one_token_triton(
             matrices.scheme,
             strides,
             up_zero is None,
-            None if up_scale is None else up_scale.shape[2],
+            None if up_scale is None else up_scale.shape[1],
             matrices.activation,
         ),
         *(up_bias is None, up_stride, down_bias is None, down_stride),
@@ -191,13 +209,13 @@ def one_token_triton(
             num_lanes,
         )
         plan.up(
-            (intermediate, top_k, 1),
+            (cdiv(intermediate, plan.up_rows), top_k, 1),
             stream,
             *(x_1H, gate_up_SNH, up_bias, up_scale, *(() if plan.is_fp8 else (up_zero,)), scratch),
             *(stride_up, up_stride, strides[0], *(() if plan.is_fp8 else (strides[2],))),
         )
         plan.down(
-            (hidden_size // plan.rows, 1, 1),
+            (cdiv(hidden_size, plan.down_rows), 1, 1),
             stream,
             *(scratch, down_SHI, down_bias, down_scale, *(() if plan.is_fp8 else (down_zero,)), y_1H),
             *(stride_down, down_stride, strides[1], *(() if plan.is_fp8 else (strides[3],))),
@@ -213,15 +231,26 @@ _ELEMENTS = 2048  # weights that a program of the down projection reads at once
 
 _MOST_ROWS = 4  # of `_down_fp8_kernel`: more rows take more registers
 
+# Of 4-bit weights: rows of the matrices that a program has, and its warps.
+_UP_ROWS, _UP_WARPS = 8, 2
+_DOWN_ROWS, _DOWN_WARPS = 16, 4  # rows of all experts together
+_MOST_STEPS = 16  # which are unrolled
+
 
 def _chunks(size: int, most: int) -> int:
     """Pieces of 16 weights that a program of `one_token_fp8` reads at once: a thread has one."""
     return min(most, next_power_of_2(cdiv(size, 16)))
 
 
+def _packed_block(size: int) -> int:
+    """1024 columns, a warp's words; fewer where 1024 would be half empty, and more of very long rows."""
+    least = 1024 if size % 1024 == 0 or size > 2048 else 256
+    return max(min(least, next_power_of_2(size)), next_power_of_2(cdiv(size, _MOST_STEPS)))
+
+
 def _group(scheme: str, columns: int, scale: torch.Tensor | None) -> int:
     """Columns that share a scale; 0: there is none."""
-    return BLOCK if scheme == "fp8_block" else 0 if scale is None else columns // scale.shape[2]
+    return BLOCK if scheme == "fp8_block" else 0 if scale is None else columns // scale.shape[1]
 
 
 def _block(size: int) -> int:

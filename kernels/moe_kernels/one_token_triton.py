@@ -113,7 +113,7 @@ def _up_kernel(
     gate_up_ptr,
     bias_ptr,  # None: no biases
     scale_ptr,  # None: not quantised
-    zero_ptr,  # None: no zeros
+    zero_ptr,  # None; for `one_token_four_bit`
     # input and output
     scratch_ptr,
     # shapes and strides, in elements
@@ -144,9 +144,7 @@ def _up_kernel(
     GATED: tl.constexpr = is_gated(ACTIVATION)
     UP_ROWS: tl.constexpr = INTERMEDIATE if GATED else 0  # where they begin
     if SCHEME != "plain":
-        gate_up = gate_up_ptr + slot * stride_slot, scale_ptr + slot * stride_scale, None
-        if zero_ptr is not None:
-            gate_up = gate_up[0], gate_up[1], zero_ptr + slot * stride_zero
+        gate_up = gate_up_ptr + slot * stride_slot, scale_ptr + slot * stride_scale
         chosen = tl.full((1, 1), True, tl.int1)
     # Under way beside the weights: behind their sum they would be waited for once more.
     gate_bias = 0.0
@@ -164,13 +162,9 @@ def _up_kernel(
         if SCHEME != "plain":
             x = widen(tl.load(x_ptr + h, mask=h < HIDDEN_SIZE, other=0.0))
             if GATED:
-                gate_weight = load_rows(
-                    *gate_up, column, 0, first, chosen, HIDDEN_SIZE, SCHEME, GROUP, EVICTION, BLOCK_H, x_ptr.dtype.element_ty
-                )  # fmt: skip
+                gate_weight = load_rows(*gate_up, column, 0, first, chosen, HIDDEN_SIZE, GROUP, EVICTION, BLOCK_H)
                 gate_weight = tl.reshape(gate_weight, (BLOCK_H,))
-            up_weight = load_rows(
-                *gate_up, column, UP_ROWS, first, chosen, HIDDEN_SIZE, SCHEME, GROUP, EVICTION, BLOCK_H, x_ptr.dtype.element_ty
-            )  # fmt: skip
+            up_weight = load_rows(*gate_up, column, UP_ROWS, first, chosen, HIDDEN_SIZE, GROUP, EVICTION, BLOCK_H)
             up_weight = tl.reshape(up_weight, (BLOCK_H,))
         elif first + BLOCK_H <= HIDDEN_SIZE:
             gate_weight = tl.load(at + h, eviction_policy=EVICTION) if GATED else 0.0
@@ -194,7 +188,7 @@ def _up_kernel(
 @triton.jit
 def _down_weights(
     matrix, row, chosen, first, INTERMEDIATE: tl.constexpr, SCHEME: tl.constexpr, GROUP: tl.constexpr,
-    EVICTION: tl.constexpr, BLOCK_I: tl.constexpr, scratch_ptr,
+    EVICTION: tl.constexpr, BLOCK_I: tl.constexpr,
 ):  # fmt: skip
     """float32 [K, BLOCK_I] of a row of each expert's matrix: `matrix` has where it begins, or the row of plain ones."""
     if SCHEME == "plain":
@@ -202,10 +196,7 @@ def _down_weights(
         inside = chosen[:, None] & (i < INTERMEDIATE)
         return widen(tl.load(matrix[0] + i, mask=inside, other=0.0, eviction_policy=EVICTION))
     else:
-        return load_rows(
-            *matrix, row, 0, first, chosen[:, None],
-            INTERMEDIATE, SCHEME, GROUP, EVICTION, BLOCK_I, scratch_ptr.dtype.element_ty,
-        )  # fmt: skip
+        return load_rows(*matrix, row, 0, first, chosen[:, None], INTERMEDIATE, GROUP, EVICTION, BLOCK_I)
 
 
 @triton.jit
@@ -222,7 +213,7 @@ def _down_kernel(
     down_ptr,
     bias_ptr,  # None: no biases
     scale_ptr,  # None: not quantised
-    zero_ptr,  # None: no zeros
+    zero_ptr,  # None; for `one_token_four_bit`
     # outputs
     y_ptr,
     # shapes and strides, in elements
@@ -255,13 +246,10 @@ def _down_kernel(
     slot = tl.load(choice_ptr + k, mask=k < TOP_K, other=-1, cache_modifier=".cg").to(tl.int64)
     chosen = slot >= 0
     at = down_ptr + (slot * stride_slot + row * INTERMEDIATE)[:, None]
-    matrix = at, None, None
+    matrix = at, None
     if SCHEME != "plain":
-        slot_at = down_ptr + (slot * stride_slot)[:, None]
-        matrix = slot_at, scale_ptr + (slot * stride_scale)[:, None], None
-        if zero_ptr is not None:
-            matrix = slot_at, matrix[1], zero_ptr + (slot * stride_zero)[:, None]
-    down = _down_weights(matrix, row, chosen, 0, INTERMEDIATE, SCHEME, GROUP, EVICTION, BLOCK_I, scratch_ptr)
+        matrix = down_ptr + (slot * stride_slot)[:, None], scale_ptr + (slot * stride_scale)[:, None]
+    down = _down_weights(matrix, row, chosen, 0, INTERMEDIATE, SCHEME, GROUP, EVICTION, BLOCK_I)
     bias = 0.0
     if bias_ptr is not None:
         bias = widen(tl.load(bias_ptr + slot * stride_bias + row, mask=chosen, other=0.0))
@@ -273,10 +261,10 @@ def _down_kernel(
     # Unrolled, all loads are under way at once; but the compiler would choke on very long rows.
     UNROLLED: tl.constexpr = min(INTERMEDIATE, _MOST_STEPS * BLOCK_I)
     for first in tl.static_range(BLOCK_I, UNROLLED, BLOCK_I):
-        down = _down_weights(matrix, row, chosen, first, INTERMEDIATE, SCHEME, GROUP, EVICTION, BLOCK_I, scratch_ptr)
+        down = _down_weights(matrix, row, chosen, first, INTERMEDIATE, SCHEME, GROUP, EVICTION, BLOCK_I)
         product += down * _hidden(hidden_at, chosen, first, INTERMEDIATE, BLOCK_I)
     for first in tl.range(UNROLLED, INTERMEDIATE, BLOCK_I):
-        down = _down_weights(matrix, row, chosen, first, INTERMEDIATE, SCHEME, GROUP, EVICTION, BLOCK_I, scratch_ptr)
+        down = _down_weights(matrix, row, chosen, first, INTERMEDIATE, SCHEME, GROUP, EVICTION, BLOCK_I)
         product += down * _hidden(hidden_at, chosen, first, INTERMEDIATE, BLOCK_I)
     weights = tl.load(choice_ptr + TOP_K + k, mask=k < TOP_K, other=0, cache_modifier=".cg").to(
         tl.float32, bitcast=True

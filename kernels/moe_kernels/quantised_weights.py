@@ -6,12 +6,12 @@ A scheme says how the weights of all experts are stored:
 |---|---|---|---|
 | plain | floats | - | - |
 | fp8_block | e4m3 [N, K] | float32, of blocks of 128 × 128; multiplies | - |
-| mxfp4 | uint8 [N, K / 2], e2m1 codes | uint8 [N, K / 32], 2 ** (v - 127); 255 is NaN | - |
-| int4 | uint8 [N, K / 2], codes q of 0 to 15 | bfloat16 [N, K / group], group 32 or 128 | none: (q - 8) · scale |
-| | | | uint8 [N, K / group]: (q - zero) · scale |
+| mxfp4 | uint8 [N, K / 2], e2m1 codes | uint8 [K / 32, N], 2 ** (v - 127); 255 is NaN | - |
+| int4 | uint8 [N, K / 2], codes q of 0 to 15 | bfloat16 [K / group, N], group 32 or 128 | none: (q - 8) · scale |
+| | | | uint8 [K / group, N]: (q - zero) · scale |
 
-Packed, element 2k is in the low nibble of byte k and element 2k + 1 in the high one. In front of the last two dimensions may be
-others: slots, experts. N rows, K columns.
+Where a row's 4-bit codes lie in its bytes, `words` says. Their scales lie row beside row, as a kernel loads those of many rows
+and of a few groups at once. In front of the last two dimensions may be others: slots, experts. N rows, K columns.
 """
 
 from __future__ import annotations
@@ -21,6 +21,7 @@ import torch.nn.functional as F
 
 from moe_kernels.integers import cdiv
 from moe_kernels.schemes import BLOCK, INT4_GROUPS, MXFP4_GROUP, check_scheme
+from moe_kernels.words import pack_words, unpack_words
 
 E4M3_MAX = 448.0
 E2M1 = (0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0)
@@ -68,7 +69,7 @@ def dequantise(
     elif scheme == "fp8_block":
         values = weight.float() * _of_blocks(scale, weight.shape[-2:], blocks_of)
     else:
-        codes = unpack_nibbles(weight)
+        codes = unpack_words(weight, scheme)
         group = group_of(weight, scale, scheme)
         assert scale is not None
         if scheme == "mxfp4":
@@ -76,9 +77,9 @@ def dequantise(
         else:
             middle = torch.tensor(8.0, device=weight.device)
             if zero is not None:
-                middle = zero.float().repeat_interleave(group, dim=-1)
+                middle = _of_groups(zero.float(), group)
             units, factor = codes.float() - middle, scale.float()
-        values = units * factor.repeat_interleave(group, dim=-1)
+        values = units * _of_groups(factor, group)
     if columns is not None and not 0 < columns <= values.shape[-1]:
         raise ValueError(f"columns={columns}: must be in [1, {values.shape[-1]}]")
     return values if columns is None else values[..., :columns]
@@ -121,18 +122,18 @@ def quantise_weights(
     groups = values.unflatten(-1, (-1, group))
     if scheme == "mxfp4":
         codes, exponent = _quantised_mxfp4(groups)
-        return pack_nibbles(codes.flatten(-2)), exponent, None
+        return pack_words(codes.flatten(-2), scheme), _beside(exponent), None
     if not with_zero:
         scale = divided(groups.abs().amax(-1), 7.5).bfloat16()
         units = groups / torch.where(scale == 0, 1.0, scale.float())[..., None] + 8
-        return pack_nibbles(units.round().clamp(0, 15).to(torch.uint8).flatten(-2)), scale, None
+        return pack_words(units.round().clamp(0, 15).to(torch.uint8).flatten(-2), scheme), _beside(scale), None
     low, high = groups.amin(-1).clamp(max=0), groups.amax(-1).clamp(min=0)
     scale = divided(high - low, 15.0).bfloat16()
     step = torch.where(scale == 0, 1.0, scale.float())
     zero = (-low / step).round().clamp(0, 15)
     units = groups / step[..., None] + zero[..., None]
     codes = units.round().clamp(0, 15).to(torch.uint8)
-    return pack_nibbles(codes.flatten(-2)), scale, zero.to(torch.uint8)
+    return pack_words(codes.flatten(-2), scheme), _beside(scale), _beside(zero.to(torch.uint8))
 
 
 def to_e4m3(values: torch.Tensor) -> torch.Tensor:
@@ -153,17 +154,17 @@ def exponents(scale: torch.Tensor) -> torch.Tensor:
 
 
 def group_of(weight: torch.Tensor, scale: torch.Tensor | None, scheme: str, name: str = "scale") -> int:
-    """How many columns of packed weights share a scale.
+    """How many columns of packed weights share a scale, which is [..., groups, N].
 
     Raises:
         ValueError: the shapes fit no group of the scheme.
     """
     columns = 2 * weight.shape[-1]
-    num_groups = 0 if scale is None else scale.shape[-1]
+    num_groups = 0 if scale is None or scale.dim() < 2 else scale.shape[-2]
     if num_groups == 0 or columns % num_groups or columns // num_groups not in _groups(scheme):
         raise ValueError(
             f"{name} has shape {None if scale is None else tuple(scale.shape)}: must have {columns} columns of weights "
-            f"divided by a group of {_groups(scheme)} as its last dimension"
+            f"divided by a group of {_groups(scheme)} as its last dimension but one"
         )
     return columns // num_groups
 
@@ -184,6 +185,16 @@ def num_block_rows(rows: int, blocks_of: int | None = None) -> int:
 
 def _groups(scheme: str) -> tuple[int, ...]:
     return (MXFP4_GROUP,) if scheme == "mxfp4" else INT4_GROUPS
+
+
+def _beside(of_groups: torch.Tensor) -> torch.Tensor:
+    """[..., N, groups] → [..., groups, N], and back."""
+    return of_groups.transpose(-1, -2).contiguous()
+
+
+def _of_groups(of_groups: torch.Tensor, group: int) -> torch.Tensor:
+    """[..., groups, N] → of each weight, [..., N, K]."""
+    return of_groups.transpose(-1, -2).repeat_interleave(group, dim=-1)
 
 
 def _of_blocks(scale: torch.Tensor | None, shape: torch.Size, blocks_of: int | None) -> torch.Tensor:

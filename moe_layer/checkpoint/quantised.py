@@ -64,9 +64,10 @@ def matrix_recipes(
 def _recipe(role: str, stored: Stored, parts: Sequence[tuple[str, ...]], is_fused: bool, turns: bool) -> Recipe:
     def join(tensors: list[torch.Tensor]) -> torch.Tensor:
         ours = stacked([stored.to_ours(role, tensor) for tensor in tensors])
-        return deinterleaved(ours, 0) if turns else ours
+        return stored.laid_out(role, deinterleaved(ours, 0) if turns else ours)
 
     def split(ours: torch.Tensor, dtypes: list[torch.dtype]) -> list[torch.Tensor]:
+        ours = stored.laid_out(role, ours)
         ours = interleaved(ours, 0) if turns else ours
         rows = ours.chunk(len(dtypes))
         return [stored.to_stored(role, one, dtype) for one, dtype in zip(rows, dtypes, strict=True)]

@@ -20,7 +20,7 @@ from typing import Any
 
 import torch
 
-from moe_kernels import pack_nibbles, unpack_nibbles
+from moe_kernels import pack_nibbles, pack_words, unpack_nibbles, unpack_words
 from moe_layer.checkpoint.exactly import exactly
 from moe_layer.checkpoint.folder import CheckpointError
 from moe_layer.quantisation import Quantisation
@@ -55,12 +55,12 @@ class Stored:
         return name.removesuffix(weight) if weight else name
 
     def to_ours(self, role: str, stored: torch.Tensor) -> torch.Tensor:
-        """A tensor of one expert's matrix as our slots hold it; also on the meta device."""
+        """A tensor of one expert's matrix in our codes, row by row; also on the meta device. `laid_out` then lays it out."""
         scheme = self.quantisation.scheme
         if scheme == "mxfp4" and role == "weight":
-            return stored.flatten(1)
+            return pack_words(unpack_nibbles(stored.flatten(1)), scheme)
         if scheme == "int4" and role == "weight":
-            return stored.contiguous().view(torch.uint8)
+            return pack_words(unpack_nibbles(stored.contiguous().view(torch.uint8)), scheme)
         if role == "zero":
             return _zeros_of(stored)
         return stored
@@ -73,12 +73,17 @@ class Stored:
         """
         scheme = self.quantisation.scheme
         if scheme == "mxfp4" and role == "weight":
-            return ours.unflatten(1, (-1, 16))
+            return pack_nibbles(unpack_words(ours, scheme)).unflatten(1, (-1, 16))
         if scheme == "int4" and role == "weight":
-            return ours.contiguous().view(torch.int32)
+            return pack_nibbles(unpack_words(ours, scheme)).view(torch.int32)
         if role == "zero":
             return _stored_zeros(ours, dtype)
         return exactly(ours, dtype)
+
+    def laid_out(self, role: str, rows: torch.Tensor) -> torch.Tensor:
+        """A whole tensor of a matrix as our slots hold it, of one that is row by row: [N, …]; and back."""
+        is_beside = role in ("scale", "zero") and self.quantisation.scheme != "fp8_block"
+        return rows.T.contiguous() if is_beside else rows
 
 
 def _zeros_of(stored: torch.Tensor) -> torch.Tensor:

@@ -34,6 +34,7 @@ from moe_kernels import (  # noqa: F401
 )
 from moe_kernels.config import _FP8_RING, _INTERMEDIATE, _KEPT_TMA, _TABLE_TMA, _quantised_table
 from moe_kernels.experts_grad_weights_tma import most_registers, num_parts
+from moe_kernels.four_bit import MOST_HALVED
 from moe_kernels.fp8_ring import ROW_LAYOUT, WEIGHT_LAYOUT
 from moe_kernels.gradient_configs import _TABLE_16_BIT, _TABLE_32_BIT, _TABLE_HOPPER
 from moe_kernels.gradient_configs import _TABLE_TMA as _GRADIENTS_TMA
@@ -46,10 +47,12 @@ MODULES = {
         "combine_home",
         "count_experts",
         "expand_rows",
+        "expert_down_four_bit",
         "expert_down_fp8",
         "expert_down_quantised",
         "expert_down_tma",
         "expert_down_triton",
+        "expert_up_four_bit",
         "expert_up_fp8",
         "expert_up_quantised",
         "expert_up_tma",
@@ -63,6 +66,7 @@ MODULES = {
         "gather_sorted",
         "gradient_tiles",
         "meet_peers",
+        "one_token_four_bit",
         "one_token_fp8",
         "one_token_triton",
         "quantise_rows",
@@ -453,15 +457,16 @@ def compile_one_token(arch: int, dtype: torch.dtype) -> None:
 def compile_one_quantised_token(arch: int, scheme: str, dtype: str, zeros: bool = False) -> None:
     weights, scale = QUANTISED[scheme]
     types = dict.fromkeys(("x_ptr", "scratch_ptr", "y_ptr"), f"*{dtype}") | {"scale_ptr": scale, "zero_ptr": "*u8"}
-    types |= dict.fromkeys(("gate_up_ptr", "down_ptr"), "*u8" if arch < 89 else weights)
+    words = "*i32" if scheme != "fp8_block" else "*u8" if arch < 89 else weights
+    types |= dict.fromkeys(("gate_up_ptr", "down_ptr"), words)
     pdl, group = arch >= 90, 128 if scheme == "fp8_block" else 32
     sizes = {"HIDDEN_SIZE": 2048, "INTERMEDIATE": 768, "PDL": pdl, "SCRATCH": 6144, "EVICTION": "evict_first"}
     sizes |= {"SCHEME": scheme, "GROUP": group, "bias_ptr": None} | ({} if zeros else {"zero_ptr": None})
     module, kernels = (
-        "one_token_triton",
+        "one_token_four_bit",
         (
-            ("_up_kernel", 1, {"ACTIVATION": "silu", "BLOCK_H": 1024}),
-            ("_down_kernel", 1, {"TOP_K": 8, "BLOCK_K": 8, "BLOCK_I": 256}),
+            ("_up_kernel", 2, {"ACTIVATION": "silu", "BLOCK_H": 1024, "BLOCK_R": 8}),
+            ("_down_kernel", 4, {"TOP_K": 8, "BLOCK_K": 8, "BLOCK_I": 256, "BLOCK_R": 2}),
         ),
     )
     if scheme == "fp8_block":
@@ -532,9 +537,54 @@ def compile_tma_gemms(
 
 QUANTISED = {  # the types of weights and of their scales
     "fp8_block": ("*fp8e4nv", "*fp32"),
-    "mxfp4": ("*u8", "*u8"),
-    "int4": ("*u8", "*bf16"),
+    "mxfp4": ("*i32", "*u8"),
+    "int4": ("*i32", "*bf16"),
 }
+
+
+def compile_four_bit(
+    scheme: str, config: GemmConfig, is_up: bool, dtype: str = "bf16", sizes: tuple[int, int] = (2880, 2880),
+    group: int = 32, activation: str = "silu", biased: bool = False, zeros: bool = False,
+) -> None:  # fmt: skip
+    """One of the two products with 4-bit experts on Hopper."""
+    rows, k = config.block_n // 2 if is_up else config.block_n, config.block_k
+    box = f"1,{max(k // group, 1)},{rows}"
+    types = {"scale": f"tensordesc<{QUANTISED[scheme][1][1:]}[{box}]>", "zero": f"tensordesc<u8[{box}]>"}
+    types |= dict.fromkeys(("bias_ptr", "x_ptr", "hidden_ptr", "rows_ptr"), f"*{dtype}")
+    is_interleaved, is_halved = is_up and "ungated" not in activation, config.block_m <= MOST_HALVED
+    height = f"{rows // 8},2,8" if is_interleaved else f"{rows}"
+    types |= {"gate_up" if is_up else "down": f"tensordesc<i32[1,{height},{k // 8}]>", "row_weights_ptr": "*fp32"}
+    constants = {"HIDDEN_SIZE": sizes[0], "INTERMEDIATE": sizes[1], "SCHEME": scheme, "GROUP": group, "PDL": True}
+    constants |= {
+        "ASSEMBLY": dtype == "bf16",
+        "HALVES": is_halved,
+        "TAIL_M": config.tail_m,
+        "BLOCK_M": config.block_m,
+        "BLOCK_K": k,
+    }
+    constants |= {"GROUP_M": config.group_m}
+    if is_up:
+        eviction = "evict_last" if config.keep else ""
+        constants |= {"ACTIVATION": activation, "EVICTION": eviction, "BLOCK_I": rows}
+    else:
+        constants |= {"BLOCK_N": rows, "homes_ptr": None}
+        for name, most in (("hidden", config.block_m), ("hidden_tail", config.tail_m or config.block_m)):
+            types[name] = f"*{dtype}" if is_halved else f"tensordesc<{dtype}[{most},{k}]>"
+    constants |= ({} if biased else {"bias_ptr": None}) | ({} if zeros else {"zero": None})
+    module = f"expert_{'up' if is_up else 'down'}_four_bit"
+    options = {"num_warps": config.num_warps, "num_stages": config.num_stages, "launch_pdl": True}
+    compiled = compile_kernel(module, f"_{module}_kernel", types, constants, 90, **options)
+    ptx = compiled.asm["ptx"]
+    assert "wgmma" in ptx and "mma.sync" not in ptx
+    assert compiled.metadata.shared <= 227 * 1024, f"{compiled.metadata.shared} bytes of shared memory"
+    loop = re.search(r"scf\.for.*?scf\.yield", compiled.asm["ttgir"], re.DOTALL)
+    assert loop is not None and "local_store" not in loop[0], (
+        "weights must go from shared memory to registers, and stay there"
+    )
+    operands = re.findall(r"warp_group_dot %\S+, .*? : tensor<", loop[0])
+    assert operands and len(operands) == len(re.findall(r"ttng\.warp_group_dot %", loop[0])), (
+        "weights must be in registers"
+    )
 
 
 def compile_quantised(
@@ -544,7 +594,7 @@ def compile_quantised(
     """One of the two products with quantised experts."""
     is_fp8 = scheme == "fp8_block"
     weights, scale = QUANTISED[scheme]
-    weights = "*u8" if arch < 89 else weights  # no e4m3 there: bytes
+    weights = "*u8" if is_fp8 and arch < 89 else weights  # no e4m3 there: bytes
     rows = weights if is_fp8 else f"*{dtype}"
     types = dict.fromkeys(("x_ptr", "hidden_ptr"), rows) | dict.fromkeys(("gate_up_ptr", "down_ptr"), weights)
     types |= dict.fromkeys(("x_scale_ptr", "hidden_scale_ptr", "row_weights_ptr"), "*fp32")
@@ -619,11 +669,29 @@ def compile_all_quantised(arch: int, all_of_them: bool) -> None:
         compile_quantised(arch, "fp8_block", up, True)
         compile_quantised(arch, "fp8_block", down, False, even_k=False)
         compile_quantised(arch, "fp8_block", wide_up, True)
-        compile_quantised(arch, "mxfp4", tables["mxfp4"][0][1], True, activation=GPT_OSS, biased=True)
-        compile_quantised(arch, "int4", tables["int4"][-1][2], False, zeros=True)
+        narrow, wide = tables["mxfp4"][0][1], tables["int4"][-1][2]
+        if arch == 90:
+            compile_four_bit("mxfp4", narrow, True, activation=GPT_OSS, biased=True)
+            compile_four_bit("int4", wide, False, sizes=(2048, 768), group=128, zeros=True)
+        else:
+            compile_quantised(arch, "mxfp4", narrow, True, activation=GPT_OSS, biased=True)
+            compile_quantised(arch, "int4", wide, False, zeros=True)
         return
     for scheme, table in tables.items():
         for _, up, down in table:
+            if up.tma:
+                kind, group, sizes = (
+                    {"activation": GPT_OSS, "biased": True},
+                    32 if scheme == "mxfp4" else 128,
+                    (2048, 768),
+                )
+                compile_four_bit(scheme, up, True, **kind)
+                compile_four_bit(scheme, down, False, biased=True)
+                compile_four_bit(scheme, up, True, sizes=sizes, group=group, zeros=scheme == "int4")
+                compile_four_bit(scheme, down, False, sizes=sizes, group=group, zeros=scheme == "int4")
+                compile_four_bit(scheme, up, True, "fp16", activation="relu2 ungated")
+                compile_four_bit(scheme, down, False, "fp16")
+                continue
             for even_k in (True, False):
                 compile_quantised(arch, scheme, up, True, even_k=even_k)
                 compile_quantised(arch, scheme, down, False, even_k=even_k)

@@ -27,7 +27,7 @@ from moe_kernels import (
     local_forward,
     moe_experts,
     one_token,
-    pack_nibbles,
+    pack_words,
     quantise_rows,
     quantise_weights,
 )
@@ -316,10 +316,10 @@ WRONG = {
         r"matrices.gate_up_scale has shape \(3, 2, 2\): dimension 1 must be 4", "fp8_block",
         {"gate_up_scale": torch.ones(3, 2, 2)},
     ),
-    "group": ("divided by a group of", "mxfp4", {"gate_up_scale": torch.ones(3, 320, 2, dtype=torch.uint8)}),
-    "dtype": ("matrices.gate_up_scale has dtype", "mxfp4", {"gate_up_scale": torch.ones(3, 320, 3)}),
+    "group": ("divided by a group of", "mxfp4", {"gate_up_scale": torch.ones(3, 2, 320, dtype=torch.uint8)}),
+    "dtype": ("matrices.gate_up_scale has dtype", "mxfp4", {"gate_up_scale": torch.ones(3, 3, 320)}),
     "zero's shape": (
-        "matrices.gate_up_zero has shape", "int4 zeros", {"gate_up_zero": torch.ones(3, 192, 4, dtype=torch.uint8)},
+        "matrices.gate_up_zero has shape", "int4 zeros", {"gate_up_zero": torch.ones(3, 4, 192, dtype=torch.uint8)},
     ),
 }  # fmt: skip
 
@@ -481,6 +481,8 @@ def test_the_ring_is_for_a_gpu(make_experts):
 )
 def test_the_kernels_in_other_dtypes(make_experts, kind, dtype):
     check(make_case(make_experts, kind, dtype=dtype), "triton")
+    if kind != "fp8_block" and (not torch.cuda.is_available() or has_tma(torch.device("cuda"))):
+        check(make_case(make_experts, kind, dtype=dtype, tma=True), "triton")
 
 
 @pytest.mark.parametrize(
@@ -511,25 +513,27 @@ def test_one_expert_takes_all_rows(make_experts, kind, swap, busy):
     assert (home == 7).all(), "rows of no expert are not written"
 
 
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+@pytest.mark.parametrize(("dtype", "tma"), [(torch.bfloat16, False), (torch.bfloat16, True), (torch.float32, False)])
 @pytest.mark.parametrize("kind", ["mxfp4", "int4 g32", "int4 zeros"])
-def test_every_code_and_scale_exactly(device, kind, dtype):
+def test_every_code_and_scale_exactly(device, kind, dtype, tma):
     """Rows of an identity matrix times the weights are the weights, bit for bit: all codes, with scales down to subnormals.
 
     Natively the kernels compute bfloat16 weights by bits, with subnormal ones in between, which no tolerance would see.
     """
+    if tma and device == "cuda" and not has_tma(torch.device(device)):
+        pytest.skip("needs TMA")
     scheme, group = KINDS[kind][0], 32
     random = torch.Generator().manual_seed(3)
     if scheme == "mxfp4":
         # All but the ones whose products are infinite, and 255, which is NaN.
-        scale = torch.arange(0, 253, dtype=torch.uint8).repeat(2)[:256].view(1, 256, 1)
+        scale = torch.arange(0, 253, dtype=torch.uint8).repeat(2)[:256].view(1, 1, 256)
     else:
         exponents = torch.arange(256) % 240 - 130  # down to bfloat16's subnormals
         scale = (1 + torch.rand(256, generator=random)) * torch.ldexp(torch.ones(256), exponents)
-        scale = (scale * torch.where(torch.arange(256) % 3 == 0, -1, 1)).bfloat16().view(1, 256, 1)
+        scale = (scale * torch.where(torch.arange(256) % 3 == 0, -1, 1)).bfloat16().view(1, 1, 256)
     codes = torch.cat([torch.arange(16).roll(shift) for shift in range(2)]).to(torch.uint8)
-    down = pack_nibbles(codes.expand(1, 256, group))
-    zero = (torch.arange(256) % 16).to(torch.uint8).view(1, 256, 1) if kind == "int4 zeros" else None
+    down = pack_words(codes.expand(1, 256, group), scheme)
+    zero = (torch.arange(256) % 16).to(torch.uint8).view(1, 1, 256) if kind == "int4 zeros" else None
     up = quantise_weights(torch.ones(1, 2 * group, 256), scheme, group=group, with_zero=zero is not None)
     down_parts, up_parts = (
         [None if one is None else one.to(device) for one in parts] for parts in ((down, scale, zero), up)
@@ -538,7 +542,7 @@ def test_every_code_and_scale_exactly(device, kind, dtype):
     (gate_up, down), scales, zeros = pairs
     matrices = ExpertMatrices(gate_up, down, "silu", None, None, *scales, *zeros, scheme)
     lanes = torch.zeros(group, dtype=torch.int32, device=device)
-    config = gemm_configs(256, group, dtype, group, 1, 1, tma=False, scheme=scheme)[1]
+    config = gemm_configs(256, group, dtype, group, 1, 1, tma=tma, scheme=scheme)[1]
     schedule = build_schedule(lanes, torch.full((1,), group, dtype=torch.int32, device=device), block_m=config.block_m)
     hidden = torch.eye(group, dtype=dtype, device=device)[schedule.order_N.long()]
     rows = expert_down(
@@ -548,6 +552,17 @@ def test_every_code_and_scale_exactly(device, kind, dtype):
     wanted = dequantise(down, scales[1], zeros[1], scheme)[0].to(dtype).T
     assert wanted.isfinite().all() and (wanted != 0).double().mean() > 0.85
     assert torch.equal(rows, wanted)
+
+
+@pytest.mark.parametrize("tma", [False, True])
+def test_a_scale_of_255_is_nan(make_experts, tma):
+    """Also where a clamp or a zero code would hide an infinite weight."""
+    if tma and torch.cuda.is_available() and not has_tma(torch.device("cuda")):
+        pytest.skip("needs TMA")
+    case = make_case(make_experts, "mxfp4", "gpt-oss", tma=tma)
+    case.matrices.gate_up_scale[:, 1, 7] = 255
+    hidden = case.up("triton")[: case.computed]
+    assert hidden[:, 7].isnan().all() and hidden[:, :7].isfinite().all() and hidden[:, 8:].isfinite().all()
 
 
 @pytest.mark.parametrize(

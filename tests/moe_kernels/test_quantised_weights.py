@@ -5,7 +5,15 @@ from __future__ import annotations
 import pytest
 import torch
 
-from moe_kernels import dequantise, pack_nibbles, quantise_rows, quantise_weights, unpack_nibbles
+from moe_kernels import (
+    dequantise,
+    pack_nibbles,
+    pack_words,
+    quantise_rows,
+    quantise_weights,
+    unpack_nibbles,
+    unpack_words,
+)
 from moe_kernels.quantised_weights import exponents
 
 
@@ -15,10 +23,35 @@ def test_nibbles_by_hand(device):
     assert unpack_nibbles(packed).tolist() == [[1, 2, 15, 0]]
 
 
+def test_words_by_hand(device):
+    """The columns 0, 1, 2, 8 and 31 are in the word 0 (halves 0 and 1), the word 1, and the words 0 and 3."""
+    codes = torch.zeros(1, 32, dtype=torch.uint8, device=device)
+    codes[0, [0, 1, 2, 8, 31]] = torch.tensor([1, 2, 15, 4, 9], dtype=torch.uint8, device=device)
+    words = pack_words(codes, "int4").view(torch.int32)
+    assert words.tolist() == [[0x00020041, 0x0000000F, 0, 0x90000000 - 2**32]]
+    # Mantissa, exponent and sign of the code 9 (-0.5) at i = 3: the places 13, 10, 11 and 14 of the upper half.
+    words = pack_words(codes, "mxfp4").view(torch.int32)
+    assert words.tolist() == [[0x0080_0040 | 0x20, 0x81C0, 0, 0x6000_0000]]
+
+
+@pytest.mark.parametrize("scheme", ["mxfp4", "int4"])
+def test_words_have_all_codes(device, scheme):
+    codes = torch.randint(0, 16, (2, 3, 96), dtype=torch.uint8, generator=torch.Generator().manual_seed(0)).to(device)
+    packed = pack_words(codes, scheme)
+    assert packed.shape == (2, 3, 48) and packed.is_contiguous()
+    assert torch.equal(unpack_words(packed, scheme), codes)
+    assert torch.equal(packed[1, :, 16:32], pack_words(codes[1, :, 32:64], scheme)), "groups lie apart"
+    with pytest.raises(ValueError, match="divisible by 32"):
+        pack_words(codes[..., :40], scheme)
+    with pytest.raises(ValueError, match="divisible by 16"):
+        unpack_words(packed[..., :40], scheme)
+
+
 def test_mxfp4_by_hand(device):
     """Codes 1, 15, 8 and 7 are 0.5, -6, -0 and 6, at 2 ** (130 - 127)."""
-    packed = torch.zeros(1, 16, dtype=torch.uint8)
-    packed[0, :2] = torch.tensor([0xF1, 0x78])
+    codes = torch.zeros(1, 32, dtype=torch.uint8)
+    codes[0, :4] = torch.tensor([1, 15, 8, 7])
+    packed = pack_words(codes, "mxfp4")
     scale = torch.tensor([[130]], dtype=torch.uint8)
     values = dequantise(packed.to(device), scale.to(device), None, "mxfp4")
     assert values[0, :5].tolist() == [4.0, -48.0, -0.0, 48.0, 0.0]
@@ -29,11 +62,19 @@ def test_mxfp4_by_hand(device):
 
 def test_int4_by_hand(device):
     """(q - 8) · 0.5, or with a zero of 3 (q - 3) · 0.5."""
-    packed = torch.full((1, 16), 0xF0, dtype=torch.uint8, device=device)
+    packed = pack_words(torch.tensor([0, 15] * 16, dtype=torch.uint8, device=device)[None], "int4")
     scale = torch.full((1, 1), 0.5, dtype=torch.bfloat16, device=device)
     assert dequantise(packed, scale, None, "int4")[0, :2].tolist() == [-4.0, 3.5]
     zero = torch.full((1, 1), 3, dtype=torch.uint8, device=device)
     assert dequantise(packed, scale, zero, "int4", columns=3).tolist() == [[-1.5, 6.0, -1.5]]
+
+
+def test_scales_of_groups_lie_row_beside_row(device):
+    """Two rows and three groups: the scale of row n and group g is at [g, n]."""
+    packed = pack_words(torch.full((2, 96), 9, dtype=torch.uint8, device=device), "int4")
+    scale = torch.tensor([[1.0, 2.0], [3.0, 4.0], [5.0, 6.0]], dtype=torch.bfloat16, device=device)
+    values = dequantise(packed, scale, None, "int4")
+    assert values[:, ::32].tolist() == [[1, 3, 5], [2, 4, 6]] and values[:, 31::32].tolist() == [[1, 3, 5], [2, 4, 6]]
 
 
 def test_fp8_blocks_begin_anew_with_the_up_rows(device):
@@ -81,7 +122,7 @@ def test_mxfp4_takes_the_better_exponent(device):
     alone = torch.zeros(1, 32)
     alone[0, 0] = 7.9
     packed, scale, _ = quantise_weights(alone.to(device), "mxfp4")
-    assert scale.tolist() == [[128]] and packed[0, 0] == 6
+    assert scale.tolist() == [[128]] and unpack_words(packed, "mxfp4")[0, 0] == 6
     many = torch.full((1, 32), 0.5)
     many[0, 0] = 6.9
     assert quantise_weights(many.to(device), "mxfp4")[1].tolist() == [[127]]

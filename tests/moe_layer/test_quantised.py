@@ -24,10 +24,10 @@ def test_the_tensors_of_a_record():
     kinds = {
         "fp8_block": [("gate_up_proj", (400, 160)), ("gate_up_proj_scale", (4, 2)), ("down_proj", (160, 200)),
                       ("down_proj_scale", (2, 2))],
-        "mxfp4": [("gate_up_proj", (384, 80)), ("gate_up_proj_scale", (384, 5)), ("down_proj", (160, 96)),
-                  ("down_proj_scale", (160, 6))],
-        "int4_zeros": [("gate_up_proj", (384, 80)), ("gate_up_proj_scale", (384, 5)), ("gate_up_proj_zero", (384, 5)),
-                       ("down_proj", (160, 96)), ("down_proj_scale", (160, 6)), ("down_proj_zero", (160, 6))],
+        "mxfp4": [("gate_up_proj", (384, 80)), ("gate_up_proj_scale", (5, 384)), ("down_proj", (160, 96)),
+                  ("down_proj_scale", (6, 160))],
+        "int4_zeros": [("gate_up_proj", (384, 80)), ("gate_up_proj_scale", (5, 384)), ("gate_up_proj_zero", (5, 384)),
+                       ("down_proj", (160, 96)), ("down_proj_scale", (6, 160)), ("down_proj_zero", (6, 160))],
     }  # fmt: skip
     for scheme, wanted in kinds.items():
         inner = 200 if scheme == "fp8_block" else 192
