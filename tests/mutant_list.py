@@ -905,13 +905,6 @@ ONE_SIDED = (
         "listed = peer * per_rank - (end - own)",
         (f"{L}one_sided.py",),
     ),
-    # Of few tokens, each rank's list goes on where that of the rank before ends.
-    Mutant(
-        "kernels/moe_kernels/send_few_rows.py",
-        "before = tl.sum(tl.where((every >= lane - part) & (every < lane), counts, 0), axis=0)",
-        "before = tl.sum(tl.where(every < lane, counts, 0), axis=0)",
-        (f"{L}one_sided.py",),
-    ),
     # Who returns rows does not say so.
     Mutant(
         "kernels/moe_kernels/return_rows.py",

@@ -93,7 +93,7 @@ def _check(
     check_tensor("row_weights_N", row_weights_N, (values.shape[0],), torch.float32, device)
     schedule.check_config(config)
     matrices.check_config(config, "down")
-    if config.tma and not config.quantised:
+    if config.tma and matrices.scheme in ("plain", "fp8_block"):
         check_tma("matrices.down_SHI", matrices.down_SHI)
 
 

@@ -104,7 +104,7 @@ def expert_down_triton(
     config: GemmConfig,
     homes: RowHomes | None = None,
 ) -> torch.Tensor:
-    if matrices.scheme != "plain" and config.tma:
+    if matrices.scheme not in ("plain", "fp8_block") and config.tma:
         assert isinstance(hidden_NI, torch.Tensor)
         return expert_down_four_bit(hidden_NI, matrices, lane_to_slot_L, schedule, row_weights_N, config, homes)
     if matrices.scheme != "plain":

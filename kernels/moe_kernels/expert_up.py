@@ -149,7 +149,7 @@ def expert_up(
     check_tensor("schedule.order_N", schedule.order_N, (num_rows * fanout,), torch.int32, device)
     schedule.check_config(config)
     matrices.check_config(config, "up")
-    if config.tma and not config.quantised:
+    if config.tma and matrices.scheme in ("plain", "fp8_block"):
         check_tma("matrices.gate_up_SNH", matrices.gate_up_SNH, columns=matrices.intermediate_size)
     backend = resolve_backend(backend, device)
     if matrices.scheme == "fp8_block" and not isinstance(x_RH, QuantisedRows):

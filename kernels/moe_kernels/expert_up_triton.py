@@ -134,7 +134,7 @@ def expert_up_triton(
     """hidden_NI. Into `pre_NJ`, if given, it writes what the activation gets: gate and up with their biases."""
     if matrices.scheme != "plain":
         assert pre_NJ is None, "quantised experts have no gradient"
-        if config.tma:
+        if config.tma and matrices.scheme != "fp8_block":
             assert isinstance(x_RH, torch.Tensor)
             return expert_up_four_bit(x_RH, matrices, lane_to_slot_L, schedule, fanout, config)
         return expert_up_quantised(x_RH, matrices, lane_to_slot_L, schedule, fanout, config)

@@ -19,7 +19,6 @@ from moe_kernels.homes import RowHomes
 from moe_kernels.peers import NO_RANK, PeerArea, PeerLayout
 from moe_kernels.receive_rows import receive_rows
 from moe_kernels.return_rows import return_rows, return_sums
-from moe_kernels.send_few_rows import FEW_ROWS, send_few_rows
 from moe_kernels.send_rows import send_rows
 from moe_layer.arguments import check_choice
 from moe_layer.dispatch.all_to_all import AllToAllDispatcher
@@ -189,11 +188,8 @@ class OneSidedDispatcher:
         layout, area = self._layout, self.area
         bound = layout.max_tokens if max_tokens is None else max_tokens
         num_lanes = counts_L.numel() // layout.num_ranks
-        if lanes_TK.numel() <= FEW_ROWS:
-            send_few_rows(x_TH, weights_TK, lanes_TK, counts_L, area, bound)
-        else:
-            by_lane = build_schedule(lanes_TK.view(-1), counts_L, block_m=_ANY_BLOCK_M, backend="triton")
-            send_rows(x_TH, weights_TK, lanes_TK, by_lane, area, bound)
+        by_lane = build_schedule(lanes_TK.view(-1), counts_L, block_m=_ANY_BLOCK_M, backend="triton")
+        send_rows(x_TH, weights_TK, lanes_TK, by_lane, area, bound)
         schedules: list[TileSchedule] = []
 
         num_rows = layout.num_ranks * bound

@@ -29,7 +29,6 @@ from moe_kernels import (  # noqa: F401
     receive_rows,
     return_rows,
     routing_triton,
-    send_few_rows,
     send_rows,
 )
 from moe_kernels.config import _FP8_RING, _INTERMEDIATE, _KEPT_TMA, _TABLE_TMA, _quantised_table
@@ -77,7 +76,6 @@ MODULES = {
         "routing_triton",
         "scan",
         "schedule_triton",
-        "send_few_rows",
         "send_rows",
         "solve_shares_pairs",
         "solve_shares_rows",
@@ -376,13 +374,11 @@ def compile_peers(arch: int, dtype: torch.dtype, num_ranks: int) -> None:
     columns = {"TOP_K": 8, "BLOCK_K": 8, "BLOCK_H": 1024}
     sees = ranks | {"BLOCK_W": waits["BLOCK_W"]}
     sends = columns | sees | {"BLOCK": 128, "GROUP": 128}
-    few = sends | {"BLOCK": 512, "ROWS": 4, "BLOCK_L": 512}
     expands = sees | {"GROUP": 128, "BLOCK_H": 1024}
     receives = waits | {"BLOCK_M": 16, "EXTRA_M": 0, "BLOCK": 512, "BLOCK_L": 128}
     meets = waits | {"SAYS": True, "WAITS": True}
     for module, name, constants, num_warps in (
         ("send_rows", "_send_rows_kernel", sends | {"scales_ptr": None}, 4),
-        ("send_few_rows", "_send_few_rows_kernel", few | {"scales_ptr": None}, 4),
         *(
             [("send_rows", "_send_rows_kernel", sends, 4), ("expand_rows", "_expand_rows_kernel", expands, 4)]
             if arch >= 89
