@@ -18,8 +18,10 @@ from moe_kernels import (
     combine,
     dequantise,
     expert_down,
+    expert_down_four_bit,
     expert_rows,
     expert_up,
+    expert_up_four_bit,
     gemm_configs,
     gradient_configs,
     has_tma,
@@ -552,6 +554,20 @@ def test_every_code_and_scale_exactly(device, kind, dtype, tma):
     wanted = dequantise(down, scales[1], zeros[1], scheme)[0].to(dtype).T
     assert wanted.isfinite().all() and (wanted != 0).double().mean() > 0.85
     assert torch.equal(rows, wanted)
+
+
+@pytest.mark.parametrize("kind", ["mxfp4", "int4 zeros"])
+def test_halves_have_the_same_bits(make_experts, monkeypatch, kind):
+    if torch.cuda.is_available() and not has_tma(torch.device("cuda")):
+        pytest.skip("needs TMA")
+    case = make_case(make_experts, kind, "gpt-oss", tma=True)
+    rows = []
+    for most in (0, 32):
+        for module in (expert_up_four_bit, expert_down_four_bit):
+            monkeypatch.setattr(module, "MOST_HALVED", most)
+        hidden = case.up("triton")
+        rows.append((hidden[: case.computed], case.down("triton", hidden)[case.experts.lanes_N >= 0]))
+    assert all(torch.equal(one, other) for one, other in zip(*rows, strict=True))
 
 
 @pytest.mark.parametrize("tma", [False, True])
