@@ -48,6 +48,9 @@ class Layer(nn.Module):
     def why_not_relocatable(self) -> str | None:
         return None
 
+    def dispatch_failure(self) -> str | None:
+        return None
+
 
 def main(arguments: Sequence[str] | None = None) -> int:
     parser = make_parser("step_cost", __doc__)

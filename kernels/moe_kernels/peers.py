@@ -101,7 +101,7 @@ class PeerArea:
         self.error = torch.zeros(1, dtype=torch.int64, device="cpu", pin_memory=device.type == "cuda")
         self._error_on_host = self.error.numpy()
         # Interpreted kernels have no clock: there it is a number of looks.
-        self.patience = max(1, int(timeout * (2e3 if INTERPRETED else 1e9)))
+        self.patience = max(1, int(timeout * (5e3 if INTERPRETED else 1e9)))
         flat = layout.num_ranks * layout.max_tokens * layout.top_k
         self.here = torch.zeros(flat, dtype=torch.int64, device=device)  # the last forward that had each flat row here
         self.results_W = addresses_W + layout.offsets["results"]

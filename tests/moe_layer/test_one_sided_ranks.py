@@ -98,7 +98,7 @@ def check_refusals(group, device):
 @torch.no_grad()
 def check_absence(rank, group, device):
     """A rank that does not come: the other's wait ends, its next forward says so, and nobody hangs."""
-    dispatcher = connect(group, device, timeout=0.2)
+    dispatcher = connect(group, device, timeout=0.5)
     layer = make_layer(group, device, dispatcher=dispatcher, max_tokens=MOST, backend="triton")
     x = torch.zeros(3, HIDDEN, device=device)
     controller = EplbController(process_group=group)
