@@ -3,10 +3,6 @@
 from __future__ import annotations
 
 import ast
-import os
-import subprocess
-import sys
-from importlib import metadata
 from pathlib import Path
 
 import pytest
@@ -141,26 +137,6 @@ def test_no_top_level_package_named_kernels():
         for name, path in modules(package).items():
             wrong = {one for one in imports(name, path) if within(one, "kernels")}
             assert not wrong, f"{name} imports {wrong}"
-
-
-@pytest.mark.parametrize("folder", [ROOT, ROOT / "tests"], ids=["at the root", "elsewhere"])
-def test_hugging_faces_kernels_package_is_found_beside_ours(folder):
-    """Also where the folder kernels/ is: that is a namespace package to Python, which any other goes before."""
-    if "kernels" not in metadata.packages_distributions():
-        pytest.skip("Hugging Face's package is not installed: pip install 'moe-layer[integrations]'")
-    code = """
-import kernels, moe_kernels, moe_layer
-assert callable(kernels.get_kernel), kernels.__file__
-try:
-    import transformers
-except ImportError:
-    pass
-else:
-    import moe_layer.hf
-"""
-    paths = os.pathsep.join([str(ROOT), str(ROOT / "kernels")])
-    environment = {**os.environ, "PYTHONPATH": paths}
-    subprocess.run([sys.executable, "-c", code], cwd=folder, env=environment, check=True, timeout=120)
 
 
 @pytest.mark.parametrize("package", PACKAGES)
