@@ -35,7 +35,8 @@ class Pins:
             self._record()
             self._running = [one for one in self._running if not one[1].query()]
             used = [*self.held.values(), *(at for at, _ in self._unrecorded), *(at for at, _ in self._running)]
-        held: dict[int, int] = {}  # no Counter: it asks all classes of the process whether a generator is a mapping (0.2 s)
+        # No Counter: it asks all classes of the process whether a generator is a mapping, which takes up to 0.2 s.
+        held: dict[int, int] = {}
         for at in used:
             if at < number:
                 held[at] = held.get(at, 0) + 1
