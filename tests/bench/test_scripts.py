@@ -90,7 +90,7 @@ def test_training(tmp_path, capsys, dtype):
     assert list(rows[0])[: len(columns)] == columns
     for row in rows:
         assert float(row["rel_err"]) < (training.WORST_ERROR if dtype == "bf16" else 1e-5)
-        assert float(row["fwd_bwd_ms"]) > float(row["fwd_ms"]) > 0 and float(row["floor_ms"]) > 0
+        assert min(float(row[name]) for name in ("fwd_bwd_ms", "fwd_ms", "floor_ms")) > 0
         assert row["peak_extra_gib"] == "" and row["dtype"] == dtype
     assert "× floor" in capsys.readouterr().out
 
