@@ -75,7 +75,13 @@ def test_moe_forward(tmp_path, capsys, dtype):
 
 
 @pytest.mark.parametrize("dtype", ["bf16", "fp32"])
-def test_training(tmp_path, capsys, dtype):
+def test_training(tmp_path, capsys, monkeypatch, dtype):
+    def time_eager(function, device, seconds):  # of so short a while, times on a busy machine say nothing
+        made = function()
+        forward_us, both_us = 1000.0, 3000.0
+        return None, forward_us if isinstance(made, torch.Tensor) else both_us
+
+    monkeypatch.setattr(training, "time_eager", time_eager)
     path = tmp_path / "out.csv"
     arguments = ["--shapes", "8:2:64:32", "--tokens", "20", "--seconds", "0.01", "--device", "cpu", "--dtype", dtype]
     providers = ["moe_layer", "torch_grouped_mm"]
@@ -90,7 +96,7 @@ def test_training(tmp_path, capsys, dtype):
     assert list(rows[0])[: len(columns)] == columns
     for row in rows:
         assert float(row["rel_err"]) < (training.WORST_ERROR if dtype == "bf16" else 1e-5)
-        assert min(float(row[name]) for name in ("fwd_bwd_ms", "fwd_ms", "floor_ms")) > 0
+        assert float(row["fwd_bwd_ms"]) > float(row["fwd_ms"]) > 0 and float(row["floor_ms"]) > 0
         assert row["peak_extra_gib"] == "" and row["dtype"] == dtype
     assert "× floor" in capsys.readouterr().out
 
