@@ -901,7 +901,7 @@ ONE_SIDED = (
     # A lane's rows begin with those of the lane before.
     Mutant(
         "kernels/moe_kernels/receive_rows.py",
-        "listed = peer * per_rank + first - (end - own)",
+        "listed = peer * per_rank + first - (end - own)  # so far is a row of the lane from its place in the lists",
         "listed = peer * per_rank - (end - own)",
         (f"{L}one_sided.py",),
     ),
