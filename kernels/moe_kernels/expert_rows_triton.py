@@ -59,7 +59,7 @@ def expert_rows_backward_triton(
     """As `expert_rows_backward_torch`.
 
     Args:
-        overwrites_pre: the gradient of the pre-activation takes its place.
+        overwrites_pre: the gradient of the pre-activation takes its place, and its memory is given back at the end.
         main_grads: float32 tensors that gradients of matrices and biases are added to; what has one is returned as None.
     """
     down_SHI, gate_up_SNH = matrices.down_SHI, matrices.gate_up_SNH
@@ -112,14 +112,6 @@ def expert_rows_backward_triton(
         return returned[name], False
 
     sums = (order_N, offsets_L1, tiles)
-    if wanted.down:
-        assert weighted_NI is not None
-        out, adds = target("down_SHI", down_SHI)
-        experts_grad_weights(grad_GH, weighted_NI, *sums, grad_fanout, None, configs.weights, out_SPQ=out, adds=adds)
-        del weighted_NI
-    if wanted.down_bias and matrices.down_bias_SH is not None:
-        out, adds = target("down_bias_SH", matrices.down_bias_SH)
-        experts_grad_bias(grad_GH, row_weights_N, *sums, grad_fanout, out_SP=out, adds=adds)
     if wanted.gate_up:
         assert grad_pre_NJ is not None and x_RH is not None
         out, adds = target("gate_up_SNH", gate_up_SNH)
@@ -128,5 +120,16 @@ def expert_rows_backward_triton(
         assert grad_pre_NJ is not None
         out, adds = target("gate_up_bias_SN", matrices.gate_up_bias_SN)
         experts_grad_bias(grad_pre_NJ, None, *sums, None, out_SP=out, adds=adds)
+    del grad_pre_NJ
+    if overwrites_pre:  # given back, although the graph of autograd still holds it
+        pre_NJ.untyped_storage().resize_(0)
+    # Last: beside the gradients of all weights, rows of H and I need less memory than rows of J and H.
+    if wanted.down:
+        assert weighted_NI is not None
+        out, adds = target("down_SHI", down_SHI)
+        experts_grad_weights(grad_GH, weighted_NI, *sums, grad_fanout, None, configs.weights, out_SPQ=out, adds=adds)
+    if wanted.down_bias and matrices.down_bias_SH is not None:
+        out, adds = target("down_bias_SH", matrices.down_bias_SH)
+        experts_grad_bias(grad_GH, row_weights_N, *sums, grad_fanout, out_SP=out, adds=adds)
     empty = Gradients(grad_x_RH, grad_row_weights_N, None, None, None, None)
     return empty._replace(**returned)

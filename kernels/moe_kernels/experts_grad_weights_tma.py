@@ -166,19 +166,37 @@ def experts_grad_weights_tma(
     out_SPQ: torch.Tensor,
     adds: bool = False,
 ) -> None:
-    """As `experts_grad_weights`. An operand that is not in sorted order is copied into it first."""
+    """As `experts_grad_weights`. An operand that is not in sorted order is copied into it first: the left one, whose gradient
+    is computed last, when memory is scarcest, in two parts."""
     slots, height, width = out_SPQ.shape
-    num_tiles = slots * cdiv(height, config.block_m) * cdiv(width, config.block_n)
-    if not num_tiles:
+    if not slots * height * width:
         return
     if not len(order_N):
         if not adds:
             out_SPQ.zero_()
         return
-    if left_fanout is not None:
-        left_NP = gather_sorted(left_NP, order_N, left_fanout)
     if right_fanout is not None:
         right_NQ = gather_sorted(right_NQ, order_N, right_fanout)
+    if left_fanout is None:
+        _sum_rows(left_NP, right_NQ, offsets_L1, tiles, config, out_SPQ, adds)
+        return
+    part = cdiv(height, 2 * config.block_m) * config.block_m
+    for left, out in zip(left_NP.split(part, dim=1), out_SPQ.split(part, dim=1), strict=True):
+        _sum_rows(gather_sorted(left, order_N, left_fanout), right_NQ, offsets_L1, tiles, config, out, adds)
+
+
+def _sum_rows(
+    left_NP: torch.Tensor,
+    right_NQ: torch.Tensor,
+    offsets_L1: torch.Tensor,
+    tiles: GradientTiles,
+    config: GemmConfig,
+    out_SPQ: torch.Tensor,
+    adds: bool,
+) -> None:
+    """Of rows in sorted order. Slots of `out_SPQ` may be apart."""
+    slots, height, width = out_SPQ.shape
+    num_tiles = slots * cdiv(height, config.block_m) * cdiv(width, config.block_n)
     num_programs = min(num_tiles, config.programs_per_sm * num_multiprocessors(left_NP.device))
     parts = num_parts(config, adds)
     grad = None

@@ -470,6 +470,34 @@ def test_a_step_in_a_cuda_graph(make_experts, recompute):
 
 
 @pytest.mark.gpu
+def test_the_peak_of_a_step(make_experts):
+    """Beside outputs and gradients: hidden rows, and half of the columns of the output's gradient in sorted order."""
+    device = torch.device("cuda")
+    tma, tokens, top_k, hidden_size, intermediate, slots = has_tma(device), 4096, 2, 1024, 512, 32
+    experts = make_experts(tokens, top_k, slots, hidden_size, intermediate, torch.bfloat16)
+    sizes = (hidden_size, intermediate, torch.bfloat16, tokens, top_k, slots)
+    configs, grads = gemm_configs(*sizes, tma=tma), gradient_configs(*sizes, tma=tma)
+    leaves = leaves_of(experts, experts.matrices)
+    schedule = scheduled(experts, configs[0], "triton")
+    upstream = upstream_of(experts.x_RH)
+
+    def step():
+        y = computed(
+            experts, experts.matrices, leaves, "triton", combines=True, configs=configs, grads=grads, schedule=schedule
+        )
+        return y, *torch.autograd.grad(y, [leaf for leaf in leaves if leaf is not None], upstream)
+
+    step()
+    torch.cuda.synchronize()
+    before = torch.cuda.memory_allocated()
+    torch.cuda.reset_peak_memory_stats()
+    returned = sum(one.nbytes for one in step())
+    columns = intermediate + hidden_size // 2 if tma else intermediate
+    most = returned + tokens * top_k * columns * 2 + 2**20
+    assert torch.cuda.max_memory_allocated() - before <= most
+
+
+@pytest.mark.gpu
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
 def test_larger_sizes_natively(make_experts, dtype):
     """By the tiles that a large batch gets, on Hopper by TMA, against the reference; two runs have equal bits."""
