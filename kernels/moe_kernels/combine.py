@@ -84,7 +84,7 @@ def combine_torch(rows_NH: torch.Tensor, lanes_TK: torch.Tensor) -> torch.Tensor
     return total.to(rows_NH.dtype)
 
 
-@registered_op("moe_kernels::combine")
+@registered_op("moe_kernels::combine", has_gradient=True)
 def _combine(rows_NH: torch.Tensor, lanes_TK: torch.Tensor, backend: str) -> torch.Tensor:
     return (combine_triton if backend == "triton" else combine_torch)(rows_NH, lanes_TK)
 

@@ -26,7 +26,7 @@ from moe_kernels.row_blocks import unversioned
 from moe_kernels.tiles import TileSchedule
 
 
-@registered_op("moe_kernels::expert_rows")
+@registered_op("moe_kernels::expert_rows", has_gradient=True)
 def _expert_rows(
     x_RH: torch.Tensor,
     matrices: ExpertMatrices,

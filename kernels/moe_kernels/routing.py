@@ -81,7 +81,7 @@ def check_routing(
         check_tensor("token_mask_T", token_mask_T, (num_tokens,), torch.bool, device)
 
 
-@registered_op("moe_kernels::topk_routing")
+@registered_op("moe_kernels::topk_routing", has_gradient=True)
 def _topk_routing(
     logits_TE: torch.Tensor,
     top_k: int,

@@ -301,3 +301,15 @@ def test_opcheck_of_experts(make_experts, device, backend):
     given_experts = of_experts(arguments(make_experts, 2, 2, 16, 8, num_tokens=3), backend, device)
     flat = _local_experts.flatten(*given_experts.values(), backend)
     torch.library.opcheck(_local_experts.registered, flat)
+
+
+def test_a_backward_through_the_registered_op_is_an_error(make_experts, device):
+    """As compiled graphs call it; never a gradient that is silently missing."""
+    given_experts = of_experts(arguments(make_experts, 2, 2, 16, 8, num_tokens=3), "torch", device)
+    given_experts["x_TH"].requires_grad_()
+    flat = _local_experts.flatten(*given_experts.values(), "torch")
+    y = _local_experts.registered(*flat)
+    with pytest.raises(RuntimeError, match="local_experts has no gradient: call it under"):
+        y.sum().backward()
+    with torch.no_grad():
+        assert torch.equal(_local_experts.registered(*flat), y) and not _local_experts.registered(*flat).requires_grad
