@@ -493,7 +493,7 @@ def test_the_peak_of_a_step(make_experts):
     torch.cuda.reset_peak_memory_stats()
     returned = sum(one.nbytes for one in step())
     columns = intermediate + hidden_size // 2 if tma else intermediate
-    most = returned + tokens * top_k * columns * 2 + 2**20
+    most = returned + tokens * top_k * columns * 2 + 2**23  # the allocator rounds up, by up to 1 MiB a tensor
     assert torch.cuda.max_memory_allocated() - before <= most
 
 
