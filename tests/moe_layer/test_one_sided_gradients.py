@@ -78,7 +78,7 @@ def assert_equal(ours, theirs, what):
 
 
 def check_frozen(rank, group, device, dtype=torch.float32):
-    """In turns; with an empty rank and shares of the batch; and after each, a forward that meets what gradients left behind."""
+    """In turns and with padding; with an empty rank and shares of the batch. Then each time a forward without gradients."""
     options = {"num_redundant_experts": dist.get_world_size(group), "backend": "triton", "dtype": dtype}
     for step, shares in enumerate(("window", "batch")):
         bound = MOST + 3 if shares == "window" else MOST
@@ -87,7 +87,8 @@ def check_frozen(rank, group, device, dtype=torch.float32):
             layer = make_layer(group, device, dispatcher=name, max_tokens=MOST, shares=shares, **options)
             layer.gate.requires_grad_()
             x, direction = batch(rank, step, device, dtype, bound)
-            found = gradients(layer, x, layer(x, max_tokens=bound), direction)
+            mask = torch.arange(len(x), device=device) != 1
+            found = gradients(layer, x, layer(x, mask, max_tokens=bound), direction)
             assert rank or found[1].abs().max() > 0.01
             with torch.no_grad():
                 found.append(layer(x[:MOST]))
@@ -185,20 +186,23 @@ def check_backwards_in_another_order(rank, group, device):
 
 
 def check_absence_in_the_backward(rank, group, device):
-    """An error at once after the deadline, before any optimizer steps."""
-    layer = make_layer(group, device, dispatcher=connect(group, device, timeout=2.0), max_tokens=MOST, backend="triton")
-    x = torch.ones(3, HIDDEN, device=device).requires_grad_()
-    dispatcher = layer.executor.dispatcher
-    y = layer(x)
-    dist.barrier(group)
-    if rank == 0:
-        with pytest.raises(TimeoutError, match="rank 1 of the ranks that share the experts did not come"):
-            y.sum().backward()
-        assert x.grad is None
-    dist.barrier(group)
-    if rank == 1:
-        dispatcher.raise_if_failed()  # it has waited for nobody
-    dist.barrier(group)
+    """From all of it, or from the way home alone: an error after the deadline, before any optimizer steps."""
+    for trainable in (False, True):
+        dispatcher = connect(group, device, timeout=2.0)
+        options = {"max_tokens": MOST, "backend": "triton", "trainable": trainable}
+        layer = make_layer(group, device, dispatcher=dispatcher, **options)
+        x = torch.ones(3, HIDDEN, device=device).requires_grad_()
+        y = layer(x).sum()
+        dist.barrier(group)
+        if rank == 0:
+            with pytest.raises(TimeoutError, match="rank 1 of the ranks that share the experts did not come"):
+                y.backward()
+        elif trainable:
+            torch.autograd.grad(y, list(layer.experts.parameters()))
+        dist.barrier(group)
+        if rank == 1:
+            dispatcher.raise_if_failed()  # it has waited for nobody that did not come
+        dist.barrier(group)
 
 
 def check_capture(group, device):
