@@ -18,6 +18,7 @@ MOST = 6
 
 @distributed(num_ranks=2, on_cpu=INTERPRETED)
 def test_two_ranks(rank, num_ranks, group, device):
+    check_choices_of_no_lane(rank, group, device)
     check_frozen(rank, group, device)
     check_trained(rank, group, device)
 
@@ -38,6 +39,7 @@ def test_what_ranks_must_do_alike(rank, num_ranks, group, device):
 
 @distributed(num_ranks=4, on_cpu=False)
 def test_four_ranks(rank, num_ranks, group, device):
+    check_choices_of_no_lane(rank, group, device)
     check_frozen(rank, group, device, torch.bfloat16)
     check_trained(rank, group, device)
 
@@ -94,6 +96,34 @@ def check_frozen(rank, group, device, dtype=torch.float32):
                 found.append(layer(x[:MOST]))
             results.append(found)
         assert_equal(*results, f"frozen, {shares}")
+
+
+def check_choices_of_no_lane(rank, group, device):
+    """Without experts in between; K is 3. What a step before has left in such a choice's place is no gradient of its weight."""
+    world, tokens, top_k = dist.get_world_size(group), 5, 3
+    dispatcher = OneSidedDispatcher.connect(group, 2, 2 * world, MOST, HIDDEN, top_k, torch.float32, device)
+    random = torch.Generator().manual_seed(rank)
+    for step in range(2):
+        lanes = torch.stack([torch.randperm(2 * world, generator=random)[:top_k] for _ in range(tokens)]).int()
+        lanes[torch.rand(tokens, top_k, generator=random) < 0.4 * step] = -1
+        counts = torch.bincount(lanes[lanes >= 0], minlength=2 * world).int().to(device)
+        lanes = lanes.to(device)
+        # Whole numbers: sums are exact, in any order.
+        x, direction, weights = (
+            torch.randint(-4, 5, (tokens, width), generator=random).float().to(device)
+            for width in (HIDDEN, HIDDEN, top_k)
+        )
+        x.requires_grad_()
+        weights.requires_grad_()
+        sent = dispatcher.dispatch(x, weights, lanes, counts, "triton")
+        y = dispatcher.combine(sent.rows_RH * sent.row_weights_N[:, None], sent, lanes, "triton")
+        y.backward(direction)
+        exists = lanes >= 0
+        factor = (weights.detach() * exists).sum(dim=1, keepdim=True)
+        assert torch.equal(y.detach(), x.detach() * factor)
+        assert torch.equal(x.grad, direction * factor)
+        assert torch.equal(weights.grad, (x.detach() * direction).sum(dim=1, keepdim=True) * exists)
+        assert bool(exists.all()) == (step == 0)
 
 
 def check_trained(rank, group, device):
