@@ -18,12 +18,9 @@ from moe_kernels.peers import (
     EPOCH,
     ERROR,
     NO_RANK,
-    RETURNED,
     PeerArea,
-    is_last_program,
     leave_word,
     raise_flags,
-    rank_options,
     sync_options,
     wait_for_flags,
 )
@@ -78,7 +75,7 @@ def _begin_return_kernel(
 
 
 @Launcher
-@triton.jit(do_not_specialize=["rank", "num_rows", "rows_per_home"])
+@triton.jit(do_not_specialize=["num_rows", "rows_per_home"])
 def _return_sorted_kernel(
     # inputs
     rows_ptr,
@@ -86,24 +83,18 @@ def _return_sorted_kernel(
     order_ptr,
     homes_ptr,
     addresses_ptr,
-    flags_ptr,
-    # input and output
-    state_ptr,
     # shapes
-    rank,
     num_rows,
     rows_per_home,
     hidden_size,
-    flags_at,
+    # where the part of a buffer begins
     scalars_at,
     # constants
     PDL: tl.constexpr,
-    W: tl.constexpr,
-    BLOCK_W: tl.constexpr,
     # tunables
     BLOCK_H: tl.constexpr,
 ):
-    """Programs share the rows; the last to have done its part tells every rank that this rank's are there.
+    """Programs share the rows.
 
     Example (2 ranks, B * K = 4): rows [[a], [b], [c]], order [5, 0, 3] → a is row 1 at rank 1; b is row 0 at rank 0, c row 3.
     """
@@ -122,8 +113,6 @@ def _return_sorted_kernel(
             address = tl.load(addresses_ptr + flat // rows_per_home) + scalars_at
             scalar = tl.load(scalars_ptr + position)
             tl.store(address.to(scalars_ptr.dtype) + flat % rows_per_home, scalar, mask=item % blocks == 0)
-    if is_last_program(state_ptr):
-        raise_flags(addresses_ptr, flags_at, RETURNED, rank, tl.load(state_ptr + EPOCH), flags_ptr, W, BLOCK_W)
 
 
 def return_sorted(
@@ -135,10 +124,10 @@ def return_sorted(
     num_lanes: int,
     told: int,
 ) -> None:
-    """Meet all ranks, then write each row to its place among the results of its token's rank, [B * K, H] there; say so to all.
+    """Meet all ranks, then write each row to its place among the results of its token's rank, [B * K, H] there.
 
     An exchange of its own: every rank calls it after the end of the one before (`combine_home`, `meet_peers`), and
-    `combine_home` without `says` ends it. The first meeting says that all have read what came home before.
+    `combine_home`, which says so to all ranks, ends it. The first meeting says that all have read what came home before.
 
     Args:
         rows_RH: of the layout's dtype, contiguous.
@@ -166,9 +155,8 @@ def return_sorted(
     )
     block = min(1024, next_power_of_2(hidden_size))
     _return_sorted_kernel[(max(1, min(_MOST_PROGRAMS, num_rows * cdiv(hidden_size, block))),)](
-        *(rows_RH, scalars_R, order_R, area.results_W, area.addresses_W, flags, area.state),
-        *(area.rank, num_rows, bound * layout.top_k, hidden_size, at["flags"], at["scalars"]),
-        **rank_options(area),
+        *(rows_RH, scalars_R, order_R, area.results_W, area.addresses_W),
+        *(num_rows, bound * layout.top_k, hidden_size, at["scalars"]),
         BLOCK_H=block,
         num_warps=4,
     )

@@ -126,7 +126,7 @@ class GradientExchanges:
         self._begin()
         told = exchange_word(HOMEWARD, 2 * route.number + (scalars_R is not None))
         return_sorted(rows_RH, scalars_R, route.order_R, area, route.bound, num_lanes, told)
-        y_TH = combine_home(lanes_TK, area, num_lanes, says=False)
+        y_TH = combine_home(lanes_TK, area, num_lanes)
         if scalars_R is None:
             return y_TH, None
         came_TK = area.part("scalars", torch.float32, *lanes_TK.shape)

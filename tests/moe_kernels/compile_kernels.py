@@ -394,8 +394,8 @@ def compile_peers(arch: int, dtype: torch.dtype, num_ranks: int) -> None:
         ("return_rows", "_return_rows_kernel", sees | {"BLOCK_H": 1024}, 4),
         ("return_rows", "_return_sums_kernel", columns | sees, 4),
         ("return_sorted", "_begin_return_kernel", waits, 1),
-        ("return_sorted", "_return_sorted_kernel", sees | {"BLOCK_H": 1024}, 4),
-        ("return_sorted", "_return_sorted_kernel", sees | {"BLOCK_H": 1024, "scalars_ptr": None}, 4),
+        ("return_sorted", "_return_sorted_kernel", {"BLOCK_H": 1024}, 4),
+        ("return_sorted", "_return_sorted_kernel", {"BLOCK_H": 1024, "scalars_ptr": None}, 4),
         *(
             ("combine_home", "_combine_home_kernel", meets | columns | {"BY_RANK": by_rank, "SAYS": says}, 4)
             for by_rank, says in ((False, True), (False, False), (True, False))
@@ -409,7 +409,7 @@ def compile_peers(arch: int, dtype: torch.dtype, num_ranks: int) -> None:
             assert re.search(r"st\.global\S*v4\.b32", ptx), "rows must be stored 16 bytes at a time"
         if "TIMED" in constants:
             assert "global.sys.acquire" in ptx and "globaltimer" in ptx
-        if name not in ("_receive_rows_kernel", "_expand_rows_kernel"):
+        if name not in ("_receive_rows_kernel", "_expand_rows_kernel", "_return_sorted_kernel"):
             assert "global.sys.release" in ptx or not constants.get("SAYS", True)
 
 

@@ -48,9 +48,9 @@ def test_rows_and_numbers(num_rows, hidden_size, dtype, has_scalars, device):
     assert torch.equal(
         torch.cat([area.part("scalars", torch.float32, BOUND * TOP_K) for area in (own, other)]), numbers
     )
-    # The ranks have been told: of the arrival, which exchange it is, and that the rows are there.
+    # The ranks have been told that this one is here, and which exchange it is; of the rows `combine_home` tells them.
     flags = other.part("flags", torch.int64, 3, 2)
-    assert flags.tolist() == [[1, 0], [1, 0], [0, 0]]
+    assert flags.tolist() == [[1, 0], [0, 0], [0, 0]]
     assert other.part("counts", torch.int32, 2, LANES + 2)[0, LANES + 1] == TOLD
     assert own.state.tolist() == [1, 0, 0] and own.failure() is None
 
