@@ -177,6 +177,9 @@ class ExpertParallelExecutor:
             return Recomputed.apply(compute, pin, lanes_TK, counts_L, x_TH, weights_TK)
         if not torch.is_grad_enabled() and (x_TH.requires_grad or weights_TK.requires_grad):
             x_TH, weights_TK = x_TH.detach(), weights_TK.detach()  # no backward comes, which the dispatcher asks
+        asks = getattr(self.dispatcher, "asks_for_gradients", False)
+        if asks and needs_grad(experts) and not (x_TH.requires_grad or weights_TK.requires_grad):
+            x_TH = x_TH.detach().requires_grad_()  # a backward comes, for the experts alone
         try:
             return compute(x_TH, weights_TK, lanes_TK, counts_L)
         finally:

@@ -87,7 +87,7 @@ class MoELayer(Relocatable, nn.Module):
             in order, replicas of the first experts after them.
         process_group: the ranks that share the experts; None: all experts are on this rank.
         dispatcher: "auto", "local" (needs one rank), "all_to_all", "all_gather" and "symm_mem" (need `max_tokens`; the
-            latter GPUs, or CPUs, of one host), or a `Dispatcher`. "auto" logs what it has chosen.
+            latter GPUs, or CPUs, of one host), or a `Dispatcher`. "auto" logs its choice, never "symm_mem" to train.
         max_tokens: most tokens of any rank in one forward, equal on all ranks: buffers are made for so many. A forward may set
             another bound. None: any number.
         shares: how an expert's tokens are divided among its replicas: "window" (as planned from the last load window), "batch"

@@ -929,8 +929,8 @@ ONE_SIDED = (
     # Ranks with different bounds are not told.
     Mutant(
         "kernels/moe_kernels/receive_rows.py",
-        "if tl.max((theirs != bound).to(tl.int32), axis=0) > 0:",
-        "if tl.max((theirs != theirs).to(tl.int32), axis=0) > 0:",
+        "if came & (tl.max((theirs != told).to(tl.int32), axis=0) > 0):",
+        "if came & (tl.max((theirs != theirs).to(tl.int32), axis=0) > 0):",
         (f"{L}one_sided.py",),
     ),
     # Marks of an earlier forward count as rows that are here.
@@ -940,12 +940,34 @@ ONE_SIDED = (
         "here = seen > 0",
         (f"{L}one_sided.py",),
     ),
-    # Gradients of x are lost on the way.
+    # Backwards of different forwards are not told apart.
     Mutant(
-        "moe_layer/dispatch/one_sided.py",
-        "return self._with_gradients.dispatch(x_TH, weights_TK, lanes_TK, counts_L, backend)",
-        "return self._with_gradients.dispatch(x_TH.detach(), weights_TK, lanes_TK, counts_L, backend)",
-        (f"{L}one_sided_ranks.py",),
+        "kernels/moe_kernels/peers.py",
+        "return kind << _KIND_BIT | number & (1 << _KIND_BIT) - 1",
+        "return kind << _KIND_BIT",
+        (f"{L}one_sided_gradients.py",),
+    ),
+    # The gradient of a weight without a row is what another step has left there.
+    Mutant(
+        "moe_layer/dispatch/one_sided_gradients.py",
+        "return y_TH, torch.where(lanes_TK >= 0, came_TK, 0.0)",
+        "return y_TH, came_TK.clone()",
+        (f"{L}one_sided_gradients.py",),
+    ),
+    # A rank that leaves in the midst of a backward is found out after the optimizer's step.
+    Mutant(
+        "moe_layer/dispatch/one_sided_gradients.py",
+        "self._check()",
+        "pass",
+        (f"{L}one_sided_gradients.py",),
+        inside="def check() -> None:",
+    ),
+    # A row's number goes home beside the wrong row.
+    Mutant(
+        "kernels/moe_kernels/return_sorted.py",
+        "tl.store(address.to(scalars_ptr.dtype) + flat % rows_per_home, scalar, mask=item % blocks == 0)",
+        "tl.store(address.to(scalars_ptr.dtype) + position % rows_per_home, scalar, mask=item % blocks == 0)",
+        (f"{L}one_sided_gradients.py", f"{K}return_sorted.py"),
     ),
 )
 

@@ -25,7 +25,11 @@ _NUM_FLAGS = 3
 # Of the state on each device: forwards whose rows this rank has sent; programs that are done; 1 + the rank that did not come.
 EPOCH, DONE, ERROR = tl.constexpr(0), tl.constexpr(1), tl.constexpr(2)
 _STATE_SIZE = 3
-NO_RANK = 1 << 20  # an error that is no rank's: the ranks' bounds differ
+NO_RANK = 1 << 20  # an error that is no rank's: they differ in what they do
+# What an exchange is; ranks that are in different ones find out. One without gradients, where FORWARD; of a forward that a
+# backward may follow; of its results, or of its gradients of rows, to the tokens' ranks; of gradients of results to the rows.
+FORWARD, DIFFERENTIABLE, HOMEWARD, GRADIENTS = range(4)
+_KIND_BIT = 28
 
 
 @dataclass(frozen=True)
@@ -57,6 +61,7 @@ class PeerLayout:
             "counts": 4 * self.num_ranks * (self.num_lanes + 2),  # int32 [W, S + 2]: by lane; tokens; bound
             "experts": 4 * self.num_ranks * self.num_experts,  # int32 [W, E]: tokens of each expert
             "weights": 4 * flat,  # float32, by flat row
+            "scalars": 0 if self.fp8 else 4 * self.max_tokens * self.top_k,  # float32 [B, K]: come back with rows
             "lists": 4 * flat,  # int32 [W, B * K]: the flat rows that a rank has sent, by lane
             "rows": self.num_ranks * self.max_tokens * (self.hidden_size if self.fp8 else row),  # [W, B, H]
             "scales": 4 * self.num_ranks * self.max_tokens * self.num_groups if self.fp8 else 0,  # [W, B, groups]
@@ -114,7 +119,7 @@ class PeerArea:
         return self.own[at : at + size].view(dtype).view(shape)
 
     def failure(self) -> int | None:
-        """The first rank that some wait was given up for, `NO_RANK` if bounds differ, None if all is well. No sync."""
+        """Whom some wait was given up for first, `NO_RANK` if ranks do different things, None if all is well. No sync."""
         found = int(self._error_on_host[0])
         return found - 1 if found else None
 
@@ -206,6 +211,21 @@ def find_token(ends, index, first, W: tl.constexpr, BLOCK_W: tl.constexpr):
 def leave_word(state_ptr, error_ptr, what):
     tl.store(state_ptr + ERROR, what.to(tl.int64))
     tl.store(error_ptr, what.to(tl.int64))
+
+
+def exchange_word(kind: int, number: int) -> int:
+    """What the ranks tell each other of an exchange, int32.
+
+    Args:
+        kind: FORWARD, DIFFERENTIABLE, HOMEWARD or GRADIENTS.
+        number: of the former two the bound; of the others what tells forwards apart. It goes round at 2 ** 28.
+    """
+    return kind << _KIND_BIT | number & (1 << _KIND_BIT) - 1
+
+
+def kind_of(word: int) -> int:
+    """The reverse of `exchange_word`."""
+    return word >> _KIND_BIT
 
 
 def rank_options(area: PeerArea) -> dict[str, int]:

@@ -11,7 +11,7 @@ import triton.language as tl
 
 from moe_kernels.integers import next_power_of_2
 from moe_kernels.launch import Launcher, gdc_launch_dependents, gdc_wait
-from moe_kernels.peers import ARRIVED, EPOCH, NO_RANK, PeerArea, leave_word, sync_options, wait_for_flags
+from moe_kernels.peers import ARRIVED, EPOCH, ERROR, NO_RANK, PeerArea, leave_word, sync_options, wait_for_flags
 from moe_kernels.schedule_triton import write_tiles
 from moe_kernels.tiles import TileSchedule, new_schedule
 
@@ -20,7 +20,7 @@ _NO_RANK = tl.constexpr(NO_RANK)
 
 
 @Launcher
-@triton.jit(do_not_specialize=["bound", "max_tiles", "patience", "per_rank"])
+@triton.jit(do_not_specialize=["told", "max_tiles", "patience", "per_rank"])
 def _receive_rows_kernel(
     # inputs
     counts_ptr,
@@ -38,7 +38,7 @@ def _receive_rows_kernel(
     num_tiles_ptr,
     # shapes
     num_lanes,
-    bound,
+    told,
     per_rank,
     max_tiles,
     patience,
@@ -99,13 +99,22 @@ def _receive_rows_kernel(
             known = inside & (flat >= 0) & (flat < W * per_rank)
             tl.store(here_ptr + flat, tl.zeros((BLOCK,), dtype=tl.int64) + epoch, mask=known)
     if is_lane == 0:
-        theirs = tl.load(counts_ptr + peer * width + num_lanes + 1, mask=peer < W, other=bound)
-        if tl.max((theirs != bound).to(tl.int32), axis=0) > 0:
+        theirs = tl.load(counts_ptr + peer * width + num_lanes + 1, mask=peer < W, other=told)
+        # Of who did not come, an older word is there.
+        came = tl.load(state_ptr + ERROR, volatile=True) == 0
+        if came & (tl.max((theirs != told).to(tl.int32), axis=0) > 0):
             leave_word(state_ptr, error_ptr, tl.cast(_NO_RANK + 1, tl.int64))
 
 
 def receive_rows(
-    area: PeerArea, bound: int, num_lanes: int, *, block_m: int, extra_m: int = 0, note_here: bool = False
+    area: PeerArea,
+    bound: int,
+    num_lanes: int,
+    *,
+    block_m: int,
+    extra_m: int = 0,
+    note_here: bool = False,
+    told: int | None = None,
 ) -> TileSchedule:
     """Wait on the device until every rank has called `send_rows`; then the schedule of what this rank computes.
 
@@ -113,7 +122,7 @@ def receive_rows(
     rows keep their order within a lane, and lower ranks come first.
 
     Args:
-        bound: as in `send_rows`; a peer's other one is an error that `PeerArea.failure` shows.
+        bound, told: as in `send_rows`; a peer's other one is an error that `PeerArea.failure` shows.
         num_lanes: S.
         block_m, extra_m: as in `build_schedule`.
         note_here: write down which rows are here, for `return_sums`.
@@ -129,7 +138,7 @@ def receive_rows(
         *(area.state, area.error, area.here if note_here else None),
         *(schedule.order_N, schedule.offsets_L1, schedule.tile_lane, schedule.tile_start, schedule.tile_end),
         schedule.num_tiles,
-        *(num_lanes, bound, per_rank, schedule.tile_lane.shape[0], area.patience),
+        *(num_lanes, bound if told is None else told, per_rank, schedule.tile_lane.shape[0], area.patience),
         BLOCK_M=block_m,
         EXTRA_M=extra_m,
         **sync_options(area),

@@ -96,10 +96,10 @@ def _send_list(
 
 @triton.jit
 def _send_counts(
-    offsets_ptr, addresses_ptr, block, rank, num_tokens, num_lanes, bound, counts_at,
+    offsets_ptr, addresses_ptr, block, rank, num_tokens, num_lanes, told, counts_at,
     BLOCK: tl.constexpr, W: tl.constexpr,
 ):  # fmt: skip
-    """BLOCK of what the ranks are told: of each of their lanes, how many rows; then how many tokens, and the bound."""
+    """BLOCK of what the ranks are told: of each of their lanes, how many rows; then how many tokens, and `told`."""
     width = num_lanes + 2
     index = block * BLOCK + tl.arange(0, BLOCK)
     inside = index < W * width
@@ -108,14 +108,14 @@ def _send_counts(
     lane = target * num_lanes + part
     begin = tl.load(offsets_ptr + lane, mask=is_lane, other=0)
     count = tl.load(offsets_ptr + lane + 1, mask=is_lane, other=0) - begin
-    said = tl.where(is_lane, count, tl.where(part == num_lanes, num_tokens, bound))
+    said = tl.where(is_lane, count, tl.where(part == num_lanes, num_tokens, told))
     address = tl.load(addresses_ptr + target, mask=inside, other=0)
     tl.store((address + counts_at).to(offsets_ptr.dtype) + rank * width + part, said, mask=inside)
 
 
 # Unspecialized, or serving would compile when one is a multiple of 16.
 @Launcher
-@triton.jit(do_not_specialize=["rank", "num_tokens", "bound"])
+@triton.jit(do_not_specialize=["rank", "num_tokens", "bound", "told"])
 def _send_rows_kernel(
     # inputs
     x_ptr,
@@ -133,6 +133,7 @@ def _send_rows_kernel(
     rank,
     num_tokens,
     bound,
+    told,
     hidden_size,
     num_lanes,
     # where the parts of a buffer begin
@@ -177,7 +178,7 @@ def _send_rows_kernel(
         gdc_launch_dependents()
     other = programs - 1 - program  # of few items, those of different kinds fall to different programs
     for block in range(other, tl.cdiv(W * (num_lanes + 2), BLOCK), programs):
-        _send_counts(offsets_ptr, addresses_ptr, block, rank, num_tokens, num_lanes, bound, counts_at, BLOCK, W)
+        _send_counts(offsets_ptr, addresses_ptr, block, rank, num_tokens, num_lanes, told, counts_at, BLOCK, W)
     for block in range(other, tl.cdiv(num_tokens * TOP_K, BLOCK), programs):
         _send_list(
             weights_ptr, order_ptr, offsets_ptr, addresses_ptr, block, rank, num_lanes, bound, weights_at, lists_at,
@@ -196,6 +197,7 @@ def send_rows(
     by_lane: TileSchedule,
     area: PeerArea,
     bound: int,
+    told: int | None = None,
 ) -> None:
     """Write each token's hidden state, and which of whose lanes want it, into the buffers of the ranks concerned.
 
@@ -212,6 +214,7 @@ def send_rows(
         by_lane: `build_schedule` of these lanes, over all L.
         area: the ranks' buffers.
         bound: B of this forward, equal on all ranks.
+        told: int32, what this exchange is (`exchange_word`), equal on all ranks; None: `bound`, a forward's.
 
     Raises:
         ValueError: an argument breaks one of these rules.
@@ -242,7 +245,7 @@ def send_rows(
             area.part("rows", torch.float8_e4m3fn if layout.fp8 else layout.dtype, 1),
         ),
         *(area.part("scales", torch.float32, 1) if layout.fp8 else None, area.state),
-        *(area.rank, num_tokens, bound, layout.hidden_size, num_lanes),
+        *(area.rank, num_tokens, bound, bound if told is None else told, layout.hidden_size, num_lanes),
         *(at["flags"], at["counts"], at["weights"], at["lists"], at["rows"], at["scales"]),
         TOP_K=top_k,
         **rank_options(area),

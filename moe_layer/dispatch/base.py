@@ -57,6 +57,9 @@ class Dispatcher(Protocol):
     One with an attribute `takes_incoming` that is true gets, with `BatchShares`, two more counts to gather, and what comes of
     them as `dispatch`'s argument `incoming`.
 
+    One with an attribute `asks_for_gradients` that is true gets inputs that require a gradient also where only the experts'
+    weights need one.
+
     Attributes:
         max_tokens: most tokens of a rank in one `dispatch`, equal on all ranks: what static buffers are made for. None: any
             number, and nothing is padded.

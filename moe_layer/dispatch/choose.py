@@ -162,8 +162,6 @@ def make_dispatcher(
     assert name == "symm_mem", name
     if backend != "triton":
         raise ValueError(f"dispatcher='symm_mem' needs the Triton kernels, but backend is {backend!r}")
-    if trainable:
-        raise ValueError("dispatcher='symm_mem' does not go with trainable=True: it moves no gradients of experts")
     if device.type == "meta":
         raise ValueError("dispatcher='symm_mem' needs its device when the layer is built, got 'meta'")
     sizes = (num_lanes, num_experts, max_tokens, hidden_size, top_k, dtype, device)

@@ -1,4 +1,5 @@
-"""Forward, dispatch and combine: one-sided, over peer memory. No collective, no host sync; CUDA graphs can capture it.
+"""Forward, dispatch and combine: one-sided, over peer memory. No collective. Without gradients no host sync: CUDA graphs can
+capture it.
 
 Legend: T tokens of this rank, K top-k, H hidden, W ranks, S lanes of a rank, B the bound of a forward, N = W · B · K flat rows.
 """
@@ -23,6 +24,7 @@ from moe_kernels.send_rows import send_rows
 from moe_layer.arguments import check_choice
 from moe_layer.dispatch.all_to_all import AllToAllDispatcher
 from moe_layer.dispatch.base import Dispatched, Dispatcher
+from moe_layer.dispatch.one_sided_gradients import GradientExchanges, GradientRoute
 
 # Of the sender's order only rows and where lanes begin are used: its tiles may be as large as they like.
 _ANY_BLOCK_M = 128
@@ -42,20 +44,27 @@ class OneSidedDispatcher:
     to the rank of their token, where they are summed over K in fixed order: the same bits as on one rank.
 
     All layers of a model share one, and run one after the other, on every rank in the same order: on any streams, but graphs
-    are replayed on one. What it holds is sized by `max_tokens`; see `PeerLayout`. Forwards that need a gradient go another way,
-    if there is one: their batches are large, and their backward repeats them.
+    are replayed on one. What it holds is sized by `max_tokens`; see `PeerLayout`.
+
+    Forwards that need a gradient, and their backwards, go over the same buffers, by `GradientExchanges`: a step keeps as many
+    rows as came. The host waits for the device, so no CUDA graph can capture them. Gradients of hidden states are summed over K
+    in the order of the choices, in float32, rounded once: like outputs they do not depend on the placement.
 
     A rank that waits in vain for a peer goes on after `timeout`, with outputs that mean nothing; from then on no forward waits.
     The next eager forward and `raise_if_failed()` raise it; a controller's `health()` shows it, also where graphs are replayed.
-    A dispatcher that failed stays so: make a new one.
+    A backward raises it itself, at its end at the latest. A dispatcher that failed stays so: make a new one.
+
+    Attributes:
+        asks_for_gradients: see `Dispatcher`.
 
     Args:
         memory: of `PeerLayout.num_bytes` or more, zero.
         layout: what the buffers hold.
         timeout: seconds that the device waits for a peer.
         sums: "fixed_order", or "by_rank": what a rank has computed for a token travels summed, which is less, but the output
-            then depends on the placement, to rounding.
-        with_gradients: moves what needs a gradient; None: that is refused.
+            then depends on the placement, to rounding. Where a gradient is needed, always in fixed order.
+        gradients: what becomes of forwards that need one: "here" (each rank must have a host thread of its own, which waits for
+            the others), "refused", or another dispatcher, by which they go.
 
     Raises:
         ValueError: an argument breaks one of these rules.
@@ -67,22 +76,27 @@ class OneSidedDispatcher:
         layout: PeerLayout,
         timeout: float = 30.0,
         sums: str = "fixed_order",
-        with_gradients: Dispatcher | None = None,
+        gradients: "str | Dispatcher" = "refused",
     ) -> None:
         check_choice("sums", sums, ("fixed_order", "by_rank"))
+        if isinstance(gradients, str):
+            check_choice("gradients", gradients, ("here", "refused"), " or a Dispatcher")
+        if gradients == "here" and layout.fp8:
+            raise ValueError("gradients='here' does not go with rows in fp8, which they could not travel in")
         if memory.size != layout.num_ranks or memory.own.numel() < layout.num_bytes:
             raise ValueError(
                 f"memory has {memory.size} ranks and {memory.own.numel()} bytes: the layout needs "
                 f"{layout.num_ranks} and {layout.num_bytes}"
             )
         self.max_tokens: int | None = layout.max_tokens
+        self.asks_for_gradients = gradients == "here"
         self._memory = memory
         self._layout = layout
         self._timeout = timeout
         self._by_rank = sums == "by_rank"
-        self._with_gradients = with_gradients
         self._stream: torch.cuda.Stream | None = None
         self.area = PeerArea(memory.addresses_W, memory.own, memory.rank, layout, timeout)
+        self._elsewhere = None if isinstance(gradients, str) else gradients
 
     @classmethod
     def connect(
@@ -108,7 +122,7 @@ class OneSidedDispatcher:
             device: of this rank's buffer.
             payload: "exact", or "fp8": hidden states travel as e4m3 with a float32 scale for each 128 channels, which is half
                 the bytes; for the error see `moe_kernels.expand_rows`. It is the same wherever a row goes, so the output does
-                not depend on the placement. From Ada and Hopper on.
+                not depend on the placement. From Ada and Hopper on. Forwards that need a gradient go by `all_to_all` then.
             source: of the peer memory, see `eplb.peer_memory.connect_peers`.
 
         Raises:
@@ -122,7 +136,7 @@ class OneSidedDispatcher:
         layout = PeerLayout(*sizes, dtype, payload == "fp8")
         rank, exchange = dist.get_rank(group), over_group(group)
         memory = connect_peers(layout.num_bytes, device, rank, exchange, source, group)
-        return cls(memory, layout, timeout, sums, AllToAllDispatcher(group, num_lanes))
+        return cls(memory, layout, timeout, sums, AllToAllDispatcher(group, num_lanes) if layout.fp8 else "here")
 
     def backend(self, device: torch.device) -> str:
         """What moves rows."""
@@ -133,7 +147,8 @@ class OneSidedDispatcher:
 
         Raises:
             TimeoutError: one did not, in some forward until now. Outputs since then mean nothing.
-            ValueError: the ranks gave different `max_tokens` to a forward.
+            ValueError: the ranks did different things: other `max_tokens` in a forward, gradients needed on some of them only,
+                or forwards and backwards in another order.
         """
         failure = self.why_failed()
         if failure is not None:
@@ -145,7 +160,10 @@ class OneSidedDispatcher:
         if failure is None:
             return None
         if failure == NO_RANK:
-            return "max_tokens must be equal on all ranks in each forward, but another rank gave another one"
+            return (
+                "max_tokens must be equal on all ranks in each forward, x or expert_weights must require a gradient on all of "
+                "them or on none, and all must run forwards and backwards in the same order; but another rank did otherwise"
+            )
         return (
             f"rank {failure} of the ranks that share the experts did not come to a forward within {self._timeout} s. "
             "Outputs since then mean nothing; make the layers anew once all ranks are there"
@@ -153,8 +171,8 @@ class OneSidedDispatcher:
 
     def gather_counts(self, counts_E: torch.Tensor, needs_grad: bool) -> torch.Tensor:
         """See `Dispatcher`. The result lasts until the forward is over."""
-        if needs_grad and self._with_gradients is not None:
-            return self._with_gradients.gather_counts(counts_E, needs_grad)
+        if needs_grad and self._elsewhere is not None:
+            return self._elsewhere.gather_counts(counts_E, needs_grad)
         self.raise_if_failed()
         self._follow_stream()
         return gather_counts(counts_E, self.area)
@@ -169,6 +187,19 @@ class OneSidedDispatcher:
             stream.wait_stream(self._stream)
         self._stream = stream
 
+    def _exchanges(self) -> GradientExchanges:
+        """Not kept: it refers to this dispatcher, which must go with its last layer."""
+        return GradientExchanges(self.area, self._begin_with_gradients, self.raise_if_failed)
+
+    def _begin_with_gradients(self) -> None:
+        if self.area.own.is_cuda and torch.cuda.is_current_stream_capturing():
+            raise RuntimeError(
+                "dispatcher='symm_mem' waits for the device where a gradient is needed, so no CUDA graph can capture that "
+                "forward: capture it in torch.no_grad(), or run it eagerly"
+            )
+        self.raise_if_failed()
+        self._follow_stream()
+
     def dispatch(
         self,
         x_TH: torch.Tensor,
@@ -179,14 +210,16 @@ class OneSidedDispatcher:
         max_tokens: int | None = None,
     ) -> Dispatched:
         """See `Dispatcher`. `max_tokens`: most tokens that any rank has in this forward; None: as many as there may be."""
-        if x_TH.requires_grad or weights_TK.requires_grad:
-            if self._with_gradients is None:
-                _refuse_gradients()
-            return self._with_gradients.dispatch(x_TH, weights_TK, lanes_TK, counts_L, backend)
-        self.raise_if_failed()
-        self._follow_stream()
         layout, area = self._layout, self.area
         bound = layout.max_tokens if max_tokens is None else max_tokens
+        if x_TH.requires_grad or weights_TK.requires_grad:
+            if self.asks_for_gradients:
+                return self._exchanges().dispatch(x_TH, weights_TK, lanes_TK, counts_L, bound, backend)
+            if self._elsewhere is None:
+                _refuse_gradients()
+            return self._elsewhere.dispatch(x_TH, weights_TK, lanes_TK, counts_L, backend)
+        self.raise_if_failed()
+        self._follow_stream()
         num_lanes = counts_L.numel() // layout.num_ranks
         by_lane = build_schedule(lanes_TK.view(-1), counts_L, block_m=_ANY_BLOCK_M, backend="triton")
         send_rows(x_TH, weights_TK, lanes_TK, by_lane, area, bound)
@@ -221,9 +254,12 @@ class OneSidedDispatcher:
         self, rows_NH: torch.Tensor | None, dispatched: Dispatched, lanes_TK: torch.Tensor, backend: str
     ) -> torch.Tensor:
         """See `Dispatcher`. rows_NH: None if they are home already."""
+        if isinstance(dispatched.route, GradientRoute):
+            assert rows_NH is not None
+            return self._exchanges().combine(rows_NH, dispatched.route)
         if not isinstance(dispatched.route, _Route):
-            assert self._with_gradients is not None
-            return self._with_gradients.combine(rows_NH, dispatched, lanes_TK, backend)
+            assert self._elsewhere is not None
+            return self._elsewhere.combine(rows_NH, dispatched, lanes_TK, backend)
         has_said = self.send_back(rows_NH, dispatched)
         return self.sum_up(dispatched, lanes_TK, not has_said)
 

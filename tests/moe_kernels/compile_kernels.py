@@ -28,6 +28,7 @@ from moe_kernels import (  # noqa: F401
     meet_peers,
     receive_rows,
     return_rows,
+    return_sorted,
     routing_triton,
     send_rows,
 )
@@ -72,6 +73,7 @@ MODULES = {
         "receive_rows",
         "replicas_triton",
         "return_rows",
+        "return_sorted",
         "routing_grad",
         "routing_triton",
         "scan",
@@ -368,6 +370,7 @@ def compile_peers(arch: int, dtype: torch.dtype, num_ranks: int) -> None:
     element = f"*{DTYPES[dtype]}"
     types = dict.fromkeys(("flags_ptr", "addresses_ptr", "state_ptr", "error_ptr", "here_ptr", "homes_ptr"), "*i64")
     types |= dict.fromkeys(("x_ptr", "rows_ptr", "y_ptr", "sums_ptr"), element) | {"weights_ptr": "*fp32"}
+    types["scalars_ptr"] = "*fp32"
     types |= dict.fromkeys(("patience", "rows_at", "lists_at"), "i64")
     ranks = {"W": num_ranks}
     waits = ranks | {"BLOCK_W": triton.next_power_of_2(num_ranks), "TIMED": True}
@@ -390,6 +393,9 @@ def compile_peers(arch: int, dtype: torch.dtype, num_ranks: int) -> None:
         ("gather_counts", "_gather_counts_kernel", meets | {"BLOCK": 1024}, 4),
         ("return_rows", "_return_rows_kernel", sees | {"BLOCK_H": 1024}, 4),
         ("return_rows", "_return_sums_kernel", columns | sees, 4),
+        ("return_sorted", "_begin_return_kernel", waits, 1),
+        ("return_sorted", "_return_sorted_kernel", {"BLOCK_H": 1024}, 4),
+        ("return_sorted", "_return_sorted_kernel", {"BLOCK_H": 1024, "scalars_ptr": None}, 4),
         *(
             ("combine_home", "_combine_home_kernel", meets | columns | {"BY_RANK": by_rank, "SAYS": says}, 4)
             for by_rank, says in ((False, True), (False, False), (True, False))
@@ -399,11 +405,11 @@ def compile_peers(arch: int, dtype: torch.dtype, num_ranks: int) -> None:
         own = types | ({"rows_ptr": "*fp8e4nv", "scales_ptr": "*fp32", "expanded_ptr": element} if fp8 else {})
         compiled = compile_small_one(module, name, own, constants, arch, num_warps)
         ptx = compiled.asm["ptx"]
-        if "return" in name:
+        if "return" in name and "begin" not in name:
             assert re.search(r"st\.global\S*v4\.b32", ptx), "rows must be stored 16 bytes at a time"
         if "TIMED" in constants:
             assert "global.sys.acquire" in ptx and "globaltimer" in ptx
-        if name not in ("_receive_rows_kernel", "_expand_rows_kernel"):
+        if name not in ("_receive_rows_kernel", "_expand_rows_kernel", "_return_sorted_kernel"):
             assert "global.sys.release" in ptx or not constants.get("SAYS", True)
 
 

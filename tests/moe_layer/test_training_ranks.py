@@ -22,6 +22,7 @@ from tests.moe_layer.ranks import EXPERTS, HIDDEN, TOP_K, make_layer
 
 TOKENS, STEPS = 24, 5  # of each rank
 DISPATCHERS = ({"dispatcher": "all_to_all"}, {"dispatcher": "all_gather", "max_tokens": TOKENS})
+ONE_SIDED = {"dispatcher": "symm_mem", "max_tokens": TOKENS, "backend": "triton"}
 
 
 @distributed(num_ranks=2)
@@ -39,13 +40,19 @@ def test_two_ranks(rank, num_ranks, group, device):
     dist.barrier(group)  # gloo's threads then hold no tensor any more, which they could not free while Python ends
 
 
+@distributed(num_ranks=2, on_cpu=False)  # the interpreter would take minutes
+def test_one_sided(rank, num_ranks, group, device):
+    check_training(rank, group, device, wrap_in_ddp, ONE_SIDED)
+    check_training(rank, group, device, wrap_in_ddp, ONE_SIDED, micro_batches=2)
+
+
 @distributed(num_ranks=2, backend="nccl")
 def test_two_gpus(rank, num_ranks, group, device):
     check_losses(rank, group, device)
     check_correction_bias(rank, group, device)
     check_norms_that_are_not_finite(rank, group, device)
     for wrap in (wrap_in_ddp, wrap_in_fsdp):
-        for options in DISPATCHERS:
+        for options in (*DISPATCHERS, ONE_SIDED):
             check_training(rank, group, device, wrap, options)
     check_training(rank, group, device, wrap_in_ddp, DISPATCHERS[0], main_grads=True)
 
