@@ -23,6 +23,7 @@ def _combine_kernel(
     # inputs
     rows_ptr,
     lanes_ptr,  # None: no row is skipped
+    places_ptr,  # None, or where each row is instead
     # outputs
     y_ptr,
     # shapes
@@ -49,27 +50,33 @@ def _combine_kernel(
         computed = inside
         if lanes_ptr is not None:
             computed &= tl.load(lanes_ptr + row) >= 0
-        at = rows_ptr + row * hidden_size + column
+        place = row
+        if places_ptr is not None:
+            place = tl.load(places_ptr + row).to(tl.int64)
+        at = rows_ptr + place * hidden_size + column
         total += widen(tl.load(at, mask=computed, other=0.0, eviction_policy="evict_first"))
     tl.store(y_ptr + token * hidden_size + column, narrow(total, y_ptr.dtype.element_ty), mask=inside)
 
 
-def combine_triton(rows_NH: torch.Tensor, lanes_TK: torch.Tensor) -> torch.Tensor:
-    return _sum_rows(rows_NH, lanes_TK, *lanes_TK.shape)
+def combine_triton(rows_NH: torch.Tensor, lanes_TK: torch.Tensor, places_N: torch.Tensor | None = None) -> torch.Tensor:
+    """`places_N`: None, or where the rows are (`TileSchedule.places_N`)."""
+    return _sum_rows(rows_NH, lanes_TK, places_N, *lanes_TK.shape)
 
 
 def sum_rows_triton(rows_NH: torch.Tensor, top_k: int) -> torch.Tensor:
     """As `combine_triton`, where no row is to be skipped."""
-    return _sum_rows(rows_NH, None, rows_NH.shape[0] // top_k, top_k)
+    return _sum_rows(rows_NH, None, None, rows_NH.shape[0] // top_k, top_k)
 
 
-def _sum_rows(rows_NH: torch.Tensor, lanes_TK: torch.Tensor | None, num_tokens: int, top_k: int) -> torch.Tensor:
+def _sum_rows(
+    rows_NH: torch.Tensor, lanes_TK: torch.Tensor | None, places_N: torch.Tensor | None, num_tokens: int, top_k: int
+) -> torch.Tensor:
     hidden_size = rows_NH.shape[1]
     y_TH = rows_NH.new_empty((num_tokens, hidden_size))
     if y_TH.numel():
         block = min(1024, next_power_of_2(hidden_size))
         grid = (num_tokens, cdiv(hidden_size, block))
-        _combine_kernel[grid](rows_NH, lanes_TK, y_TH, hidden_size, TOP_K=top_k, BLOCK_H=block)
+        _combine_kernel[grid](rows_NH, lanes_TK, places_N, y_TH, hidden_size, TOP_K=top_k, BLOCK_H=block)
     return y_TH
 
 

@@ -53,6 +53,12 @@ class GemmConfig:
     keep: bool = False
     quantised: bool = False
 
+    @property
+    def sorts_rows(self) -> bool:
+        """Whether `expert_down` should store rows where they are sorted (`TileSchedule.places_N`), by TMA, which keeps nothing:
+        measured with one program per multiprocessor only."""
+        return self.tma and self.programs_per_sm == 1 and not self.quantised and not self.keep
+
     def __post_init__(self) -> None:
         for name, least in (("block_m", 16), ("block_n", 32), ("block_k", 16), ("num_warps", 1)):
             value = getattr(self, name)

@@ -19,6 +19,7 @@ from moe_kernels.integers import cdiv
 from moe_kernels.launch import Launcher, gdc_launch_dependents, gdc_wait
 from moe_kernels.matrices import ExpertMatrices
 from moe_kernels.numerics import dot, narrow, widen
+from moe_kernels.store_boxes import boxes_of, store_box
 from moe_kernels.tile_order import load_own_tile, load_tile
 from moe_kernels.tiles import TileSchedule
 
@@ -33,6 +34,7 @@ def _store_columns(at, product, inside, first_column, HIDDEN_SIZE: tl.constexpr,
 @triton.jit
 def _store_rows(
     rows_ptr,
+    row_boxes,
     homes_ptr,
     rows_per_home,
     row_weights_ptr,
@@ -56,13 +58,19 @@ def _store_rows(
         column = first_column + tl.arange(0, BLOCK_N)
         product += widen(tl.load(bias_ptr + column, mask=column < HIDDEN_SIZE, other=0.0))[None, :]
     product *= tl.load(row_weights_ptr + flat, mask=inside, other=0.0)[:, None]
-    at, inside = row_at(rows_ptr, flat, HIDDEN_SIZE, homes_ptr, rows_per_home)[:, None], inside[:, None]
     if HALVES:  # half the shared memory to bring rows into the order of memory
         left, right = product.reshape(BLOCK_M, 2, BLOCK_N // 2).permute(0, 2, 1).split()
-        _store_columns(at, left, inside, first_column, HIDDEN_SIZE, EVICTION)
-        _store_columns(at, right, inside, first_column + BLOCK_N // 2, HIDDEN_SIZE, EVICTION)
+        half: tl.constexpr = BLOCK_N // 2
+        if row_boxes is not None:
+            store_box(row_boxes, narrow(left, row_boxes.dtype), start, end, first_column)
+            store_box(row_boxes, narrow(right, row_boxes.dtype), start, end, first_column + half)
+        else:
+            at = row_at(rows_ptr, flat, HIDDEN_SIZE, homes_ptr, rows_per_home)[:, None]
+            _store_columns(at, left, inside[:, None], first_column, HIDDEN_SIZE, EVICTION)
+            _store_columns(at, right, inside[:, None], first_column + half, HIDDEN_SIZE, EVICTION)
     else:
-        _store_columns(at, product, inside, first_column, HIDDEN_SIZE, EVICTION)
+        at = row_at(rows_ptr, flat, HIDDEN_SIZE, homes_ptr, rows_per_home)[:, None]
+        _store_columns(at, product, inside[:, None], first_column, HIDDEN_SIZE, EVICTION)
 
 
 @triton.jit
@@ -73,6 +81,7 @@ def _down_tile(
     row_weights_ptr,
     order_ptr,
     rows_ptr,
+    row_boxes,  # None, or where to store instead, as the rows are sorted
     homes_ptr,
     rows_per_home,
     bias_ptr,
@@ -111,7 +120,7 @@ def _down_tile(
         product = product.T
     if bias_ptr is not None:
         bias_ptr += slot.to(tl.int64) * stride_bias
-    pointers = (rows_ptr, homes_ptr, rows_per_home, row_weights_ptr, order_ptr, bias_ptr)
+    pointers = (rows_ptr, row_boxes, homes_ptr, rows_per_home, row_weights_ptr, order_ptr, bias_ptr)
     _store_rows(*pointers, product, start, end, first_column, HIDDEN_SIZE, EVICTION, HALVES)
     if EXTRA_M > 0:
         _store_rows(*pointers, extra, start + BLOCK_M, end, first_column, HIDDEN_SIZE, EVICTION, HALVES)
@@ -136,6 +145,7 @@ def _expert_down_tma_kernel(
     homes_ptr,  # None: all rows go to `rows_ptr`
     # outputs
     rows_ptr,
+    row_boxes,  # None, or what `boxes_of` makes of the rows, which are then stored as they are sorted: if PERSISTENT
     # shapes
     rows_per_home,
     stride_bias,
@@ -169,7 +179,7 @@ def _expert_down_tma_kernel(
             )
             slot = tl.load(lane_to_slot_ptr + lane)
             _down_tile(
-                hidden, hidden_extra, down, row_weights_ptr, order_ptr, rows_ptr, homes_ptr, rows_per_home,
+                hidden, hidden_extra, down, row_weights_ptr, order_ptr, rows_ptr, row_boxes, homes_ptr, rows_per_home,
                 bias_ptr, stride_bias, start, end, slot, column_block,
                 HIDDEN_SIZE, INTERMEDIATE, EVICTION, SWAP, True, BLOCK_M, 0, BLOCK_N, BLOCK_K,
             )  # fmt: skip
@@ -182,19 +192,19 @@ def _expert_down_tma_kernel(
     slot = tl.load(lane_to_slot_ptr + lane)
     if (TAIL_M > 0) & (end - start <= TAIL_M):  # not `and`: without tails the compiler drops the branch
         _down_tile(
-            hidden_tail, hidden_extra, down, row_weights_ptr, order_ptr, rows_ptr, homes_ptr, rows_per_home,
+            hidden_tail, hidden_extra, down, row_weights_ptr, order_ptr, rows_ptr, None, homes_ptr, rows_per_home,
                 bias_ptr, stride_bias, start, end, slot, column_block,
             HIDDEN_SIZE, INTERMEDIATE, EVICTION, SWAP, False, TAIL_M if TAIL_M > 0 else BLOCK_M, 0, BLOCK_N, BLOCK_K,
         )  # fmt: skip
     elif (EXTRA_M > 0) & (end - start > BLOCK_M):
         _down_tile(
-            hidden, hidden_extra, down, row_weights_ptr, order_ptr, rows_ptr, homes_ptr, rows_per_home,
+            hidden, hidden_extra, down, row_weights_ptr, order_ptr, rows_ptr, None, homes_ptr, rows_per_home,
                 bias_ptr, stride_bias, start, end, slot, column_block,
             HIDDEN_SIZE, INTERMEDIATE, EVICTION, SWAP, False, BLOCK_M, EXTRA_M, BLOCK_N, BLOCK_K,
         )  # fmt: skip
     else:
         _down_tile(
-            hidden, hidden_extra, down, row_weights_ptr, order_ptr, rows_ptr, homes_ptr, rows_per_home,
+            hidden, hidden_extra, down, row_weights_ptr, order_ptr, rows_ptr, None, homes_ptr, rows_per_home,
                 bias_ptr, stride_bias, start, end, slot, column_block,
             HIDDEN_SIZE, INTERMEDIATE, EVICTION, SWAP, False, BLOCK_M, 0, BLOCK_N, BLOCK_K,
         )  # fmt: skip
@@ -227,6 +237,11 @@ def expert_down_tma(
         multiprocessors = _num_multiprocessors(hidden_NI.device.index) if hidden_NI.is_cuda else 2
         num_programs = min(num_programs, config.programs_per_sm * multiprocessors)
 
+    # As they are sorted, and by TMA; to flat places it cannot.
+    is_sorted = schedule.places_N is not None
+    assert not is_sorted or (homes is None and config.sorts_rows)
+    boxes = boxes_of(rows_NH, config.block_m, config.block_n // 2) if is_sorted else None
+
     def rows_of(block_m: int) -> TensorDescriptor:
         return TensorDescriptor(
             hidden_NI,
@@ -256,6 +271,7 @@ def expert_down_tma(
         schedule.num_tiles,
         None if homes is None else homes.addresses_W,
         rows_NH,
+        boxes,
         1 if homes is None else homes.rows_per_home,
         0 if bias_SH is None else bias_SH.stride(0),
         num_programs,

@@ -64,11 +64,13 @@ def local_experts_triton(
     sizes = (matrices.hidden_size, matrices.intermediate_size)
     up, down = _gemm_configs(*sizes, *batch, tma=has_tma(x_TH.device), scheme=matrices.scheme)
     lanes_TK, counts_L = select_replicas_triton(expert_ids_TK, table, load, 0, num_lanes=slots.shape[0])
-    schedule = build_schedule_triton(lanes_TK.view(-1), counts_L, block_m=up.block_m, extra_m=up.extra_m)
+    schedule = build_schedule_triton(
+        lanes_TK.view(-1), counts_L, block_m=up.block_m, extra_m=up.extra_m, with_places=down.sorts_rows
+    )
     hidden_NI = expert_up_triton(x_TH, matrices, slots, schedule, top_k, up)
     rows_NH = expert_down_triton(hidden_NI, matrices, slots, schedule, expert_weights_TK.view(-1), down)
     del hidden_NI  # so much less memory at the peak
-    return combine_triton(rows_NH, lanes_TK)
+    return combine_triton(rows_NH, lanes_TK, schedule.places_N)
 
 
 @registered_op("moe_kernels::local_experts", mutates_args=("load_load_E",))

@@ -96,6 +96,7 @@ def _build_schedule_kernel(
     chunks_ptr,  # of many rows, which `_place_rows_kernel` places; else None
     # outputs
     order_ptr,
+    places_ptr,  # None: not wanted
     offsets_ptr,
     tile_lane_ptr,
     tile_start_ptr,
@@ -152,7 +153,10 @@ def _build_schedule_kernel(
             bins = load_bins(lanes_ptr, index, tl.maximum(step - 1, 0), num_rows, num_lanes, BLOCK, ROWS)
             position, ends = rank_hits(mine, ends)
             inside = position.to(tl.uint32) < num_rows  # unsigned, a negative one is past the end
-            tl.store(order_ptr + position, index + step * (BLOCK // ROWS), mask=mine & inside)
+            row = index + step * (BLOCK // ROWS)
+            tl.store(order_ptr + position, row, mask=mine & inside)
+            if places_ptr is not None:
+                tl.store(places_ptr + row, position, mask=mine & (row < num_rows))
 
 
 @Launcher
@@ -164,6 +168,7 @@ def _place_rows_kernel(
     starts_ptr,
     # outputs
     order_ptr,
+    places_ptr,  # None: not wanted
     # shapes
     num_rows,
     num_lanes,
@@ -183,11 +188,15 @@ def _place_rows_kernel(
     position = tl.load(offsets_ptr + bins) + rank_in_bins(bins, starts_ptr, CHUNK)
     inside = position.to(tl.uint32) < num_rows  # as above
     tl.store(order_ptr + position, row, mask=inside)
+    if places_ptr is not None:
+        tl.store(places_ptr + row, position, mask=row < num_rows)
 
 
-def build_schedule_triton(lanes_N: torch.Tensor, counts_L: torch.Tensor, *, block_m: int, extra_m: int) -> TileSchedule:
+def build_schedule_triton(
+    lanes_N: torch.Tensor, counts_L: torch.Tensor, *, block_m: int, extra_m: int, with_places: bool = False
+) -> TileSchedule:
     num_rows, num_lanes = lanes_N.numel(), counts_L.numel()
-    schedule = new_schedule(lanes_N, num_rows, num_lanes, block_m, extra_m)
+    schedule = new_schedule(lanes_N, num_rows, num_lanes, block_m, extra_m, with_places)
     chunks_BC = count_chunks(lanes_N, num_lanes)
     num_chunks = 0 if chunks_BC is None else chunks_BC.shape[1]
     _build_schedule_kernel[(num_lanes + 1,)](
@@ -195,6 +204,7 @@ def build_schedule_triton(lanes_N: torch.Tensor, counts_L: torch.Tensor, *, bloc
         counts_L,
         chunks_BC,
         schedule.order_N,
+        schedule.places_N,
         schedule.offsets_L1,
         schedule.tile_lane,
         schedule.tile_start,
@@ -215,6 +225,7 @@ def build_schedule_triton(lanes_N: torch.Tensor, counts_L: torch.Tensor, *, bloc
             schedule.offsets_L1,
             chunks_BC,
             schedule.order_N,
+            schedule.places_N,
             num_rows,
             num_lanes,
             **chunk_options(),

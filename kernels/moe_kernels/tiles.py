@@ -29,6 +29,7 @@ class TileSchedule:
         block_m: M; a tile ends after M rows, or where its lane ends.
         extra_m: if after M rows at most so many are left of the lane, they belong to the tile too. Lanes with such a longer
             tile come first, as what begins last should be short.
+        places_N: None, or [N] int32, flat row → sorted position: `expert_down_tma` then stores rows where they are sorted.
     """
 
     order_N: torch.Tensor
@@ -39,6 +40,7 @@ class TileSchedule:
     num_tiles: torch.Tensor
     block_m: int
     extra_m: int = 0
+    places_N: torch.Tensor | None = None
 
     def check_config(self, config: GemmConfig) -> None:
         """Raises ValueError unless the schedule was built for `config`."""
@@ -57,10 +59,12 @@ def max_tiles(num_rows: int, num_lanes: int, block_m: int) -> int:
     return nonempty + (num_rows - nonempty) // block_m
 
 
-def new_schedule(like: torch.Tensor, num_rows: int, num_lanes: int, block_m: int, extra_m: int) -> TileSchedule:
+def new_schedule(
+    like: torch.Tensor, num_rows: int, num_lanes: int, block_m: int, extra_m: int, with_places: bool = False
+) -> TileSchedule:
     """An unwritten schedule of so many rows and lanes, on the device of `like`."""
     new = partial(like.new_empty, dtype=torch.int32)
     most = max_tiles(num_rows, num_lanes, block_m)
-    return TileSchedule(
-        new(num_rows), new(num_lanes + 1), new(most), new(most), new(most), new(1), block_m=block_m, extra_m=extra_m
-    )
+    parts = new(num_rows), new(num_lanes + 1), new(most), new(most), new(most), new(1)
+    places_N = new(num_rows) if with_places else None
+    return TileSchedule(*parts, block_m=block_m, extra_m=extra_m, places_N=places_N)

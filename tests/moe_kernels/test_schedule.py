@@ -166,6 +166,8 @@ def test_wrong_counts_write_nothing_out_of_bounds(small_chunks, device, counts, 
     guard, most = 1000, max_tiles(100, 3, 16)
     outputs = {size: torch.full((size + 2 * guard,), 77, dtype=torch.int32, device=device) for size in (100, 4, most)}
     order, offsets, tile_lane = (whole[guard:-guard] for whole in outputs.values())
+    places_whole = torch.full_like(outputs[100], 77)
+    places = places_whole[guard:-guard]
     start_whole, end_whole = torch.full_like(outputs[most], 77), torch.full_like(outputs[most], 77)
     num_tiles = torch.zeros(1, dtype=torch.int32, device=device)
     chunks = count_chunks(lanes, 3) if many else None
@@ -176,6 +178,7 @@ def test_wrong_counts_write_nothing_out_of_bounds(small_chunks, device, counts, 
             wrong,
             chunks,
             order,
+            places,
             offsets,
             tile_lane,
             start_whole[guard:-guard],
@@ -190,8 +193,8 @@ def test_wrong_counts_write_nothing_out_of_bounds(small_chunks, device, counts, 
         BLOCK_L=4,
     )
     if many:
-        _place_rows_kernel[(num_chunks,)](lanes, offsets, chunks, order, 100, 3, **chunk_options())
-    for whole in (*outputs.values(), start_whole, end_whole):
+        _place_rows_kernel[(num_chunks,)](lanes, offsets, chunks, order, places, 100, 3, **chunk_options())
+    for whole in (*outputs.values(), places_whole, start_whole, end_whole):
         assert (whole[:guard] == 77).all() and (whole[-guard:] == 77).all()
 
 

@@ -17,7 +17,10 @@ from moe_kernels import (
     gemm_configs,
     has_tma,
 )
+from moe_kernels.combine import combine_triton
 from moe_kernels.config import _TABLE_TMA
+from moe_kernels.expert_down_triton import expert_down_triton
+from moe_kernels.schedule_triton import build_schedule_triton
 
 pytestmark = pytest.mark.skipif(
     torch.cuda.is_available() and not has_tma(torch.device("cuda")), reason="needs a GPU with has_tma(), or none"
@@ -54,7 +57,6 @@ def run(experts, config, backend="triton", activation="silu"):
         experts.lanes_N, experts.counts_L, block_m=config.block_m, extra_m=config.extra_m, backend=backend
     )
     matrices = replace(experts.matrices, activation=activation)
-    down_config = config
     up_config = replace(config, programs_per_sm=0)
     hidden = expert_up(
         experts.x_RH,
@@ -71,7 +73,7 @@ def run(experts, config, backend="triton", activation="silu"):
         experts.lane_to_slot_L,
         schedule,
         experts.row_weights_N,
-        config=down_config,
+        config=config,
         backend=backend,
     )
     return hidden[: int(schedule.offsets_L1[-1])], rows[experts.lanes_N >= 0]
@@ -122,6 +124,33 @@ def test_tma_variants_have_equal_bits(make_experts, shape):
     for name in ("32 rows, swapped", "64 rows", "128 rows, tails", "128 rows and more", "persistent"):
         for actual, wanted in zip(run(experts, VARIANTS[name]), expected, strict=True):
             assert torch.equal(actual, wanted), name
+
+
+@pytest.mark.parametrize("lanes", ["random", "all rows to one lane", "no rows"])
+@pytest.mark.parametrize("shape", [(70, 2, 3, 192, 96), (300, 1, 2, 320, 136), (40, 3, 5, 72, 8)])
+def test_rows_where_they_are_sorted_are_those_of_flat_places(make_experts, shape, lanes):
+    """`expert_down` stores them by TMA where the schedule has places, and a token's sum finds them there."""
+    experts = make_experts(*shape, torch.bfloat16)
+    experts = routed(experts, lanes, experts.lanes_N)
+    fanout = experts.fanout
+
+    def down(with_places):
+        tiles = {"block_m": PERSISTENT.block_m, "extra_m": 0}
+        schedule = build_schedule_triton(experts.lanes_N, experts.counts_L, **tiles, with_places=with_places)
+        hidden_NI = experts.x_RH.new_ones((len(experts.lanes_N), shape[4])) * torch.arange(
+            len(experts.lanes_N), device=experts.x_RH.device
+        ).view(-1, 1).to(experts.x_RH.dtype)
+        where = (experts.matrices, experts.lane_to_slot_L, schedule, experts.row_weights_N, PERSISTENT)
+        return schedule, expert_down_triton(hidden_NI, *where)
+
+    schedule, rows_NH = down(True)
+    _, flat_NH = down(False)
+    computed = experts.lanes_N >= 0
+    flat_N = torch.arange(len(computed), dtype=torch.int32, device=computed.device)
+    assert torch.equal(schedule.order_N[schedule.places_N.long()], flat_N)
+    assert torch.equal(rows_NH[schedule.places_N.long()][computed], flat_NH[computed])
+    lanes_TK = experts.lanes_N.view(-1, fanout)
+    assert torch.equal(combine_triton(rows_NH, lanes_TK, schedule.places_N), combine_triton(flat_NH, lanes_TK))
 
 
 SERVED = sorted({config for *_, pairs in _TABLE_TMA for pair in pairs for config in pair}, key=astuple)
