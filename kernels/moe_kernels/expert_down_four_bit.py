@@ -25,9 +25,10 @@ from moe_kernels.tiles import TileSchedule
 
 
 @triton.jit
-def _load_rows(row_at, inside, step, INTERMEDIATE: tl.constexpr, BLOCK_K: tl.constexpr):
+def _load_rows(row_at, inside, step, INTERMEDIATE: tl.constexpr, BLOCK_K: tl.constexpr, STEP_K: tl.constexpr):
+    """Zeros past the end. STEP_K: that of the weights, whose last one may end a whole BLOCK_K later."""
     k = step * BLOCK_K + tl.arange(0, BLOCK_K)[None, :]
-    if INTERMEDIATE % BLOCK_K != 0:
+    if INTERMEDIATE % STEP_K != 0:
         inside &= k < INTERMEDIATE
     return tl.load(row_at + k, mask=inside, other=0.0).T
 
@@ -78,8 +79,8 @@ def _tile(
         weights = weights_of_words(words, scales, zeros, SCHEME, GROUP, DTYPE, ASSEMBLY)
         if HALVES:
             left, right = halves(weights)
-            product = dot(left, _load_rows(row_at, inside, 2 * step, INTERMEDIATE, BLOCK_K // 2), product)
-            product = dot(right, _load_rows(row_at, inside, 2 * step + 1, INTERMEDIATE, BLOCK_K // 2), product)
+            product = dot(left, _load_rows(row_at, inside, 2 * step, INTERMEDIATE, BLOCK_K // 2, BLOCK_K), product)
+            product = dot(right, _load_rows(row_at, inside, 2 * step + 1, INTERMEDIATE, BLOCK_K // 2, BLOCK_K), product)
         else:
             product = dot(weights, hidden.load([start, step * BLOCK_K]).T, product)
     column = first_column + tl.arange(0, BLOCK_N)

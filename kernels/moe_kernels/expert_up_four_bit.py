@@ -31,10 +31,13 @@ def _rows_of_tile(x_ptr, order_ptr, start, end, fanout, stride_row, BLOCK_M: tl.
 
 
 @triton.jit
-def _load_x(row_at, inside, step, HIDDEN_SIZE: tl.constexpr, BLOCK_K: tl.constexpr):
-    """Zeros for rows that are not `inside`: to read any others instead would take as much of the L2's bandwidth."""
+def _load_x(row_at, inside, step, HIDDEN_SIZE: tl.constexpr, BLOCK_K: tl.constexpr, STEP_K: tl.constexpr):
+    """Zeros for rows that are not `inside`: to read any others instead would take as much of the L2's bandwidth.
+
+    STEP_K: columns of a step of the weights, whose last one may end a whole BLOCK_K behind the row.
+    """
     k = step * BLOCK_K + tl.arange(0, BLOCK_K)[None, :]
-    if HIDDEN_SIZE % BLOCK_K != 0:
+    if HIDDEN_SIZE % STEP_K != 0:
         inside &= k < HIDDEN_SIZE
     return tl.load(row_at + k, mask=inside, other=0.0).T
 
@@ -107,10 +110,10 @@ def _tile(
         weights = weights_of_words(words, scales, zeros, SCHEME, GROUP, DTYPE, ASSEMBLY)
         if HALVES:
             left, right = halves(weights)
-            product = dot(left, _load_x(row_at, inside, 2 * step, HIDDEN_SIZE, BLOCK_K // 2), product)
-            product = dot(right, _load_x(row_at, inside, 2 * step + 1, HIDDEN_SIZE, BLOCK_K // 2), product)
+            product = dot(left, _load_x(row_at, inside, 2 * step, HIDDEN_SIZE, BLOCK_K // 2, BLOCK_K), product)
+            product = dot(right, _load_x(row_at, inside, 2 * step + 1, HIDDEN_SIZE, BLOCK_K // 2, BLOCK_K), product)
         else:
-            product = dot(weights, _load_x(row_at, inside, step, HIDDEN_SIZE, BLOCK_K), product)
+            product = dot(weights, _load_x(row_at, inside, step, HIDDEN_SIZE, BLOCK_K, BLOCK_K), product)
     _store_product(
         product, bias_ptr, hidden_ptr, position, end, first_column, INTERMEDIATE, ACTIVATION, EVICTION, BLOCK_M, BLOCK_I
     )

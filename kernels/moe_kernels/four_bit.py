@@ -69,8 +69,8 @@ _EXPONENT = tl.constexpr("""{
 }""")
 
 
-MOST_HALVED = 0
-"""Rows of a tile up to which the kernels use `halves`: none until it is measured."""
+MOST_HALVED = 32
+"""Rows of a tile up to which the kernels use `halves` (docs/log.md, "4-bit experts on an H200")."""
 
 
 def described(
