@@ -30,6 +30,7 @@ from moe_kernels import (  # noqa: F401
     return_rows,
     return_sorted,
     routing_triton,
+    send_few_rows,
     send_rows,
 )
 from moe_kernels.config import _FP8_RING, _INTERMEDIATE, _KEPT_TMA, _TABLE_TMA, _quantised_table
@@ -78,6 +79,7 @@ MODULES = {
         "routing_triton",
         "scan",
         "schedule_triton",
+        "send_few_rows",
         "send_rows",
         "solve_shares_pairs",
         "solve_shares_rows",
@@ -262,7 +264,7 @@ def compile_small(arch: int) -> None:
             "combine",
             "_combine_kernel",
             {"rows_ptr": f"*{dtype}", "y_ptr": f"*{dtype}"},
-            {"TOP_K": 8, "BLOCK_H": 1024},
+            {"TOP_K": 8, "BLOCK_H": 1024} | ({} if dtype == "bf16" else {"places_ptr": None}),
             arch,
         )
         absent = {"bias_ptr": None, "mask_ptr": None}
@@ -335,6 +337,7 @@ def compile_small(arch: int) -> None:
         )
         for extra in (0, 64):
             tiles = {"BLOCK_M": 128, "EXTRA_M": extra, "BLOCK_L": 256} | ({"chunks_ptr": None} if few else {})
+            tiles |= {"places_ptr": None} if extra else {}
             compile_small_one(
                 "schedule_triton", "_build_schedule_kernel", {}, block | rows | tiles, arch, options["num_warps"]
             )
@@ -357,12 +360,14 @@ def compile_small(arch: int) -> None:
                 "solve_shares_rows", "_solve_shares_kernel", {}, solve | {"BLOCK_W": 32}, arch, 1
             )
             assert "redux.sync.add.s32" in compiled.asm["ptx"], "a sum over ranks must be one instruction"
-    for ranks, block_e in ((4, 256), (16, 1024)):
-        solve = {"LANES": 9, "BLOCK_E": block_e, "BLOCK_W": 32, "PAIRS": ranks, "BLOCK_V": min(8, ranks), "BLOCK_F": 32}
+    for ranks, block_e in ((4, 256), (32, 1024)):
+        solve = {"LANES": 9, "BLOCK_E": block_e, "BLOCK_W": 32, "PAIRS": ranks, "BLOCK_V": ranks, "BLOCK_F": 32}
+        solve["SKIPS"] = ranks > 16
         warps = min(16, block_e // 32)
         compiled = compile_small_one("solve_shares_pairs", "_solve_pairs_kernel", {}, solve, arch, warps)
         assert "shfl.sync.idx" in compiled.asm["ptx"], "a step of pairs must need no shared memory"
-    compile_small_one("schedule_triton", "_place_rows_kernel", {}, chunk, arch, options["num_warps"])
+    for absent in ({}, {"places_ptr": None}):
+        compile_small_one("schedule_triton", "_place_rows_kernel", {}, chunk | absent, arch, options["num_warps"])
 
 
 def compile_peers(arch: int, dtype: torch.dtype, num_ranks: int) -> None:
@@ -377,11 +382,13 @@ def compile_peers(arch: int, dtype: torch.dtype, num_ranks: int) -> None:
     columns = {"TOP_K": 8, "BLOCK_K": 8, "BLOCK_H": 1024}
     sees = ranks | {"BLOCK_W": waits["BLOCK_W"]}
     sends = columns | sees | {"BLOCK": 128, "GROUP": 128}
+    few = sends | {"BLOCK": 512, "ROWS": 4, "BLOCK_L": 512}
     expands = sees | {"GROUP": 128, "BLOCK_H": 1024}
     receives = waits | {"BLOCK_M": 16, "EXTRA_M": 0, "BLOCK": 512, "BLOCK_L": 128}
     meets = waits | {"SAYS": True, "WAITS": True}
     for module, name, constants, num_warps in (
         ("send_rows", "_send_rows_kernel", sends | {"scales_ptr": None}, 4),
+        ("send_few_rows", "_send_few_rows_kernel", few | {"scales_ptr": None}, 4),
         *(
             [("send_rows", "_send_rows_kernel", sends, 4), ("expand_rows", "_expand_rows_kernel", expands, 4)]
             if arch >= 89
@@ -524,15 +531,25 @@ def compile_tma_gemms(
                 ("hidden_extra", config.extra_m),
             ):
                 types[name] = f"tensordesc<{element}[{rows or config.block_m},{k}]>"
+            types["row_boxes"] = f"tensordesc<{element}[1,1,{config.block_m},{n // 2}]>"
             tiles |= {"PERSISTENT": config.programs_per_sm > 0, "BLOCK_N": n}
         options = {"num_warps": config.num_warps, "num_stages": config.num_stages, "launch_pdl": True}
-        without_pre = {"pre_ptr": None} if activation == "silu" else {}
-        for absent in ({"homes_ptr": None}, {}) if module == "expert_down_tma" else (without_pre,):
+        unsorted = {"row_boxes": None}
+        variants = ({"homes_ptr": None} | unsorted, unsorted)
+        variants += ({"homes_ptr": None},) if config.sorts_rows else ()
+        if module == "expert_up_tma":
+            variants = ({"pre_ptr": None} if activation == "silu" else {},)
+        for absent in variants:
             compiled = compile_kernel(module, f"_{module}_kernel", types, sizes | tiles | absent, arch, **options)
             ptx = compiled.asm["ptx"]
             is_kept = re.search(r"st\.global\S*evict_last\S*cache_hint", ptx) is not None
             assert is_kept == config.keep, "outputs must stay in L2 where they are worth it"
-            assert re.search(r"st\.global\S*v4\.b32", ptx), "rows must be stored 16 bytes at a time, also to a peer"
+            if module == "expert_up_tma" or "row_boxes" in absent:
+                assert re.search(r"st\.global\S*v4\.b32", ptx), "rows must be stored 16 bytes at a time, also to a peer"
+            else:
+                assert "cp.async.bulk.tensor.4d.global.shared" in ptx and "st.global" not in ptx, (
+                    "rows must be stored by TMA"
+                )
             assert "wgmma" in ptx and "mma.sync" not in ptx
             assert compiled.metadata.shared <= 227 * 1024, f"{compiled.metadata.shared} bytes of shared memory"
 
