@@ -38,7 +38,7 @@ def _load_pairs(pairs_ptr, rank, num_ranks, PAIRS: tl.constexpr):
     """What each rank r has of the pairs with the ranks r ^ 1, r ^ 2, and so on, each in registers; of no pair: nothing."""
     quotas = ()
     for mask in tl.static_range(1, PAIRS):
-        quotas = quotas + (tl.load(pairs_ptr + mask * PAIRS + rank, mask=rank < num_ranks, other=0),)  # noqa: RUF005 Triton has no other way
+        quotas = quotas + (tl.load(pairs_ptr + mask * PAIRS + rank, mask=rank < num_ranks, other=0),)  # type: ignore  # noqa: RUF005
     return quotas
 
 
@@ -64,7 +64,7 @@ def _split_all_pairs(load, quotas, used, rank, PAIRS: tl.constexpr, SKIPS: tl.co
         else:
             load, quota = _split_pairs(load, quota, rank, mask)
         moved |= quota ^ quotas[mask - 1]
-        new = new + (quota,)  # noqa: RUF005
+        new = new + (quota,)  # type: ignore  # noqa: RUF005
     return load, new, moved
 
 
