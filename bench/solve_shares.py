@@ -1,8 +1,10 @@
 """``python -m bench.solve_shares``: device time of the three ops that choose replicas by the counts of a batch, by ranks.
 
 256 experts, 32 redundant, as `bench.skew_simulated` places them; 512 tokens a rank, top-8, loads that jitter by 20 %. The
-counts of all ranks are made here: what gathers them is not timed. Each op is replayed from a CUDA graph with a cold L2. The
-results are compared with the references first.
+counts of all ranks are made here: what gathers them is not timed. Each op is replayed from a CUDA graph with a cold L2; so
+are "count, select" and "count, solve, select", one op after the other as in a forward. The last two lines are differences:
+what `solve_shares` adds between its neighbours, where a graph's start and the cold caches are paid for already, and what shares
+by batch add to a choice by those of the window. The results are compared with the references first.
 """
 
 from __future__ import annotations
@@ -74,6 +76,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
                 "select_by_quota": lambda i=ids_TK, t=table, q=quotas_P, b=before_E, c=counter, n=num_lanes: (
                     select_by_quota(i, t, q, b, c, num_lanes=n)
                 ),
+                "count, solve, select": lambda i=ids_TK, t=table, q=counts_WE, p=per_rank, c=counter, n=num_lanes: (
+                    _choose_by_batch(i, t, q, p, c, n)
+                ),
+                "count, select": lambda i=ids_TK, t=table, q=quotas_P, b=before_E, c=counter, n=num_lanes: (
+                    count_experts(i, NUM_EXPERTS),
+                    select_by_quota(i, t, q, b, c, num_lanes=n),
+                ),
                 "select_replicas": lambda i=ids_TK, t=table, c=counter, n=num_lanes: select_replicas(
                     i, t, c, 0, num_lanes=n
                 ),
@@ -90,20 +99,39 @@ def main(arguments: Sequence[str] | None = None) -> int:
             ):
                 if not all(torch.equal(one, other) for one, other in zip(got, wanted, strict=True)):
                     raise AssertionError(f"{num_ranks} ranks: a kernel differs from its reference")
-            for name, timing in zip(functions, time_graphs(list(functions.values()), device), strict=True):
+            times = dict(zip(functions, time_graphs(list(functions.values()), device), strict=True))
+            medians = {name: timing.median_us for name, timing in times.items()}
+            medians["solve_shares, beside the others"] = medians["count, solve, select"] - medians["count, select"]
+            medians["shares by batch, not window"] = medians["count, solve, select"] - medians["select_replicas"]
+            for name, median_us in medians.items():
+                timing = times.get(name)
                 report.row(
                     {
                         "op": name,
                         "ranks": num_ranks,
                         "experts": NUM_EXPERTS,
                         "tokens": options.tokens,
-                        "median_us": timing.median_us,
-                        "p20_us": timing.p20_us,
-                        "p80_us": timing.p80_us,
+                        "median_us": median_us,
+                        "p20_us": timing and timing.p20_us,
+                        "p80_us": timing and timing.p80_us,
                     }
                 )
-                report.line(f"{num_ranks:>3} ranks  {name:<30}{timing.median_us:8.2f} µs")
+                report.line(f"{num_ranks:>3} ranks  {name:<33}{median_us:8.2f} µs")
     return 0
+
+
+def _choose_by_batch(
+    ids_TK: torch.Tensor,
+    table: ReplicaTable,
+    counts_WE: torch.Tensor,
+    per_rank: int,
+    counter: LoadCounter,
+    num_lanes: int,
+) -> object:
+    """What a forward runs, without the exchange of counts."""
+    count_experts(ids_TK, NUM_EXPERTS)
+    quotas_P, before_E = solve_shares(counts_WE, table, per_rank, 0)
+    return select_by_quota(ids_TK, table, quotas_P, before_E, counter, num_lanes=num_lanes)
 
 
 if __name__ == "__main__":

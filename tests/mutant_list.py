@@ -808,6 +808,13 @@ KERNELS = (
         "goes_on = round < 1",
         (f"{K}batch_shares.py",),
     ),
+    # A step of pairs is skipped though it is needed.
+    Mutant(
+        "kernels/moe_kernels/solve_shares_steps.py",
+        "used |= (quotas[mask - 1] != 0).to(tl.int32) << mask",
+        "used |= (quotas[mask - 1] > 1000).to(tl.int32) << mask",
+        (f"{K}batch_shares.py",),
+    ),
     # A rank counts its own tokens among those before it.
     Mutant(
         "kernels/moe_kernels/solve_shares_pairs.py",
@@ -903,6 +910,13 @@ ONE_SIDED = (
         "kernels/moe_kernels/receive_rows.py",
         "listed = peer * per_rank + first - (end - own)  # so far is a row of the lane from its place in the lists",
         "listed = peer * per_rank - (end - own)",
+        (f"{L}one_sided.py",),
+    ),
+    # Of few tokens, each rank's list goes on where that of the rank before ends.
+    Mutant(
+        "kernels/moe_kernels/send_few_rows.py",
+        "before = tl.sum(tl.where((every >= lane - part) & (every < lane), counts, 0), axis=0)",
+        "before = tl.sum(tl.where(every < lane, counts, 0), axis=0)",
         (f"{L}one_sided.py",),
     ),
     # Who returns rows does not say so.

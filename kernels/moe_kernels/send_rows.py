@@ -13,18 +13,28 @@ from moe_kernels.checks import FLOATS, check_tensor
 from moe_kernels.integers import cdiv, next_power_of_2
 from moe_kernels.launch import Launcher, gdc_launch_dependents, gdc_wait
 from moe_kernels.numerics import to_e4m3, widen
-from moe_kernels.peers import ARRIVED, EPOCH, FP8_GROUP, PeerArea, is_last_program, peer_at, raise_flags, rank_options
+from moe_kernels.peers import (
+    ARRIVED,
+    EPOCH,
+    FP8_GROUP,
+    PeerArea,
+    PeerLayout,
+    is_last_program,
+    peer_at,
+    raise_flags,
+    rank_options,
+)
 from moe_kernels.tiles import TileSchedule
 
 _BLOCK = 128  # of list entries, or of lanes, that a program takes at once
-# As many threads as 32 of an H100's multiprocessors have: the rest is left to what else runs.
-_MOST_THREADS = 32 * 2048
 _NUM_WARPS = 4
+# As many threads as 32 of an H100's multiprocessors have: the rest is left to what else runs.
+MOST_PROGRAMS = 32 * 2048 // (32 * _NUM_WARPS)
 _BLOCK_H = 1024  # columns of a token that a program copies at once
 
 
 @triton.jit
-def _load_columns(
+def load_columns(
     x_ptr, lanes_ptr, item, num_items, num_lanes, hidden_size,
     TOP_K: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_H: tl.constexpr,
 ):  # fmt: skip
@@ -47,7 +57,7 @@ def _quantised(x, GROUP: tl.constexpr):
 
 
 @triton.jit
-def _send_columns(
+def send_columns(
     x, target, like_ptr, scales_ptr, addresses_ptr, item, rank, bound, hidden_size, rows_at, scales_at,
     BLOCK_H: tl.constexpr, W: tl.constexpr, GROUP: tl.constexpr,
 ):  # fmt: skip
@@ -161,14 +171,14 @@ def _send_rows_kernel(
     """
     program, programs = tl.program_id(0), tl.num_programs(0)
     items = num_tokens * tl.cdiv(hidden_size, BLOCK_H)
-    x, target = _load_columns(
+    x, target = load_columns(
         x_ptr, lanes_ptr, program, items, num_lanes, hidden_size, TOP_K, BLOCK_K, BLOCK_H
     )  # fmt: skip
     for item in range(program, items, programs):
-        later, later_target = _load_columns(  # ahead of the stores
+        later, later_target = load_columns(  # ahead of the stores
             x_ptr, lanes_ptr, item + programs, items, num_lanes, hidden_size, TOP_K, BLOCK_K, BLOCK_H
         )  # fmt: skip
-        _send_columns(
+        send_columns(
             x, target, rows_ptr, scales_ptr, addresses_ptr, item, rank, bound, hidden_size, rows_at, scales_at,
             BLOCK_H, W, GROUP,
         )  # fmt: skip
@@ -188,6 +198,38 @@ def _send_rows_kernel(
         epoch = tl.load(state_ptr + EPOCH) + 1
         raise_flags(addresses_ptr, flags_at, ARRIVED, rank, epoch, flags_ptr, W, BLOCK_W)
         tl.store(state_ptr + EPOCH, epoch)
+
+
+def block_columns(layout: PeerLayout) -> int:
+    """Of a token that a program copies at once."""
+    return max(FP8_GROUP if layout.fp8 else 1, min(_BLOCK_H, next_power_of_2(layout.hidden_size)))
+
+
+def check_sending(
+    x_TH: torch.Tensor,
+    weights_TK: torch.Tensor,
+    lanes_TK: torch.Tensor,
+    of_lanes_L: torch.Tensor,
+    area: PeerArea,
+    bound: int,
+) -> int:
+    """T; raises ValueError unless all is as `send_rows` says. of_lanes_L: int32, something of each lane."""
+    layout = area.layout
+    check_tensor("x_TH", x_TH, (None, layout.hidden_size), layout.dtype, area.own.device)
+    num_tokens, top_k = x_TH.shape[0], layout.top_k
+    check_tensor("weights_TK", weights_TK, (num_tokens, top_k), torch.float32, x_TH.device)
+    check_tensor("lanes_TK", lanes_TK, (num_tokens, top_k), torch.int32, x_TH.device)
+    check_tensor("counts_L, or what by_lane has of lanes,", of_lanes_L, (None,), torch.int32, x_TH.device)
+    num_lanes, rest = divmod(of_lanes_L.shape[0], layout.num_ranks)
+    if rest or num_lanes > layout.num_lanes:
+        raise ValueError(
+            f"counts_L, or by_lane, has {of_lanes_L.shape[0]} lanes: must be num_ranks={layout.num_ranks} times at most "
+            f"{layout.num_lanes}"
+        )
+    if not num_tokens <= bound <= layout.max_tokens:
+        raise ValueError(f"bound={bound}: must be in [{num_tokens}, {layout.max_tokens}], the tokens and their maximum")
+    assert layout.dtype in FLOATS
+    return num_tokens
 
 
 def send_rows(
@@ -220,25 +262,13 @@ def send_rows(
         ValueError: an argument breaks one of these rules.
     """
     layout = area.layout
-    check_tensor("x_TH", x_TH, (None, layout.hidden_size), layout.dtype, area.own.device)
-    num_tokens, top_k = x_TH.shape[0], layout.top_k
-    check_tensor("weights_TK", weights_TK, (num_tokens, top_k), torch.float32, x_TH.device)
-    check_tensor("lanes_TK", lanes_TK, (num_tokens, top_k), torch.int32, x_TH.device)
-    check_tensor("by_lane.offsets_L1", by_lane.offsets_L1, (None,), torch.int32, x_TH.device)
-    num_lanes, rest = divmod(by_lane.offsets_L1.shape[0] - 1, layout.num_ranks)
-    if rest or num_lanes > layout.num_lanes:
-        raise ValueError(
-            f"by_lane has {by_lane.offsets_L1.shape[0] - 1} lanes: must be num_ranks={layout.num_ranks} times at most "
-            f"{layout.num_lanes}"
-        )
-    if not num_tokens <= bound <= layout.max_tokens:
-        raise ValueError(f"bound={bound}: must be in [{num_tokens}, {layout.max_tokens}], the tokens and their maximum")
-    assert layout.dtype in FLOATS
-    block_h = max(FP8_GROUP if layout.fp8 else 1, min(_BLOCK_H, next_power_of_2(layout.hidden_size)))
+    num_tokens = check_sending(x_TH, weights_TK, lanes_TK, by_lane.offsets_L1[1:], area, bound)
+    num_lanes, top_k = (by_lane.offsets_L1.shape[0] - 1) // layout.num_ranks, layout.top_k
+    block_h = block_columns(layout)
     items = num_tokens * cdiv(layout.hidden_size, block_h)
     items += cdiv(num_tokens * top_k, _BLOCK) + cdiv(layout.num_ranks * (num_lanes + 2), _BLOCK)
     at = layout.offsets
-    _send_rows_kernel[(min(items, _MOST_THREADS // (32 * _NUM_WARPS)),)](
+    _send_rows_kernel[(min(items, MOST_PROGRAMS),)](
         *(x_TH, weights_TK, lanes_TK, by_lane.order_N, by_lane.offsets_L1, area.addresses_W),
         *(
             area.part("flags", torch.int64, 1),

@@ -16,12 +16,13 @@ from moe_kernels.solve_shares_rows import count_bits, entries_of
 from moe_kernels.solve_shares_steps import solve
 from moe_kernels.table import ReplicaTable
 
-PAIRED_RANKS = 16
+PAIRED_RANKS = 32
 """The most ranks for which this takes less time than `solve_rows`: its steps grow with the ranks."""
 
 _UNROLL = tl.constexpr(2)  # entries of an expert that are looked at together, so that their loads overlap
-_MOST_AHEAD = 8  # ranks whose counts are loaded together
+_MOST_AHEAD = 32  # ranks whose counts are loaded together
 _BLOCK_F = 32  # experts that are compared with as many others
+_SKIPS_FROM = 32  # pairs; with fewer, to look whether a mask is used gains nothing (docs/log.md)
 _MOST_WARPS = 16  # else an expert for each thread
 
 
@@ -144,6 +145,7 @@ def _solve_pairs_kernel(
     BLOCK_V: tl.constexpr,
     BLOCK_F: tl.constexpr,
     PAIRS: tl.constexpr,
+    SKIPS: tl.constexpr,
 ):
     """One program.
 
@@ -190,7 +192,7 @@ def _solve_pairs_kernel(
 
     _add_up_list(list_ptr, num_pairs, num_experts, BLOCK_F)
     solve(
-        loads_ptr, pairs_ptr, records_ptr, num_pairs, num_rows, num_ranks, tl.cdiv(least, num_ranks), BLOCK_W, PAIRS,
+        loads_ptr, pairs_ptr, records_ptr, num_pairs, num_rows, num_ranks, tl.cdiv(least, num_ranks), BLOCK_W, PAIRS, SKIPS,
     )  # fmt: skip
 
     # Of a pair's tokens, expert by expert, the smaller rank has the first, the other one the rest.
@@ -238,6 +240,7 @@ def solve_pairs(
         BLOCK_V=min(pairs, _MOST_AHEAD),
         BLOCK_F=_BLOCK_F,
         PAIRS=pairs,
+        SKIPS=pairs >= _SKIPS_FROM,
         num_warps=max(4, min(_MOST_WARPS, block_e // 32)),
     )
     return quotas_P, before_E

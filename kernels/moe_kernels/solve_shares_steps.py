@@ -26,27 +26,46 @@ def _split_pairs(load, quota, rank, mask):
     """Split what rank r and rank r ^ mask have together of a pair, so that the larger of the two loads becomes least."""
     rest = load - quota
     both = quota + tl.gather(quota, rank ^ mask, axis=0)
-    new = (both + tl.gather(rest, rank ^ mask, axis=0) - rest + (rank < (rank ^ mask)).to(tl.int32)) >> 1
+    rounded = both + (rank < (rank ^ mask)).to(tl.int32)
+    # In this order only the last sum waits for other threads.
+    new = ((rounded - rest) + tl.gather(rest, rank ^ mask, axis=0)) >> 1
     new = tl.minimum(tl.maximum(new, 0), both)
     return rest + new, new
 
 
 @triton.jit
-def _load_pairs(pairs_ptr, rank, mask, num_ranks, PAIRS: tl.constexpr):
-    """What each rank has of the pairs with the ranks r ^ mask, r ^ (mask + 1), and so on; of pairs that are none: nothing."""
-    at = pairs_ptr + mask * PAIRS + rank
-    exists = (rank < num_ranks) & (mask < PAIRS)
-    quota0, quota1 = tl.load(at, mask=exists, other=0), tl.load(at + PAIRS, mask=exists, other=0)
-    return quota0, quota1, tl.load(at + 2 * PAIRS, mask=exists, other=0), tl.load(at + 3 * PAIRS, mask=exists, other=0)
+def _load_pairs(pairs_ptr, rank, num_ranks, PAIRS: tl.constexpr):
+    """What each rank r has of the pairs with the ranks r ^ 1, r ^ 2, and so on, each in registers; of no pair: nothing."""
+    quotas = ()
+    for mask in tl.static_range(1, PAIRS):
+        quotas = quotas + (tl.load(pairs_ptr + mask * PAIRS + rank, mask=rank < num_ranks, other=0),)  # type: ignore  # noqa: RUF005
+    return quotas
 
 
 @triton.jit
-def _store_pairs(pairs_ptr, rank, mask, num_ranks, quota0, quota1, quota2, quota3, PAIRS: tl.constexpr):
-    at = pairs_ptr + mask * PAIRS + rank
-    tl.store(at, quota0, mask=rank < num_ranks)
-    tl.store(at + PAIRS, quota1, mask=rank < num_ranks)
-    tl.store(at + 2 * PAIRS, quota2, mask=rank < num_ranks)
-    tl.store(at + 3 * PAIRS, quota3, mask=rank < num_ranks)
+def _used_masks(quotas, PAIRS: tl.constexpr):
+    """A bit for each mask: whether a pair of ranks r, r ^ mask has anything."""
+    used = tl.zeros_like(quotas[0])
+    for mask in tl.static_range(1, PAIRS):
+        used |= (quotas[mask - 1] != 0).to(tl.int32) << mask
+    return tl.reduce_or(used, axis=0)
+
+
+@triton.jit
+def _split_all_pairs(load, quotas, used, rank, PAIRS: tl.constexpr, SKIPS: tl.constexpr):
+    """A step for each mask that is used by a pair; also what has moved."""
+    moved = tl.zeros_like(load)
+    new = ()
+    for mask in tl.static_range(1, PAIRS):
+        quota = quotas[mask - 1]
+        if SKIPS:
+            if (used >> mask) & 1 != 0:
+                load, quota = _split_pairs(load, quota, rank, mask)
+        else:
+            load, quota = _split_pairs(load, quota, rank, mask)
+        moved |= quota ^ quotas[mask - 1]
+        new = new + (quota,)  # type: ignore  # noqa: RUF005
+    return load, new, moved
 
 
 @triton.jit
@@ -78,33 +97,21 @@ def _split_row(
 @triton.jit
 def solve(
     loads_ptr, pairs_ptr, records_ptr, num_pairs, num_rows, num_ranks, bound,
-    BLOCK_W: tl.constexpr, PAIRS: tl.constexpr,
+    BLOCK_W: tl.constexpr, PAIRS: tl.constexpr, SKIPS: tl.constexpr,
 ):  # fmt: skip
     """Rounds of steps until none could help. All warps do the same; one of them stores.
 
-    What a step needs is loaded four steps ahead, as a load takes as long as some steps.
+    What the ranks have of pairs stays in registers. Of rows, what a step needs is loaded four steps ahead, as a load takes as
+    long as some steps.
     """
     rank = tl.arange(0, BLOCK_W)
     load = tl.load(loads_ptr + rank, mask=rank < num_ranks, other=0)
+    quotas = _load_pairs(pairs_ptr, rank, num_ranks, PAIRS)
+    used = _used_masks(quotas, PAIRS)
     round = 0
     goes_on = (num_pairs + num_rows > 0) & (tl.max(load, axis=0) > bound)
-    pair0, pair1, pair2, pair3 = _load_pairs(pairs_ptr, rank, 0, num_ranks, PAIRS)
     while goes_on:
-        moved = tl.zeros((BLOCK_W,), dtype=tl.int32)
-        for first in range(0, tl.where(num_pairs > 0, PAIRS, 0), 4):
-            next0, next1, next2, next3 = pair0, pair1, pair2, pair3
-            if PAIRS > 4:
-                next0, next1, next2, next3 = _load_pairs(pairs_ptr, rank, first + 4, num_ranks, PAIRS)
-            load, new0 = _split_pairs(load, pair0, rank, first)
-            load, new1 = _split_pairs(load, pair1, rank, first + 1)
-            load, new2 = _split_pairs(load, pair2, rank, first + 2)
-            load, new3 = _split_pairs(load, pair3, rank, first + 3)
-            moved |= (new0 ^ pair0) | (new1 ^ pair1) | (new2 ^ pair2) | (new3 ^ pair3)
-            if PAIRS > 4:
-                _store_pairs(pairs_ptr, rank, first, num_ranks, new0, new1, new2, new3, PAIRS)
-                pair0, pair1, pair2, pair3 = next0, next1, next2, next3
-            else:  # they stay in registers
-                pair0, pair1, pair2, pair3 = new0, new1, new2, new3
+        load, quotas, moved = _split_all_pairs(load, quotas, used, rank, PAIRS, SKIPS)
         ordinal0, quota0 = _load_record(records_ptr, 0, num_rows, rank, num_ranks)
         ordinal1, quota1 = _load_record(records_ptr, 1, num_rows, rank, num_ranks)
         ordinal2, quota2 = _load_record(records_ptr, 2, num_rows, rank, num_ranks)
@@ -133,10 +140,8 @@ def solve(
         round += 1
         has_moved = tl.max((moved != 0).to(tl.int32), axis=0) > 0
         goes_on = (round < _ROUNDS) & has_moved & (tl.max(load, axis=0) > bound)
-        if goes_on & ((PAIRS > 4) | (num_rows > 0)):
+        if goes_on & (num_rows > 0):
             tl.debug_barrier()  # what was stored in this round is there
-            if PAIRS > 4:
-                pair0, pair1, pair2, pair3 = _load_pairs(pairs_ptr, rank, 0, num_ranks, PAIRS)
-    if PAIRS == 4:
-        _store_pairs(pairs_ptr, rank, 0, num_ranks, pair0, pair1, pair2, pair3, PAIRS)
+    for mask in tl.static_range(1, PAIRS):
+        tl.store(pairs_ptr + mask * PAIRS + rank, quotas[mask - 1], mask=rank < num_ranks)
     tl.debug_barrier()

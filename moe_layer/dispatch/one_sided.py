@@ -20,6 +20,7 @@ from moe_kernels.homes import RowHomes
 from moe_kernels.peers import NO_RANK, PeerArea, PeerLayout
 from moe_kernels.receive_rows import receive_rows
 from moe_kernels.return_rows import return_rows, return_sums
+from moe_kernels.send_few_rows import FEW_ROWS, send_few_rows
 from moe_kernels.send_rows import send_rows
 from moe_layer.arguments import check_choice
 from moe_layer.dispatch.all_to_all import AllToAllDispatcher
@@ -221,8 +222,11 @@ class OneSidedDispatcher:
         self.raise_if_failed()
         self._follow_stream()
         num_lanes = counts_L.numel() // layout.num_ranks
-        by_lane = build_schedule(lanes_TK.view(-1), counts_L, block_m=_ANY_BLOCK_M, backend="triton")
-        send_rows(x_TH, weights_TK, lanes_TK, by_lane, area, bound)
+        if lanes_TK.numel() <= FEW_ROWS:
+            send_few_rows(x_TH, weights_TK, lanes_TK, counts_L, area, bound)
+        else:
+            by_lane = build_schedule(lanes_TK.view(-1), counts_L, block_m=_ANY_BLOCK_M, backend="triton")
+            send_rows(x_TH, weights_TK, lanes_TK, by_lane, area, bound)
         schedules: list[TileSchedule] = []
 
         num_rows = layout.num_ranks * bound

@@ -30,6 +30,7 @@ from moe_kernels import (  # noqa: F401
     return_rows,
     return_sorted,
     routing_triton,
+    send_few_rows,
     send_rows,
 )
 from moe_kernels.config import _FP8_RING, _INTERMEDIATE, _KEPT_TMA, _TABLE_TMA, _quantised_table
@@ -78,6 +79,7 @@ MODULES = {
         "routing_triton",
         "scan",
         "schedule_triton",
+        "send_few_rows",
         "send_rows",
         "solve_shares_pairs",
         "solve_shares_rows",
@@ -358,8 +360,9 @@ def compile_small(arch: int) -> None:
                 "solve_shares_rows", "_solve_shares_kernel", {}, solve | {"BLOCK_W": 32}, arch, 1
             )
             assert "redux.sync.add.s32" in compiled.asm["ptx"], "a sum over ranks must be one instruction"
-    for ranks, block_e in ((4, 256), (16, 1024)):
-        solve = {"LANES": 9, "BLOCK_E": block_e, "BLOCK_W": 32, "PAIRS": ranks, "BLOCK_V": min(8, ranks), "BLOCK_F": 32}
+    for ranks, block_e in ((4, 256), (32, 1024)):
+        solve = {"LANES": 9, "BLOCK_E": block_e, "BLOCK_W": 32, "PAIRS": ranks, "BLOCK_V": ranks, "BLOCK_F": 32}
+        solve["SKIPS"] = ranks > 16
         warps = min(16, block_e // 32)
         compiled = compile_small_one("solve_shares_pairs", "_solve_pairs_kernel", {}, solve, arch, warps)
         assert "shfl.sync.idx" in compiled.asm["ptx"], "a step of pairs must need no shared memory"
@@ -379,11 +382,13 @@ def compile_peers(arch: int, dtype: torch.dtype, num_ranks: int) -> None:
     columns = {"TOP_K": 8, "BLOCK_K": 8, "BLOCK_H": 1024}
     sees = ranks | {"BLOCK_W": waits["BLOCK_W"]}
     sends = columns | sees | {"BLOCK": 128, "GROUP": 128}
+    few = sends | {"BLOCK": 512, "ROWS": 4, "BLOCK_L": 512}
     expands = sees | {"GROUP": 128, "BLOCK_H": 1024}
     receives = waits | {"BLOCK_M": 16, "EXTRA_M": 0, "BLOCK": 512, "BLOCK_L": 128}
     meets = waits | {"SAYS": True, "WAITS": True}
     for module, name, constants, num_warps in (
         ("send_rows", "_send_rows_kernel", sends | {"scales_ptr": None}, 4),
+        ("send_few_rows", "_send_few_rows_kernel", few | {"scales_ptr": None}, 4),
         *(
             [("send_rows", "_send_rows_kernel", sends, 4), ("expand_rows", "_expand_rows_kernel", expands, 4)]
             if arch >= 89

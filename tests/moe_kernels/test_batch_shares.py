@@ -165,7 +165,7 @@ def test_of_two_replicas_on_a_rank_the_first_has_all(device, backend):
 
 
 @pytest.mark.parametrize("cost", [0, 40])
-@pytest.mark.parametrize("num_ranks", [1, 2, 5, 8, 16, 33, 64])  # 33: more than a warp
+@pytest.mark.parametrize("num_ranks", [1, 2, 5, 8, 16, 32, 33, 64])  # 33: more than a warp
 def test_kernels_equal_the_reference(device, num_ranks, cost):
     for seed in range(3 if num_ranks <= 8 else 1):
         rng = np.random.default_rng(seed)

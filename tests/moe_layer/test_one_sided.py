@@ -12,6 +12,7 @@ from eplb.planning.shares import equal_shares
 from eplb.relocation.table import flip, map_lanes
 from moe_kernels import combine_home
 from moe_kernels.peers import NO_RANK
+from moe_layer.dispatch import one_sided
 from moe_layer.executors import choose_replicas
 
 SMALL = {"num_experts": 8, "top_k": 2, "hidden_size": 24, "intermediate_size": 16, "max_tokens": 6}
@@ -154,6 +155,39 @@ def test_long_batches_wait_in_one_program(sums, device, monkeypatch):
     )
     assert all(torch.equal(y, wanted) for y, wanted in zip(run(ranks, x, chosen), few, strict=True))
     assert met == [0, 1]
+
+
+@pytest.mark.parametrize("fp8", [False, True])
+def test_few_tokens_are_sent_as_many_are(fp8, device, monkeypatch):
+    """One kernel sorts and sends them, or one sorts and another sends: the receivers have the same."""
+    sizes = Sizes(num_ranks=2, num_redundant_experts=2, dtype=torch.float32, fp8=fp8, **SMALL)
+    ranks = VirtualRanks(sizes, torch.device(device))
+    x, chosen = batch(sizes, [6, 3], device)
+    chosen[0][1][2] = -1
+    lanes = [choose_replicas(ranks.experts[rank], chosen[rank][1]) for rank in range(2)]
+    found = []
+    for few in (one_sided.FEW_ROWS, 0):
+        monkeypatch.setattr(one_sided, "FEW_ROWS", few)
+        for dispatcher in ranks.dispatchers:
+            dispatcher.area.own[ranks.layout.offsets["counts"] :] = 255
+        sent = [
+            dispatcher.dispatch(x_TH, weights_TK, *of_rank, "triton")
+            for dispatcher, x_TH, (weights_TK, _), of_rank in zip(ranks.dispatchers, x, chosen, lanes, strict=True)
+        ]
+        schedules = [one.schedule(16, 0) for one in sent]
+        for one, schedule in zip(sent, schedules, strict=True):
+            count = int(schedule.offsets_L1[-1])
+            rows = schedule.order_N[:count].long()
+            assert one.row_weights_N is not None
+            found.append((schedule.offsets_L1, rows, one.row_weights_N[rows], one.rows_RH[rows // sizes.top_k]))
+        assert sum(len(rows) for _, rows, _, _ in found[-2:]) == sum(int((ids >= 0).sum()) for _, ids in chosen)
+    for first, second in zip(found[:2], found[2:], strict=True):
+        assert all(torch.equal(one, other) for one, other in zip(first, second, strict=True))
+    weights = torch.cat([chosen[0][0].flatten(), chosen[1][0].flatten()])
+    for _, rows, got, _ in found:
+        tokens = rows // sizes.top_k
+        place = torch.where(tokens < 6, rows, rows - (sizes.max_tokens - 6) * sizes.top_k)
+        assert torch.equal(got, weights[place])
 
 
 def test_a_rank_that_does_not_come_ends_the_wait(device):
