@@ -70,7 +70,7 @@ def _make_plan(
     of_down = {"SCHEME": matrices.scheme, "GROUP": _group(matrices.scheme, intermediate, matrices.down_scale)}
     if is_fp8:
         down_rows = min(hidden_size & -hidden_size, _MOST_ROWS)  # a power of two that divides it
-        chunks, down_chunks = _chunks(hidden_size, 64), _chunks(intermediate, 128)
+        chunks, down_chunks = _chunks(hidden_size, 64), _chunks(intermediate, 64)
         up = _up_fp8_kernel.prepare(
             device_index, **of_both, ACTIVATION=matrices.activation, CHUNKS=chunks, num_warps=cdiv(chunks, 32)
         )
