@@ -161,7 +161,7 @@ def test_one_sided_waits_of_two_gpus(rank, num_ranks, group, device):
 @distributed(num_ranks=2, backend="nccl")
 def test_nccl_is_waited_for_with_a_deadline(rank, num_ranks, group, device, name, longer):
     """all_to_all's host waits in the forward, all_gather's at its next look at a result. The process lives on."""
-    hasty = dist.new_group([0, 1], timeout=timedelta(seconds=10))
+    hasty = dist.new_group([0, 1], timeout=timedelta(seconds=20))  # a busy machine needs time to make its communicator
     dispatcher = name if name == "all_to_all" else AllGatherDispatcher(hasty, 4, 2)
     _ends_in_an_error(rank, hasty, device, dispatcher, longer, name)
     dist.barrier(group)
