@@ -10,6 +10,7 @@ import functools
 import torch
 import triton
 import triton.language as tl
+from triton.tools.ragged_tma import create_ragged_descriptor, to_ragged_indices
 from triton.tools.tensor_descriptor import TensorDescriptor
 
 from moe_kernels.checks import check_tma_address, slot_stride
@@ -19,16 +20,24 @@ from moe_kernels.integers import cdiv
 from moe_kernels.launch import Launcher, gdc_launch_dependents, gdc_wait
 from moe_kernels.matrices import ExpertMatrices
 from moe_kernels.numerics import dot, narrow, widen
-from moe_kernels.store_boxes import boxes_of, store_box
 from moe_kernels.tile_order import load_own_tile, load_tile
 from moe_kernels.tiles import TileSchedule
 
 
 @triton.jit
-def _store_columns(at, product, inside, first_column, HIDDEN_SIZE: tl.constexpr, EVICTION: tl.constexpr):
-    column = first_column + tl.arange(0, product.shape[1])[None, :]
-    rows = narrow(product, at.dtype.element_ty)
-    tl.store(at + column, rows, mask=inside & (column < HIDDEN_SIZE), eviction_policy=EVICTION)
+def _store_columns(
+    at, row_boxes, product, start, end, inside, first_column, HIDDEN_SIZE: tl.constexpr, EVICTION: tl.constexpr
+):  # fmt: skip
+    """At the flat places `at`, or where there are boxes, as the rows are sorted."""
+    if row_boxes is not None:
+        # Triton's `store_ragged`, which its interpreter cannot run (3.7: a list plus a tuple).
+        i, j, row = to_ragged_indices(start, end - start, 0)
+        rows = narrow(product, row_boxes.dtype)
+        row_boxes.store([i, j, row, first_column], rows.reshape(1, 1, rows.shape[0], rows.shape[1]))
+    else:
+        column = first_column + tl.arange(0, product.shape[1])[None, :]
+        rows = narrow(product, at.dtype.element_ty)
+        tl.store(at + column, rows, mask=inside & (column < HIDDEN_SIZE), eviction_policy=EVICTION)
 
 
 @triton.jit
@@ -48,7 +57,7 @@ def _store_rows(
     EVICTION: tl.constexpr,
     HALVES: tl.constexpr,
 ):
-    """Store the rows of the tile that exist, times their routing weights, at their flat places."""
+    """Store the rows of the tile that exist, times their routing weights: at their flat places, or in `row_boxes`."""
     BLOCK_M: tl.constexpr = product.shape[0]
     BLOCK_N: tl.constexpr = product.shape[1]
     position = start + tl.arange(0, BLOCK_M)
@@ -58,19 +67,14 @@ def _store_rows(
         column = first_column + tl.arange(0, BLOCK_N)
         product += widen(tl.load(bias_ptr + column, mask=column < HIDDEN_SIZE, other=0.0))[None, :]
     product *= tl.load(row_weights_ptr + flat, mask=inside, other=0.0)[:, None]
+    at, inside = row_at(rows_ptr, flat, HIDDEN_SIZE, homes_ptr, rows_per_home)[:, None], inside[:, None]
     if HALVES:  # half the shared memory to bring rows into the order of memory
         left, right = product.reshape(BLOCK_M, 2, BLOCK_N // 2).permute(0, 2, 1).split()
-        half: tl.constexpr = BLOCK_N // 2
-        if row_boxes is not None:
-            store_box(row_boxes, narrow(left, row_boxes.dtype), start, end, first_column)
-            store_box(row_boxes, narrow(right, row_boxes.dtype), start, end, first_column + half)
-        else:
-            at = row_at(rows_ptr, flat, HIDDEN_SIZE, homes_ptr, rows_per_home)[:, None]
-            _store_columns(at, left, inside[:, None], first_column, HIDDEN_SIZE, EVICTION)
-            _store_columns(at, right, inside[:, None], first_column + half, HIDDEN_SIZE, EVICTION)
+        _store_columns(at, row_boxes, left, start, end, inside, first_column, HIDDEN_SIZE, EVICTION)
+        first_column += BLOCK_N // 2
+        _store_columns(at, row_boxes, right, start, end, inside, first_column, HIDDEN_SIZE, EVICTION)
     else:
-        at = row_at(rows_ptr, flat, HIDDEN_SIZE, homes_ptr, rows_per_home)[:, None]
-        _store_columns(at, product, inside[:, None], first_column, HIDDEN_SIZE, EVICTION)
+        _store_columns(at, None, product, start, end, inside, first_column, HIDDEN_SIZE, EVICTION)
 
 
 @triton.jit
@@ -145,7 +149,7 @@ def _expert_down_tma_kernel(
     homes_ptr,  # None: all rows go to `rows_ptr`
     # outputs
     rows_ptr,
-    row_boxes,  # None, or what `boxes_of` makes of the rows, which are then stored as they are sorted: if PERSISTENT
+    row_boxes,  # None, or a ragged descriptor of the rows, which are then stored as they are sorted: if PERSISTENT
     # shapes
     rows_per_home,
     stride_bias,
@@ -240,7 +244,7 @@ def expert_down_tma(
     # As they are sorted, and by TMA; to flat places it cannot.
     is_sorted = schedule.places_N is not None
     assert not is_sorted or (homes is None and config.sorts_rows)
-    boxes = boxes_of(rows_NH, config.block_m, config.block_n // 2) if is_sorted else None
+    boxes = create_ragged_descriptor(rows_NH, [config.block_m, config.block_n // 2]) if is_sorted else None
 
     def rows_of(block_m: int) -> TensorDescriptor:
         return TensorDescriptor(

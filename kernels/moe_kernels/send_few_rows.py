@@ -11,9 +11,9 @@ import triton.language as tl
 
 from moe_kernels.integers import cdiv, next_power_of_2
 from moe_kernels.launch import Launcher, gdc_launch_dependents, gdc_wait
-from moe_kernels.peers import ARRIVED, EPOCH, FP8_GROUP, PeerArea, is_last_program, raise_flags, rank_options
+from moe_kernels.peers import FP8_GROUP, PeerArea, rank_options
 from moe_kernels.scan import count_hits, first_index, load_bins, num_steps, rank_hits, row_ends, scan_options
-from moe_kernels.send_rows import MOST_PROGRAMS, block_columns, check_sending, load_columns, send_columns
+from moe_kernels.send_rows import MOST_PROGRAMS, block_columns, check_sending, say_rows_are_sent, send_tokens
 
 FEW_ROWS = 512
 """T * K, at most: so many keys are sorted in one step by 4 warps, which suit the copying too. More would take more registers
@@ -114,22 +114,12 @@ def _send_few_rows_kernel(
             counts_at, weights_at, lists_at, TOP_K, W, BLOCK, ROWS, BLOCK_L,
         )  # fmt: skip
     else:
-        items = num_tokens * tl.cdiv(hidden_size, BLOCK_H)
         own, copying = program - W * num_lanes, tl.num_programs(0) - W * num_lanes
-        x, target = load_columns(x_ptr, lanes_ptr, own, items, num_lanes, hidden_size, TOP_K, BLOCK_K, BLOCK_H)
-        for item in range(own, items, copying):
-            later, later_target = load_columns(  # ahead of the stores
-                x_ptr, lanes_ptr, item + copying, items, num_lanes, hidden_size, TOP_K, BLOCK_K, BLOCK_H
-            )  # fmt: skip
-            send_columns(
-                x, target, rows_ptr, scales_ptr, addresses_ptr, item, rank, bound, hidden_size, rows_at, scales_at,
-                BLOCK_H, W, GROUP,
-            )  # fmt: skip
-            x, target = later, later_target
-    if is_last_program(state_ptr):
-        epoch = tl.load(state_ptr + EPOCH) + 1
-        raise_flags(addresses_ptr, flags_at, ARRIVED, rank, epoch, flags_ptr, W, BLOCK_W)
-        tl.store(state_ptr + EPOCH, epoch)
+        send_tokens(
+            x_ptr, lanes_ptr, rows_ptr, scales_ptr, addresses_ptr, own, copying,
+            rank, num_tokens, bound, hidden_size, num_lanes, rows_at, scales_at, TOP_K, BLOCK_K, BLOCK_H, W, GROUP,
+        )  # fmt: skip
+    say_rows_are_sent(addresses_ptr, flags_at, rank, flags_ptr, state_ptr, W, BLOCK_W)
 
 
 def send_few_rows(

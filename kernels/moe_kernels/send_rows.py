@@ -26,6 +26,8 @@ from moe_kernels.peers import (
 )
 from moe_kernels.tiles import TileSchedule
 
+ANY_BLOCK_M = 128
+"""Of `by_lane`: only its order of rows and where lanes begin are used, so its tiles may be as large as they like."""
 _BLOCK = 128  # of list entries, or of lanes, that a program takes at once
 _NUM_WARPS = 4
 # As many threads as 32 of an H100's multiprocessors have: the rest is left to what else runs.
@@ -34,7 +36,7 @@ _BLOCK_H = 1024  # columns of a token that a program copies at once
 
 
 @triton.jit
-def load_columns(
+def _load_columns(
     x_ptr, lanes_ptr, item, num_items, num_lanes, hidden_size,
     TOP_K: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_H: tl.constexpr,
 ):  # fmt: skip
@@ -57,7 +59,7 @@ def _quantised(x, GROUP: tl.constexpr):
 
 
 @triton.jit
-def send_columns(
+def _send_columns(
     x, target, like_ptr, scales_ptr, addresses_ptr, item, rank, bound, hidden_size, rows_at, scales_at,
     BLOCK_H: tl.constexpr, W: tl.constexpr, GROUP: tl.constexpr,
 ):  # fmt: skip
@@ -78,6 +80,35 @@ def send_columns(
         if scales_ptr is not None:
             scale_at = peer_at(addresses_ptr, peer, scales_at, scales_ptr) + row * num_groups + group
             tl.store(scale_at, scale, mask=(group < num_groups) & wanted)
+
+
+@triton.jit
+def send_tokens(
+    x_ptr, lanes_ptr, rows_ptr, scales_ptr, addresses_ptr, first, programs,
+    rank, num_tokens, bound, hidden_size, num_lanes, rows_at, scales_at,
+    TOP_K: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_H: tl.constexpr, W: tl.constexpr, GROUP: tl.constexpr,
+):  # fmt: skip
+    """Blocks of columns of all tokens, from `first` on each `programs`-th, to every rank that has an expert of the token."""
+    items = num_tokens * tl.cdiv(hidden_size, BLOCK_H)
+    x, target = _load_columns(x_ptr, lanes_ptr, first, items, num_lanes, hidden_size, TOP_K, BLOCK_K, BLOCK_H)
+    for item in range(first, items, programs):
+        later, later_target = _load_columns(  # ahead of the stores
+            x_ptr, lanes_ptr, item + programs, items, num_lanes, hidden_size, TOP_K, BLOCK_K, BLOCK_H
+        )  # fmt: skip
+        _send_columns(
+            x, target, rows_ptr, scales_ptr, addresses_ptr, item, rank, bound, hidden_size, rows_at, scales_at,
+            BLOCK_H, W, GROUP,
+        )  # fmt: skip
+        x, target = later, later_target
+
+
+@triton.jit
+def say_rows_are_sent(addresses_ptr, flags_at, rank, flags_ptr, state_ptr, W: tl.constexpr, BLOCK_W: tl.constexpr):
+    """The last program to have done its part raises this rank's flag on every rank: an exchange has begun."""
+    if is_last_program(state_ptr):
+        epoch = tl.load(state_ptr + EPOCH) + 1
+        raise_flags(addresses_ptr, flags_at, ARRIVED, rank, epoch, flags_ptr, W, BLOCK_W)
+        tl.store(state_ptr + EPOCH, epoch)
 
 
 @triton.jit
@@ -170,19 +201,10 @@ def _send_rows_kernel(
     waited for its own predecessor itself, so x and the lanes are there.
     """
     program, programs = tl.program_id(0), tl.num_programs(0)
-    items = num_tokens * tl.cdiv(hidden_size, BLOCK_H)
-    x, target = load_columns(
-        x_ptr, lanes_ptr, program, items, num_lanes, hidden_size, TOP_K, BLOCK_K, BLOCK_H
+    send_tokens(
+        x_ptr, lanes_ptr, rows_ptr, scales_ptr, addresses_ptr, program, programs,
+        rank, num_tokens, bound, hidden_size, num_lanes, rows_at, scales_at, TOP_K, BLOCK_K, BLOCK_H, W, GROUP,
     )  # fmt: skip
-    for item in range(program, items, programs):
-        later, later_target = load_columns(  # ahead of the stores
-            x_ptr, lanes_ptr, item + programs, items, num_lanes, hidden_size, TOP_K, BLOCK_K, BLOCK_H
-        )  # fmt: skip
-        send_columns(
-            x, target, rows_ptr, scales_ptr, addresses_ptr, item, rank, bound, hidden_size, rows_at, scales_at,
-            BLOCK_H, W, GROUP,
-        )  # fmt: skip
-        x, target = later, later_target
     if PDL:  # see `Launcher`
         gdc_wait()
         gdc_launch_dependents()
@@ -194,10 +216,7 @@ def _send_rows_kernel(
             weights_ptr, order_ptr, offsets_ptr, addresses_ptr, block, rank, num_lanes, bound, weights_at, lists_at,
             TOP_K, BLOCK, W,
         )  # fmt: skip
-    if is_last_program(state_ptr):
-        epoch = tl.load(state_ptr + EPOCH) + 1
-        raise_flags(addresses_ptr, flags_at, ARRIVED, rank, epoch, flags_ptr, W, BLOCK_W)
-        tl.store(state_ptr + EPOCH, epoch)
+    say_rows_are_sent(addresses_ptr, flags_at, rank, flags_ptr, state_ptr, W, BLOCK_W)
 
 
 def block_columns(layout: PeerLayout) -> int:

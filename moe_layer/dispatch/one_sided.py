@@ -21,14 +21,11 @@ from moe_kernels.peers import NO_RANK, PeerArea, PeerLayout
 from moe_kernels.receive_rows import receive_rows
 from moe_kernels.return_rows import return_rows, return_sums
 from moe_kernels.send_few_rows import FEW_ROWS, send_few_rows
-from moe_kernels.send_rows import send_rows
+from moe_kernels.send_rows import ANY_BLOCK_M, send_rows
 from moe_layer.arguments import check_choice
 from moe_layer.dispatch.all_to_all import AllToAllDispatcher
 from moe_layer.dispatch.base import Dispatched, Dispatcher
 from moe_layer.dispatch.one_sided_gradients import GradientExchanges, GradientRoute
-
-# Of the sender's order only rows and where lanes begin are used: its tiles may be as large as they like.
-_ANY_BLOCK_M = 128
 
 
 @dataclass(frozen=True)
@@ -77,7 +74,7 @@ class OneSidedDispatcher:
         layout: PeerLayout,
         timeout: float = 30.0,
         sums: str = "fixed_order",
-        gradients: "str | Dispatcher" = "refused",
+        gradients: str | Dispatcher = "refused",
     ) -> None:
         check_choice("sums", sums, ("fixed_order", "by_rank"))
         if isinstance(gradients, str):
@@ -174,12 +171,13 @@ class OneSidedDispatcher:
         """See `Dispatcher`. The result lasts until the forward is over."""
         if needs_grad and self._elsewhere is not None:
             return self._elsewhere.gather_counts(counts_E, needs_grad)
-        self.raise_if_failed()
-        self._follow_stream()
+        self._begin()
         return gather_counts(counts_E, self.area)
 
-    def _follow_stream(self) -> None:
-        """Put the current stream behind the one of the forward before: they use the same buffers. (A capture cannot.)"""
+    def _begin(self) -> None:
+        """Before each exchange: look for failures, and put the current stream behind the one of the exchange before, which used
+        the same buffers. (A capture cannot.)"""
+        self.raise_if_failed()
         device = self.area.own.device
         if device.type != "cuda" or torch.cuda.is_current_stream_capturing():
             return
@@ -198,8 +196,7 @@ class OneSidedDispatcher:
                 "dispatcher='symm_mem' waits for the device where a gradient is needed, so no CUDA graph can capture that "
                 "forward: capture it in torch.no_grad(), or run it eagerly"
             )
-        self.raise_if_failed()
-        self._follow_stream()
+        self._begin()
 
     def dispatch(
         self,
@@ -219,13 +216,12 @@ class OneSidedDispatcher:
             if self._elsewhere is None:
                 _refuse_gradients()
             return self._elsewhere.dispatch(x_TH, weights_TK, lanes_TK, counts_L, backend)
-        self.raise_if_failed()
-        self._follow_stream()
+        self._begin()
         num_lanes = counts_L.numel() // layout.num_ranks
         if lanes_TK.numel() <= FEW_ROWS:
             send_few_rows(x_TH, weights_TK, lanes_TK, counts_L, area, bound)
         else:
-            by_lane = build_schedule(lanes_TK.view(-1), counts_L, block_m=_ANY_BLOCK_M, backend="triton")
+            by_lane = build_schedule(lanes_TK.view(-1), counts_L, block_m=ANY_BLOCK_M, backend="triton")
             send_rows(x_TH, weights_TK, lanes_TK, by_lane, area, bound)
         schedules: list[TileSchedule] = []
 

@@ -18,12 +18,9 @@ from moe_kernels.meet_peers import meet_peers
 from moe_kernels.peers import DIFFERENTIABLE, FORWARD, GRADIENTS, HOMEWARD, NO_RANK, PeerArea, exchange_word, kind_of
 from moe_kernels.receive_rows import receive_rows
 from moe_kernels.return_sorted import return_sorted
-from moe_kernels.send_rows import send_rows
+from moe_kernels.send_rows import ANY_BLOCK_M, send_rows
 from moe_layer.dispatch.base import Dispatched
 from moe_layer.dispatch.gradients import check_gradients
-
-# Of these schedules only the order of rows and where lanes begin are used: tiles may be as large as they like.
-_ANY_BLOCK_M = 128
 
 
 @dataclass(frozen=True)
@@ -159,10 +156,10 @@ class GradientExchanges:
         x_TH, weights_TK = x_TH.contiguous(), weights_TK.contiguous()
         self._begin()
         # Also in a backward: `send_rows` reads x before the kernel before it has ended, which must be this one's.
-        by_lane = build_schedule(lanes_TK.view(-1), counts_L, block_m=_ANY_BLOCK_M, backend="triton")
+        by_lane = build_schedule(lanes_TK.view(-1), counts_L, block_m=ANY_BLOCK_M, backend="triton")
         send_rows(x_TH, weights_TK, lanes_TK, by_lane, area, bound, told)
         num_lanes = counts_L.numel() // area.layout.num_ranks
-        return receive_rows(area, bound, num_lanes, block_m=_ANY_BLOCK_M, told=told).order_N
+        return receive_rows(area, bound, num_lanes, block_m=ANY_BLOCK_M, told=told).order_N
 
     def _take(self, order_R: torch.Tensor, bound: int) -> torch.Tensor:
         """The rows that came, in memory of their own; then nobody needs the area any more."""
