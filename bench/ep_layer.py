@@ -23,7 +23,7 @@ from bench.timing import Function, Timing, capture, time_captured
 from bench.virtual_ranks import Sizes, VirtualRanks
 from moe_kernels import TileSchedule, build_schedule, combine
 from moe_layer.dispatch import Dispatched
-from moe_layer.executors import choose_replicas, compute_rows
+from moe_layer.forward.executors import choose_replicas, compute_rows
 
 SHAPES = {"dsv3": (256, 8, 7168, 2048), "qwen3": (128, 8, 2048, 768)}
 """Of all ranks together: experts, top-k, hidden, intermediate."""

@@ -25,13 +25,13 @@ from moe_kernels import count_experts
 from moe_kernels.gather_counts import gather_counts
 from moe_kernels.meet_peers import meet_peers
 from moe_kernels.peers import PeerLayout
-from moe_layer.batch_shares import BatchShares
 from moe_layer.dispatch import Dispatched
 from moe_layer.dispatch.one_sided import OneSidedDispatcher
-from moe_layer.executors import choose_replicas, compute_rows
-from moe_layer.expert_format import gated_format
+from moe_layer.forward.batch_shares import BatchShares
+from moe_layer.forward.executors import choose_replicas, compute_rows
 from moe_layer.router import Router
-from moe_layer.slot_experts import SlotExperts
+from moe_layer.weights.expert_format import gated_format
+from moe_layer.weights.slot_experts import SlotExperts
 
 
 @dataclass(frozen=True)

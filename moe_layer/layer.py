@@ -1,7 +1,7 @@
 """`MoELayer`: check → route → execute. A forward starts and ends here.
 
-`router.py` chooses experts, `executors.py` computes them, `versions.py` holds the table still for a backward, `dispatch.py`
-moves rows between ranks. `slot_experts.py` and `trainable.py` own the weights.
+`router.py` chooses experts, `forward/` computes them, `dispatch/` moves rows between ranks. The weights are in slots
+(`weights/slot_experts.py`) or are parameters (`trainable/trainable_experts.py`).
 
 Legend: T tokens, H hidden, E logical experts, K top-k.
 """
@@ -36,21 +36,21 @@ from moe_layer.arguments import (
     resolve_device,
     resolve_dtype,
 )
-from moe_layer.batch_shares import BatchShares, resolve_shares
 from moe_layer.collectives import broadcast_
-from moe_layer.ddp import check_ddp
 from moe_layer.dispatch import Dispatcher, make_dispatcher
-from moe_layer.executors import Executor, ExpertParallelExecutor, LocalExecutor
-from moe_layer.expert_format import gated_format
-from moe_layer.experts import Experts, NewWeights, refuse_pickling
-from moe_layer.owned import OwnedExperts
-from moe_layer.quantisation import Quantisation
+from moe_layer.forward.batch_shares import BatchShares, resolve_shares
+from moe_layer.forward.executors import Executor, ExpertParallelExecutor, LocalExecutor
 from moe_layer.relocatable import Relocatable
 from moe_layer.router import Router, RouterRule
-from moe_layer.shared_pool import resolve_pool
-from moe_layer.slot_experts import SlotExperts
-from moe_layer.starting import starting_point
-from moe_layer.trainable import TrainableExperts
+from moe_layer.trainable.ddp import check_ddp
+from moe_layer.trainable.trainable_experts import TrainableExperts
+from moe_layer.weights.expert_format import gated_format
+from moe_layer.weights.experts import Experts, NewWeights, refuse_pickling
+from moe_layer.weights.owned import OwnedExperts
+from moe_layer.weights.quantisation import Quantisation
+from moe_layer.weights.shared_pool import resolve_pool
+from moe_layer.weights.slot_experts import SlotExperts
+from moe_layer.weights.starting import starting_point
 
 
 class MoELayer(Relocatable, nn.Module):

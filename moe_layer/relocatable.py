@@ -3,8 +3,8 @@
 import torch.distributed as dist
 
 from eplb.groups import ranks_of
-from moe_layer.executors import Executor
-from moe_layer.experts import Experts
+from moe_layer.forward.executors import Executor
+from moe_layer.weights.experts import Experts
 
 
 class Relocatable:

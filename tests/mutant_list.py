@@ -552,13 +552,15 @@ PLANNING = (
 LAYER = (
     # Training that goes on with replicas gives them other tokens than without the interruption.
     Mutant(
-        "moe_layer/train_checkpoint.py",
+        "moe_layer/trainable/checkpoint.py",
         'experts.owned.load_E.copy_(torch.tensor(saved[name]["load"][experts.owned.rank], dtype=torch.int64))',
         "pass",
         (f"{L}train_checkpoint.py",),
     ),
     # Ranks that start from different files compute with wrong experts.
-    Mutant("moe_layer/starting.py", "_check_equal(start, process_group, name)", "pass", (f"{L}placement_start.py",)),
+    Mutant(
+        "moe_layer/weights/starting.py", "_check_equal(start, process_group, name)", "pass", (f"{L}placement_start.py",)
+    ),
     # A saved placement is checked and then not used.
     Mutant("moe_layer/layer.py", "placement=start,", "placement=None,", (f"{L}placement_start.py",)),
     # Blocks of a transformers model start as if there were no file.
@@ -570,14 +572,14 @@ LAYER = (
     ),
     # `state_dict()` between two ranks' flips: an expert that is in no rank's current table.
     Mutant(
-        "moe_layer/logical.py",
+        "moe_layer/weights/logical.py",
         "mine[1, list(retiring)] = True",
         "pass",
         (f"{L}state_dict.py", f"{L}serving.py"),
     ),
     # Loading reaches one replica of each expert.
     Mutant(
-        "moe_layer/experts.py",
+        "moe_layer/weights/experts.py",
         "self._write(tensors, live.get(expert, []))",
         "self._write(tensors, live.get(expert, [])[:1])",
         (f"{L}state_dict.py", f"{L}registration.py", f"{L}serving.py"),
@@ -627,7 +629,7 @@ LAYER = (
     ),
     # A rank takes as many turns as its own tokens need.
     Mutant(
-        "moe_layer/executors.py",
+        "moe_layer/forward/executors.py",
         "for first in range(0, max_tokens, most):",
         "for first in range(0, len(x_TH), most):",
         (f"{L}max_tokens.py", f"{L}all_gather.py"),
@@ -648,14 +650,14 @@ LAYER = (
     ),
     # The backward goes by the lanes of the newest table.
     Mutant(
-        "moe_layer/recomputed.py",
+        "moe_layer/forward/recomputed.py",
         "end_backward(ctx.pin)",
         "pass",
         (f"{L}expert_parallel.py",),
     ),
     # A version is given up although the graph is retained.
     Mutant(
-        "moe_layer/versions.py",
+        "moe_layer/weights/versions.py",
         "if not is_graph_retained():",
         "if True:",
         (f"{L}flips.py", f"{L}checkpoint_and_compile.py"),
@@ -683,7 +685,7 @@ LAYER = (
     ),
     # Where no gradient is needed, the router's correction bias does not count.
     Mutant(
-        "moe_layer/executors.py",
+        "moe_layer/forward/executors.py",
         "bias_E = gate.e_score_correction_bias if rule.correction_bias else None",
         "bias_E = None",
         (f"{L}forward.py", f"{L}modes.py"),
@@ -697,7 +699,7 @@ LAYER = (
     ),
     # All ranks begin with the same replica.
     Mutant(
-        "moe_layer/experts.py",
+        "moe_layer/weights/experts.py",
         "self.rank_start = (resident.rank * GOLDEN) % 2**SHARE_BITS",
         "self.rank_start = 0",
         (f"{L}expert_parallel.py",),
@@ -707,7 +709,7 @@ LAYER = (
 BATCH_SHARES = (
     # After a flip on another thread, lanes are chosen by a table that the other ranks have not been told of.
     Mutant(
-        "moe_layer/batch_shares.py",
+        "moe_layer/forward/batch_shares.py",
         "is_same = now.version.number == pin.version.number",
         "is_same = True",
         (f"{L}batch_shares.py",),
@@ -721,7 +723,7 @@ BATCH_SHARES = (
     ),
     # The choice keeps its second pin, so that the version never ends.
     Mutant(
-        "moe_layer/batch_shares.py",
+        "moe_layer/forward/batch_shares.py",
         "now.release()",
         "self.__dict__.setdefault('kept', []).append(now)",
         (f"{L}batch_shares.py",),
@@ -988,7 +990,7 @@ ONE_SIDED = (
 TRAINING = (
     # The weights of the last step stay in the lanes.
     Mutant(
-        "moe_layer/copies.py",
+        "moe_layer/trainable/copies.py",
         "self.is_stale = True",
         "pass",
         (f"{L}training_moves.py",),
@@ -996,45 +998,45 @@ TRAINING = (
     ),
     # Gradients of all micro-batches but the last are lost.
     Mutant(
-        "moe_layer/copies.py",
+        "moe_layer/trainable/copies.py",
         "return waiting.add_(grad)  # of the backward that made it, it was the only reader",
         "return grad",
         (f"{L}training_moves.py",),
     ),
     # What failed half-way is forgotten.
-    Mutant("moe_layer/copies.py", "self._begun = what", "self._begun = None", (f"{L}training_moves.py",)),
+    Mutant("moe_layer/trainable/copies.py", "self._begun = what", "self._begun = None", (f"{L}training_moves.py",)),
     # After a step that was given up, ranks go on with different placements.
     Mutant("moe_layer/training/steps.py", "experts.owned.go_home()", "pass", (f"{L}training_moves.py",)),
     # Of an expert's replicas one has a gradient.
     Mutant(
-        "moe_layer/publish.py",
+        "moe_layer/trainable/publish.py",
         "total[self._rows[turn]] += received[turn].float()  # no row twice: no order among threads",
         "pass",
         (f"{L}training_moves.py",),
     ),
     # A new placement goes by the old one's route.
     Mutant(
-        "moe_layer/copies.py",
+        "moe_layer/trainable/copies.py",
         "self._route, self.is_stale = None, True",
         "self.is_stale = True",
         (f"{L}training_moves.py",),
     ),
     # Each rank takes the whole load since the last look for its own.
     Mutant(
-        "moe_layer/balance.py",
+        "moe_layer/trainable/balance.py",
         "is_first = dist.get_rank(self._group) == 0",
         "is_first = True",
         (f"{L}train_checkpoint.py",),
     ),
     # What was counted before a restart is forgotten.
     Mutant(
-        "moe_layer/balance.py",
+        "moe_layer/trainable/balance.py",
         "self._seen_LE = load_LE - window_LE.to(load_LE.device) if is_first else load_LE",
         "self._seen_LE = load_LE",
         (f"{L}train_checkpoint.py",),
     ),
     # An expert that stays is said to have moved.
-    Mutant("moe_layer/balance.py", "left.remove(expert)", "left.remove(left[0])", (f"{L}training_moves.py",)),
+    Mutant("moe_layer/trainable/balance.py", "left.remove(expert)", "left.remove(left[0])", (f"{L}training_moves.py",)),
     # Ids past the last expert are computed by one of them.
     Mutant(
         "kernels/moe_kernels/experts.py",
@@ -1055,21 +1057,21 @@ TRAINING = (
     ),
     # Gradients of experts are sums where others are means.
     Mutant(
-        "moe_layer/executors.py",
+        "moe_layer/forward/executors.py",
         "divisor = experts.gradient_divisor or 1",
         "divisor = 1",
         (f"{L}training_ranks.py",),
     ),
     # The gradient of x is divided too.
     Mutant(
-        "moe_layer/divided.py",
+        "moe_layer/forward/divided.py",
         "rows_RH=_ScaleGradient.apply(rows.rows_RH, divisor),",
         "rows_RH=rows.rows_RH,",
         (f"{L}training_ranks.py",),
     ),
     # A router's gradient through its weights is divided too.
     Mutant(
-        "moe_layer/divided.py",
+        "moe_layer/forward/divided.py",
         "row_weights_N=_ScaleGradient.apply(rows.row_weights_N, divisor),",
         "row_weights_N=rows.row_weights_N,",
         (f"{L}training_ranks.py",),
@@ -1111,14 +1113,14 @@ TRAINING = (
     ),
     # The mean over one batch that all ranks hold is divided once more.
     Mutant(
-        "moe_layer/ddp.py",
+        "moe_layer/trainable/ddp.py",
         'return 1 if getattr(experts, "tokens", "own") == "replicated" else len(ranks)',
         "return len(ranks)",
         ("tests/moe_layer/hf/test_ranks.py",),
     ),
     # DDP does not hear of a swapped model's experts.
     Mutant(
-        "moe_layer/ddp.py",
+        "moe_layer/trainable/ddp.py",
         'ignored += [f"{prefix}{one}" for one, _ in experts.named_parameters()]',
         "pass",
         ("tests/moe_layer/hf/test_ranks.py",),
@@ -1128,21 +1130,21 @@ TRAINING = (
 QUANTISED = (
     # Scales that would be left out of the record are read from elsewhere: weights alone are taken for whole.
     Mutant(
-        "moe_layer/expert_format.py",
+        "moe_layer/weights/expert_format.py",
         "if given and len(given) < len(matrix.tensors):",
         "if False:",
         (f"{L}quantised.py",),
     ),
     # A cast takes the scales along.
     Mutant(
-        "moe_layer/expert_format.py",
+        "moe_layer/weights/expert_format.py",
         "return [ExpertTensor(one.name, one.shape, one.dtype, roles[one.name], follows_casts=False) for one in specs]",
         "return [ExpertTensor(one.name, one.shape, one.dtype, roles[one.name]) for one in specs]",
         (f"{L}quantised.py",),
     ),
     # A state dict of floats is cast to e4m3, and nobody hears of it.
     Mutant(
-        "moe_layer/slot_experts.py",
+        "moe_layer/weights/slot_experts.py",
         "if spec.name in exact and value.dtype != spec.dtype",
         "if False",
         (f"{L}quantised.py",),
@@ -1170,7 +1172,7 @@ QUANTISED = (
     ),
     # Blocks of 128 rows go on from the gate's rows into the up projection's.
     Mutant(
-        "moe_layer/quantisation.py",
+        "moe_layer/weights/quantisation.py",
         "return dequantise(*stored, self.scheme, blocks_of=len(tensors[name]) // num_parts)",
         "return dequantise(*stored, self.scheme)",
         (f"{L}quantised_checkpoint.py",),

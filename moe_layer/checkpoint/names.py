@@ -9,8 +9,8 @@ from moe_layer.checkpoint.folder import Checkpoint, CheckpointError
 from moe_layer.checkpoint.quantised import hint_for, matrix_recipes
 from moe_layer.checkpoint.recipe import Part, Recipe
 from moe_layer.checkpoint.stored import Stored
-from moe_layer.expert_format import ExpertFormat
-from moe_layer.experts import Experts
+from moe_layer.weights.expert_format import ExpertFormat
+from moe_layer.weights.experts import Experts
 
 Names = Mapping[str, str | Sequence[str]]
 """{our tensor: names in the checkpoint}: with ``{expert}`` one tensor for each expert, without one for all, ``[E, …]``. Several

@@ -7,8 +7,8 @@ import torch
 from moe_layer.checkpoint.folder import Checkpoint, CheckpointError
 from moe_layer.checkpoint.recipe import Part, Recipe
 from moe_layer.checkpoint.stored import ROLES, Stored, stored_of
-from moe_layer.expert_format import ExpertFormat, Matrix
-from moe_layer.rows import deinterleaved, interleaved, stacked
+from moe_layer.weights.expert_format import ExpertFormat, Matrix
+from moe_layer.weights.rows import deinterleaved, interleaved, stacked
 
 
 def stored_for(format: ExpertFormat, checkpoint: Checkpoint) -> Stored | None:

@@ -10,7 +10,7 @@ import torch
 
 from moe_layer.checkpoint.folder import FLOAT_DTYPES, Checkpoint, CheckpointError, _some
 from moe_layer.checkpoint.stored import Stored
-from moe_layer.experts import Experts
+from moe_layer.weights.experts import Experts
 
 Join = Callable[[list[torch.Tensor]], torch.Tensor]
 """Of one expert's tensors, each ``[*shape]`` without a dimension for experts, in the order of the recipe's parts."""

@@ -16,10 +16,10 @@ from moe_layer.checkpoint.load import jobs_of, layers_of
 from moe_layer.checkpoint.names import FUSED, PROJECTIONS, Names, recipes_of
 from moe_layer.checkpoint.recipe import Job, Recipe
 from moe_layer.checkpoint.stored import config_for, stored_of
-from moe_layer.meeting import meet
-from moe_layer.quantisation import Quantisation
-from moe_layer.rows import stacked
-from moe_layer.slot_experts import SlotExperts
+from moe_layer.weights.meeting import meet
+from moe_layer.weights.quantisation import Quantisation
+from moe_layer.weights.rows import stacked
+from moe_layer.weights.slot_experts import SlotExperts
 
 
 def quantisation_of(folder: str | Path) -> Quantisation | None:

@@ -23,7 +23,7 @@ import torch
 from moe_kernels import pack_nibbles, pack_words, unpack_nibbles, unpack_words
 from moe_layer.checkpoint.exactly import exactly
 from moe_layer.checkpoint.folder import CheckpointError
-from moe_layer.quantisation import Quantisation
+from moe_layer.weights.quantisation import Quantisation
 
 ROLES = ("weight", "scale", "zero")
 

@@ -11,7 +11,7 @@ import torch
 from torch import nn
 
 from moe_kernels.activation import ACTIVATIONS, gated, ungated
-from moe_layer.expert_format import Activation
+from moe_layer.weights.expert_format import Activation
 
 # Both signs, near 0, around usual limits (7, 10), and so far out that any clamp shows.
 _GRID = (0.0, 1e-3, 0.02, 0.1, 0.5, 0.9, 1.7, 2.5, 4.0, 6.0, 7.5, 9.0, 11.0, 16.0, 30.0, 100.0, 1e3, 1e4)

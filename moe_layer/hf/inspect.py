@@ -10,10 +10,10 @@ import torch
 from torch import nn
 
 from moe_kernels.checks import FLOATS
-from moe_layer.expert_format import Activation, ExpertFormat, expert_format
 from moe_layer.hf.activation import find_activation
 from moe_layer.hf.layout import Layout
-from moe_layer.quantisation import SCALE, Quantisation
+from moe_layer.weights.expert_format import Activation, ExpertFormat, expert_format
+from moe_layer.weights.quantisation import SCALE, Quantisation
 
 # What transformers' decorator `use_experts_implementation` writes into a module. They say how its `forward` uses its tensors;
 # `has_post_expert_norm` came after 5.17.

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 import torch
 
-from moe_layer.rows import deinterleaved, interleaved
+from moe_layer.weights.rows import deinterleaved, interleaved
 
 _JOINED = ("gate_up_proj", "gate_up_proj_bias")
 _MATRICES = ("gate_up_proj", "up_proj", "down_proj")

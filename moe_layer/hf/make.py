@@ -16,11 +16,11 @@ from eplb.relocation.resident import ResidentExperts
 from eplb.streams import streams_of
 from moe_kernels import resolve_backend
 from moe_layer.dispatch import Dispatcher, make_dispatcher
-from moe_layer.executors import Executor, ExpertParallelExecutor, LocalExecutor
+from moe_layer.forward.executors import Executor, ExpertParallelExecutor, LocalExecutor
 from moe_layer.hf.inspect import Understood
 from moe_layer.hf.swapped import Swapped, SwappedParameters, SwappedSlots
-from moe_layer.owned import OwnedExperts
-from moe_layer.shared_pool import resolve_pool
+from moe_layer.weights.owned import OwnedExperts
+from moe_layer.weights.shared_pool import resolve_pool
 
 _Kind = tuple[tuple[TensorSpec, ...], torch.device]
 _Weights = dict[int, dict[str, torch.Tensor]]

@@ -23,10 +23,10 @@ from moe_layer.hf.inspect import SUPPORTED, NotUnderstoodError, Understood, find
 from moe_layer.hf.make import Maker
 from moe_layer.hf.padding import Padding
 from moe_layer.hf.swapped import Swapped, check_all_came
-from moe_layer.quantisation import Quantisation
 from moe_layer.router import RouterRule
-from moe_layer.saving_guard import allow_saving, refuse_saving
-from moe_layer.starting import starting_point
+from moe_layer.weights.quantisation import Quantisation
+from moe_layer.weights.saving_guard import allow_saving, refuse_saving
+from moe_layer.weights.starting import starting_point
 
 _SHADOW_SLOTS = 4  # of all layers together, where experts may move and the caller does not say
 

@@ -16,18 +16,18 @@ from eplb.relocation.resident import ResidentExperts
 from moe_kernels.checks import FLOATS
 from moe_layer.arguments import check_per_token
 from moe_layer.collectives import backend_of, is_absence
-from moe_layer.ddp import check_ddp
-from moe_layer.executors import Executor
-from moe_layer.experts import Experts, NewWeights
+from moe_layer.forward.executors import Executor
 from moe_layer.hf.absence import NcclWatch, absence, watch_of
 from moe_layer.hf.inspect import Understood
 from moe_layer.hf.layout import Layout
 from moe_layer.hf.padding import Padding
 from moe_layer.hf.replicated import GatherParts, Parts, TakePart
-from moe_layer.owned import OwnedExperts
 from moe_layer.relocatable import Relocatable
-from moe_layer.slot_experts import SlotExperts
-from moe_layer.trainable import TrainableExperts
+from moe_layer.trainable.ddp import check_ddp
+from moe_layer.trainable.trainable_experts import TrainableExperts
+from moe_layer.weights.experts import Experts, NewWeights
+from moe_layer.weights.owned import OwnedExperts
+from moe_layer.weights.slot_experts import SlotExperts
 
 
 class Swapped(Relocatable, Experts):

@@ -12,7 +12,7 @@ from torch import nn
 from torch.distributed.tensor import DTensor, Partial, Shard
 
 from moe_layer.collectives import all_gather_rows
-from moe_layer.trainable import TrainableExperts
+from moe_layer.trainable.trainable_experts import TrainableExperts
 
 _Groups = tuple[dist.ProcessGroup, ...]
 """Over which a gradient is spread, one after the other; none: all ranks hold the whole."""

@@ -7,8 +7,8 @@ from contextlib import contextmanager
 import torch.distributed as dist
 from torch import nn
 
-from moe_layer.meeting import meet
-from moe_layer.trainable import TrainableExperts
+from moe_layer.trainable.trainable_experts import TrainableExperts
+from moe_layer.weights.meeting import meet
 
 _LOGGER = logging.getLogger(__name__)
 

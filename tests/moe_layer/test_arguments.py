@@ -7,7 +7,7 @@ import torch
 
 from eplb.relocation.pool import SlotPool, SlotState
 from moe_layer import MoELayer, RouterRule, make_pool
-from moe_layer.expert_format import gated_format
+from moe_layer.weights.expert_format import gated_format
 
 SIZES = {"hidden_size": 16, "intermediate_size": 8, "num_experts": 4, "top_k": 2}
 INTEGER = "integer of at least {}"

@@ -13,7 +13,7 @@ from eplb.relocation.communicator import LocalCommunicator
 from eplb.relocation.fill import WaveFill
 from moe_kernels import count_experts_torch
 from moe_layer import AllToAllDispatcher, BatchShares, MoELayer
-from moe_layer.batch_shares import resolve_shares
+from moe_layer.forward.batch_shares import resolve_shares
 from tests.distributed import distributed
 from tests.moe_layer.ranks import EXPERTS, HIDDEN, TOP_K, Service, make_controller, make_layer, tokens
 from tests.moe_layer.test_one_sided import SMALL, batch, run
@@ -273,7 +273,7 @@ def test_a_cost_out_of_range(cost):
 
 def test_rows_by_lane_are_those_that_ranks_choose():
     from moe_kernels import LoadCounter, ReplicaTable, select_by_quota_torch, solve_shares_torch
-    from moe_layer.batch_shares import rows_by_lane
+    from moe_layer.forward.batch_shares import rows_by_lane
 
     rng = np.random.default_rng(0)
     for _ in range(20):

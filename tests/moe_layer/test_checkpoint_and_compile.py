@@ -8,7 +8,7 @@ from torch.utils.checkpoint import checkpoint
 
 from eplb import EplbConfig, EplbController
 from moe_layer import MoELayer
-from moe_layer.versions import _pins
+from moe_layer.weights.versions import _pins
 from tests.moe_layer.reference import give_unit_scale
 from tests.moe_layer.relocation import Relocator, make_pair, poison
 

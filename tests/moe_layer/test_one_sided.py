@@ -13,7 +13,7 @@ from eplb.relocation.table import flip, map_lanes
 from moe_kernels import combine_home
 from moe_kernels.peers import NO_RANK
 from moe_layer.dispatch import one_sided
-from moe_layer.executors import choose_replicas
+from moe_layer.forward.executors import choose_replicas
 
 SMALL = {"num_experts": 8, "top_k": 2, "hidden_size": 24, "intermediate_size": 16, "max_tokens": 6}
 

@@ -11,7 +11,7 @@ from torch import nn
 from eplb import EplbConfig, EplbController
 from eplb.relocation.pool import SlotState
 from moe_layer import MoELayer, Quantisation, make_pool, quantize_experts
-from moe_layer.expert_format import Activation, expert_format
+from moe_layer.weights.expert_format import Activation, expert_format
 from tests.moe_layer.quantised import CLOSE, SCHEMES, E, H, I, K, as_floats, make_quantised, records, same_bytes
 from tests.moe_layer.relocation import Relocator, poison, settle
 from tests.moe_layer.test_graphs import captured

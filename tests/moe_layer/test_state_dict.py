@@ -7,7 +7,7 @@ import torch
 
 from eplb import EplbConfig, EplbController
 from moe_layer import MoELayer
-from moe_layer.logical import LogicalWeights
+from moe_layer.weights.logical import LogicalWeights
 from tests.moe_layer.reference import give_unit_scale
 from tests.moe_layer.relocation import Relocator
 
@@ -301,6 +301,6 @@ def test_the_owner_of_an_expert_between_two_ranks_flips(monkeypatch, device):
             flags[rank, 1, said["retiring"][rank]] = True
         return flags.flatten(1)
 
-    monkeypatch.setattr("moe_layer.logical.all_gather_flags", gather)
+    monkeypatch.setattr("moe_layer.weights.logical.all_gather_flags", gather)
     logical = LogicalWeights(make_layer(device).resident, [range(2), range(2, 4)], object(), 1.0)
     assert logical._owners(said["live"][0], said["retiring"][0]) == [0, 0, 0, 1]

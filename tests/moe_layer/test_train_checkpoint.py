@@ -121,7 +121,7 @@ def test_two_ranks_write_and_others_go_on(rank, num_ranks, group, device, folder
         spoil(other)
         optimizer = adamw(other)
         place(other, 77)
-        with mock.patch.object(logging.getLogger("moe_layer.train_checkpoint"), "info") as told:
+        with mock.patch.object(logging.getLogger("moe_layer.trainable.checkpoint"), "info") as told:
             dcp.load({"training": TrainingState(other, optimizer)}, checkpoint_id=folder, process_group=readers)
         assert told.called == (ranks != 2), "it is said where experts do not compute where they did"
         assert_equal(whole(other, optimizer, experts_group), saved, f"{ranks} ranks, what was read")
@@ -223,7 +223,7 @@ def check_replicas(pair, device, expected, folder):
         two_steps(one, its, 3, pair, device)
     assert_equal(whole(resumed, other, pair), whole(replicated, optimizer, pair), "it went on where its experts were")
     fewer = Model(pair, device)  # without replicas there are other lanes
-    with mock.patch.object(logging.getLogger("moe_layer.train_checkpoint"), "info") as told:
+    with mock.patch.object(logging.getLogger("moe_layer.trainable.checkpoint"), "info") as told:
         dcp.load({"training": TrainingState(fewer, adamw(fewer))}, checkpoint_id=f"{folder}/placed", process_group=pair)
     assert told.call_args.args[1] == ["layers.0.experts", "layers.1.experts"]
     assert fewer.layers[0].experts.owned.is_at_home

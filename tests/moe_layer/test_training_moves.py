@@ -16,12 +16,13 @@ import torch.distributed.checkpoint as dcp
 from torch import nn
 
 from eplb.planning.placement import Placement
-from moe_layer import TrainingBalancer, TrainingState, trainable
-from moe_layer.balance import _in_place
+from moe_layer import TrainingBalancer, TrainingState
 from moe_layer.collectives import all_gather_rows
-from moe_layer.owned import OwnedExperts
-from moe_layer.publish import Route
+from moe_layer.trainable import trainable_experts
+from moe_layer.trainable.balance import _in_place
+from moe_layer.trainable.publish import Route
 from moe_layer.training import abandon_step, clip_grad_norm, no_sync
+from moe_layer.weights.owned import OwnedExperts
 from tests.distributed import distributed
 from tests.moe_layer.ranks import EXPERTS, HIDDEN, TOP_K, Restless, make_layer
 
@@ -267,8 +268,8 @@ def check_steps_that_fail(rank, group, device):
         lanes_WS = np.roll(seen.lanes_WS, 1, axis=0)
         with pytest.MonkeyPatch.context() as monkeypatch:
             if rank == 1:
-                run = raising(trainable.all_gather_rows, 1, fails_after=True)
-                monkeypatch.setattr(trainable, "all_gather_rows", run)
+                run = raising(trainable_experts.all_gather_rows, 1, fails_after=True)
+                monkeypatch.setattr(trainable_experts, "all_gather_rows", run)
                 with pytest.raises(RuntimeError, match=r"agreeing on a placement .* failed on rank 1"):
                     experts.place(Placement(lanes_WS, EXPERTS))
             else:

@@ -11,10 +11,10 @@ from eplb.relocation.resident import ResidentExperts
 from eplb.streams import streams_of
 from moe_kernels import ExpertMatrices
 from moe_layer.arguments import home_of
-from moe_layer.expert_format import ExpertFormat
-from moe_layer.experts import Experts
-from moe_layer.logical import LogicalWeights
-from moe_layer.owned import OwnedExperts
+from moe_layer.weights.expert_format import ExpertFormat
+from moe_layer.weights.experts import Experts
+from moe_layer.weights.logical import LogicalWeights
+from moe_layer.weights.owned import OwnedExperts
 
 Convert = Callable[[dict[str, torch.Tensor]], Mapping[str, torch.Tensor]]
 """Of one expert's tensors to those of another format, by name."""

@@ -15,9 +15,9 @@ from eplb.relocation.resident import ResidentExperts
 from moe_kernels import GOLDEN, SHARE_BITS, ExpertMatrices, LoadCounter, ReplicaTable, has_tma, resolve_backend
 from moe_kernels.checks import FLOATS
 from moe_layer.arguments import resolve_device
-from moe_layer.expert_format import ExpertFormat
-from moe_layer.owned import OwnedExperts
-from moe_layer.versions import home_number
+from moe_layer.weights.expert_format import ExpertFormat
+from moe_layer.weights.owned import OwnedExperts
+from moe_layer.weights.versions import home_number
 
 NewWeights = Mapping[int, Mapping[str, torch.Tensor]]
 """{expert: {name: tensor}}: weights of single experts."""
@@ -38,7 +38,7 @@ class Experts(nn.Module):
         number: names this object to compiled graphs.
         recompute: whether backwards compute the pre-activation again instead of keeping it.
         gradient_divisor: what gradients of the weights, if they are parameters, are divided by, because those of dense
-            parameters are averaged over as many ranks; None: nobody has said, and they are not. See `moe_layer.ddp`.
+            parameters are averaged over as many ranks; None: nobody has said, and they are not. See `moe_layer.trainable.ddp`.
         is_loaded: False while the weights are known to lack, or to be half-loaded: forwards are refused then.
     """
 

@@ -6,10 +6,10 @@ from dataclasses import dataclass
 import torch
 from torch import nn
 
-from moe_layer.experts import Experts
-from moe_layer.quantisation import Quantisation
-from moe_layer.saving_guard import refuse_saving
-from moe_layer.slot_experts import SlotExperts
+from moe_layer.weights.experts import Experts
+from moe_layer.weights.quantisation import Quantisation
+from moe_layer.weights.saving_guard import refuse_saving
+from moe_layer.weights.slot_experts import SlotExperts
 
 
 @dataclass(frozen=True)

@@ -6,8 +6,8 @@ import torch
 
 from eplb.relocation.pool import SlotPool
 from moe_layer.arguments import check_integer, physical_per_rank, resolve_device, resolve_dtype
-from moe_layer.expert_format import ExpertFormat, gated_format
-from moe_layer.quantisation import Quantisation
+from moe_layer.weights.expert_format import ExpertFormat, gated_format
+from moe_layer.weights.quantisation import Quantisation
 
 
 def make_pool(

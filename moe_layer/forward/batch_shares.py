@@ -15,8 +15,8 @@ from moe_kernels import ReplicaTable, count_experts, select_by_quota, solve_shar
 from moe_kernels.solve_shares import MOST_COST, MOST_EXPERTS, MOST_RANKS
 from moe_layer.arguments import check_choice, check_integer
 from moe_layer.dispatch.base import Dispatcher, Incoming
-from moe_layer.experts import Experts
-from moe_layer.versions import Pin
+from moe_layer.weights.experts import Experts
+from moe_layer.weights.versions import Pin
 
 
 @dataclass(frozen=True)

@@ -16,7 +16,7 @@ from eplb.planning.placement import Placement
 from eplb.planning.policy import Policy, Proposal, Topology, make_policy
 from moe_layer.arguments import check_integer
 from moe_layer.collectives import all_gather_rows
-from moe_layer.trainable import TrainableExperts
+from moe_layer.trainable.trainable_experts import TrainableExperts
 
 
 class TrainingBalancer:

@@ -11,7 +11,7 @@ import torch.distributed as dist
 from eplb.planning.placement import Placement
 from eplb.planning.placement_file import SavedLayer
 from eplb.planning.shares import table_words
-from moe_layer.meeting import meet
+from moe_layer.weights.meeting import meet
 
 TIMEOUT = 60.0
 """Seconds to wait for ranks that were not given a placement."""

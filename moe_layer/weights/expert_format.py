@@ -15,7 +15,7 @@ from eplb.relocation.pool import TensorSpec
 from moe_kernels import ExpertMatrices
 from moe_kernels.activation import ACTIVATIONS, parse_activation
 from moe_layer.arguments import check_choice, resolve_dtype
-from moe_layer.quantisation import SCALE, ZERO, Quantisation
+from moe_layer.weights.quantisation import SCALE, ZERO, Quantisation
 
 
 @dataclass(frozen=True)

@@ -14,8 +14,8 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-from moe_layer.owned import OwnedExperts
-from moe_layer.publish import Route
+from moe_layer.trainable.publish import Route
+from moe_layer.weights.owned import OwnedExperts
 
 _WHAT_TO_DO = (
     "Parameters and optimizer state are what the last optimizer.step() made them, here as on every rank that has not stepped "

@@ -11,7 +11,7 @@ import torch.distributed as dist
 from eplb.relocation.pool import SlotPool
 from eplb.relocation.resident import ResidentExperts
 from moe_layer.collectives import all_gather_flags, broadcast_
-from moe_layer.meeting import meet
+from moe_layer.weights.meeting import meet
 
 
 class LogicalWeights:

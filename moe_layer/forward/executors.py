@@ -23,14 +23,14 @@ from moe_kernels import (
 )
 from moe_kernels.expert_down import expert_down_home
 from moe_kernels.main_grads import has_main_grads
-from moe_layer.batch_shares import BatchShares
 from moe_layer.dispatch import Dispatched, Dispatcher
 from moe_layer.dispatch.base import Incoming
-from moe_layer.divided import with_gradients_over, with_gradients_times
-from moe_layer.experts import Experts
-from moe_layer.recomputed import Recomputed
+from moe_layer.forward.batch_shares import BatchShares
+from moe_layer.forward.divided import with_gradients_over, with_gradients_times
+from moe_layer.forward.recomputed import Recomputed
 from moe_layer.router import Router
-from moe_layer.versions import KeepVersion, hold_version
+from moe_layer.weights.experts import Experts
+from moe_layer.weights.versions import KeepVersion, hold_version
 
 
 class LocalExecutor:

@@ -29,9 +29,9 @@ from torch.nn.parallel import DistributedDataParallel
 from torch.optim import Optimizer
 
 from eplb.planning.placement import Placement
-from moe_layer.balance import TrainingBalancer
 from moe_layer.collectives import all_gather_rows
-from moe_layer.trainable import TrainableExperts
+from moe_layer.trainable.balance import TrainingBalancer
+from moe_layer.trainable.trainable_experts import TrainableExperts
 
 _logger = logging.getLogger(__name__)
 

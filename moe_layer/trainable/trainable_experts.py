@@ -13,11 +13,11 @@ from eplb.relocation.resident import ResidentExperts
 from moe_kernels import ExpertMatrices
 from moe_kernels.main_grads import has_main_grads
 from moe_layer.collectives import all_gather_rows
-from moe_layer.copies import Copies
-from moe_layer.ddp import refuse_sharding
-from moe_layer.expert_format import ExpertFormat
-from moe_layer.experts import Experts, NewWeights
-from moe_layer.owned import OwnedExperts
+from moe_layer.trainable.copies import Copies
+from moe_layer.trainable.ddp import refuse_sharding
+from moe_layer.weights.expert_format import ExpertFormat
+from moe_layer.weights.experts import Experts, NewWeights
+from moe_layer.weights.owned import OwnedExperts
 
 
 class TrainableExperts(Experts):

@@ -13,7 +13,7 @@ from torch import nn
 from torch.distributed.device_mesh import DeviceMesh
 from torch.nn.parallel import DistributedDataParallel
 
-from moe_layer.experts import Experts
+from moe_layer.weights.experts import Experts
 
 
 def ignore_in_ddp(model: nn.Module, *, gradient_divisor: float | None = None) -> list[str]:

@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 
-from moe_layer.versions import Pin, end_backward
+from moe_layer.weights.versions import Pin, end_backward
 
 Compute = Callable[[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor], torch.Tensor]
 """Dispatch, experts and combine, of (x_TH, weights_TK, lanes_TK, counts_L)."""

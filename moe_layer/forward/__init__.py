@@ -1,0 +1,1 @@
+"""A forward behind the router: choose replicas, dispatch, schedule, GEMMs, combine."""
