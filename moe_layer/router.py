@@ -84,8 +84,8 @@ class RouterRule:
 
     @classmethod
     def from_config(cls, config: Any) -> "RouterRule":
-        """The rule of a transformers model, given its config. See `moe_layer.hf.routing.rule_of_config`."""
-        from moe_layer.hf.routing import rule_of_config
+        """The rule of a transformers model, given its config. See `moe_layer.hf.fuse.rule_of_config`."""
+        from moe_layer.hf.fuse import rule_of_config
 
         return rule_of_config(config)
 

@@ -10,8 +10,9 @@ import torch
 from torch import nn
 
 from moe_kernels import topk_routing
-from moe_layer.hf.inspect import Understood
+from moe_layer.hf.inspect import Understood, find_experts
 from moe_layer.hf.routing import NotFusedError, Routing, find_routing, weight_of
+from moe_layer.router import RouterRule
 
 
 def fuse(gate: nn.Module, routing: Routing, backend: str) -> None:
@@ -115,6 +116,31 @@ def find_routings(
         reasons = "".join(f"\n  {name}: {reason}" for name, reason in not_fused.items())
         raise ValueError(f"fuse_routing=True needs routers whose rule our kernel has; nothing was changed.{reasons}")
     return routings, not_fused
+
+
+def rule_of_config(config: Any) -> RouterRule:
+    """The rule of the routers of a transformers model with this config, found by trying one of them.
+
+    The model is built without memory ("meta"). `weights_dtype` is that of the config's `dtype`.
+
+    Raises:
+        ValueError: the model has no router whose rule our kernel has; says why.
+    """
+    from transformers import AutoModelForCausalLM
+
+    with torch.device("meta"):
+        model = AutoModelForCausalLM.from_config(config.get_text_config())
+    reasons: list[str] = []
+    for name, experts in find_experts(model).items():
+        found = find_routers(model, experts, model.dtype)
+        if isinstance(found, str):
+            reasons.append(f"{name}: {found}")
+        else:
+            return found[1].rule
+    raise ValueError(
+        f"config must be of a model with a router that our kernel has, got a {type(config).__name__}: "
+        f"{'; '.join(dict.fromkeys(reasons)) or 'it has no experts'}"
+    )
 
 
 def top_k_of(

@@ -254,31 +254,3 @@ class _Probe:
 def _choice_of(rule: RouterRule) -> RouterRule:
     """`rule`, but the weights are the scores."""
     return dataclasses.replace(rule, renormalize=False, scale=1.0, epsilon=0.0, weights_dtype=None)
-
-
-def rule_of_config(config: Any) -> RouterRule:
-    """The rule of the routers of a transformers model with this config, found by trying one of them.
-
-    The model is built without memory ("meta"). `weights_dtype` is that of the config's `dtype`.
-
-    Raises:
-        ValueError: the model has no router whose rule our kernel has; says why.
-    """
-    from transformers import AutoModelForCausalLM
-
-    from moe_layer.hf.fuse import find_routers
-    from moe_layer.hf.inspect import find_experts
-
-    with torch.device("meta"):
-        model = AutoModelForCausalLM.from_config(config.get_text_config())
-    reasons: list[str] = []
-    for name, experts in find_experts(model).items():
-        found = find_routers(model, experts, model.dtype)
-        if isinstance(found, str):
-            reasons.append(f"{name}: {found}")
-        else:
-            return found[1].rule
-    raise ValueError(
-        f"config must be of a model with a router that our kernel has, got a {type(config).__name__}: "
-        f"{'; '.join(dict.fromkeys(reasons)) or 'it has no experts'}"
-    )
