@@ -8,7 +8,7 @@ import torch
 
 from bench.providers import sum_over_experts
 from moe_kernels import ExpertMatrices, LoadCounter, ReplicaTable, RoutingRule, local_forward
-from moe_kernels.activation import gated
+from moe_kernels.operands.activation import gated
 
 GPT_OSS = "silu limit=7.0 alpha=1.702 up_offset=1.0"
 """The activation of GPT-OSS's experts, whose matrices have biases too."""

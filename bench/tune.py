@@ -1,4 +1,4 @@
-"""``python -m bench.tune``: times candidate tiles of both grouped GEMMs, from which `moe_kernels.config` was chosen.
+"""``python -m bench.tune``: times candidate tiles of both grouped GEMMs, from which `moe_kernels.operands.config` was chosen.
 
 Both GEMMs of a layer share one schedule: choose a pair of one `block_m` and one `extra_m`. Every candidate's
 result is compared with the first one's, bit for bit: tiles may be chosen freely only as long as they change none.
@@ -32,7 +32,7 @@ from moe_kernels import (
     has_tma,
     quantise_rows,
 )
-from moe_kernels.quantise_rows import QuantisedRows, Rows
+from moe_kernels.quantised.quantise_rows import QuantisedRows, Rows
 
 NUM_WARPS = {(64, 128): 4, (64, 256): 4, (128, 128): 4, (128, 256): 8}
 

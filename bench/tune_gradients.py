@@ -21,10 +21,10 @@ from bench.providers import Weights, make_weights
 from bench.report import DTYPES, WORST_ERROR, Report, add_arguments, chosen_cases, relative_error
 from bench.timing import time_graph
 from moe_kernels import GemmConfig, build_schedule
-from moe_kernels.experts_grad_hidden import experts_grad_hidden
-from moe_kernels.experts_grad_weights import experts_grad_weights
-from moe_kernels.experts_grad_x import experts_grad_x
-from moe_kernels.gradient_tiles import GradientTiles, cut_tiles
+from moe_kernels.gradients.experts_grad_hidden import experts_grad_hidden
+from moe_kernels.gradients.experts_grad_weights import experts_grad_weights
+from moe_kernels.gradients.experts_grad_x import experts_grad_x
+from moe_kernels.gradients.gradient_tiles import GradientTiles, cut_tiles
 
 OPS = ("hidden", "weights", "x")
 TOKENS = (4096, 16384)

@@ -22,9 +22,9 @@ from eplb.relocation.pool import SlotPool
 from eplb.relocation.resident import ResidentExperts
 from eplb.streams import streams_of
 from moe_kernels import count_experts
-from moe_kernels.gather_counts import gather_counts
-from moe_kernels.meet_peers import meet_peers
-from moe_kernels.peers import PeerLayout
+from moe_kernels.peers.gather_counts import gather_counts
+from moe_kernels.peers.meet_peers import meet_peers
+from moe_kernels.peers.peers import PeerLayout
 from moe_layer.dispatch import Dispatched
 from moe_layer.dispatch.one_sided import OneSidedDispatcher
 from moe_layer.forward.batch_shares import BatchShares

@@ -4,7 +4,7 @@ from typing import Any
 
 import torch
 
-from moe_kernels.checks import FLOATS
+from moe_kernels.base.checks import FLOATS
 
 
 def check_integer(name: str, value: Any, least: int) -> None:

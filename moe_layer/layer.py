@@ -19,7 +19,7 @@ from eplb.relocation.pool import SlotPool
 from eplb.relocation.resident import ResidentExperts
 from eplb.streams import streams_of
 from moe_kernels import resolve_backend
-from moe_kernels.checks import FLOATS
+from moe_kernels.base.checks import FLOATS
 from moe_layer.arguments import (
     as_rows,
     check_bool,

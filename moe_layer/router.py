@@ -12,8 +12,8 @@ import torch.nn.functional as F
 from torch import nn
 
 from moe_kernels import RoutingRule, topk_routing
-from moe_kernels.checks import FLOATS
-from moe_kernels.rule import GROUP_SCORES, SCORE_FUNCTIONS
+from moe_kernels.base.checks import FLOATS
+from moe_kernels.operands.rule import GROUP_SCORES, SCORE_FUNCTIONS
 from moe_layer.arguments import check_choice, check_integer
 
 

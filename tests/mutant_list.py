@@ -733,58 +733,58 @@ BATCH_SHARES = (
 KERNELS = (
     # A compiled kernel is used for addresses that it was not compiled for.
     Mutant(
-        "kernels/moe_kernels/launch.py",
+        "kernels/moe_kernels/base/launch.py",
         "parts += argument.dtype, argument.data_ptr() & 15",
         "parts.append(argument.dtype)",
         (f"{K}launch.py",),
     ),
     # A profiler's hooks are not called.
-    Mutant("kernels/moe_kernels/launch.py", "elif _may_have_launch_hooks():", "elif False:", (f"{K}launch.py",)),
+    Mutant("kernels/moe_kernels/base/launch.py", "elif _may_have_launch_hooks():", "elif False:", (f"{K}launch.py",)),
     # A kernel is launched on the current device, not on that of its arguments.
     Mutant(
-        "kernels/moe_kernels/launch.py",
+        "kernels/moe_kernels/base/launch.py",
         "with on_device(device_index):",
         "with nullcontext():",
         (f"{K}launch.py",),
     ),
     # Each number of tokens has tiles of its own, so ranks' bits may differ.
     Mutant(
-        "kernels/moe_kernels/config.py",
+        "kernels/moe_kernels/operands/config.py",
         "bucket = next_power_of_2(num_tokens)",
         "bucket = num_tokens",
         (f"{K}config.py",),
     ),
     # Too few tiles.
     Mutant(
-        "kernels/moe_kernels/tiles.py",
+        "kernels/moe_kernels/tiles/tiles.py",
         "return nonempty + (num_rows - nonempty) // block_m",
         "return 1 + num_rows // block_m",
         (f"{K}schedule.py",),
     ),
     # A forward that a checkpoint repeats counts again.
     Mutant(
-        "kernels/moe_kernels/load.py",
+        "kernels/moe_kernels/operands/load.py",
         "if self.increment_1 is None or torch._C._current_graph_task_id() == -1:",
         "if True:",
         (f"{L}checkpoint_and_compile.py", f"{K}replicas.py"),
     ),
     # Warm-up counts.
     Mutant(
-        "kernels/moe_kernels/replicas.py",
+        "kernels/moe_kernels/replicas/replicas.py",
         "load.load_E.add_(counts_E1[:-1] * load.increment_1)",
         "load.load_E.add_(counts_E1[:-1])",
         (f"{K}replicas.py",),
     ),
     # Rows that were skipped get a gradient.
     Mutant(
-        "kernels/moe_kernels/combine.py",
+        "kernels/moe_kernels/gemms/combine.py",
         "grad_TKH = torch.where((lanes_TK >= 0)[:, :, None], grad_y_TH[:, None, :], 0.0)",
         "grad_TKH = grad_y_TH[:, None, :].expand(*lanes_TK.shape, -1)",
         (f"{K}combine.py",),
     ),
     # NaN logits win.
     Mutant(
-        "kernels/moe_kernels/routing.py",
+        "kernels/moe_kernels/routing/routing.py",
         'key = torch.where(torch.isnan(key), float("-inf"), key)',
         "pass",
         (f"{K}routing.py",),
@@ -798,42 +798,42 @@ KERNELS = (
     ),
     # Shares by batch: a rank splits an expert though that saves nothing.
     Mutant(
-        "kernels/moe_kernels/solve_shares_rows.py",
+        "kernels/moe_kernels/replicas/solve_shares_rows.py",
         "is_whole = gathers | (whole <= tl.maximum(bound, ((both + sum_rest + 1) >> 1) + EXPERT_COST))",
         "is_whole = gathers | (whole <= ((both + sum_rest + 1) >> 1) + EXPERT_COST)",
         (f"{K}batch_shares.py",),
     ),
     # One round is all.
     Mutant(
-        "kernels/moe_kernels/solve_shares_steps.py",
+        "kernels/moe_kernels/replicas/solve_shares_steps.py",
         "goes_on = (round < _ROUNDS) & has_moved & (tl.max(load, axis=0) > bound)",
         "goes_on = round < 1",
         (f"{K}batch_shares.py",),
     ),
     # A step of pairs is skipped though it is needed.
     Mutant(
-        "kernels/moe_kernels/solve_shares_steps.py",
+        "kernels/moe_kernels/replicas/solve_shares_steps.py",
         "used |= (quotas[mask - 1] != 0).to(tl.int32) << mask",
         "used |= (quotas[mask - 1] > 1000).to(tl.int32) << mask",
         (f"{K}batch_shares.py",),
     ),
     # A rank counts its own tokens among those before it.
     Mutant(
-        "kernels/moe_kernels/solve_shares_pairs.py",
+        "kernels/moe_kernels/replicas/solve_shares_pairs.py",
         "before += tl.where(peer < rank, counts, 0)",
         "before += tl.where(peer <= rank, counts, 0)",
         (f"{K}batch_shares.py",),
     ),
     # Of many elements, those of the ranks before are forgotten.
     Mutant(
-        "kernels/moe_kernels/replicas_triton.py",
+        "kernels/moe_kernels/replicas/replicas_triton.py",
         "below = end - start if BY_QUOTA else ranks_below(end - start, count)",
         "below = end if BY_QUOTA else ranks_below(end - start, count)",
         (f"{K}batch_shares.py",),
     ),
     # A schedule for other tiles is accepted.
     Mutant(
-        "kernels/moe_kernels/tiles.py",
+        "kernels/moe_kernels/tiles/tiles.py",
         "if value != own:",
         "if value > own:",
         (f"{K}schedule.py",),
@@ -843,63 +843,63 @@ KERNELS = (
 GRADIENTS = (
     # The routing weight is left out of the pre-activation's gradient.
     Mutant(
-        "kernels/moe_kernels/experts_grad_hidden.py",
+        "kernels/moe_kernels/gradients/experts_grad_hidden.py",
         "hidden, grad_gate, grad_up = activated_backward(product * row_weight[:, None], gate, up, ACTIVATION)",
         "hidden, grad_gate, grad_up = activated_backward(product, gate, up, ACTIVATION)",
         (f"{K}expert_rows.py",),
     ),
     # A clamped gate has a gradient.
     Mutant(
-        "kernels/moe_kernels/numerics.py",
+        "kernels/moe_kernels/base/numerics.py",
         "grad_gate = tl.where(gate <= LIMIT, grad_gate, 0.0)",
         "grad_gate = grad_gate",
         (f"{K}expert_rows.py",),
     ),
     # Of several lanes of a slot only the first counts.
     Mutant(
-        "kernels/moe_kernels/gradient_tiles.py",
+        "kernels/moe_kernels/gradients/gradient_tiles.py",
         "later = (lane > own) & (slot == own_slot) & (slot >= 0)",
         "later = (lane > own) & (slot == own_slot) & (slot < 0)",
         (f"{K}expert_rows.py",),
     ),
     # The sum over a lane's rows goes on into the next lane.
     Mutant(
-        "kernels/moe_kernels/experts_grad_weights.py",
+        "kernels/moe_kernels/gradients/experts_grad_weights.py",
         "left_exists, right_exists = inside[:, None], inside[:, None]",
         "left_exists, right_exists = (k >= 0)[:, None], (k >= 0)[:, None]",
         (f"{K}expert_rows.py",),
     ),
     # Rows of no lane give x a gradient.
     Mutant(
-        "kernels/moe_kernels/experts_grad_x.py",
+        "kernels/moe_kernels/gradients/experts_grad_x.py",
         "for first in range(0, tl.where(lane < num_lanes, inner, 0), BLOCK_K):",
         "for first in range(0, inner, BLOCK_K):",
         (f"{K}expert_rows.py",),
     ),
     # A bias of the down projection gets unweighted gradients.
     Mutant(
-        "kernels/moe_kernels/expert_rows_triton.py",
+        "kernels/moe_kernels/gradients/expert_rows_triton.py",
         "experts_grad_bias(grad_GH, row_weights_N, *sums, grad_fanout, out_SP=out, adds=adds)",
         "experts_grad_bias(grad_GH, None, *sums, grad_fanout, out_SP=out, adds=adds)",
         (f"{K}expert_rows.py",),
     ),
     # A backward that may run again finds its pre-activation overwritten.
     Mutant(
-        "kernels/moe_kernels/expert_rows.py",
+        "kernels/moe_kernels/gradients/expert_rows.py",
         "overwrites = ctx.owns_pre and not torch._C._autograd._get_current_graph_task_keep_graph()",
         "overwrites = ctx.owns_pre",
         (f"{K}expert_rows.py",),
     ),
     # An output that a caller holds is overwritten.
     Mutant(
-        "kernels/moe_kernels/expert_rows.py",
+        "kernels/moe_kernels/gradients/expert_rows.py",
         "ctx.owns_pre = ctx.is_direct and torch._C._autograd._top_saved_tensors_default_hooks(False) is None",
         "ctx.owns_pre = True",
         (f"{K}expert_rows.py",),
     ),
     # Frozen experts keep x.
     Mutant(
-        "kernels/moe_kernels/expert_rows.py",
+        "kernels/moe_kernels/gradients/expert_rows.py",
         "x_RH if needs_x else None,",
         "x_RH,",
         (f"{K}expert_rows.py",),
@@ -909,56 +909,56 @@ GRADIENTS = (
 ONE_SIDED = (
     # A lane's rows begin with those of the lane before.
     Mutant(
-        "kernels/moe_kernels/receive_rows.py",
+        "kernels/moe_kernels/peers/receive_rows.py",
         "listed = peer * per_rank + first - (end - own)  # so far is a row of the lane from its place in the lists",
         "listed = peer * per_rank - (end - own)",
         (f"{L}one_sided.py",),
     ),
     # Of few tokens, each rank's list goes on where that of the rank before ends.
     Mutant(
-        "kernels/moe_kernels/send_few_rows.py",
+        "kernels/moe_kernels/peers/send_few_rows.py",
         "before = tl.sum(tl.where((every >= lane - part) & (every < lane), counts, 0), axis=0)",
         "before = tl.sum(tl.where(every < lane, counts, 0), axis=0)",
         (f"{L}one_sided.py",),
     ),
     # Who returns rows does not say so.
     Mutant(
-        "kernels/moe_kernels/return_rows.py",
+        "kernels/moe_kernels/peers/return_rows.py",
         "if is_last_program(state_ptr):",
         "if is_last_program(state_ptr) & (rank < 0):",
         (f"{L}one_sided.py",),
     ),
     # Rows go home to the next rank.
     Mutant(
-        "kernels/moe_kernels/homes.py",
+        "kernels/moe_kernels/tiles/homes.py",
         "home = tl.load(homes_ptr + flat // rows_per_home)",
         "home = tl.load(homes_ptr)",
         (f"{L}one_sided.py",),
     ),
     # A peer that does not come is no error.
     Mutant(
-        "kernels/moe_kernels/peers.py",
+        "kernels/moe_kernels/peers/peers.py",
         "if (missing > 0) & (failed == 0):",
         "if (missing > 100) & (failed == 0):",
         (f"{L}one_sided.py",),
     ),
     # Ranks with different bounds are not told.
     Mutant(
-        "kernels/moe_kernels/receive_rows.py",
+        "kernels/moe_kernels/peers/receive_rows.py",
         "if came & (tl.max((theirs != told).to(tl.int32), axis=0) > 0):",
         "if came & (tl.max((theirs != theirs).to(tl.int32), axis=0) > 0):",
         (f"{L}one_sided.py",),
     ),
     # Marks of an earlier forward count as rows that are here.
     Mutant(
-        "kernels/moe_kernels/return_rows.py",
+        "kernels/moe_kernels/peers/return_rows.py",
         "here = seen == epoch",
         "here = seen > 0",
         (f"{L}one_sided.py",),
     ),
     # Backwards of different forwards are not told apart.
     Mutant(
-        "kernels/moe_kernels/peers.py",
+        "kernels/moe_kernels/peers/peers.py",
         "return kind << _KIND_BIT | number & (1 << _KIND_BIT) - 1",
         "return kind << _KIND_BIT",
         (f"{L}one_sided_gradients.py",),
@@ -980,7 +980,7 @@ ONE_SIDED = (
     ),
     # A row's number goes home beside the wrong row.
     Mutant(
-        "kernels/moe_kernels/return_sorted.py",
+        "kernels/moe_kernels/peers/return_sorted.py",
         "tl.store(address.to(scalars_ptr.dtype) + flat % rows_per_home, scalar, mask=item % blocks == 0)",
         "tl.store(address.to(scalars_ptr.dtype) + position % rows_per_home, scalar, mask=item % blocks == 0)",
         (f"{L}one_sided_gradients.py", f"{K}return_sorted.py"),

@@ -1,51 +1,50 @@
 """Triton kernels of a mixture-of-experts layer, each with its PyTorch reference: tensors in, tensors out.
 
-They know slots, lanes and rows; neither which expert a slot holds nor what a rank is. The way of a forward, and its files
-(`X.py`: the op and its reference, `X_triton.py`: its kernels and their launches):
+They know slots, lanes and rows; neither which expert a slot holds nor what a rank is. `X.py` has an op and its reference,
+`X_triton.py` its kernels and their launches, `X_tma.py` those for Hopper. From below:
 
-1. `routing`: logits and a `rule` → weights and expert ids of each token;
-2. `replicas`: ids and a `table` → lanes, by shares of a `circle`; adds to the `load` counter;
-   or, by the counts of *this* batch: `count_experts`, `solve_shares` from the counts of all ranks, `select_by_quota`;
-3. `schedule`: lanes → rows sorted by lane (`scan`), in `tiles`;
-4. `expert_up`: rows and `matrices` → hidden; 5. `expert_down`: hidden → rows; `_tma`: on Hopper; tile sizes: `config`;
-   `_quantised`: of quantised experts (`schemes`, `quantised_weights`), whose rows of x `quantise_rows` may quantise;
-   `_fp8`: of fp8_block on Hopper, by a ring (`fp8_ring`);
-6. `combine`: rows → the output of each token.
+- `base`: how kernels are launched, ops registered (`registered`), tensors checked, keys counted (`scan`);
+- `operands`: what crosses an op's boundary as one argument: `rule`, `table`, `load`, `matrices`, `config`;
+- `routing`: logits → weights and expert ids of each token;
+- `replicas`: ids → lanes, by the table's shares; or by the counts of *this* batch (`count_experts`, `solve_shares`,
+  `select_by_quota`);
+- `tiles`: lanes → rows sorted by lane, in tiles (`schedule`), and how tiles are read and stored;
+- `quantised`: rows and experts in FP8 and 4 bits, and the kernels for them;
+- `gemms`: `expert_up`, rows → hidden; `expert_down`, hidden → rows; `combine`, rows → the output of each token;
+- `gradients`: `expert_rows`, the last three as one op that has a gradient, and the kernels of its backward;
+- `one_token`: all of it for a single token;
+- `peers`: dispatch and combine over the memory of several GPUs.
 
-`expert_rows` is 4 to 6 as one op that has a gradient; its backward: `gradient_tiles`, then `experts_grad_hidden`,
-`experts_grad_x` and `experts_grad_weights` (`_tma`: on Hopper, with `gather_sorted`); tile sizes: `gradient_configs`. That of
-`routing`: `routing_grad`.
-`moe_experts` (in `experts`) is the function for models that keep their weights themselves: no slots, no load, gradients.
-`local_experts` is 2 to 6 as one op, `local_forward` 1 to 6; `one_token` is the latter for one token. Below them are `launch`
-(how a kernel is launched) and `registered` (how an op is registered; `structures`: dataclasses as its arguments).
+`local_experts` is everything behind the routing as one op, `local_forward` all of it; `moe_experts` (in `experts`) is the
+function for models that keep their weights themselves: no slots, no load, gradients.
 """
 
-from moe_kernels.backend import resolve_backend
-from moe_kernels.circle import GOLDEN, SHARE_BITS
-from moe_kernels.combine import combine, combine_torch
-from moe_kernels.config import GemmConfig, gemm_config, gemm_configs, has_tma
-from moe_kernels.count_experts import count_experts, count_experts_torch
-from moe_kernels.expert_down import expert_down, expert_down_torch
-from moe_kernels.expert_rows import expert_rows
-from moe_kernels.expert_up import expert_up, expert_up_torch
+from moe_kernels.base.backend import has_tma, resolve_backend
 from moe_kernels.experts import moe_experts
-from moe_kernels.gradient_configs import GradientConfigs, gradient_configs
-from moe_kernels.load import LoadCounter
+from moe_kernels.gemms.combine import combine, combine_torch
+from moe_kernels.gemms.expert_down import expert_down, expert_down_torch
+from moe_kernels.gemms.expert_up import expert_up, expert_up_torch
+from moe_kernels.gradients.expert_rows import expert_rows
+from moe_kernels.gradients.gradient_configs import GradientConfigs, gradient_configs
 from moe_kernels.local_experts import local_experts, local_experts_torch
 from moe_kernels.local_forward import local_forward, local_forward_torch
-from moe_kernels.matrices import ExpertMatrices
-from moe_kernels.quantise_rows import QuantisedRows, quantise_rows, quantise_rows_torch
-from moe_kernels.quantised_weights import dequantise, pack_nibbles, quantise_weights, unpack_nibbles
-from moe_kernels.replicas import select_replicas, select_replicas_torch
-from moe_kernels.routing import topk_routing, topk_routing_torch
-from moe_kernels.rule import RoutingRule
-from moe_kernels.schedule import build_schedule, build_schedule_torch
-from moe_kernels.schemes import SCHEMES
-from moe_kernels.select_by_quota import select_by_quota, select_by_quota_torch
-from moe_kernels.solve_shares import solve_shares, solve_shares_torch
-from moe_kernels.table import ReplicaTable
-from moe_kernels.tiles import TileSchedule
-from moe_kernels.words import pack_words, unpack_words
+from moe_kernels.operands.config import GemmConfig, gemm_config, gemm_configs
+from moe_kernels.operands.load import LoadCounter
+from moe_kernels.operands.matrices import ExpertMatrices
+from moe_kernels.operands.quantised_weights import dequantise, pack_nibbles, quantise_weights, unpack_nibbles
+from moe_kernels.operands.rule import RoutingRule
+from moe_kernels.operands.schemes import SCHEMES
+from moe_kernels.operands.table import ReplicaTable
+from moe_kernels.operands.words import pack_words, unpack_words
+from moe_kernels.quantised.quantise_rows import QuantisedRows, quantise_rows, quantise_rows_torch
+from moe_kernels.replicas.circle import GOLDEN, SHARE_BITS
+from moe_kernels.replicas.count_experts import count_experts, count_experts_torch
+from moe_kernels.replicas.replicas import select_replicas, select_replicas_torch
+from moe_kernels.replicas.select_by_quota import select_by_quota, select_by_quota_torch
+from moe_kernels.replicas.solve_shares import solve_shares, solve_shares_torch
+from moe_kernels.routing.routing import topk_routing, topk_routing_torch
+from moe_kernels.tiles.schedule import build_schedule, build_schedule_torch
+from moe_kernels.tiles.tiles import TileSchedule
 
 __all__ = [
     "GOLDEN",

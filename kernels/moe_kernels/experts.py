@@ -8,17 +8,17 @@ from __future__ import annotations
 
 import torch
 
-from moe_kernels.backend import resolve_backend
-from moe_kernels.checks import FLOATS, check_tensor
-from moe_kernels.combine import combine
-from moe_kernels.config import gemm_configs, has_tma
-from moe_kernels.count_experts import count_experts
-from moe_kernels.expert_down import expert_down
-from moe_kernels.expert_rows import expert_rows
-from moe_kernels.expert_up import expert_up
-from moe_kernels.gradient_configs import gradient_configs
-from moe_kernels.matrices import ExpertMatrices
-from moe_kernels.schedule import build_schedule
+from moe_kernels.base.backend import has_tma, resolve_backend
+from moe_kernels.base.checks import FLOATS, check_tensor
+from moe_kernels.gemms.combine import combine
+from moe_kernels.gemms.expert_down import expert_down
+from moe_kernels.gemms.expert_up import expert_up
+from moe_kernels.gradients.expert_rows import expert_rows
+from moe_kernels.gradients.gradient_configs import gradient_configs
+from moe_kernels.operands.config import gemm_configs
+from moe_kernels.operands.matrices import ExpertMatrices
+from moe_kernels.replicas.count_experts import count_experts
+from moe_kernels.tiles.schedule import build_schedule
 
 _INTEGERS = (torch.int32, torch.int64)
 

@@ -11,23 +11,23 @@ import functools
 
 import torch
 
-from moe_kernels.backend import resolve_backend
-from moe_kernels.checks import FLOATS, check_tensor
-from moe_kernels.combine import combine_torch, combine_triton
-from moe_kernels.config import gemm_configs, has_tma
-from moe_kernels.expert_down import expert_down_torch
-from moe_kernels.expert_down_triton import expert_down_triton
-from moe_kernels.expert_up import expert_up_torch
-from moe_kernels.expert_up_triton import expert_up_triton
-from moe_kernels.integers import next_power_of_2
-from moe_kernels.load import LoadCounter
-from moe_kernels.matrices import ExpertMatrices
-from moe_kernels.registered import registered_op
-from moe_kernels.replicas import select_replicas_torch
-from moe_kernels.replicas_triton import select_replicas_triton
-from moe_kernels.schedule import build_schedule_torch
-from moe_kernels.schedule_triton import build_schedule_triton
-from moe_kernels.table import ReplicaTable
+from moe_kernels.base.backend import has_tma, resolve_backend
+from moe_kernels.base.checks import FLOATS, check_tensor
+from moe_kernels.base.integers import next_power_of_2
+from moe_kernels.base.registered import registered_op
+from moe_kernels.gemms.combine import combine_torch, combine_triton
+from moe_kernels.gemms.expert_down import expert_down_torch
+from moe_kernels.gemms.expert_down_triton import expert_down_triton
+from moe_kernels.gemms.expert_up import expert_up_torch
+from moe_kernels.gemms.expert_up_triton import expert_up_triton
+from moe_kernels.operands.config import gemm_configs
+from moe_kernels.operands.load import LoadCounter
+from moe_kernels.operands.matrices import ExpertMatrices
+from moe_kernels.operands.table import ReplicaTable
+from moe_kernels.replicas.replicas import select_replicas_torch
+from moe_kernels.replicas.replicas_triton import select_replicas_triton
+from moe_kernels.tiles.schedule import build_schedule_torch
+from moe_kernels.tiles.schedule_triton import build_schedule_triton
 
 
 def local_experts_torch(

@@ -8,17 +8,17 @@ from __future__ import annotations
 
 import torch
 
-from moe_kernels.backend import resolve_backend
-from moe_kernels.checks import FLOATS, check_tensor
-from moe_kernels.load import LoadCounter
+from moe_kernels.base.backend import resolve_backend
+from moe_kernels.base.checks import FLOATS, check_tensor
+from moe_kernels.base.registered import registered_op
 from moe_kernels.local_experts import check_local, local_experts_torch, local_experts_triton
-from moe_kernels.matrices import ExpertMatrices
-from moe_kernels.one_token import one_token_triton
-from moe_kernels.registered import registered_op
-from moe_kernels.routing import check_routing, topk_routing_torch
-from moe_kernels.routing_triton import topk_routing_triton
-from moe_kernels.rule import RoutingRule
-from moe_kernels.table import ReplicaTable
+from moe_kernels.one_token.one_token import one_token_triton
+from moe_kernels.operands.load import LoadCounter
+from moe_kernels.operands.matrices import ExpertMatrices
+from moe_kernels.operands.rule import RoutingRule
+from moe_kernels.operands.table import ReplicaTable
+from moe_kernels.routing.routing import check_routing, topk_routing_torch
+from moe_kernels.routing.routing_triton import topk_routing_triton
 
 
 def local_forward_torch(

@@ -11,7 +11,7 @@ from typing import Any, Protocol
 import torch
 
 from moe_kernels import TileSchedule
-from moe_kernels.homes import RowHomes
+from moe_kernels.tiles.homes import RowHomes
 
 
 @dataclass(frozen=True)

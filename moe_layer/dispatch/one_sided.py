@@ -13,15 +13,15 @@ import torch.distributed as dist
 
 from eplb.peer_memory import PeerMemory, connect_peers, over_group
 from moe_kernels import TileSchedule, build_schedule
-from moe_kernels.combine_home import combine_home
-from moe_kernels.expand_rows import expand_rows
-from moe_kernels.gather_counts import gather_counts
-from moe_kernels.homes import RowHomes
-from moe_kernels.peers import NO_RANK, PeerArea, PeerLayout
-from moe_kernels.receive_rows import receive_rows
-from moe_kernels.return_rows import return_rows, return_sums
-from moe_kernels.send_few_rows import FEW_ROWS, send_few_rows
-from moe_kernels.send_rows import ANY_BLOCK_M, send_rows
+from moe_kernels.peers.combine_home import combine_home
+from moe_kernels.peers.expand_rows import expand_rows
+from moe_kernels.peers.gather_counts import gather_counts
+from moe_kernels.peers.peers import NO_RANK, PeerArea, PeerLayout
+from moe_kernels.peers.receive_rows import receive_rows
+from moe_kernels.peers.return_rows import return_rows, return_sums
+from moe_kernels.peers.send_few_rows import FEW_ROWS, send_few_rows
+from moe_kernels.peers.send_rows import ANY_BLOCK_M, send_rows
+from moe_kernels.tiles.homes import RowHomes
 from moe_layer.arguments import check_choice
 from moe_layer.dispatch.all_to_all import AllToAllDispatcher
 from moe_layer.dispatch.base import Dispatched, Dispatcher
@@ -119,8 +119,8 @@ class OneSidedDispatcher:
             num_lanes, num_experts, max_tokens, hidden_size, top_k, dtype: S, E, the largest B, K, H; equal on all ranks.
             device: of this rank's buffer.
             payload: "exact", or "fp8": hidden states travel as e4m3 with a float32 scale for each 128 channels, which is half
-                the bytes; for the error see `moe_kernels.expand_rows`. It is the same wherever a row goes, so the output does
-                not depend on the placement. From Ada and Hopper on. Forwards that need a gradient go by `all_to_all` then.
+                the bytes; for the error see `moe_kernels.peers.expand_rows`. It is the same wherever a row goes, so the output
+                does not depend on the placement. From Ada and Hopper on. Forwards that need a gradient go by `all_to_all` then.
             source: of the peer memory, see `eplb.peer_memory.connect_peers`.
 
         Raises:

@@ -12,13 +12,22 @@ import torch
 from torch.autograd import Variable
 
 from moe_kernels import TileSchedule, build_schedule
-from moe_kernels.combine_home import combine_home
-from moe_kernels.gather_sorted import gather_sorted
-from moe_kernels.meet_peers import meet_peers
-from moe_kernels.peers import DIFFERENTIABLE, FORWARD, GRADIENTS, HOMEWARD, NO_RANK, PeerArea, exchange_word, kind_of
-from moe_kernels.receive_rows import receive_rows
-from moe_kernels.return_sorted import return_sorted
-from moe_kernels.send_rows import ANY_BLOCK_M, send_rows
+from moe_kernels.gradients.gather_sorted import gather_sorted
+from moe_kernels.peers.combine_home import combine_home
+from moe_kernels.peers.meet_peers import meet_peers
+from moe_kernels.peers.peers import (
+    DIFFERENTIABLE,
+    FORWARD,
+    GRADIENTS,
+    HOMEWARD,
+    NO_RANK,
+    PeerArea,
+    exchange_word,
+    kind_of,
+)
+from moe_kernels.peers.receive_rows import receive_rows
+from moe_kernels.peers.return_sorted import return_sorted
+from moe_kernels.peers.send_rows import ANY_BLOCK_M, send_rows
 from moe_layer.dispatch.base import Dispatched
 from moe_layer.dispatch.gradients import check_gradients
 
@@ -30,7 +39,7 @@ class GradientRoute:
     Attributes:
         lanes_TK, counts_L: as in `Dispatcher.dispatch`.
         bound: B.
-        order_R: int32, the flat row (see `moe_kernels.peers`) that each row is: by lane, then by rank, then by place there.
+        order_R: int32, the flat row (see `moe_kernels.peers.peers`) that each row is: by lane, then rank, then place there.
         number: of the exchange in which they came, equal on all ranks.
     """
 

@@ -12,7 +12,7 @@ from eplb.planning.shares import cumulative_shares
 from eplb.relocation.resident import ResidentExperts
 from eplb.relocation.versions import Version
 from moe_kernels import ReplicaTable, count_experts, select_by_quota, solve_shares
-from moe_kernels.solve_shares import MOST_COST, MOST_EXPERTS, MOST_RANKS
+from moe_kernels.replicas.solve_shares import MOST_COST, MOST_EXPERTS, MOST_RANKS
 from moe_layer.arguments import check_choice, check_integer
 from moe_layer.dispatch.base import Dispatcher, Incoming
 from moe_layer.weights.experts import Experts

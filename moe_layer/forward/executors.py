@@ -21,8 +21,8 @@ from moe_kernels import (
     local_forward,
     select_replicas,
 )
-from moe_kernels.expert_down import expert_down_home
-from moe_kernels.main_grads import has_main_grads
+from moe_kernels.gemms.expert_down import expert_down_home
+from moe_kernels.gradients.main_grads import has_main_grads
 from moe_layer.dispatch import Dispatched, Dispatcher
 from moe_layer.dispatch.base import Incoming
 from moe_layer.forward.batch_shares import BatchShares

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from moe_kernels.activation import ACTIVATIONS, gated, ungated
+from moe_kernels.operands.activation import ACTIVATIONS, gated, ungated
 from moe_layer.weights.expert_format import Activation
 
 # Both signs, near 0, around usual limits (7, 10), and so far out that any clamp shows.

@@ -9,7 +9,7 @@ from dataclasses import dataclass, replace
 import torch
 from torch import nn
 
-from moe_kernels.checks import FLOATS
+from moe_kernels.base.checks import FLOATS
 from moe_layer.hf.activation import find_activation
 from moe_layer.hf.layout import Layout
 from moe_layer.weights.expert_format import Activation, ExpertFormat, expert_format

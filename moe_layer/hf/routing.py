@@ -19,7 +19,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from moe_kernels import topk_routing_torch
-from moe_kernels.rule import GROUP_SCORES, SCORE_FUNCTIONS
+from moe_kernels.operands.rule import GROUP_SCORES, SCORE_FUNCTIONS
 from moe_layer.router import RouterRule
 
 _SHIFTS = (0.0, -5.0, -14.0, 5.0)  # of all logits: tiny sums show what is added to them

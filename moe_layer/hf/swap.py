@@ -14,7 +14,7 @@ from eplb.groups import check_member
 from eplb.planning.placement_file import SavedLayer
 from eplb.relocation.pool import SlotPool
 from moe_kernels import resolve_backend
-from moe_kernels.checks import FLOATS
+from moe_kernels.base.checks import FLOATS
 from moe_layer.arguments import check_choice, check_integer, physical_per_rank
 from moe_layer.dispatch import Dispatcher
 from moe_layer.hf.absence import check_generate, uncheck_generate

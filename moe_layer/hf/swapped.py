@@ -13,7 +13,7 @@ import torch.distributed as dist
 from torch import nn
 
 from eplb.relocation.resident import ResidentExperts
-from moe_kernels.checks import FLOATS
+from moe_kernels.base.checks import FLOATS
 from moe_layer.arguments import check_per_token
 from moe_layer.collectives import backend_of, is_absence
 from moe_layer.forward.executors import Executor

@@ -11,7 +11,7 @@ from torch import nn
 from eplb.planning.placement import Placement
 from eplb.relocation.resident import ResidentExperts
 from moe_kernels import ExpertMatrices
-from moe_kernels.main_grads import has_main_grads
+from moe_kernels.gradients.main_grads import has_main_grads
 from moe_layer.collectives import all_gather_rows
 from moe_layer.trainable.copies import Copies
 from moe_layer.trainable.ddp import refuse_sharding

@@ -8,7 +8,7 @@ import torch.distributed as dist
 
 from eplb.groups import check_member
 from moe_kernels import count_experts
-from moe_kernels.checks import FLOATS
+from moe_kernels.base.checks import FLOATS
 from moe_layer.arguments import as_rows, check_choice
 from moe_layer.collectives import all_gather_rows
 

@@ -13,7 +13,7 @@ import torch
 
 from eplb.relocation.pool import TensorSpec
 from moe_kernels import ExpertMatrices
-from moe_kernels.activation import ACTIVATIONS, parse_activation
+from moe_kernels.operands.activation import ACTIVATIONS, parse_activation
 from moe_layer.arguments import check_choice, resolve_dtype
 from moe_layer.weights.quantisation import SCALE, ZERO, Quantisation
 
@@ -57,7 +57,7 @@ class Activation:
 
     @property
     def for_kernels(self) -> str:
-        """As `moe_kernels.activation.parse_activation` reads it."""
+        """As `moe_kernels.operands.activation.parse_activation` reads it."""
         if not self.gated:
             return f"{self.name} ungated"
         numbers = {"limit": (self.limit or 0.0, 0.0), "alpha": (self.alpha, 1.0), "up_offset": (self.up_offset, 0.0)}

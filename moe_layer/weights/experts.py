@@ -13,7 +13,7 @@ from torch import nn
 
 from eplb.relocation.resident import ResidentExperts
 from moe_kernels import GOLDEN, SHARE_BITS, ExpertMatrices, LoadCounter, ReplicaTable, has_tma, resolve_backend
-from moe_kernels.checks import FLOATS
+from moe_kernels.base.checks import FLOATS
 from moe_layer.arguments import resolve_device
 from moe_layer.weights.expert_format import ExpertFormat
 from moe_layer.weights.owned import OwnedExperts

@@ -14,7 +14,7 @@ from bench.report import Report
 from bench.timing import Timing
 from bench.tune import candidates, quantised_candidates
 from moe_kernels import GemmConfig, expert_up, gemm_configs
-from moe_kernels.gradient_configs import _TABLE_32_BIT, _TABLE_HOPPER, _TABLE_TMA
+from moe_kernels.gradients.gradient_configs import _TABLE_32_BIT, _TABLE_HOPPER, _TABLE_TMA
 
 
 @pytest.mark.parametrize("case", [case for case in CASES if case.num_tokens > 1], ids=lambda case: case.name)

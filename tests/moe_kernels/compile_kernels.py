@@ -20,70 +20,35 @@ from moe_kernels import (  # noqa: F401
     GemmConfig,
     GradientConfigs,
     RoutingRule,
+    gemm_config,
+    local_forward,
+)
+from moe_kernels.base.scan import MANY_KEYS, chunk_options, scan_options
+from moe_kernels.gradients.experts_grad_weights_tma import most_registers, num_parts
+from moe_kernels.gradients.gradient_configs import _TABLE_16_BIT, _TABLE_32_BIT, _TABLE_HOPPER
+from moe_kernels.gradients.gradient_configs import _TABLE_TMA as _GRADIENTS_TMA
+from moe_kernels.operands.config import _FP8_RING, _INTERMEDIATE, _KEPT_TMA, _TABLE_TMA, _quantised_table
+from moe_kernels.peers import (  # noqa: F401
     combine_home,
     expand_rows,
     gather_counts,
-    gemm_config,
-    local_forward,
     meet_peers,
     receive_rows,
     return_rows,
     return_sorted,
-    routing_triton,
     send_few_rows,
     send_rows,
 )
-from moe_kernels.config import _FP8_RING, _INTERMEDIATE, _KEPT_TMA, _TABLE_TMA, _quantised_table
-from moe_kernels.experts_grad_weights_tma import most_registers, num_parts
-from moe_kernels.four_bit import MOST_HALVED
-from moe_kernels.fp8_ring import ROW_LAYOUT, WEIGHT_LAYOUT
-from moe_kernels.gradient_configs import _TABLE_16_BIT, _TABLE_32_BIT, _TABLE_HOPPER
-from moe_kernels.gradient_configs import _TABLE_TMA as _GRADIENTS_TMA
-from moe_kernels.scan import MANY_KEYS, chunk_options, scan_options
+from moe_kernels.quantised.four_bit import MOST_HALVED
+from moe_kernels.quantised.fp8_ring import ROW_LAYOUT, WEIGHT_LAYOUT
+from moe_kernels.routing import (
+    routing_triton,
+)
 
 MODULES = {
-    name: sys.modules[f"moe_kernels.{name}"]
-    for name in (
-        "combine",
-        "combine_home",
-        "count_experts",
-        "expand_rows",
-        "expert_down_four_bit",
-        "expert_down_fp8",
-        "expert_down_quantised",
-        "expert_down_tma",
-        "expert_down_triton",
-        "expert_up_four_bit",
-        "expert_up_fp8",
-        "expert_up_quantised",
-        "expert_up_tma",
-        "expert_up_triton",
-        "experts_grad_hidden",
-        "experts_grad_weights",
-        "experts_grad_weights_tma",
-        "experts_grad_x",
-        "experts_grad_x_tma",
-        "gather_counts",
-        "gather_sorted",
-        "gradient_tiles",
-        "meet_peers",
-        "one_token_four_bit",
-        "one_token_fp8",
-        "one_token_triton",
-        "quantise_rows",
-        "receive_rows",
-        "replicas_triton",
-        "return_rows",
-        "return_sorted",
-        "routing_grad",
-        "routing_triton",
-        "scan",
-        "schedule_triton",
-        "send_few_rows",
-        "send_rows",
-        "solve_shares_pairs",
-        "solve_shares_rows",
-    )
+    name.rpartition(".")[2]: module
+    for name, module in sys.modules.items()
+    if name.startswith("moe_kernels.") and not hasattr(module, "__path__")
 }
 ALIGNED = ("stride_row", "stride_slot", "hidden_size", "intermediate", "num_experts", "rows_at")
 ALIGNED += ("stride_scale", "stride_zero", "inner", "height", "width", "stride_left", "stride_right")

@@ -1,8 +1,10 @@
 import pytest
 import torch
 
-from moe_kernels import backend
-from moe_kernels.backend import resolve_backend
+from moe_kernels.base import (
+    backend,
+)
+from moe_kernels.base.backend import resolve_backend
 
 
 @pytest.mark.parametrize(

@@ -19,8 +19,8 @@ from moe_kernels import (
     solve_shares,
     solve_shares_torch,
 )
-from moe_kernels.circle import SHARE_ONE
-from moe_kernels.scan import MANY_KEYS
+from moe_kernels.base.scan import MANY_KEYS
+from moe_kernels.replicas.circle import SHARE_ONE
 
 
 def int32(values, device="cpu"):

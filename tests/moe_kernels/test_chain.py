@@ -19,9 +19,11 @@ from moe_kernels import (
     expert_up,
     gemm_config,
     gradient_configs,
-    scan,
     select_replicas,
     topk_routing,
+)
+from moe_kernels.base import (
+    scan,
 )
 
 TOKENS, EXPERTS, TOP_K, HIDDEN, INTERMEDIATE = 11, 5, 2, 24, 20

@@ -2,7 +2,7 @@ import pytest
 import torch
 
 from moe_kernels import combine, combine_torch
-from moe_kernels.combine import _combine
+from moe_kernels.gemms.combine import _combine
 
 
 def case(tokens, top_k, hidden_size, device, dtype=torch.float32):

@@ -22,8 +22,8 @@ from moe_kernels import (
     gradient_configs,
     has_tma,
 )
-from moe_kernels.expert_rows import _expert_rows
-from moe_kernels.gradient_tiles import cut_tiles
+from moe_kernels.gradients.expert_rows import _expert_rows
+from moe_kernels.gradients.gradient_tiles import cut_tiles
 from tests.moe_kernels.test_formats import FORMATS, dense, formatted
 from tests.moe_kernels.test_grouped_gemm import SHAPES
 from tests.moe_kernels.test_variants import MERGED, NARROW, WIDE

@@ -20,7 +20,7 @@ from moe_kernels import (
     local_forward,
     topk_routing_torch,
 )
-from moe_kernels.activation import gated, parse_activation, ungated
+from moe_kernels.operands.activation import gated, parse_activation, ungated
 from tests.moe_kernels.conftest import in_slots
 from tests.moe_kernels.test_variants import VARIANTS
 

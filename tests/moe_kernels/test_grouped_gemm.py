@@ -8,9 +8,9 @@ import torch
 import torch.nn.functional as F
 
 from moe_kernels import ExpertMatrices, build_schedule, expert_down, expert_up, gemm_config
-from moe_kernels.expert_down import _expert_down
-from moe_kernels.expert_up import _expert_up
-from moe_kernels.row_blocks import padded_matrix
+from moe_kernels.gemms.expert_down import _expert_down
+from moe_kernels.gemms.expert_up import _expert_up
+from moe_kernels.tiles.row_blocks import padded_matrix
 from tests.moe_kernels.conftest import counts_of
 
 ACTIVATION = {"silu": F.silu, "gelu": F.gelu}

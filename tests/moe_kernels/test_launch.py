@@ -9,8 +9,13 @@ from triton.compiler import CompiledKernel
 from triton.runtime.jit import JITFunction, create_function_from_signature
 from triton.tools.tensor_descriptor import TensorDescriptor
 
-from moe_kernels import combine, launch
-from moe_kernels.launch import Launcher, PreparedLaunch, has_pdl
+from moe_kernels import (
+    combine,
+)
+from moe_kernels.base import (
+    launch,
+)
+from moe_kernels.base.launch import Launcher, PreparedLaunch, has_pdl
 
 
 @pytest.mark.parametrize(("capability", "expected"), [((8, 9), False), ((9, 0), True), ((12, 0), True)])

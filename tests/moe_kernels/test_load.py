@@ -10,9 +10,11 @@ from moe_kernels import (
     RoutingRule,
     local_experts,
     local_forward,
-    replicas,
     select_replicas,
     select_replicas_torch,
+)
+from moe_kernels.replicas import (
+    replicas,
 )
 
 EXPERTS, HIDDEN = 3, 16

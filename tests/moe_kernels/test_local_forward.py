@@ -143,8 +143,8 @@ def test_bits_are_those_of_the_separate_ops(make_experts, backend, num_tokens, t
 @pytest.mark.parametrize("backend", ["torch", "triton"])
 @pytest.mark.parametrize("sizes", [(128, 24), (130, 72), (60, 192), (16, 600)])
 def test_several_blocks(make_experts, assert_close, monkeypatch, backend, sizes):
-    monkeypatch.setattr("moe_kernels.one_token._block", lambda size: 64)
-    monkeypatch.setattr("moe_kernels.one_token._ELEMENTS", 64)
+    monkeypatch.setattr("moe_kernels.one_token.one_token._block", lambda size: 64)
+    monkeypatch.setattr("moe_kernels.one_token.one_token._ELEMENTS", 64)
     given_arguments = arguments(make_experts, 3, 2, *sizes, torch.bfloat16)
     expected, _ = separate(in_float32(given_arguments))
     assert_close(local_forward(**given_arguments, backend=backend), expected, scale=4)

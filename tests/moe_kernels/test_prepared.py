@@ -12,7 +12,19 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from moe_kernels import backend, build_schedule, expert_down, expert_up, launch, local_forward, one_token
+from moe_kernels import (
+    build_schedule,
+    expert_down,
+    expert_up,
+    local_forward,
+)
+from moe_kernels.base import (
+    backend,
+    launch,
+)
+from moe_kernels.one_token import (
+    one_token,
+)
 from tests.moe_kernels import test_chain, test_local_forward, test_variants
 
 

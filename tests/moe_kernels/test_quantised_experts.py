@@ -18,24 +18,28 @@ from moe_kernels import (
     combine,
     dequantise,
     expert_down,
-    expert_down_four_bit,
     expert_rows,
     expert_up,
-    expert_up_four_bit,
     gemm_configs,
     gradient_configs,
     has_tma,
     local_experts,
     local_forward,
     moe_experts,
-    one_token,
     pack_words,
     quantise_rows,
     quantise_weights,
 )
-from moe_kernels.expert_down import _expert_down, expert_down_home
-from moe_kernels.expert_up import _expert_up
-from moe_kernels.homes import RowHomes
+from moe_kernels.gemms.expert_down import _expert_down, expert_down_home
+from moe_kernels.gemms.expert_up import _expert_up
+from moe_kernels.one_token import (
+    one_token,
+)
+from moe_kernels.quantised import (
+    expert_down_four_bit,
+    expert_up_four_bit,
+)
+from moe_kernels.tiles.homes import RowHomes
 from tests.moe_kernels.conftest import in_slots
 from tests.moe_kernels.test_formats import GPT_OSS, exact
 

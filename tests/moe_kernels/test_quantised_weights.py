@@ -14,7 +14,7 @@ from moe_kernels import (
     unpack_nibbles,
     unpack_words,
 )
-from moe_kernels.quantised_weights import exponents
+from moe_kernels.operands.quantised_weights import exponents
 
 
 def test_nibbles_by_hand(device):

@@ -10,9 +10,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from moe_kernels import GOLDEN, SHARE_BITS, LoadCounter, ReplicaTable, select_replicas
-from moe_kernels.circle import ranks_below
-from moe_kernels.replicas import _select_replicas
-from moe_kernels.scan import MANY_KEYS
+from moe_kernels.base.scan import MANY_KEYS
+from moe_kernels.replicas.circle import ranks_below
+from moe_kernels.replicas.replicas import _select_replicas
 from tests.moe_kernels.conftest import few_if_interpreted
 
 ONE = 1 << SHARE_BITS

@@ -5,8 +5,8 @@ from __future__ import annotations
 import pytest
 import torch
 
-from moe_kernels.peers import ARRIVED, HOMEWARD, NO_RANK, PeerArea, PeerLayout, exchange_word
-from moe_kernels.return_sorted import return_sorted
+from moe_kernels.peers.peers import ARRIVED, HOMEWARD, NO_RANK, PeerArea, PeerLayout, exchange_word
+from moe_kernels.peers.return_sorted import return_sorted
 
 TOP_K, BOUND, LANES = 2, 5, 3
 TOLD = exchange_word(HOMEWARD, 7)

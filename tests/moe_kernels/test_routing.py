@@ -2,7 +2,7 @@ import pytest
 import torch
 
 from moe_kernels import RoutingRule, topk_routing, topk_routing_torch
-from moe_kernels.routing import _topk_routing
+from moe_kernels.routing.routing import _topk_routing
 
 
 def logits_of(tokens, experts, device, dtype=torch.float32, seed=0):

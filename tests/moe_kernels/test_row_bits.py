@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 
 from moe_kernels import build_schedule, expert_rows, expert_up, gemm_config, gradient_configs
-from moe_kernels.row_blocks import ROWS, elementwise
+from moe_kernels.tiles.row_blocks import ROWS, elementwise
 from tests.moe_kernels.conftest import Experts, in_slots
 
 BACKENDS = ["torch", "triton"]

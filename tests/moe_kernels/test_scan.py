@@ -3,7 +3,7 @@ import torch
 import triton
 import triton.language as tl
 
-from moe_kernels.scan import (
+from moe_kernels.base.scan import (
     MANY_KEYS,
     chunk_options,
     count_chunks,

@@ -6,10 +6,10 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from moe_kernels import GemmConfig, TileSchedule, build_schedule
-from moe_kernels.scan import MANY_KEYS, chunk_options, count_chunks
-from moe_kernels.schedule import _build_schedule
-from moe_kernels.schedule_triton import _build_schedule_kernel, _place_rows_kernel
-from moe_kernels.tiles import max_tiles
+from moe_kernels.base.scan import MANY_KEYS, chunk_options, count_chunks
+from moe_kernels.tiles.schedule import _build_schedule
+from moe_kernels.tiles.schedule_triton import _build_schedule_kernel, _place_rows_kernel
+from moe_kernels.tiles.tiles import max_tiles
 from tests.moe_kernels.conftest import counts_of, few_if_interpreted
 
 FIELDS = ("order_N", "offsets_L1", "tile_lane", "tile_start", "tile_end", "num_tiles")

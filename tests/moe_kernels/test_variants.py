@@ -17,10 +17,10 @@ from moe_kernels import (
     gemm_configs,
     has_tma,
 )
-from moe_kernels.combine import combine_triton
-from moe_kernels.config import _TABLE_TMA
-from moe_kernels.expert_down_triton import expert_down_triton
-from moe_kernels.schedule_triton import build_schedule_triton
+from moe_kernels.gemms.combine import combine_triton
+from moe_kernels.gemms.expert_down_triton import expert_down_triton
+from moe_kernels.operands.config import _TABLE_TMA
+from moe_kernels.tiles.schedule_triton import build_schedule_triton
 
 pytestmark = pytest.mark.skipif(
     torch.cuda.is_available() and not has_tma(torch.device("cuda")), reason="needs a GPU with has_tma(), or none"

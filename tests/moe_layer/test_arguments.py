@@ -75,7 +75,7 @@ def test_constructor_names_argument_value_and_rule(case, device):
 
 
 def test_triton_on_a_cpu_without_its_interpreter(monkeypatch):
-    monkeypatch.setattr("moe_kernels.backend.INTERPRETED", False)
+    monkeypatch.setattr("moe_kernels.base.backend.INTERPRETED", False)
     with pytest.raises(ValueError, match='backend="triton" can\'t run on device type "cpu"'):
         MoELayer(**SIZES, backend="triton", device="cpu")
 

@@ -10,7 +10,9 @@ from torch import nn
 
 pytest.importorskip("transformers")
 
-from moe_kernels import routing
+from moe_kernels.routing import (
+    routing,
+)
 from moe_layer import RouterRule
 from moe_layer.hf import swap_experts, unswap_experts
 from moe_layer.hf.routing import NotFusedError, find_routing

@@ -1,0 +1,1 @@
+"""The grouped GEMMs with their activation, and the sum over experts."""

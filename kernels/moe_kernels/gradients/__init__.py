@@ -1,0 +1,1 @@
+"""Backward of the experts."""

@@ -1,0 +1,1 @@
+"""What crosses an op's boundary as one argument, and what such an argument is made of."""

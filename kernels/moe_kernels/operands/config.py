@@ -1,0 +1,281 @@
+"""Steps 3 to 5 of a forward: tile sizes of the grouped GEMMs, a table keyed by what is equal on all ranks."""
+
+from __future__ import annotations
+
+import bisect
+from dataclasses import dataclass, replace
+
+import torch
+
+from moe_kernels.base.integers import next_power_of_2
+from moe_kernels.operands.schemes import check_scheme
+
+
+@dataclass(frozen=True)
+class GemmConfig:
+    """One tile of a grouped GEMM and how it is run.
+
+    On one machine only `tma` and `block_k` can decide bits; `tests/moe_kernels/test_variants.py` holds the rest to it.
+
+    Attributes:
+        block_m: rows of a tile; a power of two, at least 16. The tile schedule must have been built with it.
+        block_n: columns of the product per tile; a power of two, at least 32. `expert_up` computes block_n / 2
+            columns of the gate and block_n / 2 of the up projection.
+        block_k: how much of the inner dimension is multiplied at once; a power of two, at least 16.
+        num_warps: warps per program.
+        num_stages: depth of the software pipeline of loads; does not change any bit of the result.
+        group_m: tiles that share a column block before the next column block begins (reuse of weights in L2).
+        tma: whether the weights come through the tensor memory accelerator (on Hopper: 16-bit dtypes with H and I
+            divisible by 8, fp8_block by 16). The others below are only for these kernels.
+        swap: weights on the M side of the product, for few rows: the tensor core takes 64 rows there and 16 on the N side.
+        tail_m: tiles of at most so many rows are computed as ones of `tail_m` rows; 0, or a power of two, at least 64.
+        extra_m: an expert's last rows, if at most so many, are computed together with the `block_m` before them, by the
+            same load of the weights; 0, or a power of two, at least 64. The tile schedule must have been built with it.
+        programs_per_sm: `expert_down` only: so many persistent programs per multiprocessor; 0 is one program per tile.
+        keep: write the output so that L2 rather lets other things go, weights that stream by above all.
+        quantised: for experts of a scheme other than "plain", which may `swap`. With `tma`, on Hopper: of fp8_block the kernels
+            of `fp8_ring.py`, whose tiles are 128 x 256 x 128, with `num_stages` in the ring; of 4-bit weights those of
+            `expert_up_four_bit.py`, which always have `swap`, and may have `tail_m`.
+    """
+
+    block_m: int
+    block_n: int
+    block_k: int
+    num_warps: int
+    num_stages: int
+    group_m: int = 8
+    tma: bool = False
+    swap: bool = False
+    tail_m: int = 0
+    programs_per_sm: int = 0
+    extra_m: int = 0
+    keep: bool = False
+    quantised: bool = False
+
+    @property
+    def sorts_rows(self) -> bool:
+        """Whether `expert_down` should store rows where they are sorted (`TileSchedule.places_N`), by TMA, which keeps nothing:
+        measured with one program per multiprocessor only."""
+        return self.tma and self.programs_per_sm == 1 and not self.quantised and not self.keep
+
+    def __post_init__(self) -> None:
+        for name, least in (("block_m", 16), ("block_n", 32), ("block_k", 16), ("num_warps", 1)):
+            value = getattr(self, name)
+            if value < least or value & (value - 1):
+                raise ValueError(f"{name}={value}: must be a power of two and at least {least}")
+        for name, least in (("num_stages", 1), ("group_m", 1), ("programs_per_sm", 0)):
+            if getattr(self, name) < least:
+                raise ValueError(f"{name}={getattr(self, name)}: must be at least {least}")
+        others = self.tail_m or self.programs_per_sm or self.extra_m or self.keep
+        if self.quantised and self.tma and self.swap and (self.extra_m or self.programs_per_sm):
+            raise ValueError(f"{self}: quantised with tma and swap needs extra_m=0 and programs_per_sm=0")
+        if self.quantised and self.tma and not self.swap:
+            if (self.block_m, self.block_n, self.block_k, self.num_warps) != (128, 256, 128, 4):
+                raise ValueError(f"{self}: quantised with tma needs tiles of 128 x 256 x 128 and num_warps=4")
+            if others:
+                raise ValueError(
+                    f"{self}: tail_m, programs_per_sm, extra_m and keep are not for quantised with tma but no swap"
+                )
+        if not self.tma and (others or (self.swap and not self.quantised)):
+            raise ValueError(
+                f"{self}: swap, tail_m, programs_per_sm, extra_m and keep need tma=True; swap, or quantised=True"
+            )
+        for name in ("tail_m", "extra_m"):
+            value = getattr(self, name)
+            # Fewer rows would be multiplied by mma.sync, whose bits are not those of wgmma.
+            if value and (value < 64 or value & (value - 1)):
+                raise ValueError(f"{name}={value}: must be 0, or a power of two and at least 64")
+            if value >= self.block_m:
+                raise ValueError(f"{name}={value}: must be less than block_m={self.block_m}")
+            if value and ((self.swap and not self.quantised) or self.programs_per_sm):
+                raise ValueError(f"{name}={value}: not together with swap or programs_per_sm")
+        # Swapped, rows of weights are 64 at least (gate and up rows each, where they are multiplied apart), or they would be
+        # multiplied by mma.sync; a box holds 256.
+        least = 32 if not self.swap else 64 if self.quantised else 128
+        if self.tma and not least <= self.block_n <= 256:
+            raise ValueError(f"block_n={self.block_n}: must be in [{least}, 256] with tma=True")
+
+
+_ANY = 1 << 62  # more than there can be
+# (most rows per expert, config). Shared memory of a tile: (block_m + block_n) * block_k * itemsize * num_stages bytes (the
+# epilogue reuses it), which fit the 99 KiB that a block may use on Ada and consumer Ampere, the least of what is supported
+# (A100 163, H100 227; CUDA C++ Programming Guide, "Compute Capabilities").
+_TABLE_16_BIT: tuple[tuple[int, GemmConfig], ...] = (
+    (16, GemmConfig(block_m=16, block_n=128, block_k=64, num_warps=4, num_stages=4)),
+    (32, GemmConfig(block_m=32, block_n=128, block_k=64, num_warps=4, num_stages=4)),
+    (64, GemmConfig(block_m=64, block_n=128, block_k=64, num_warps=4, num_stages=4)),
+    (_ANY, GemmConfig(block_m=128, block_n=128, block_k=64, num_warps=8, num_stages=3)),
+)
+_TABLE_32_BIT: tuple[tuple[int, GemmConfig], ...] = (
+    (16, GemmConfig(block_m=16, block_n=64, block_k=32, num_warps=4, num_stages=3)),
+    (_ANY, GemmConfig(block_m=32, block_n=64, block_k=32, num_warps=4, num_stages=3)),
+)
+
+# Quantised, (most rows per expert, expert_up, expert_down): start values, not measured yet. fp8_block: `expert_up` has a whole
+# group of 128 hidden channels in a program, whose largest decides their scale.
+_FP8_UP = GemmConfig(block_m=16, block_n=256, block_k=128, num_warps=4, num_stages=2, quantised=True)
+_FP8_DOWN = GemmConfig(block_m=16, block_n=128, block_k=128, num_warps=4, num_stages=4, quantised=True)
+_FOUR_BIT = GemmConfig(block_m=16, block_n=128, block_k=128, num_warps=4, num_stages=3, quantised=True)
+_QuantisedTable = tuple[tuple[int, GemmConfig, GemmConfig], ...]
+_TABLE_FP8: _QuantisedTable = (
+    (16, _FP8_UP, _FP8_DOWN),
+    (32, replace(_FP8_UP, block_m=32), replace(_FP8_DOWN, block_m=32)),
+    (_ANY, replace(_FP8_UP, block_m=64, num_warps=8), replace(_FP8_DOWN, block_m=64, num_stages=3)),
+)
+_TABLE_4_BIT: _QuantisedTable = (
+    (16, _FOUR_BIT, _FOUR_BIT),
+    (32, replace(_FOUR_BIT, block_m=32), replace(_FOUR_BIT, block_m=32)),
+    (_ANY, *2 * (replace(_FOUR_BIT, block_m=64, block_k=64, num_warps=8),)),
+)
+_TABLE_4_BIT_OF_32: _QuantisedTable = (
+    (_ANY, *2 * (GemmConfig(block_m=16, block_n=64, block_k=32, num_warps=4, num_stages=3, quantised=True),)),
+)
+# On Hopper, with weights on the M side for few rows; from more on by a ring (`fp8_ring.py`), if TMA can read the weights.
+_FP8_RING = GemmConfig(block_m=128, block_n=256, block_k=128, num_warps=4, num_stages=4, tma=True, quantised=True)
+_FEW_FP8: _QuantisedTable = (
+    (8, replace(_FP8_UP, num_stages=3, swap=True), replace(_FP8_DOWN, swap=True)),
+    (16, replace(_FP8_UP, block_m=32, num_stages=3, swap=True), replace(_FP8_DOWN, block_m=32, swap=True)),
+)
+_TABLE_FP8_RING: _QuantisedTable = (*_FEW_FP8, (_ANY, _FP8_RING, _FP8_RING))
+_TABLE_FP8_HOPPER: _QuantisedTable = (
+    *_FEW_FP8,
+    (32, *_FEW_FP8[-1][1:]),
+    (64, replace(_FP8_UP, block_m=64, num_warps=8, num_stages=3), replace(_FP8_DOWN, block_m=64)),
+    (_ANY, replace(_FP8_UP, block_m=128, num_warps=8, num_stages=3), replace(_FP8_DOWN, block_m=128, num_warps=8)),
+)
+# The best of about ten tiles for each size, of gptoss-mxfp4 and qwen3-int4 on an H200. `expert_up` had gate and up rows in two
+# products then.
+_FOUR_BIT_TMA = GemmConfig(
+    block_m=16, block_n=128, block_k=128, num_warps=4, num_stages=3, tma=True, swap=True, quantised=True
+)
+_FOUR_BIT_WIDE = replace(_FOUR_BIT_TMA, block_m=128, block_n=256, num_warps=8, group_m=4, tail_m=64)
+_TABLE_4_BIT_HOPPER: _QuantisedTable = (
+    (8, replace(_FOUR_BIT_TMA, block_n=256, num_warps=8, num_stages=4), replace(_FOUR_BIT_TMA, block_k=256)),
+    (32, *2 * (replace(_FOUR_BIT_TMA, block_m=32, block_n=256),)),
+    (128, replace(_FOUR_BIT_TMA, block_m=64, block_n=256, num_warps=8), replace(_FOUR_BIT_TMA, block_m=64)),
+    (_ANY, _FOUR_BIT_WIDE, _FOUR_BIT_WIDE),
+)
+
+# With TMA, tuned on an H200 (`python -m bench.tune`, docs/log.md).
+_NARROW = GemmConfig(block_m=16, block_n=128, block_k=128, num_warps=4, num_stages=3, tma=True, swap=True)
+_NARROW_32 = GemmConfig(block_m=32, block_n=128, block_k=64, num_warps=4, num_stages=5, tma=True, swap=True)
+_MIDDLE = GemmConfig(block_m=64, block_n=128, block_k=64, num_warps=4, num_stages=4, tma=True)
+_WIDE = GemmConfig(block_m=128, block_n=256, block_k=64, num_warps=8, num_stages=4, tma=True, tail_m=64)
+_WIDE_DOWN = GemmConfig(block_m=128, block_n=128, block_k=64, num_warps=4, num_stages=3, group_m=4, tma=True, tail_m=64)
+_MERGED = GemmConfig(
+    block_m=128, block_n=256, block_k=64, num_warps=8, num_stages=4, group_m=4, tma=True, tail_m=64, extra_m=64
+)
+_PERSISTENT = GemmConfig(block_m=128, block_n=256, block_k=64, num_warps=8, num_stages=4, tma=True, programs_per_sm=1)
+# Where the inner dimension is short, loads and stores of a tile weigh more: two persistent programs take turns.
+_MIDDLE_SHORT = GemmConfig(block_m=64, block_n=128, block_k=64, num_warps=4, num_stages=3, tma=True, programs_per_sm=2)
+_WIDE_SHORT = GemmConfig(block_m=128, block_n=128, block_k=64, num_warps=4, num_stages=3, tma=True, programs_per_sm=2)
+
+_Pair = tuple[GemmConfig, GemmConfig]
+_INTERMEDIATE = (1024, 4096)  # up to these sizes: the first column below, the second; larger ones: the third
+_TABLE_TMA: tuple[tuple[int, int, tuple[_Pair, _Pair, _Pair]], ...] = (
+    # most rows per expert, most tokens, (expert_up, expert_down) by the intermediate size
+    (8, _ANY, 3 * ((_NARROW, _NARROW),)),
+    (32, 64, 3 * ((_NARROW_32, _NARROW_32),)),  # no expert has more than two such tiles, however skewed the routing is
+    (32, _ANY, ((_MIDDLE, _MIDDLE_SHORT), (_MIDDLE, _MIDDLE), (_MIDDLE, _MIDDLE))),
+    (64, _ANY, ((_WIDE, _WIDE_SHORT), (_WIDE, _WIDE_DOWN), (_WIDE, _WIDE_DOWN))),
+    (128, _ANY, 3 * ((_MERGED, _MERGED),)),
+    (256, _ANY, ((_WIDE, _PERSISTENT), (_MERGED, _MERGED), (_MERGED, _MERGED))),
+    (_ANY, _ANY, ((_WIDE, _PERSISTENT), (_WIDE, _PERSISTENT), (_WIDE, _WIDE))),
+)
+# An output up to this size is worth keeping in L2 (50 to 60 MB on Hopper) for the kernel that reads it next; larger ones gain
+# nothing. (Measured on an H200. Weights come by TMA, for which Triton has no such policy, so they can't be told to go.)
+_MOST_TO_KEEP = 24 << 20  # bytes
+_KEPT_TMA = tuple(
+    (rows, tokens, tuple((replace(up, keep=True), replace(down, keep=True)) for up, down in pairs))
+    for rows, tokens, pairs in _TABLE_TMA
+)
+
+
+def gemm_config(
+    n: int,
+    k: int,
+    dtype: torch.dtype,
+    num_tokens: int,
+    top_k: int,
+    num_experts: int,
+    *,
+    gated: bool = False,
+    tma: bool = False,
+    scheme: str = "plain",
+) -> GemmConfig:
+    """The configuration of a grouped GEMM.
+
+    A pure function of what is equal on all ranks, so that a row's bits don't depend on the rank, the slot or the other
+    rows: never pass a rank's or a slot's own count of rows as `num_tokens`.
+
+    Args:
+        n: columns of the product: 2I for `expert_up`, H for `expert_down`.
+        k: inner dimension: H for `expert_up`, I for `expert_down`.
+        dtype: of the rows and weights: float32, float16 or bfloat16.
+        num_tokens: tokens of the whole batch, summed over all ranks. Only its bucket (the next power of two) counts.
+        top_k: experts per token.
+        num_experts: logical experts of the layer.
+        gated: True for `expert_up`, False for `expert_down`.
+        tma: `has_tma(device)`, the same on all ranks; used for 16-bit dtypes where H and I are divisible by 8 (TMA needs
+            rows of a multiple of 16 bytes). Of quantised experts it only says that the GPU is Hopper.
+        scheme: of the experts' weights; `dtype` is then that of the rows.
+
+    Returns:
+        The configuration; `block_m` and `extra_m` depend only on `dtype`, `tma`, `scheme`, H, I, and the buckets of tokens and
+        of rows per expert, so that both GEMMs of a layer can use one schedule.
+
+    Raises:
+        ValueError: a size that is not positive (`num_tokens` may be 0), or a dtype that is not supported.
+    """
+    for name, value, least in (("n", n, 1), ("k", k, 1), ("num_tokens", num_tokens, 0), ("top_k", top_k, 1)):
+        if value < least:
+            raise ValueError(f"{name}={value}: must be at least {least}")
+    if num_experts < top_k:
+        raise ValueError(f"num_experts={num_experts}: must be at least top_k={top_k}")
+    if dtype not in (torch.float16, torch.bfloat16, torch.float32):
+        raise ValueError(f"dtype={dtype}: must be torch.float32, torch.float16 or torch.bfloat16")
+    check_scheme(scheme)
+    bucket = next_power_of_2(num_tokens)
+    rows_per_expert = bucket * top_k // num_experts
+    if scheme != "plain":
+        quantised = _quantised_table(scheme, dtype, tma, can_use_tma=(n // 2 if gated else n) % 16 == 0 and k % 16 == 0)
+        up, down = next(pair for most, *pair in quantised if rows_per_expert <= most)
+        return up if gated else down
+    columns = n // 2 if gated else n
+    if tma and dtype.itemsize == 2 and columns % 8 == 0 and k % 8 == 0:
+        # By the bucket, as kernels are compiled for it; with several ranks it is more than what a rank computes.
+        keep = bucket * top_k * columns * dtype.itemsize <= _MOST_TO_KEEP
+        table_tma = _KEPT_TMA if keep else _TABLE_TMA
+        pairs = next(pairs for rows, tokens, pairs in table_tma if rows_per_expert <= rows and bucket <= tokens)
+        up, down = pairs[bisect.bisect_left(_INTERMEDIATE, columns if gated else k)]
+        return up if gated else down
+    table = _TABLE_16_BIT if dtype.itemsize == 2 else _TABLE_32_BIT
+    config = next(config for most, config in table if rows_per_expert <= most)
+    block_n = min(config.block_n, max(32, next_power_of_2(n)))
+    block_k = min(config.block_k, max(16, next_power_of_2(k)))
+    return GemmConfig(config.block_m, block_n, block_k, config.num_warps, config.num_stages, config.group_m)
+
+
+def _quantised_table(scheme: str, dtype: torch.dtype, is_hopper: bool, can_use_tma: bool = True) -> _QuantisedTable:
+    if scheme == "fp8_block":
+        return (_TABLE_FP8_RING if can_use_tma else _TABLE_FP8_HOPPER) if is_hopper else _TABLE_FP8
+    if dtype.itemsize == 4:
+        return _TABLE_4_BIT_OF_32
+    return _TABLE_4_BIT_HOPPER if is_hopper else _TABLE_4_BIT
+
+
+def gemm_configs(
+    hidden_size: int,
+    intermediate_size: int,
+    dtype: torch.dtype,
+    num_tokens: int,
+    top_k: int,
+    num_experts: int,
+    *,
+    tma: bool = False,
+    scheme: str = "plain",
+) -> tuple[GemmConfig, GemmConfig]:
+    """`gemm_config` of a layer's `expert_up` and `expert_down`, which share one schedule."""
+    batch = (dtype, num_tokens, top_k, num_experts)
+    up = gemm_config(2 * intermediate_size, hidden_size, *batch, gated=True, tma=tma, scheme=scheme)
+    return up, gemm_config(hidden_size, intermediate_size, *batch, tma=tma, scheme=scheme)

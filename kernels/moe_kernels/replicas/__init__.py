@@ -1,0 +1,1 @@
+"""Experts → the replica that computes each row; shares of this batch."""

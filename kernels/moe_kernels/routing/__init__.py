@@ -1,0 +1,1 @@
+"""Logits → the experts of each token, and their weights."""
