@@ -1,6 +1,7 @@
 """Experts that move between ranks while their layers serve, beside twins that do not. Several checks to a test."""
 
 import gc
+import importlib.util
 import os
 import threading
 import time
@@ -173,6 +174,14 @@ def test_i5_nccl_dispatch_with_relocation_over_peer_memory(rank, num_ranks, grou
 @distributed(num_ranks=2, backend="nccl", timeout=150)
 def test_i5_gloo_dispatch_with_nccl_relocation(rank, num_ranks, group, device):
     check_pair(rank, dist.new_group(backend="gloo"), device, group, "torch_nccl")
+
+
+@pytest.mark.skipif(importlib.util.find_spec("nccl") is None, reason="needs nccl4py")
+@distributed(num_ranks=2, timeout=150, on_cpu=False)
+def test_i5_gloo_dispatch_with_relocation_by_nccl4py(rank, num_ranks, group, device):
+    """Two processes on one GPU, which NCCL takes for two hosts, because it gives a GPU to one rank of a host only."""
+    os.environ["NCCL_HOSTID"] = f"host{rank}"
+    check_pair(rank, group, device, group, "nccl")
 
 
 @distributed(num_ranks=2, timeout=150)
