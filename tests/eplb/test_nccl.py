@@ -348,6 +348,23 @@ def test_transfers_are_behind_what_the_side_stream_was_given_before(fake):
     assert pair.slabs_SB[1][3].unique().tolist() == [99]
 
 
+def test_copies_on_a_rank_are_part_of_its_batch(fake):
+    pair = Pair()
+    slab_SB = pair.slabs_SB[0]
+    batch = pair.ranks[0].prepare([Transfer(slab_SB[0], slab_SB[1], 0), Transfer(slab_SB[2], None, 1)])
+    batch.start()
+    for _ in range(3):
+        assert not batch.poll() and not batch.is_dead(), "the copy on this rank is on the side stream"
+        pair.ranks[0].stream.advance()
+    side = pair.ranks[0].streams.side
+    assert side.advance()  # the event that the transfers wait for
+    drain(pair.ranks[0].stream)
+    assert not pair.ranks[0].stream.items
+    assert not batch.poll() and not batch.is_dead()
+    drain(side)
+    assert batch.poll() and batch.is_dead() and slab_SB[1].unique().tolist() == [10]
+
+
 def test_a_batch_waits_until_nccl_has_enqueued_the_one_before(fake):
     pair = Pair()
     first, second = pair.prepare(0, 1), pair.prepare(2, 3)
@@ -451,6 +468,7 @@ def test_an_abort_that_fails_frees_no_slot(fake, monkeypatch):
 
     monkeypatch.setattr(pair.fakes[1], "abort", fails)
     pair.ranks[1].close()
+    drain(pair.ranks[1].streams.side)
     assert not pair.ranks[1].is_ended and not reader.is_dead()
 
 
