@@ -458,7 +458,7 @@ def test_an_error_of_nccl_ends_all_transfers(fake):
     assert not sender.poll()
 
 
-def test_an_abort_that_fails_frees_no_slot(fake, monkeypatch):
+def test_an_abort_that_fails_frees_no_slot(fake, monkeypatch, caplog):
     pair = Pair()
     _, reader = pair.prepare(2, 3)
     reader.start()
@@ -470,6 +470,7 @@ def test_an_abort_that_fails_frees_no_slot(fake, monkeypatch):
     pair.ranks[1].close()
     drain(pair.ranks[1].streams.side)
     assert not pair.ranks[1].is_ended and not reader.is_dead()
+    assert "NCCL could not abort its transfers: what they touch stays out of use" in caplog.text
 
 
 def test_the_worker_looks_after_transfers_when_it_agrees_with_nobody_any_more():
