@@ -70,22 +70,26 @@ def test_nccl4py_of_several_gpus(rank, num_ranks, group, device):
     check_nccl(rank, num_ranks, device, group, dist.new_group(backend="gloo"))
 
 
+@pytest.mark.parametrize("is_killed", [False, True])
 @distributed(num_ranks=2, on_cpu=False)
-def test_a_rank_that_is_gone_on_a_gpu(rank, num_ranks, group, device):
+def test_a_rank_that_is_gone_on_a_gpu(rank, num_ranks, group, device, is_killed):
     """The transfers that wait for it end, and leave the GPU, within the deadline."""
     one_host_each(rank)
     communicator = make_communicator(["nccl"], met(group), streams_of(device), 30.0, transfer_timeout=1.0)
     slab = new_slabs(1, device)[0]
     if rank == 1:
         dist.barrier()
-        time.sleep(8.0)  # it never begins
+        time.sleep(1.0 if is_killed else 8.0)  # it never begins
+        if is_killed:
+            os._exit(0)
         communicator.close()
         return
     batch = communicator.prepare([Transfer(None, slab, 1)])
     dist.barrier()
     batch.start()
     began = time.monotonic()
-    with pytest.raises(RuntimeError, match=r"took more than 2\.0 s, twice transfer_timeout"):
+    why = r"took more than 2\.0 s, twice transfer_timeout"
+    with pytest.raises(RuntimeError, match=f"NCCL failed|{why}" if is_killed else why):
         while time.monotonic() - began < 20:
             assert not batch.poll() and not batch.is_dead()
             communicator.watch()

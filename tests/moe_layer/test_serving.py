@@ -182,6 +182,7 @@ def test_i5_gloo_dispatch_with_relocation_by_nccl4py(rank, num_ranks, group, dev
     """Two processes on one GPU, which NCCL takes for two hosts, because it gives a GPU to one rank of a host only."""
     os.environ["NCCL_HOSTID"] = f"host{rank}"
     check_pair(rank, group, device, group, "nccl")
+    check_one_rank_dies(rank, group, device, communicator="nccl", transfer_timeout=1.0)  # a process is gone then
 
 
 @distributed(num_ranks=2, timeout=150)
@@ -567,8 +568,8 @@ def check_one_rank_closes(rank, group, device) -> None:
     service.controller.close()
 
 
-def check_one_rank_dies(rank, group, device) -> None:
-    service = make_service(rank, group, device, peer_timeout=2.0)
+def check_one_rank_dies(rank, group, device, **options) -> None:
+    service = make_service(rank, group, device, peer_timeout=2.0, **options)
     service.serve_until(moved_by(service, 2), "relocations")
     weights = service.twins[0].state_dict()
     if rank == 1:
@@ -604,3 +605,5 @@ def check_one_rank_dies(rank, group, device) -> None:
     controller.close()
     assert time.monotonic() - started < 6.0
     assert controller.health().state == "closed"
+    if device.type == "cuda":
+        torch.cuda.synchronize()  # nothing waits for the rank that is gone
