@@ -13,7 +13,7 @@ from eplb.relocation.communicator.nccl_link import NcclLink, check_library, new_
 from eplb.streams import DeviceStreams, EventLike, StreamLike
 
 _MOMENT = 2.0
-"""Seconds that `close()` waits at most for NCCL to abort, which takes some tenths of one."""
+"""Seconds that `close()` waits at most for NCCL to abort, which takes half of one."""
 
 
 class NcclCommunicator(Communicator):
