@@ -73,19 +73,33 @@ def test_nccl4py_of_several_gpus(rank, num_ranks, group, device):
 @pytest.mark.parametrize("is_killed", [False, True])
 @distributed(num_ranks=2, on_cpu=False)
 def test_a_rank_that_is_gone_on_a_gpu(rank, num_ranks, group, device, is_killed):
-    """The transfers that wait for it end, and leave the GPU, within the deadline."""
     one_host_each(rank)
+    check_a_rank_that_is_gone(rank, device, group, group, is_killed)
+
+
+@pytest.mark.parametrize("is_killed", [False, True])
+@distributed(num_ranks=2, backend="nccl")
+def test_a_rank_that_is_gone_of_several_gpus(rank, num_ranks, group, device, is_killed):
+    check_a_rank_that_is_gone(rank, device, group, dist.new_group(backend="gloo"), is_killed)
+    if rank == 0 and is_killed:
+        os._exit(0)  # to destroy the group of NCCL would wait for the rank that was killed
+
+
+def check_a_rank_that_is_gone(
+    rank: int, device: torch.device, group: dist.ProcessGroup, by_host: dist.ProcessGroup, is_killed: bool
+) -> None:
+    """The transfers that wait for it end, and leave the GPU, within the deadline."""
     communicator = make_communicator(["nccl"], met(group), streams_of(device), 30.0, transfer_timeout=1.0)
     slab = new_slabs(1, device)[0]
     if rank == 1:
-        dist.barrier()
+        dist.barrier(by_host)
         time.sleep(1.0 if is_killed else 8.0)  # it never begins
         if is_killed:
             os._exit(0)
         communicator.close()
         return
     batch = communicator.prepare([Transfer(None, slab, 1)])
-    dist.barrier()
+    dist.barrier(by_host)
     batch.start()
     began = time.monotonic()
     why = r"took more than 2\.0 s, twice transfer_timeout"

@@ -185,6 +185,12 @@ def test_i5_gloo_dispatch_with_relocation_by_nccl4py(rank, num_ranks, group, dev
     check_one_rank_dies(rank, group, device, communicator="nccl", transfer_timeout=1.0)  # a process is gone then
 
 
+@pytest.mark.skipif(importlib.util.find_spec("nccl") is None, reason="needs nccl4py")
+@distributed(num_ranks=2, backend="nccl", timeout=150)
+def test_i5_gloo_dispatch_with_relocation_by_nccl4py_over_two_gpus(rank, num_ranks, group, device):
+    check_pair(rank, dist.new_group(backend="gloo"), device, group, "nccl")
+
+
 @distributed(num_ranks=2, timeout=150)
 def test_i5_gloo_dispatch_with_relocation_over_peer_memory(rank, num_ranks, group, device):
     check_pair(rank, group, device, group, "auto", "symm_mem")
