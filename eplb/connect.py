@@ -120,7 +120,14 @@ class TorchTransport:
 
         def connect() -> Communicator:
             return make_communicator(
-                names, peers, streams, timeout, pools, config.max_bytes_per_second, config.max_bytes_in_flight
+                names,
+                peers,
+                streams,
+                timeout,
+                pools,
+                config.max_bytes_per_second,
+                config.max_bytes_in_flight,
+                config.transfer_timeout,
             )
 
         return ConnectionThread(peers, connect, timeout, notify)

@@ -93,7 +93,9 @@ class Rounds:
         return self.is_lost or self.agreed.phase is Phase.LEFT
 
     def connect(self) -> None:
-        """Look whether the ranks are connected by now."""
+        """Look whether the ranks are connected by now, and once they are, after transfers that nobody may poll any more."""
+        if self.communicator is not None:
+            self.communicator.watch()
         if self._connection is None or self.is_lost:
             return
         try:

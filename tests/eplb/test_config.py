@@ -87,7 +87,7 @@ REFUSED = {
     # Names.
     "unknown communicator": (
         {"communicator": "nixl"},
-        "communicator must be one of auto, symm_mem, torch_gloo, torch_nccl, got 'nixl'",
+        "communicator must be one of auto, nccl, symm_mem, torch_gloo, torch_nccl, got 'nixl'",
     ),
     "a bound that the communicator cannot keep": (
         {"communicator": "torch_gloo", "max_bytes_per_second": 1},

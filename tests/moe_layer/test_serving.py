@@ -1,6 +1,7 @@
 """Experts that move between ranks while their layers serve, beside twins that do not. Several checks to a test."""
 
 import gc
+import importlib.util
 import os
 import threading
 import time
@@ -173,6 +174,21 @@ def test_i5_nccl_dispatch_with_relocation_over_peer_memory(rank, num_ranks, grou
 @distributed(num_ranks=2, backend="nccl", timeout=150)
 def test_i5_gloo_dispatch_with_nccl_relocation(rank, num_ranks, group, device):
     check_pair(rank, dist.new_group(backend="gloo"), device, group, "torch_nccl")
+
+
+@pytest.mark.skipif(importlib.util.find_spec("nccl") is None, reason="needs nccl4py")
+@distributed(num_ranks=2, timeout=150, on_cpu=False)
+def test_i5_gloo_dispatch_with_relocation_by_nccl4py(rank, num_ranks, group, device):
+    """Two processes on one GPU, which NCCL takes for two hosts, because it gives a GPU to one rank of a host only."""
+    os.environ["NCCL_HOSTID"] = f"host{rank}"
+    check_pair(rank, group, device, group, "nccl")
+    check_one_rank_dies(rank, group, device, communicator="nccl", transfer_timeout=1.0)  # a process is gone then
+
+
+@pytest.mark.skipif(importlib.util.find_spec("nccl") is None, reason="needs nccl4py")
+@distributed(num_ranks=2, backend="nccl", timeout=150)
+def test_i5_gloo_dispatch_with_relocation_by_nccl4py_over_two_gpus(rank, num_ranks, group, device):
+    check_pair(rank, dist.new_group(backend="gloo"), device, group, "nccl")
 
 
 @distributed(num_ranks=2, timeout=150)
@@ -558,8 +574,8 @@ def check_one_rank_closes(rank, group, device) -> None:
     service.controller.close()
 
 
-def check_one_rank_dies(rank, group, device) -> None:
-    service = make_service(rank, group, device, peer_timeout=2.0)
+def check_one_rank_dies(rank, group, device, **options) -> None:
+    service = make_service(rank, group, device, peer_timeout=2.0, **options)
     service.serve_until(moved_by(service, 2), "relocations")
     weights = service.twins[0].state_dict()
     if rank == 1:
@@ -595,3 +611,5 @@ def check_one_rank_dies(rank, group, device) -> None:
     controller.close()
     assert time.monotonic() - started < 6.0
     assert controller.health().state == "closed"
+    if device.type == "cuda":
+        torch.cuda.synchronize()  # nothing waits for the rank that is gone

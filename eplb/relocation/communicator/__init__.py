@@ -11,6 +11,8 @@ from eplb.groups import Peers
 from eplb.peer_memory import over_store, together
 from eplb.relocation.communicator.base import Communicator, Transfer, TransferBatch
 from eplb.relocation.communicator.local import LocalCommunicator
+from eplb.relocation.communicator.nccl import NcclCommunicator
+from eplb.relocation.communicator.nccl_link import nccl4py
 from eplb.relocation.communicator.open_pools import num_closed, open_pools, why_closed
 from eplb.relocation.communicator.symm_mem import SymmMemCommunicator
 from eplb.relocation.communicator.torch_gloo import TorchGlooCommunicator
@@ -18,7 +20,7 @@ from eplb.relocation.communicator.torch_nccl import TorchNcclCommunicator
 from eplb.relocation.pool import SlotPool, SlotState
 from eplb.streams import DeviceStreams
 
-COMMUNICATORS = ("auto", "symm_mem", "torch_gloo", "torch_nccl")
+COMMUNICATORS = ("auto", "nccl", "symm_mem", "torch_gloo", "torch_nccl")
 
 _log = logging.getLogger(__name__)
 
@@ -42,7 +44,8 @@ def choose_communicator(
         max_bytes_per_second: the bound that is asked for, which "symm_mem" alone keeps.
 
     Raises:
-        ValueError: unknown name; NCCL without a CUDA device, or beside forwards that use it; a bound that cannot be kept.
+        ValueError: unknown name; NCCL without a CUDA device, or beside forwards that use it; "nccl" without nccl4py; a bound
+            that cannot be kept.
     """
     if name not in COMMUNICATORS:
         raise ValueError(f"communicator must be one of {', '.join(COMMUNICATORS)}, got {name!r}")
@@ -57,13 +60,15 @@ def choose_communicator(
     if name == "auto":
         nccl_is_safe = nccl_works and "nccl" in group_backend and not beside_nccl
         return ("symm_mem", "torch_nccl" if nccl_is_safe else "torch_gloo")
-    if name == "torch_nccl" and not nccl_works:
-        raise ValueError(f"communicator='torch_nccl' needs experts on CUDA devices and NCCL, got device {device}")
-    if name == "torch_nccl" and beside_nccl:
+    if (name == "torch_nccl" and not nccl_works) or (name == "nccl" and device.type != "cuda"):
+        raise ValueError(f"communicator={name!r} needs experts on CUDA devices and NCCL, got device {device}")
+    if name in ("nccl", "torch_nccl") and beside_nccl:
         raise ValueError(
-            "communicator='torch_nccl' cannot be used beside NCCL dispatch: two threads drive two NCCL communicators, the "
+            f"communicator={name!r} cannot be used beside NCCL dispatch: two threads drive two NCCL communicators, the "
             "ranks may enqueue them in different orders, and then both hang. Use 'auto', 'symm_mem' or 'torch_gloo'"
         )
+    if name == "nccl":
+        nccl4py()
     return (name,)
 
 
@@ -75,6 +80,7 @@ def make_communicator(
     pools: Sequence[SlotPool] = (),
     max_bytes_per_second: int | None = None,
     max_bytes_in_flight: int | None = None,
+    transfer_timeout: float = 60.0,
 ) -> Communicator:
     """The first of the communicators that all ranks can use, on a group of its own. Collective; blocks until it is connected.
 
@@ -87,6 +93,7 @@ def make_communicator(
             "torch_gloo", as much as their free slots.
         max_bytes_per_second: that this rank may copy to its slots; for "symm_mem".
         max_bytes_in_flight: bytes that a wave moves at most; for the host memory of "torch_gloo".
+        transfer_timeout: seconds after which the ranks give up a wave; "nccl" aborts it after twice that.
 
     Raises:
         ValueError: the ranks chose differently, or cannot use the only one.
@@ -119,7 +126,8 @@ def make_communicator(
                 raise ValueError(f"communicator='symm_mem' cannot be used: {problem}")
             reason = f"'symm_mem' cannot be used: {problem}"
         else:
-            made = _over_network(name, peers, streams, timeout, _wave_bytes(pools, max_bytes_in_flight))
+            wave_bytes = _wave_bytes(pools, max_bytes_in_flight)
+            made = _over_network(name, peers, streams, timeout, wave_bytes, transfer_timeout)
             break
     _log.info("experts travel by %s between %d ranks, because %s", made.name, size, reason)
     return made
@@ -131,12 +139,17 @@ def _wave_bytes(pools: Sequence[SlotPool], max_bytes_in_flight: int | None) -> i
     return free if max_bytes_in_flight is None else min(free, max_bytes_in_flight)
 
 
-def _over_network(name: str, peers: Peers, streams: DeviceStreams, timeout: float, wave_bytes: int) -> Communicator:
+def _over_network(
+    name: str, peers: Peers, streams: DeviceStreams, timeout: float, wave_bytes: int, transfer_timeout: float
+) -> Communicator:
     store, rank, size = peers.part(name), peers.rank, len(peers.ranks)
     if name == "torch_gloo":
         return TorchGlooCommunicator(GlooGroup(store, rank, size, timeout), streams, wave_bytes)
     if name == "torch_nccl":
         return TorchNcclCommunicator(store, rank, size, streams, timeout)
+    if name == "nccl":
+        exchange = over_store(store, rank, size, timeout)
+        return NcclCommunicator(exchange, rank, size, streams, timeout, transfer_timeout)
     raise ValueError(f"communicator must be one of {', '.join(COMMUNICATORS[1:])} here, got {name!r}")
 
 
@@ -144,6 +157,7 @@ __all__ = [
     "COMMUNICATORS",
     "Communicator",
     "LocalCommunicator",
+    "NcclCommunicator",
     "SymmMemCommunicator",
     "TorchGlooCommunicator",
     "TorchNcclCommunicator",

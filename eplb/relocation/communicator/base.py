@@ -58,6 +58,13 @@ class Communicator(ABC):
             transfers: those with an end on this rank. Those between any two ranks are in the same order on both.
         """
 
+    def watch(self) -> None:  # noqa: B027 (most have nothing to look after)
+        """Called now and then as long as the communicator is not closed, also when nobody polls its batches any more.
+
+        Raises:
+            Exception: transfers were given up, as they would never have ended.
+        """
+
     def close(self) -> None:  # noqa: B027 (most have nothing to give back)
         """Give back what the transfers needed. Local; called once, by the thread that used it; never waits for a rank.
 
