@@ -28,6 +28,7 @@ def test_what_works():
         {"policy": "deepseek"},
         {"communicator": "torch_nccl"},
         {"communicator": "symm_mem", "max_bytes_per_second": 1},
+        {"communicator": "nixl", "max_bytes_per_second": 1},
         {"max_bytes_per_second": 10**12},
         {"max_bytes_in_flight": 1},
         {"round_interval": 0.2, "heartbeat_interval": 0.2},
@@ -86,12 +87,12 @@ REFUSED = {
     ),
     # Names.
     "unknown communicator": (
-        {"communicator": "nixl"},
-        "communicator must be one of auto, symm_mem, torch_gloo, torch_nccl, got 'nixl'",
+        {"communicator": "carrier_pigeon"},
+        "communicator must be one of auto, symm_mem, torch_gloo, torch_nccl, .*got 'carrier_pigeon'",
     ),
     "a bound that the communicator cannot keep": (
         {"communicator": "torch_gloo", "max_bytes_per_second": 1},
-        "max_bytes_per_second=1 needs communicator='symm_mem' or 'auto', got communicator='torch_gloo'",
+        "max_bytes_per_second=1 needs communicator='symm_mem', 'nixl' or 'auto', got communicator='torch_gloo'",
     ),
     "unknown policy": ({"policy": "greedy"}, "policy='greedy': unknown; known policies: adaptive, deepseek, static"),
     "no policy": ({"policy": 7}, "policy.*7.*propose"),
