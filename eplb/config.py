@@ -27,8 +27,8 @@ class EplbConfig(BaseModel):
             process for a policy that is named, a thread for an object, whose owner may look at it, and inside `step()`.
         communicator: how experts travel: "symm_mem" (each rank fetches from the others' memory; one host), "torch_nccl" (not
             beside NCCL dispatch), "torch_gloo" (through host memory; always works), or "auto": the first of these that can be
-            used; which one and why is logged. Also "nixl", which "auto" does not take: each rank reads the others' memory through
-            NIXL; needs the extra "nixl", and was tried between CPU processes of one host only.
+            used; which one and why is logged. Also "nixl", which "auto" does not take: each rank reads the others' memory
+            through NIXL; needs the extra "nixl", and was tried between CPU processes of one host only.
         min_gain: of the policy "adaptive": how far a layer's largest rank load may be above the best that there is, as
             a fraction of it, before experts move. (Few move besides, to spread the hottest: its option `spread`, 0 for none.)
         max_bytes_in_flight: bytes that all ranks together move in one wave; None for no bound but the free slots.

@@ -76,6 +76,8 @@ def open_agents(
     here, said = together(
         exchange, lambda: _prepare(pools, rank, len(sizes), streams, make), lambda here: _describe(here, rank)
     )
+    others = [theirs for other, theirs in enumerate(said) if other != rank]
+    together(exchange, lambda: [here.agent.add_remote_agent(theirs.metadata) for theirs in others])
     names = [one.name for one in said]
     capacity = max(sum(num_slots for num_slots, _ in theirs) for theirs in sizes)
     notices = Notices(here.agent, rank, names, capacity)
@@ -131,8 +133,6 @@ def _meet(here: _Here, said: Sequence[_Said], rank: int, copies: NixlCopies, not
     """
     deadline = time.monotonic() + timeout
     others = [other for other in range(len(said)) if other != rank]
-    for other in others:
-        here.agent.add_remote_agent(said[other].metadata)
     copies.post([(here.read_WB[other], said[other].proof_at) for other in others])
     while copies.are_under_way():
         copies.raise_failed()
