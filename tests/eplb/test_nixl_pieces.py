@@ -355,26 +355,52 @@ def test_pools_that_do_not_go_together_are_an_error_on_all_ranks():
 # ---- how much at once
 
 
+class Clock:
+    """Seconds that pass when the test says so."""
+
+    def __init__(self) -> None:
+        self.now = 0.0
+
+    def __call__(self) -> float:
+        return self.now
+
+
 def test_a_window_grows_while_calls_are_short_and_shrinks_when_they_are_long():
-    window = Window()
-    assert window.num_bytes == window.room() == 4 * MIB
-    window.took(0.0001)
-    assert window.num_bytes == 4 * MIB, "it was not used up"
-    window.begin(4 * MIB - 1000)
-    assert window.room() == 0, "no small pieces"
-    window.took(0.0001)
-    assert window.num_bytes == 8 * MIB and window.room() == 4 * MIB + 1000
-    window.took(0.005)
-    assert window.num_bytes == 8 * MIB
-    for _ in range(20):
-        window.took(0.009)
-    assert window.num_bytes == 256 << 10 and window.room() == 0
-    window.end(4 * MIB - 1000)
-    assert window.room() == 256 << 10
-    window.begin(1 << 40)
-    for _ in range(30):
-        window.took(0.0)
-    assert window.num_bytes == 1 << 30
+    clock = Clock()
+    window = Window(clock)
+
+    def look(num_bytes: int, seconds: float, ends: int | None = None) -> int:
+        """Begin reads, of which some end before the next look; how many bytes may begin then."""
+        with window.timed():
+            window.begin(num_bytes)
+            clock.now += seconds
+        window.end(num_bytes if ends is None else ends)
+        with window.timed():
+            pass  # a short call beside a long one hides nothing
+        return window.open()
+
+    assert window.open() == 4 * MIB
+    assert look(3 * MIB, 0.001) == 4 * MIB, "it was not used up"
+    assert look(4 * MIB, 0.001) == 8 * MIB
+    assert look(8 * MIB - 1000, 0.001) == 16 * MIB, "nor would a small piece have begun"
+    assert look(16 * MIB, 0.005) == 16 * MIB, "neither short nor long"
+    assert look(16 * MIB, 0.001, ends=8 * MIB) == 8 * MIB, "some are on their way: more of them would not be faster"
+    assert look(8 * MIB, 0.001, ends=0) == 0
+    window.end(16 * MIB)
+    assert window.open() == 32 * MIB
+    assert [look(0, 0.009) for _ in range(8)] == [
+        16 * MIB,
+        8 * MIB,
+        4 * MIB,
+        2 * MIB,
+        MIB,
+        MIB // 2,
+        MIB // 4,
+        MIB // 4,
+    ]
+    while (free := window.open()) < 256 * MIB:
+        assert look(free, 0.0) == 2 * free
+    assert look(256 * MIB, 0.0) == 256 * MIB, "the largest"
 
 
 def test_a_slab_of_another_rank_is_cut_as_bytes_are():

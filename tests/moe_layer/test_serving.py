@@ -10,6 +10,7 @@ import pytest
 import torch
 import torch.distributed as dist
 
+from eplb.relocation.communicator.nixl_agent import why_no_agent
 from eplb.relocation.pool import SlotState
 from moe_layer import make_pool
 from tests.distributed import distributed
@@ -178,6 +179,12 @@ def test_i5_gloo_dispatch_with_nccl_relocation(rank, num_ranks, group, device):
 @distributed(num_ranks=2, timeout=150)
 def test_i5_gloo_dispatch_with_relocation_over_peer_memory(rank, num_ranks, group, device):
     check_pair(rank, group, device, group, "auto", "symm_mem")
+
+
+@pytest.mark.skipif(why_no_agent() is not None, reason=str(why_no_agent()))
+@distributed(num_ranks=2, timeout=150)
+def test_i5_gloo_dispatch_with_relocation_over_nixl(rank, num_ranks, group, device):
+    check_pair(rank, group, device, group, "nixl")
 
 
 # ---- the checks; all are collective

@@ -1,7 +1,8 @@
 """Rebalance, fill: each rank reads slabs from the memory of the others through NIXL, straight into its free slots."""
 
+import contextlib
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -82,31 +83,44 @@ class Window:
         clock: seconds.
     """
 
-    _SMALLEST, _LARGEST = 256 << 10, 1 << 30
+    _SMALLEST, _LARGEST = 256 << 10, 256 << 20
     _SHORT, _LONG = 0.002, 0.008
 
     def __init__(self, clock: Callable[[], float] = time.perf_counter) -> None:
-        self.clock = clock
+        self._clock = clock
         self.num_bytes = 4 << 20
         self._in_flight = 0
+        self._was_full = False
+        self._longest = 0.0
 
-    def room(self) -> int:
-        """Bytes that may begin now; 0 rather than a small piece."""
-        free = self.num_bytes - self._in_flight
-        return free if free >= self._SMALLEST else 0
+    def open(self) -> int:
+        """Bytes that may begin in this look; 0 rather than a small piece. More if all of a full window came in short calls."""
+        if self._longest > self._LONG:
+            self.num_bytes = max(self._SMALLEST, self.num_bytes // 2)
+        elif self._longest < self._SHORT and self._was_full and not self._in_flight:
+            self.num_bytes = min(self._LARGEST, self.num_bytes * 2)
+        self._longest = 0.0
+        free = self._free()
+        self._was_full = not free
+        return free
 
     def begin(self, num_bytes: int) -> None:
         self._in_flight += num_bytes
+        self._was_full |= not self._free()
 
     def end(self, num_bytes: int) -> None:
         self._in_flight -= num_bytes
 
-    def took(self, seconds: float) -> None:
-        """Calls did, which posted reads or looked after them."""
-        if seconds > self._LONG:
-            self.num_bytes = max(self._SMALLEST, self.num_bytes // 2)
-        elif seconds < self._SHORT and not self.room():
-            self.num_bytes = min(self._LARGEST, self.num_bytes * 2)
+    @contextlib.contextmanager
+    def timed(self) -> Iterator[None]:
+        """Around calls that post reads or look after them."""
+        began = self._clock()
+        yield
+        self._longest = max(self._longest, self._clock() - began)
+
+    def _free(self) -> int:
+        free = self.num_bytes - self._in_flight
+        return free if free >= self._SMALLEST else 0
 
 
 class NixlCommunicator(PullCommunicator):
@@ -182,7 +196,8 @@ class NixlCopies(Copies):
         self._failure: Exception | None = None
 
     def room(self) -> int:
-        return self._window.room() if len(self._reads) < _MOST_READS else 0
+        self._look_after_reads()
+        return self._window.open() if len(self._reads) < _MOST_READS else 0
 
     def post(self, pieces: Sequence[Piece]) -> None:
         here: list[Piece] = []
@@ -195,10 +210,9 @@ class NixlCopies(Copies):
         if here:
             self._here.post(here)
         if by_owner:
-            began = self._window.clock()
-            for owner, parts in by_owner.items():
-                self._read(owner, parts)
-            self._window.took(self._window.clock() - began)
+            with self._window.timed():
+                for owner, parts in by_owner.items():
+                    self._read(owner, parts)
 
     def _read(self, owner: int, parts: Sequence[tuple[torch.Tensor, FarSlab]]) -> None:
         to = [(target.data_ptr(), target.numel(), _number_of(target.device)) for target, _ in parts]
@@ -212,11 +226,7 @@ class NixlCopies(Copies):
         self.raise_failed()
 
     def are_under_way(self) -> bool:
-        if self._reads:
-            began = self._window.clock()
-            for read in list(self._reads):
-                self._note(read, self._agent.check_xfer_state)
-            self._window.took(self._window.clock() - began)
+        self._look_after_reads()
         return bool(self._reads or self._failed) or self._here.are_under_way()
 
     def owners(self) -> set[int]:
@@ -226,6 +236,12 @@ class NixlCopies(Copies):
     def raise_failed(self) -> None:
         if self._failure is not None:
             raise self._failure
+
+    def _look_after_reads(self) -> None:
+        if self._reads:
+            with self._window.timed():
+                for read in list(self._reads):
+                    self._note(read, self._agent.check_xfer_state)
 
     def _note(self, read: "_Read", ask: Callable[[Any], str]) -> None:
         """Ask how a read is, and keep what is said."""
