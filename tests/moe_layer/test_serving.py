@@ -181,10 +181,20 @@ def test_i5_gloo_dispatch_with_relocation_over_peer_memory(rank, num_ranks, grou
     check_pair(rank, group, device, group, "auto", "symm_mem")
 
 
-@pytest.mark.skipif(why_no_agent() is not None, reason=str(why_no_agent()))
+needs_nixl = pytest.mark.skipif(why_no_agent() is not None, reason=str(why_no_agent()))
+
+
+@needs_nixl
 @distributed(num_ranks=2, timeout=150)
 def test_i5_gloo_dispatch_with_relocation_over_nixl(rank, num_ranks, group, device):
     check_pair(rank, group, device, group, "nixl")
+
+
+@needs_nixl
+@distributed(num_ranks=2, timeout=150)
+def test_i6_ranks_that_leave_or_die_over_nixl(rank, num_ranks, group, device):
+    check_one_rank_closes(rank, group, device, communicator="nixl")
+    check_one_rank_dies(rank, group, device, communicator="nixl")  # the last: a process is gone then
 
 
 # ---- the checks; all are collective
@@ -539,8 +549,8 @@ def check_a_main_thread_that_does_not_step(rank, group, device) -> None:
     controller.close()
 
 
-def check_one_rank_closes(rank, group, device) -> None:
-    service = make_service(rank, group, device)
+def check_one_rank_closes(rank, group, device, **options) -> None:
+    service = make_service(rank, group, device, **options)
     service.serve_until(moved_by(service, 3), "relocations")
     if rank == 1:
         started = time.monotonic()
@@ -565,8 +575,8 @@ def check_one_rank_closes(rank, group, device) -> None:
     service.controller.close()
 
 
-def check_one_rank_dies(rank, group, device) -> None:
-    service = make_service(rank, group, device, peer_timeout=2.0)
+def check_one_rank_dies(rank, group, device, **options) -> None:
+    service = make_service(rank, group, device, peer_timeout=2.0, **options)
     service.serve_until(moved_by(service, 2), "relocations")
     weights = service.twins[0].state_dict()
     if rank == 1:
