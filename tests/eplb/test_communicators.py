@@ -129,11 +129,12 @@ def test_nixl(rank, num_ranks, group, device):
     communicator.close()
 
 
+@pytest.mark.parametrize("name", ["symm_mem", pytest.param("nixl", marks=needs_nixl)])
 @distributed(num_ranks=2, backend="nccl")
-def test_peer_memory_of_several_gpus(rank, num_ranks, group, device):
+def test_memory_of_several_gpus(rank, num_ranks, group, device, name):
     by_host = dist.new_group(backend="gloo")
     pool = shared_pool(30, device)
-    communicator = by("symm_mem", group, device, [pool])
+    communicator = by(name, group, device, [pool])
     check_all(communicator, rank, num_ranks, device, by_host, functools.partial(slots_of, pool))
     dist.barrier(by_host)
     communicator.close()

@@ -185,6 +185,15 @@ def test_a_batch_given_up_before_it_began_reads_nothing_and_what_it_was_offered_
     assert two.slab(1, 3).unique().tolist() == [12]
 
 
+def test_an_offer_that_comes_after_the_batch_was_given_up_is_forgotten(two):
+    sender, reader = two.pair()
+    assert reader.is_dead()
+    assert sender.poll(), "it offers, and knows that nobody reads"
+    assert two.agents[1].inbox
+    two.communicators[1].notes.look()
+    assert not two.communicators[1].notes._offers and not two.agents[1].reads
+
+
 def test_large_slabs_come_in_pieces(monkeypatch):
     monkeypatch.setattr(Window, "_LARGEST", 4 * MIB)
     ranks = Ranks(2, slots=((9 * MIB + 300, 2),))
@@ -274,10 +283,20 @@ def test_one_rank_that_cannot_be_told_keeps_no_other_from_hearing(caplog):
 def test_messages_of_strangers_are_dropped_and_told(two, caplog):
     notices = two.communicators[0].notes
     assert isinstance(notices, Notices)
-    two.agents[0].inbox = {"somebody": [b"hello"], two.agents[1].name: [b"short"]}
+    other = Notices(two.agents[1], 1, [two.agents[0].name, two.agents[1].name], 1)
+    other.finish(7)
+    message = two.agents[0].inbox.pop(two.agents[1].name)[0]
+    two.agents[0].inbox = {"somebody": [message], two.agents[1].name: [message[:5]]}
     with caplog.at_level(logging.WARNING, "eplb"):
         notices.look()
-    assert [record.getMessage().split(" by the")[0] for record in caplog.records] == ["a notification of 5 bytes"] * 2
+    assert [record.getMessage().split(" by the")[0] for record in caplog.records] == [
+        f"a notification of {len(message)} bytes",
+        "a notification of 5 bytes",
+    ]
+    assert notices.finished(1) == 0
+    two.agents[0].inbox = {two.agents[1].name: [message]}
+    notices.look()
+    assert notices.finished(1) == 7, "and this is how one is heard"
 
 
 # ---- closing
@@ -321,6 +340,17 @@ def test_reads_that_do_not_end_are_an_error_on_all_ranks_within_the_deadline():
     assert "the memory of ranks [0] could not be read within 0.8 s" in str(ranks.errors[1])
     assert "ranks [1] could not read this rank's memory within 0.8 s" in str(ranks.errors[0])
     assert ranks.agents[1].registered and not ranks.agents[0].registered, "a read that is under way keeps its memory"
+
+
+def test_a_read_that_fails_is_an_error_at_once():
+    def spoil(rank: int, agent: FakeAgent) -> None:
+        if rank == 1:
+            agent.holds = True
+            threading.Timer(0.3, lambda: setattr(agent, "error", FakeDisconnectError("gone"))).start()
+
+    ranks = Ranks(2, spoil=spoil, timeout=2.5)
+    assert "reading 256 bytes of rank 0 failed: FakeDisconnectError: gone" in str(ranks.errors[1])
+    assert 0 in ranks.errors and ranks.agents[1].registered, "it may write still"
 
 
 def test_a_rank_without_an_agent_is_an_error_on_all_ranks():
