@@ -20,7 +20,9 @@ _MOST_READS = 32
 """Handles under way: each is asked for in each look, which takes tens of microseconds."""
 
 _kept: list[object] = []
-"""Agents and memory that reads were still using when their communicator was closed; until the process ends."""
+"""Reads that were under way when their communicator was closed, with their agents and memory; until the process ends.
+
+A handle that nobody refers to cancels its read."""
 
 
 @dataclass(frozen=True)
@@ -168,9 +170,9 @@ class NixlCommunicator(PullCommunicator):
             place -= pool.num_slots
         raise ValueError(f"rank {owner} offers slot {place} beyond those that it has")
 
-    def let_go(self, is_copying: bool) -> None:
-        if is_copying:
-            _kept.append((self.agent, self._memory))
+    def let_go(self, copying: Sequence[Copies]) -> None:
+        if copying:
+            _kept.append((self.agent, self._memory, copying))
         else:
             for name in self.names:
                 if name != self.agent.name:

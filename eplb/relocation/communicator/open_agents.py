@@ -96,7 +96,7 @@ def open_agents(
         # Less than the other ranks wait in the exchange behind it: they shall hear why, and not of this rank's absence.
         together(exchange, lambda: _meet(here, said, rank, copies, notices, 0.8 * timeout))
     except BaseException:
-        communicator.let_go(copies.are_under_way())
+        communicator.let_go([copies] if copies.are_under_way() else [])
         raise
     return communicator
 
@@ -104,11 +104,11 @@ def open_agents(
 def _prepare(
     pools: Sequence[SlotPool], rank: int, num_ranks: int, streams: DeviceStreams, make: Callable[[str], Agent]
 ) -> _Here:
-    agent = make(f"moe-layer-{rank}-{uuid.uuid4().hex}")
     proof_bytes = os.urandom(_PROOF_BYTES)
     with _aside(streams.device):
         proof = torch.frombuffer(bytearray(proof_bytes), dtype=torch.uint8).to(streams.device)
         read_WB = torch.zeros(num_ranks, _PROOF_BYTES, dtype=torch.uint8, device=streams.device)
+    agent = make(f"moe-layer-{rank}-{uuid.uuid4().hex}")  # on a GPU the thread has its context by now
     pools_SB = [pool.slab_SB for pool in pools]
     tensors = [*pools_SB, proof, read_WB]
     memory = Registered(agent.register_memory(tensors), tensors)

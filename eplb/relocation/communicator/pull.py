@@ -82,9 +82,9 @@ class PullCommunicator(Communicator):
         return PullBatch(transfers, self)
 
     def close(self) -> None:
-        is_copying = any(batch.is_copying for batch in self._open.values())
+        copying = [batch.copies for batch in self._open.values() if batch.is_copying]
         self._own_SB, self._open = [], {}
-        self.let_go(is_copying)
+        self.let_go(copying)
 
     @abstractmethod
     def copies(self) -> Copies:
@@ -99,8 +99,8 @@ class PullCommunicator(Communicator):
         """
 
     @abstractmethod
-    def let_go(self, is_copying: bool) -> None:
-        """Give everything back but what copies may still touch, if `is_copying`."""
+    def let_go(self, copying: Sequence[Copies]) -> None:
+        """Give everything back but what these may still touch, and need for it."""
 
     # ---- for batches
 
@@ -150,12 +150,16 @@ class _Fetch:
 
 
 class PullBatch(TransferBatch):
-    """Offer → fetch in pieces → say so. A step begins when the host has seen the one before complete."""
+    """Offer → fetch in pieces → say so. A step begins when the host has seen the one before complete.
+
+    Attributes:
+        copies: of what it fetches.
+    """
 
     def __init__(self, transfers: Sequence[Transfer], communicator: PullCommunicator) -> None:
         self._communicator = communicator
         self._notes = communicator.notes
-        self._copies = communicator.copies()
+        self.copies = communicator.copies()
         self._offers: list[tuple[int, int, int]] = []
         self._fetches: list[_Fetch] = []
         sent, received = [0] * self._notes.size, [0] * self._notes.size
@@ -192,7 +196,7 @@ class PullBatch(TransferBatch):
             if self._fetches:
                 self._fetch()
             is_copying = self.is_copying
-            self._copies.raise_failed()
+            self.copies.raise_failed()
         except BaseException:
             self._given_up = True  # some of the pieces are missing, or of the offers
             raise
@@ -214,7 +218,7 @@ class PullBatch(TransferBatch):
     @property
     def is_copying(self) -> bool:
         """Whether a copy that began may still read or write."""
-        return self._copies.are_under_way()
+        return self.copies.are_under_way()
 
     def _enter(self) -> None:
         if not self._number:
@@ -226,7 +230,7 @@ class PullBatch(TransferBatch):
 
     def _fetch(self) -> None:
         pieces: list[Piece] = []
-        pace, room = self._communicator.pace, self._copies.room()
+        pace, room = self._communicator.pace, self.copies.room()
         pace.look()
         for fetch in self._fetches:
             if fetch.source is None:
@@ -242,7 +246,7 @@ class PullBatch(TransferBatch):
                 fetch.num_copied += granted
                 room -= granted
         if pieces:
-            self._copies.post(pieces)
+            self.copies.post(pieces)
         self._fetches = [fetch for fetch in self._fetches if fetch.num_copied < fetch.target.numel()]
 
     def _offered_by(self, fetch: _Fetch) -> Source | None:

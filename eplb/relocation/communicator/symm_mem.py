@@ -5,7 +5,7 @@ from collections.abc import Sequence
 import torch
 
 from eplb.relocation.communicator.board import Board
-from eplb.relocation.communicator.copies import StreamCopies
+from eplb.relocation.communicator.copies import Copies, StreamCopies
 from eplb.relocation.communicator.pace import Pace
 from eplb.relocation.communicator.pull import PullCommunicator
 from eplb.streams import DeviceStreams, StreamLike
@@ -47,8 +47,8 @@ class SymmMemCommunicator(PullCommunicator):
             place -= slab_SB.shape[0]
         raise ValueError(f"rank {owner} offers slot {place} beyond those that it has")
 
-    def let_go(self, is_copying: bool) -> None:
-        if is_copying:
+    def let_go(self, copying: Sequence[Copies]) -> None:
+        if copying:
             _kept.append(self.slabs_SB)
         self.slabs_SB = []
 
