@@ -6,6 +6,7 @@ import pytest
 from pydantic import ValidationError
 
 from eplb import EplbConfig
+from eplb.relocation.communicator import COMMUNICATORS
 
 
 class Policy:
@@ -88,7 +89,7 @@ REFUSED = {
     # Names.
     "unknown communicator": (
         {"communicator": "carrier_pigeon"},
-        "communicator must be one of auto, symm_mem, torch_gloo, torch_nccl, .*got 'carrier_pigeon'",
+        f"communicator must be one of {', '.join(COMMUNICATORS)}, got 'carrier_pigeon'",
     ),
     "a bound that the communicator cannot keep": (
         {"communicator": "torch_gloo", "max_bytes_per_second": 1},

@@ -21,7 +21,7 @@ from eplb.relocation.communicator.torch_nccl import TorchNcclCommunicator
 from eplb.relocation.pool import SlotPool, SlotState
 from eplb.streams import DeviceStreams
 
-COMMUNICATORS = ("auto", "symm_mem", "torch_gloo", "torch_nccl", "nixl")
+COMMUNICATORS = ("auto", "nixl", "symm_mem", "torch_gloo", "torch_nccl")
 KEEP_A_BOUND = ("symm_mem", "nixl")
 """Those that can be given a number of bytes per second."""
 
