@@ -5,7 +5,7 @@ from typing import Annotated, Any, Literal
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
 from eplb.planning.policy import Policy, make_policy
-from eplb.relocation.communicator import COMMUNICATORS
+from eplb.relocation.communicator import COMMUNICATORS, KEEP_A_BOUND
 
 PositiveSeconds = Annotated[float, Field(gt=0, allow_inf_nan=False)]
 
@@ -27,13 +27,13 @@ class EplbConfig(BaseModel):
             process for a policy that is named, a thread for an object, whose owner may look at it, and inside `step()`.
         communicator: how experts travel: "symm_mem" (each rank fetches from the others' memory; one host), "torch_nccl" (not
             beside NCCL dispatch), "torch_gloo" (through host memory; always works), or "auto": the first of these that can be
-            used; which one and why is logged. "nccl" is as "torch_nccl", through nccl4py, and never chosen by "auto"
-            (docs/design.md).
+            used; which one and why is logged. "auto" takes neither "nccl" (as "torch_nccl", through nccl4py) nor "nixl" (each
+            rank reads the others' memory through NIXL). These need the extras of their names (docs/design.md).
         min_gain: of the policy "adaptive": how far a layer's largest rank load may be above the best that there is, as
             a fraction of it, before experts move. (Few move besides, to spread the hottest: its option `spread`, 0 for none.)
         max_bytes_in_flight: bytes that all ranks together move in one wave; None for no bound but the free slots.
         max_bytes_per_second: that each rank copies to its slots at most, so that forwards keep the rest of the links; needs
-            "symm_mem", as a communicator or by "auto". None for no bound: as fast as the copy engines are.
+            "symm_mem", as a communicator or by "auto", or "nixl". None for no bound: as fast as the copy engines are.
         ranks_per_node: for policies that prefer to stay inside a node; None if all ranks are on one.
         num_groups: groups of experts for node-limited routing; 1 if there are none.
         num_redundant_experts: asserts what the registered layers were built with; None asserts nothing.
@@ -117,9 +117,9 @@ class EplbConfig(BaseModel):
         _require(self, "backoff", "<=", "max_backoff", "the first delay is the shortest")
         if self.communicator not in COMMUNICATORS:
             raise ValueError(f"communicator must be one of {', '.join(COMMUNICATORS)}, got {self.communicator!r}")
-        if self.max_bytes_per_second is not None and self.communicator not in ("auto", "symm_mem"):
+        if self.max_bytes_per_second is not None and self.communicator not in ("auto", *KEEP_A_BOUND):
             raise ValueError(
-                f"max_bytes_per_second={self.max_bytes_per_second} needs communicator='symm_mem' or 'auto', "
+                f"max_bytes_per_second={self.max_bytes_per_second} needs communicator='symm_mem', 'nixl' or 'auto', "
                 f"got communicator={self.communicator!r}: the others cannot keep it"
             )
         # By value, not by whether it was given: what is dumped and read again has everything given.

@@ -1,6 +1,7 @@
 """Slabs on their way: the right bytes to the right slot, over each communicator; and which one is chosen."""
 
 import functools
+import importlib.util
 import logging
 import random
 import threading
@@ -22,6 +23,7 @@ from eplb.relocation.communicator import (
     choose_communicator,
     make_communicator,
 )
+from eplb.relocation.communicator.nixl_agent import why_no_agent
 from eplb.relocation.pool import SlotPool, TensorSpec
 from eplb.streams import streams_of
 from tests.distributed import distributed
@@ -106,35 +108,44 @@ def test_nccl(rank, num_ranks, group, device):
 @distributed(num_ranks=3)
 def test_peer_memory(rank, num_ranks, group, device):
     pool = shared_pool(30, device)
-    communicator = by_symm_mem(group, device, [pool, shared_pool(rank + 1, device)])
-    slabs = functools.partial(slots_of, pool)
-    check_all(communicator, rank, num_ranks, device, group, slabs)
-    for begun in (True, False):
-        check_given_up(communicator, rank, num_ranks, device, begun, slabs)
-    foreign = new_slabs(1, device)[0]
-    with pytest.raises(ValueError, match="a slab to send must be a slot of a pool"):
-        communicator.prepare([Transfer(foreign, None, (rank + 1) % num_ranks)])
-    check_moves(communicator, rank, num_ranks, device, [(2, 0), (0, 1), (1, 2)], slabs)
-    check_several_pools(rank, num_ranks, group, device)
+    communicator = by("symm_mem", group, device, [pool, shared_pool(rank + 1, device)])
+    check_pulling(communicator, pool, rank, num_ranks, group, device)
+    check_several_pools("symm_mem", rank, num_ranks, group, device)
     dist.barrier()
     communicator.close()
 
 
+needs_nixl = pytest.mark.skipif(why_no_agent() is not None, reason=str(why_no_agent()))
+
+
+@needs_nixl
+@distributed(num_ranks=3)
+def test_nixl(rank, num_ranks, group, device):
+    pool = SlotPool(SPECS, 30, device)
+    communicator = by("nixl", group, device, [pool, SlotPool(SPECS, rank + 1, device)])
+    check_pulling(communicator, pool, rank, num_ranks, group, device)
+    check_several_pools("nixl", rank, num_ranks, group, device)
+    dist.barrier()
+    communicator.close()
+
+
+@pytest.mark.parametrize("name", ["symm_mem", pytest.param("nixl", marks=needs_nixl)])
 @distributed(num_ranks=2, backend="nccl")
-def test_peer_memory_of_several_gpus(rank, num_ranks, group, device):
+def test_memory_of_several_gpus(rank, num_ranks, group, device, name):
     by_host = dist.new_group(backend="gloo")
     pool = shared_pool(30, device)
-    communicator = by_symm_mem(group, device, [pool])
+    communicator = by(name, group, device, [pool])
     check_all(communicator, rank, num_ranks, device, by_host, functools.partial(slots_of, pool))
     dist.barrier(by_host)
     communicator.close()
 
 
+@pytest.mark.parametrize("name", ["symm_mem", pytest.param("nixl", marks=needs_nixl)])
 @distributed(num_ranks=2)
-def test_a_bound_of_bytes_per_second(rank, num_ranks, group, device):
+def test_a_bound_of_bytes_per_second(rank, num_ranks, group, device, name):
     """4 MB at 10 MB/s take 0.4 s, less the first burst; in pieces, and nothing blocks in between."""
     pool = shared_pool(8, device, slot_bytes=1_000_000)
-    communicator = by_symm_mem(group, device, [pool], rate=10_000_000)
+    communicator = by(name, group, device, [pool], rate=10_000_000)
     pool.slab_SB[:4] = torch.arange(1, 5, device=device, dtype=torch.uint8)[:, None] + 10 * rank
     settle(device)
     transfers = [Transfer(pool.slab(slot), None, 1 - rank) for slot in range(4)]
@@ -201,18 +212,37 @@ def slots_of(pool: SlotPool, num_slots: int, device: torch.device) -> torch.Tens
     return pool.slab_SB[:num_slots]
 
 
-def by_symm_mem(
-    group: dist.ProcessGroup, device: torch.device, pools: list[SlotPool], rate: int | None = None
+def by(
+    name: str, group: dist.ProcessGroup, device: torch.device, pools: list[SlotPool], rate: int | None = None
 ) -> Communicator:
-    communicator = make_communicator(["symm_mem"], met(group), streams_of(device), 30.0, pools, rate)
-    assert communicator.name == "symm_mem"
+    communicator = make_communicator([name], met(group), streams_of(device), 30.0, pools, rate)
+    assert communicator.name == name
     return communicator
 
 
-def check_several_pools(rank: int, num_ranks: int, group: dist.ProcessGroup, device: torch.device) -> None:
+def check_pulling(
+    communicator: Communicator,
+    pool: SlotPool,
+    rank: int,
+    num_ranks: int,
+    group: dist.ProcessGroup,
+    device: torch.device,
+) -> None:
+    """Whatever ranks do that read each other's slots."""
+    slabs = functools.partial(slots_of, pool)
+    check_all(communicator, rank, num_ranks, device, group, slabs)
+    for begun in (True, False):
+        check_given_up(communicator, rank, num_ranks, device, begun, slabs)
+    foreign = new_slabs(1, device)[0]
+    with pytest.raises(ValueError, match="a slab to send must be a slot of a pool"):
+        communicator.prepare([Transfer(foreign, None, (rank + 1) % num_ranks)])
+    check_moves(communicator, rank, num_ranks, device, [(2, 0), (0, 1), (1, 2)], slabs)
+
+
+def check_several_pools(name: str, rank: int, num_ranks: int, group: dist.ProcessGroup, device: torch.device) -> None:
     """Slots of each size come from the pool that they are in, though every rank has another number of them."""
     pools = [shared_pool(2 + rank, device), shared_pool(3, device, 300), shared_pool(4 - rank, device, 700)]
-    communicator = by_symm_mem(group, device, pools)
+    communicator = by(name, group, device, pools)
     for number, pool in enumerate(pools):
         pool.slab_SB[:] = 10 * (1 + rank) + number
     settle(device)
@@ -414,7 +444,7 @@ def test_the_automatic_choice_of_one_that_keeps_a_bound(nccl):
 
 def test_a_bound_that_cannot_be_kept(nccl):
     with pytest.raises(
-        ValueError, match="max_bytes_per_second=5 needs communicator='symm_mem' or 'auto', got 'torch_nccl'"
+        ValueError, match="max_bytes_per_second=5 needs communicator='symm_mem', 'nixl' or 'auto', got 'torch_nccl'"
     ):
         choose_communicator("torch_nccl", CUDA, "nccl", {"gloo"}, 5)
 
@@ -423,6 +453,22 @@ def test_a_bound_that_cannot_be_kept(nccl):
 @pytest.mark.parametrize("dispatch", ["gloo", "local", "symm_mem"])
 def test_what_is_asked_for_is_what_one_gets(name, dispatch, nccl):
     assert choose_communicator(name, CUDA, "nccl", {dispatch}) == (name,)
+
+
+@pytest.mark.parametrize("device", [CPU, CUDA])
+@pytest.mark.parametrize("dispatch", ["gloo", "local", "nccl", "symm_mem"])
+def test_nixl_goes_with_everything(device, dispatch, monkeypatch):
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: object())
+    for bound in (None, 10**9):
+        assert choose_communicator("nixl", device, "nccl", {dispatch}, bound) == ("nixl",)
+
+
+def test_nixl_where_it_is_not_installed_is_refused_and_not_replaced(monkeypatch):
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
+    with pytest.raises(
+        ValueError, match=r"communicator='nixl' cannot be used: .* pip install nixl-cu13, or moe-layer with"
+    ):
+        choose_communicator("nixl", CUDA, "nccl", {"gloo"})
 
 
 @pytest.mark.parametrize("dispatch", [{"nccl"}, {"local", "nccl"}])

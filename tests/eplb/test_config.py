@@ -6,6 +6,7 @@ import pytest
 from pydantic import ValidationError
 
 from eplb import EplbConfig
+from eplb.relocation.communicator import COMMUNICATORS
 
 
 class Policy:
@@ -28,6 +29,7 @@ def test_what_works():
         {"policy": "deepseek"},
         {"communicator": "torch_nccl"},
         {"communicator": "symm_mem", "max_bytes_per_second": 1},
+        {"communicator": "nixl", "max_bytes_per_second": 1},
         {"max_bytes_per_second": 10**12},
         {"max_bytes_in_flight": 1},
         {"round_interval": 0.2, "heartbeat_interval": 0.2},
@@ -86,12 +88,12 @@ REFUSED = {
     ),
     # Names.
     "unknown communicator": (
-        {"communicator": "nixl"},
-        "communicator must be one of auto, nccl, symm_mem, torch_gloo, torch_nccl, got 'nixl'",
+        {"communicator": "carrier_pigeon"},
+        f"communicator must be one of {', '.join(COMMUNICATORS)}, got 'carrier_pigeon'",
     ),
     "a bound that the communicator cannot keep": (
         {"communicator": "torch_gloo", "max_bytes_per_second": 1},
-        "max_bytes_per_second=1 needs communicator='symm_mem' or 'auto', got communicator='torch_gloo'",
+        "max_bytes_per_second=1 needs communicator='symm_mem', 'nixl' or 'auto', got communicator='torch_gloo'",
     ),
     "unknown policy": ({"policy": "greedy"}, "policy='greedy': unknown; known policies: adaptive, deepseek, static"),
     "no policy": ({"policy": 7}, "policy.*7.*propose"),

@@ -11,6 +11,7 @@ import pytest
 import torch
 import torch.distributed as dist
 
+from eplb.relocation.communicator.nixl_agent import why_no_agent
 from eplb.relocation.pool import SlotState
 from moe_layer import make_pool
 from tests.distributed import distributed
@@ -194,6 +195,22 @@ def test_i5_gloo_dispatch_with_relocation_by_nccl4py_over_two_gpus(rank, num_ran
 @distributed(num_ranks=2, timeout=150)
 def test_i5_gloo_dispatch_with_relocation_over_peer_memory(rank, num_ranks, group, device):
     check_pair(rank, group, device, group, "auto", "symm_mem")
+
+
+needs_nixl = pytest.mark.skipif(why_no_agent() is not None, reason=str(why_no_agent()))
+
+
+@needs_nixl
+@distributed(num_ranks=2, timeout=150)
+def test_i5_gloo_dispatch_with_relocation_over_nixl(rank, num_ranks, group, device):
+    check_pair(rank, group, device, group, "nixl")
+
+
+@needs_nixl
+@distributed(num_ranks=2, timeout=150)
+def test_i6_ranks_that_leave_or_die_over_nixl(rank, num_ranks, group, device):
+    check_one_rank_closes(rank, group, device, communicator="nixl")
+    check_one_rank_dies(rank, group, device, communicator="nixl")  # the last: a process is gone then
 
 
 # ---- the checks; all are collective
@@ -548,8 +565,8 @@ def check_a_main_thread_that_does_not_step(rank, group, device) -> None:
     controller.close()
 
 
-def check_one_rank_closes(rank, group, device) -> None:
-    service = make_service(rank, group, device)
+def check_one_rank_closes(rank, group, device, **options) -> None:
+    service = make_service(rank, group, device, **options)
     service.serve_until(moved_by(service, 3), "relocations")
     if rank == 1:
         started = time.monotonic()

@@ -13,6 +13,9 @@ from eplb.relocation.communicator.base import Communicator, Transfer, TransferBa
 from eplb.relocation.communicator.local import LocalCommunicator
 from eplb.relocation.communicator.nccl import NcclCommunicator
 from eplb.relocation.communicator.nccl_link import nccl4py
+from eplb.relocation.communicator.nixl import NixlCommunicator
+from eplb.relocation.communicator.nixl_agent import why_no_agent
+from eplb.relocation.communicator.open_agents import open_agents
 from eplb.relocation.communicator.open_pools import num_closed, open_pools, why_closed
 from eplb.relocation.communicator.symm_mem import SymmMemCommunicator
 from eplb.relocation.communicator.torch_gloo import TorchGlooCommunicator
@@ -20,7 +23,9 @@ from eplb.relocation.communicator.torch_nccl import TorchNcclCommunicator
 from eplb.relocation.pool import SlotPool, SlotState
 from eplb.streams import DeviceStreams
 
-COMMUNICATORS = ("auto", "nccl", "symm_mem", "torch_gloo", "torch_nccl")
+COMMUNICATORS = ("auto", "nccl", "nixl", "symm_mem", "torch_gloo", "torch_nccl")
+KEEP_A_BOUND = ("symm_mem", "nixl")
+"""Those that can be given a number of bytes per second."""
 
 _log = logging.getLogger(__name__)
 
@@ -41,20 +46,22 @@ def choose_communicator(
         device: of the slots.
         group_backend: of the group whose ranks exchange experts ("nccl", "gloo", "cpu:gloo,cuda:nccl", …).
         dispatch_backends: "nccl", "gloo", "symm_mem" or "local": what the forwards of the registered layers dispatch with.
-        max_bytes_per_second: the bound that is asked for, which "symm_mem" alone keeps.
+        max_bytes_per_second: the bound that is asked for, which only "symm_mem" and "nixl" keep.
 
     Raises:
-        ValueError: unknown name; NCCL without a CUDA device, or beside forwards that use it; "nccl" without nccl4py; a bound
-            that cannot be kept.
+        ValueError: unknown name; NCCL without a CUDA device, or beside forwards that use it; "nccl" or "nixl" without its
+            package; a bound that cannot be kept.
     """
     if name not in COMMUNICATORS:
         raise ValueError(f"communicator must be one of {', '.join(COMMUNICATORS)}, got {name!r}")
+    if name == "nixl" and (problem := why_no_agent()) is not None:
+        raise ValueError(f"communicator='nixl' cannot be used: {problem}")
     if max_bytes_per_second is not None:
-        if name not in ("auto", "symm_mem"):
+        if name not in ("auto", *KEEP_A_BOUND):
             raise ValueError(
-                f"max_bytes_per_second={max_bytes_per_second} needs communicator='symm_mem' or 'auto', got {name!r}"
+                f"max_bytes_per_second={max_bytes_per_second} needs communicator='symm_mem', 'nixl' or 'auto', got {name!r}"
             )
-        return ("symm_mem",)
+        return ("symm_mem",) if name == "auto" else (name,)
     nccl_works = device.type == "cuda" and dist.is_nccl_available()
     beside_nccl = "nccl" in dispatch_backends
     if name == "auto":
@@ -89,9 +96,9 @@ def make_communicator(
         peers: the ranks that exchange experts, after they met; None for one rank, whatever the names.
         streams: of the device that the slots are on.
         timeout: seconds of each step of connecting.
-        pools: all that slots are moved in, in the same order on every rank; for "symm_mem", and for the host memory of
+        pools: all that slots are moved in, in the same order on every rank; for "symm_mem", "nixl", and for the host memory of
             "torch_gloo", as much as their free slots.
-        max_bytes_per_second: that this rank may copy to its slots; for "symm_mem".
+        max_bytes_per_second: that this rank may copy to its slots; for "symm_mem" and "nixl".
         max_bytes_in_flight: bytes that a wave moves at most; for the host memory of "torch_gloo".
         transfer_timeout: seconds after which the ranks give up a wave; "nccl" aborts it after twice that.
 
@@ -125,6 +132,9 @@ def make_communicator(
             if len(names) == 1:
                 raise ValueError(f"communicator='symm_mem' cannot be used: {problem}")
             reason = f"'symm_mem' cannot be used: {problem}"
+        elif name == "nixl":
+            made = open_agents(pools, rank, exchange, streams, max_bytes_per_second, timeout)
+            break
         else:
             wave_bytes = _wave_bytes(pools, max_bytes_in_flight)
             made = _over_network(name, peers, streams, timeout, wave_bytes, transfer_timeout)
@@ -158,6 +168,7 @@ __all__ = [
     "Communicator",
     "LocalCommunicator",
     "NcclCommunicator",
+    "NixlCommunicator",
     "SymmMemCommunicator",
     "TorchGlooCommunicator",
     "TorchNcclCommunicator",

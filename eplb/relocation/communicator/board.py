@@ -32,6 +32,9 @@ class Board:
         """How many slabs can be offered to one rank in a batch."""
         return self._capacity
 
+    def look(self) -> None:
+        """What is said is seen at once."""
+
     def offer(self, reader: int, index: int, batch: int, slot: int) -> None:
         """The `index`-th slab that `reader` gets of this rank in the batch is in `slot`, complete."""
         assert 0 <= index < self._capacity and 0 <= slot < 1 << _SHIFT

@@ -33,6 +33,20 @@ def why_closed(nums_closed: Sequence[int], device: torch.device, exchange: Excha
     return why_not(device, exchange)
 
 
+def agree_on_slots(pools: Sequence[SlotPool], exchange: Exchange) -> list[list[tuple[int, int]]]:
+    """Number and bytes of the slots of every rank's pools. Collective.
+
+    Raises:
+        RuntimeError: the ranks' pools do not go together; on all ranks.
+    """
+    sizes = [(pool.num_slots, pool.slot_bytes) for pool in pools]
+    _, said = together(exchange, lambda: None, lambda _: sizes)
+    for other, theirs in enumerate(said):
+        if [slot_bytes for _, slot_bytes in theirs] != [slot_bytes for _, slot_bytes in said[0]]:
+            raise RuntimeError(f"ranks 0 and {other} have pools of other slots: {said[0]}, {theirs} (number, bytes)")
+    return said
+
+
 def open_pools(
     pools: Sequence[SlotPool], rank: int, exchange: Exchange, streams: DeviceStreams, rate: int | None
 ) -> SymmMemCommunicator:
@@ -45,11 +59,7 @@ def open_pools(
     Raises:
         RuntimeError: a rank could not open another's memory, or the ranks' pools do not go together; on all ranks.
     """
-    sizes = [(pool.num_slots, pool.slot_bytes) for pool in pools]
-    _, said = together(exchange, lambda: None, lambda _: sizes)
-    for other, theirs in enumerate(said):
-        if [slot_bytes for _, slot_bytes in theirs] != [slot_bytes for _, slot_bytes in said[0]]:
-            raise RuntimeError(f"ranks 0 and {other} have pools of other slots: {said[0]}, {theirs} (number, bytes)")
+    said = agree_on_slots(pools, exchange)
     opened = _opened(pools, rank, exchange, streams)
     slabs_SB = [
         [memory.view(size) for memory, size in zip(memories, theirs, strict=True)]

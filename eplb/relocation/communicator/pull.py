@@ -1,0 +1,259 @@
+"""Rebalance, fill: the protocol by which each rank pulls slabs out of the slots of others, whatever carries the bytes."""
+
+from abc import abstractmethod
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Protocol
+
+import torch
+
+from eplb.relocation.communicator.base import Communicator, Transfer, TransferBatch
+from eplb.relocation.communicator.copies import Copies, Piece, Source
+from eplb.relocation.communicator.pace import Pace
+from eplb.streams import DeviceStreams, EventLike
+
+_MOST_COPIES = 16
+"""That a look begins: each takes some ten microseconds of the interpreter, which the thread that serves waits for."""
+
+
+class Notes(Protocol):
+    """What the ranks tell each other: `Board` on one host, `Notices` over a network. Nothing waits.
+
+    Batches count from 1, alike on all ranks.
+    """
+
+    @property
+    def rank(self) -> int: ...
+
+    @property
+    def size(self) -> int: ...
+
+    @property
+    def capacity(self) -> int:
+        """How many slabs can be offered to one rank in a batch."""
+        ...
+
+    def look(self) -> None:
+        """Hear what the others have said, and push on what was said here."""
+        ...
+
+    def offer(self, reader: int, index: int, batch: int, slot: int) -> None:
+        """The `index`-th slab that `reader` gets of this rank in the batch is in `slot`, complete.
+
+        Raises:
+            RuntimeError: `reader` cannot be told.
+        """
+        ...
+
+    def offered(self, owner: int, index: int, batch: int) -> int | None:
+        """The slot of the `index`-th slab that this rank gets of `owner` in the batch; None if it has not said so yet."""
+        ...
+
+    def finish(self, batch: int) -> None:
+        """This rank will read nothing any more for the batches up to this one. Tells all ranks that can be told."""
+        ...
+
+    def finished(self, reader: int) -> int:
+        """The last batch that `reader` has said this of; 0 at first."""
+        ...
+
+
+class PullCommunicator(Communicator):
+    """A rank that sends only says in which slots its slabs are, and leaves them alone until all have read them.
+
+    A rank that receives copies them into its free slots, and says then that it reads nothing any more.
+
+    Args:
+        own_SB: this rank's pools, uint8 ``[num_slots, slot_bytes]``.
+        notes: between the same ranks.
+        streams: of the device that the slots are on.
+        pace: of all that this rank copies.
+    """
+
+    def __init__(self, own_SB: Sequence[torch.Tensor], notes: Notes, streams: DeviceStreams, pace: Pace) -> None:
+        self._own_SB = list(own_SB)
+        self.notes = notes
+        self.streams = streams
+        self.pace = pace
+        self._num_batches = 0
+        self._open: dict[int, PullBatch] = {}
+
+    def prepare(self, transfers: Sequence[Transfer]) -> "PullBatch":
+        return PullBatch(transfers, self)
+
+    def close(self) -> None:
+        copying = [batch.copies for batch in self._open.values() if batch.is_copying]
+        self._own_SB, self._open = [], {}
+        self.let_go(copying)
+
+    @abstractmethod
+    def copies(self) -> Copies:
+        """For one batch."""
+
+    @abstractmethod
+    def slab_at(self, owner: int, place: int) -> Source:
+        """A slot of another rank, by the number that it has there among those of all pools.
+
+        Raises:
+            ValueError: there is no such slot.
+        """
+
+    @abstractmethod
+    def let_go(self, copying: Sequence[Copies]) -> None:
+        """Give everything back but what these may still touch, and need for it."""
+
+    # ---- for batches
+
+    def enter(self, batch: "PullBatch") -> int:
+        """The number of a batch that all ranks have agreed to start: they enter them in the same order."""
+        self._num_batches += 1
+        self._open[self._num_batches] = batch
+        return self._num_batches
+
+    def finish(self, number: int) -> None:
+        """The batch reads nothing any more. The ranks hear of it when that is true of all before it, too."""
+        if self._open.pop(number, None) is not None:
+            self.notes.finish(min(self._open, default=self._num_batches + 1) - 1)
+
+    def place_of(self, slab: torch.Tensor) -> int:
+        """The number of an own slot among those of all pools.
+
+        Raises:
+            ValueError: the slab is no slot of the pools that the ranks have opened.
+        """
+        first = 0
+        for slab_SB in self._own_SB:
+            slot, inside = divmod(slab.data_ptr() - slab_SB.data_ptr(), slab_SB.shape[1])
+            if 0 <= slot < slab_SB.shape[0]:
+                if inside or slab.numel() != slab_SB.shape[1]:
+                    break
+                return first + slot
+            first += slab_SB.shape[0]
+        raise ValueError("a slab to send must be a slot of a pool that the ranks opened when they connected")
+
+
+@dataclass
+class _Fetch:
+    """A slab to get.
+
+    Attributes:
+        source: None until its owner has offered it.
+        index: among what this rank gets of `owner`.
+        num_copied: how many of its bytes have begun.
+    """
+
+    source: Source | None
+    target: torch.Tensor
+    owner: int
+    index: int
+    num_copied: int = 0
+
+
+class PullBatch(TransferBatch):
+    """Offer → fetch in pieces → say so. A step begins when the host has seen the one before complete.
+
+    Attributes:
+        copies: of what it fetches.
+    """
+
+    def __init__(self, transfers: Sequence[Transfer], communicator: PullCommunicator) -> None:
+        self._communicator = communicator
+        self._notes = communicator.notes
+        self.copies = communicator.copies()
+        self._offers: list[tuple[int, int, int]] = []
+        self._fetches: list[_Fetch] = []
+        sent, received = [0] * self._notes.size, [0] * self._notes.size
+        for transfer in transfers:
+            peer = transfer.peer
+            if transfer.target is not None:
+                self._fetches.append(_Fetch(transfer.source, transfer.target, peer, received[peer]))
+                received[peer] += transfer.source is None
+            elif transfer.source is not None:
+                self._offers.append((peer, sent[peer], communicator.place_of(transfer.source)))
+                sent[peer] += 1
+        if max(sent) > self._notes.capacity:
+            raise ValueError(f"a batch sends {max(sent)} slabs to one rank, which has {self._notes.capacity} slots")
+        self._readers = {reader for reader, _, _ in self._offers}
+        self._number = 0
+        self._began: EventLike | None = None
+        self._offered = False
+        self._given_up = False
+
+    def start(self) -> None:
+        self._enter()
+        # Behind what the side stream was told to wait for: loaded weights here, forwards of dropped layers.
+        self._began = self._communicator.streams.side.record_event()
+
+    def poll(self) -> bool:
+        if self._given_up or self._began is None or not self._began.query():
+            return False
+        self._notes.look()
+        try:
+            if not self._offered:
+                for reader, index, place in self._offers:
+                    self._notes.offer(reader, index, self._number, place)
+                self._offered = True
+            if self._fetches:
+                self._fetch()
+            is_copying = self.is_copying
+            self.copies.raise_failed()
+        except BaseException:
+            self._given_up = True  # some of the pieces are missing, or of the offers
+            raise
+        if self._fetches or is_copying:
+            return False
+        self._communicator.finish(self._number)
+        return self._is_read()
+
+    def is_dead(self) -> bool:
+        # The ranks wait for the word of a batch that never began here, too: its number is taken, and it reads nothing.
+        self._enter()
+        self._given_up = True
+        self._notes.look()
+        if self.is_copying:
+            return False
+        self._communicator.finish(self._number)
+        return self._is_read()
+
+    @property
+    def is_copying(self) -> bool:
+        """Whether a copy that began may still read or write."""
+        return self.copies.are_under_way()
+
+    def _enter(self) -> None:
+        if not self._number:
+            self._number = self._communicator.enter(self)
+
+    def _is_read(self) -> bool:
+        """Whether no other rank reads a slab of this one for this batch any more."""
+        return all(self._notes.finished(reader) >= self._number for reader in self._readers)
+
+    def _fetch(self) -> None:
+        pieces: list[Piece] = []
+        pace, room = self._communicator.pace, self.copies.room()
+        pace.look()
+        for fetch in self._fetches:
+            if fetch.source is None:
+                fetch.source = self._offered_by(fetch)
+                if fetch.source is None:
+                    continue
+            while (wanted := min(room, fetch.target.numel() - fetch.num_copied)) > 0 and len(pieces) < _MOST_COPIES:
+                granted = pace.grant(wanted)
+                if not granted:
+                    break
+                piece = slice(fetch.num_copied, fetch.num_copied + granted)
+                pieces.append((fetch.target[piece], fetch.source[piece]))
+                fetch.num_copied += granted
+                room -= granted
+        if pieces:
+            self.copies.post(pieces)
+        self._fetches = [fetch for fetch in self._fetches if fetch.num_copied < fetch.target.numel()]
+
+    def _offered_by(self, fetch: _Fetch) -> Source | None:
+        place = self._notes.offered(fetch.owner, fetch.index, self._number)
+        if place is None:
+            return None
+        source = self._communicator.slab_at(fetch.owner, place)
+        if source.numel() != fetch.target.numel():
+            raise ValueError(f"rank {fetch.owner} offers {source.numel()} bytes for a slot of {fetch.target.numel()}")
+        return source
