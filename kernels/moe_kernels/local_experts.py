@@ -20,14 +20,13 @@ from moe_kernels.gemms.expert_down import expert_down_torch
 from moe_kernels.gemms.expert_down_triton import expert_down_triton
 from moe_kernels.gemms.expert_up import expert_up_torch
 from moe_kernels.gemms.expert_up_triton import expert_up_triton
+from moe_kernels.local_schedule import local_schedule_triton
 from moe_kernels.operands.config import gemm_configs
 from moe_kernels.operands.load import LoadCounter
 from moe_kernels.operands.matrices import ExpertMatrices
 from moe_kernels.operands.table import ReplicaTable
 from moe_kernels.replicas.replicas import select_replicas_torch
-from moe_kernels.replicas.replicas_triton import select_replicas_triton
 from moe_kernels.tiles.schedule import build_schedule_torch
-from moe_kernels.tiles.schedule_triton import build_schedule_triton
 
 
 def local_experts_torch(
@@ -63,10 +62,8 @@ def local_experts_triton(
     batch = (x_TH.dtype, next_power_of_2(x_TH.shape[0]), top_k, load.load_E.shape[0])
     sizes = (matrices.hidden_size, matrices.intermediate_size)
     up, down = _gemm_configs(*sizes, *batch, tma=has_tma(x_TH.device), scheme=matrices.scheme)
-    lanes_TK, counts_L = select_replicas_triton(expert_ids_TK, table, load, 0, num_lanes=slots.shape[0])
-    schedule = build_schedule_triton(
-        lanes_TK.view(-1), counts_L, block_m=up.block_m, extra_m=up.extra_m, with_places=down.sorts_rows
-    )
+    tiles = {"block_m": up.block_m, "extra_m": up.extra_m, "with_places": down.sorts_rows}
+    lanes_TK, schedule = local_schedule_triton(expert_ids_TK, table, load, num_lanes=slots.shape[0], **tiles)
     hidden_NI = expert_up_triton(x_TH, matrices, slots, schedule, top_k, up)
     rows_NH = expert_down_triton(hidden_NI, matrices, slots, schedule, expert_weights_TK.view(-1), down)
     del hidden_NI  # so much less memory at the peak

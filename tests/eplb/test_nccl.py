@@ -587,5 +587,7 @@ def test_it_keeps_no_bound_of_bytes_per_second(fake):
     assert EplbConfig(communicator="nccl").communicator == "nccl"
     with pytest.raises(ValueError, match="max_bytes_per_second=5 needs communicator='symm_mem', 'nixl' or 'auto'"):
         EplbConfig(communicator="nccl", max_bytes_per_second=5)
-    with pytest.raises(ValueError, match="max_bytes_per_second=5 needs communicator='symm_mem', 'nixl' or 'auto', got 'nccl'"):
+    with pytest.raises(
+        ValueError, match="max_bytes_per_second=5 needs communicator='symm_mem', 'nixl' or 'auto', got 'nccl'"
+    ):
         choose_communicator("nccl", CUDA, "gloo", {"gloo"}, 5)

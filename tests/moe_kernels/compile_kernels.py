@@ -27,6 +27,7 @@ from moe_kernels.base.scan import MANY_KEYS, chunk_options, scan_options
 from moe_kernels.gradients.experts_grad_weights_tma import most_registers, num_parts
 from moe_kernels.gradients.gradient_configs import _TABLE_16_BIT, _TABLE_32_BIT, _TABLE_HOPPER
 from moe_kernels.gradients.gradient_configs import _TABLE_TMA as _GRADIENTS_TMA
+from moe_kernels.local_schedule import FEW_ROWS
 from moe_kernels.operands.config import _FP8_RING, _INTERMEDIATE, _KEPT_TMA, _TABLE_TMA, _quantised_table
 from moe_kernels.peers import (  # noqa: F401
     combine_home,
@@ -306,6 +307,21 @@ def compile_small(arch: int) -> None:
             compile_small_one(
                 "schedule_triton", "_build_schedule_kernel", {}, block | rows | tiles, arch, options["num_warps"]
             )
+    for extra, experts in ((0, 16), (64, 512)):
+        local = {"BLOCK_M": 128, "EXTRA_M": extra, "BLOCK_E": experts} | ({"places_ptr": None} if extra else {})
+        types = {"load_ptr": "*i64", "increment_ptr": "*i64"}
+        for num_keys in (512, FEW_ROWS):
+            options = scan_options(num_keys)
+            few = local | {"BLOCK": options["BLOCK"], "ROWS": options["ROWS"]}
+            compile_small_one("local_schedule", "_schedule_few_kernel", types, few, arch, options["num_warps"])
+        options = chunk_options()
+        many = local | {"CHUNK": options["CHUNK"], "BLOCK": 512}
+        compile_small_one("local_schedule", "_schedule_many_kernel", {}, many, arch, options["num_warps"])
+    for absent in ({}, {"increment_ptr": None}):
+        options = scan_options(MANY_KEYS)
+        types = {"load_ptr": "*i64", "increment_ptr": "*i64"}
+        block = {"BLOCK": options["BLOCK"]} | absent
+        compile_small_one("local_schedule", "_add_up_chunks_kernel", types, block, arch, options["num_warps"])
     options = chunk_options()
     chunk = {"CHUNK": options["CHUNK"]}
     for block in (2, 128, 512):

@@ -110,7 +110,7 @@ def test_separate_ops(prepares, request, device, assert_close, size, count):
     assert_second_launch_is_prepared(prepares, run, count)
 
 
-@pytest.mark.parametrize(("num_tokens", "count"), [(1, 3), (5, 6)])
+@pytest.mark.parametrize(("num_tokens", "count"), [(1, 3), (5, 5)])
 def test_one_op(prepares, make_experts, assert_close, num_tokens, count):
     def run(seed):
         given = test_local_forward.arguments(make_experts, 4, 2, 64, 48, torch.bfloat16, seed, num_tokens)

@@ -81,9 +81,8 @@ def _receive_rows_kernel(
     first, own = both.to(tl.int32), (both >> 32).to(tl.int32)
     count = tl.sum(own, axis=0)
     start = write_tiles(
-        tl.sum(counts_WL, axis=0), count, lane, num_lanes, max_tiles,
-        offsets_ptr, tile_lane_ptr, tile_start_ptr, tile_end_ptr, num_tiles_ptr,
-        BLOCK_M, EXTRA_M, BLOCK, BLOCK_L,
+        tl.sum(counts_WL, axis=0), lanes, count, lane, num_lanes, max_tiles,
+        offsets_ptr, tile_lane_ptr, tile_start_ptr, tile_end_ptr, num_tiles_ptr, BLOCK_M, EXTRA_M, BLOCK,
     )  # fmt: skip
     end = tl.cumsum(own, axis=0)
     listed = peer * per_rank + first - (end - own)  # so far is a row of the lane from its place in the lists

@@ -42,6 +42,7 @@ def _has_extra(counts, BLOCK_M: tl.constexpr, EXTRA_M: tl.constexpr):
 @triton.jit
 def write_tiles(
     counts,
+    lanes,
     count,
     lane,
     num_lanes,
@@ -54,13 +55,11 @@ def write_tiles(
     BLOCK_M: tl.constexpr,
     EXTRA_M: tl.constexpr,
     BLOCK: tl.constexpr,
-    BLOCK_L: tl.constexpr,
 ):
     """Write the tiles of one lane (the unused ones, if it is `num_lanes`); returns the sorted position where it starts.
 
-    counts [BLOCK_L] are those of all lanes, `count` is the lane's own, 0 for `num_lanes`.
+    counts are those of `lanes`, which are all that have rows, in any order; `count` is the lane's own, 0 for `num_lanes`.
     """
-    lanes = tl.arange(0, BLOCK_L)
     is_lane = lane < num_lanes
     tiles = _num_tiles(counts, BLOCK_M, EXTRA_M)
     earlier = lanes < lane
@@ -137,8 +136,8 @@ def _build_schedule_kernel(
         start_chunks(chunks_ptr, lane, num_chunks, BLOCK)
 
     start = write_tiles(
-        counts, count, lane, num_lanes, max_tiles, offsets_ptr, tile_lane_ptr, tile_start_ptr, tile_end_ptr, num_tiles_ptr,
-        BLOCK_M, EXTRA_M, BLOCK, BLOCK_L,
+        counts, lanes, count, lane, num_lanes, max_tiles, offsets_ptr, tile_lane_ptr, tile_start_ptr, tile_end_ptr,
+        num_tiles_ptr, BLOCK_M, EXTRA_M, BLOCK,
     )  # fmt: skip
     if chunks_ptr is None:
         hits = count_hits(bins == lane)

@@ -1,0 +1,280 @@
+"""Steps 2 and 3 of a forward in one, where each expert has one replica: `select_replicas` and `build_schedule`.
+
+The choice is a look at the table then. So few rows take one launch and many take three, where the two ops take two and six.
+N flat rows (T tokens, K experts of each), E logical experts, L lanes.
+"""
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+
+from moe_kernels.base import scan
+from moe_kernels.base.integers import next_power_of_2
+from moe_kernels.base.launch import Launcher, gdc_launch_dependents, gdc_wait
+from moe_kernels.base.scan import (
+    chunk_options,
+    count_chunks,
+    count_hits,
+    first_index,
+    load_bins,
+    load_chunk,
+    rank_hits,
+    rank_in_bins,
+    row_ends,
+    scan_options,
+    start_chunks,
+)
+from moe_kernels.operands.load import LoadCounter
+from moe_kernels.operands.table import ReplicaTable
+from moe_kernels.replicas.replicas_triton import select_replicas_triton
+from moe_kernels.tiles.schedule_triton import build_schedule_triton, write_tiles
+from moe_kernels.tiles.tiles import TileSchedule, new_schedule
+
+FEW_ROWS = 2048
+"""N, at most: every program counts the rows of all experts, in one step."""
+
+
+@triton.jit
+def _write_lanes(
+    counts,
+    table_lanes,
+    program,
+    programs,
+    expert,
+    num_experts,
+    num_lanes,
+    max_tiles,
+    offsets_ptr,
+    tile_lane_ptr,
+    tile_start_ptr,
+    tile_end_ptr,
+    num_tiles_ptr,
+    BLOCK_M: tl.constexpr,
+    EXTRA_M: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
+    """Write the tiles of an expert (the unused ones, if it is `num_experts`), and some of the offsets of lanes without expert.
+
+    counts, table_lanes [BLOCK_E]: of all experts; 0 and `num_lanes` from `num_experts` on. Returns the expert's lane, and the
+    sorted position where it starts.
+    """
+    own = tl.arange(0, counts.shape[0]) == expert
+    is_expert = expert < num_experts
+    count = tl.sum(tl.where(own, counts, 0), axis=0)
+    lane = tl.where(is_expert, tl.sum(tl.where(own, table_lanes, 0), axis=0), num_lanes)
+    start = write_tiles(
+        counts, table_lanes, count, lane, num_lanes, max_tiles, offsets_ptr, tile_lane_ptr, tile_start_ptr, tile_end_ptr,
+        num_tiles_ptr, BLOCK_M, EXTRA_M, BLOCK,
+    )  # fmt: skip
+    if num_experts < num_lanes:
+        for other in range(program, num_lanes, programs):
+            is_named = tl.sum((table_lanes == other).to(tl.int32), axis=0) > 0
+            before = tl.sum(tl.where(table_lanes < other, counts, 0), axis=0)
+            tl.store(offsets_ptr + other, before, mask=is_named == 0)
+    return lane, start
+
+
+@triton.jit
+def _record(load_ptr, increment_ptr, expert, num_experts, count):
+    """Add to the counter. An atomic, because another stream may add at the same time; nobody reads its result."""
+    if increment_ptr is not None:
+        tl.atomic_add(load_ptr + expert, count * tl.load(increment_ptr), mask=expert < num_experts, sem="relaxed")
+
+
+# Unspecialized, or serving would compile when one is a multiple of 16.
+@Launcher
+@triton.jit(do_not_specialize=["num_rows", "max_tiles"])
+def _schedule_few_kernel(
+    # inputs
+    ids_ptr,
+    table_lanes_ptr,
+    increment_ptr,  # None: nothing is recorded
+    # outputs
+    load_ptr,  # added to
+    lanes_ptr,
+    order_ptr,
+    places_ptr,  # None: not wanted
+    offsets_ptr,
+    tile_lane_ptr,
+    tile_start_ptr,
+    tile_end_ptr,
+    num_tiles_ptr,
+    # shapes
+    num_rows,
+    num_experts,
+    num_lanes,
+    max_tiles,
+    # constants
+    BLOCK_M: tl.constexpr,
+    EXTRA_M: tl.constexpr,
+    PDL: tl.constexpr,
+    # tunables
+    BLOCK: tl.constexpr,
+    ROWS: tl.constexpr,
+    BLOCK_E: tl.constexpr,
+):
+    """A program writes the rows and tiles of one expert. The last program: the rows of no expert, and the unused tiles.
+
+    Example (M = 16, no extra rows): ids [0, 1, 7, 0], lanes of experts [1, 0] → lanes [1, 0, -1, 1], order [1, 0, 3, 2],
+    offsets [0, 1, 3], tile_lane [0, 1], tile_start [0, 1], tile_end [1, 3], num_tiles 2.
+    """
+    if PDL:  # see `Launcher`
+        gdc_wait()
+        gdc_launch_dependents()
+    expert = tl.program_id(0)
+    experts = tl.arange(0, BLOCK_E)
+    table_lanes = tl.load(table_lanes_ptr + experts, mask=experts < num_experts, other=num_lanes)
+    index = first_index(num_rows, BLOCK, ROWS)
+    bins = load_bins(ids_ptr, index, 0, num_rows, num_experts, BLOCK, ROWS)
+    row = tl.arange(0, BLOCK)  # once more, in the order that suits a histogram
+    ids = tl.load(ids_ptr + row, mask=row < num_rows, other=-1)
+    counts = tl.histogram(ids, BLOCK_E, mask=(ids >= 0) & (ids < num_experts))
+    lane, start = _write_lanes(
+        counts, table_lanes, expert, num_experts + 1, expert, num_experts, num_lanes, max_tiles, offsets_ptr, tile_lane_ptr,
+        tile_start_ptr, tile_end_ptr, num_tiles_ptr, BLOCK_M, EXTRA_M, BLOCK,
+    )  # fmt: skip
+    mine = bins == expert
+    hits = count_hits(mine)
+    _record(load_ptr, increment_ptr, expert, num_experts, tl.sum(hits))
+    position, _ = rank_hits(mine, row_ends(hits, start))
+    inside = mine & (index < num_rows)
+    tl.store(lanes_ptr + index, tl.where(expert < num_experts, lane, -1), mask=inside)
+    tl.store(order_ptr + position, index, mask=inside)
+    if places_ptr is not None:
+        tl.store(places_ptr + index, position, mask=inside)
+
+
+@Launcher
+@triton.jit(do_not_specialize=["num_chunks"])  # as above
+def _add_up_chunks_kernel(
+    # input and output
+    chunks_ptr,  # of `count_chunks`, and what `start_chunks` makes of it
+    # inputs
+    increment_ptr,  # None: nothing is recorded
+    # outputs
+    load_ptr,  # added to
+    counts_ptr,
+    # shapes
+    num_chunks,
+    num_experts,
+    # constants
+    PDL: tl.constexpr,
+    # tunables
+    BLOCK: tl.constexpr,
+):
+    """The rows of one expert; the last program: of no expert.
+
+    Example: two experts, chunks [[1, 1], [1, 0], [0, 1]] → chunks [[0, 1], [0, 1], [0, 0]], counts [2, 1, 1].
+    """
+    if PDL:  # see `Launcher`
+        gdc_wait()
+        gdc_launch_dependents()
+    expert = tl.program_id(0)
+    count = start_chunks(chunks_ptr, expert, num_chunks, BLOCK)
+    tl.store(counts_ptr + expert, count)
+    _record(load_ptr, increment_ptr, expert, num_experts, count)
+
+
+@Launcher
+@triton.jit(do_not_specialize=["num_rows", "max_tiles"])  # as above
+def _schedule_many_kernel(
+    # inputs
+    ids_ptr,
+    table_lanes_ptr,
+    counts_ptr,
+    starts_ptr,
+    # outputs
+    lanes_ptr,
+    order_ptr,
+    places_ptr,  # None: not wanted
+    offsets_ptr,
+    tile_lane_ptr,
+    tile_start_ptr,
+    tile_end_ptr,
+    num_tiles_ptr,
+    # shapes
+    num_rows,
+    num_experts,
+    num_lanes,
+    max_tiles,
+    # constants
+    BLOCK_M: tl.constexpr,
+    EXTRA_M: tl.constexpr,
+    PDL: tl.constexpr,
+    # tunables
+    CHUNK: tl.constexpr,
+    BLOCK: tl.constexpr,
+    BLOCK_E: tl.constexpr,
+):
+    """The rows of one chunk. Programs share the experts, whose tiles they write.
+
+    Example: as of `_schedule_few_kernel`, with counts [2, 1] and starts [[0], [0], [0]].
+    """
+    if PDL:  # see `Launcher`
+        gdc_wait()
+        gdc_launch_dependents()
+    experts = tl.arange(0, BLOCK_E)
+    is_expert = experts < num_experts
+    table_lanes = tl.load(table_lanes_ptr + experts, mask=is_expert, other=num_lanes)
+    counts = tl.load(counts_ptr + experts, mask=is_expert, other=0)
+    row, ids = load_chunk(ids_ptr, num_rows, num_experts, CHUNK)
+    lanes = tl.load(table_lanes_ptr + ids, mask=ids < num_experts, other=num_lanes)
+    first = tl.sum(tl.where(table_lanes[None, :] < lanes[:, None], counts[None, :], 0), axis=1)
+    position = first + rank_in_bins(ids, starts_ptr, CHUNK)
+    inside = row < num_rows
+    tl.store(lanes_ptr + row, tl.where(lanes < num_lanes, lanes, -1), mask=inside)
+    tl.store(order_ptr + position, row, mask=inside)
+    if places_ptr is not None:
+        tl.store(places_ptr + row, position, mask=inside)
+    for expert in range(tl.program_id(0), num_experts + 1, tl.num_programs(0)):
+        _write_lanes(
+            counts, table_lanes, tl.program_id(0), tl.num_programs(0), expert, num_experts, num_lanes, max_tiles, offsets_ptr,
+            tile_lane_ptr, tile_start_ptr, tile_end_ptr, num_tiles_ptr, BLOCK_M, EXTRA_M, BLOCK,
+        )  # fmt: skip
+
+
+def local_schedule_triton(
+    expert_ids_TK: torch.Tensor,
+    table: ReplicaTable,
+    load: LoadCounter,
+    *,
+    num_lanes: int,
+    block_m: int,
+    extra_m: int,
+    with_places: bool = False,
+) -> tuple[torch.Tensor, TileSchedule]:
+    """lanes_TK and the schedule, as `select_replicas` and `build_schedule` make them. `table`: one replica an expert."""
+    num_rows, num_experts = expert_ids_TK.numel(), load.load_E.numel()
+    if FEW_ROWS < num_rows < scan.MANY_KEYS:  # each of the two scans the rows with a program for each expert
+        lanes_TK, counts_L = select_replicas_triton(expert_ids_TK, table, load, 0, num_lanes=num_lanes)
+        flat_N = lanes_TK.view(-1)
+        return lanes_TK, build_schedule_triton(
+            flat_N, counts_L, block_m=block_m, extra_m=extra_m, with_places=with_places
+        )
+    lanes_TK = torch.empty_like(expert_ids_TK)
+    schedule = new_schedule(lanes_TK, num_rows, num_lanes, block_m, extra_m, with_places)
+    written = (
+        *(lanes_TK, schedule.order_N, schedule.places_N, schedule.offsets_L1),
+        *(schedule.tile_lane, schedule.tile_start, schedule.tile_end, schedule.num_tiles),
+    )
+    sizes = (num_rows, num_experts, num_lanes, schedule.tile_lane.shape[0])
+    tunables = {"BLOCK_M": block_m, "EXTRA_M": extra_m, "BLOCK_E": max(16, next_power_of_2(num_experts))}
+    options = scan_options(num_rows)
+    chunks_BC = count_chunks(expert_ids_TK, num_experts)
+    if chunks_BC is None:
+        _schedule_few_kernel[(num_experts + 1,)](
+            *(expert_ids_TK, table.lanes_P, load.increment_1, load.load_E), *written, *sizes, **tunables, **options
+        )
+        return lanes_TK, schedule
+    counts_B, num_chunks = expert_ids_TK.new_empty(num_experts + 1), chunks_BC.shape[1]
+    _add_up_chunks_kernel[(num_experts + 1,)](
+        *(chunks_BC, load.increment_1, load.load_E, counts_B, num_chunks, num_experts),
+        BLOCK=options["BLOCK"],
+        num_warps=options["num_warps"],
+    )
+    _schedule_many_kernel[(num_chunks,)](
+        *(expert_ids_TK, table.lanes_P, counts_B, chunks_BC), *written, *sizes, **tunables, BLOCK=512, **chunk_options()
+    )
+    return lanes_TK, schedule
