@@ -15,7 +15,7 @@ They know slots, lanes and rows; neither which expert a slot holds nor what a ra
 - `one_token`: all of it for a single token;
 - `peers`: dispatch and combine over the memory of several GPUs.
 
-`local_experts` is everything behind the routing as one op, `local_forward` all of it; `moe_experts` (in `experts`) is the
+`local_experts` is everything behind the routing as one op (`local_schedule`: choice and tiles in one), `local_forward` all of it; `moe_experts` (in `experts`) is the
 function for models that keep their weights themselves: no slots, no load, gradients.
 """
 

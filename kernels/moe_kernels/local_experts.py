@@ -62,8 +62,15 @@ def local_experts_triton(
     batch = (x_TH.dtype, next_power_of_2(x_TH.shape[0]), top_k, load.load_E.shape[0])
     sizes = (matrices.hidden_size, matrices.intermediate_size)
     up, down = _gemm_configs(*sizes, *batch, tma=has_tma(x_TH.device), scheme=matrices.scheme)
-    tiles = {"block_m": up.block_m, "extra_m": up.extra_m, "with_places": down.sorts_rows}
-    lanes_TK, schedule = local_schedule_triton(expert_ids_TK, table, load, num_lanes=slots.shape[0], **tiles)
+    lanes_TK, schedule = local_schedule_triton(
+        expert_ids_TK,
+        table,
+        load,
+        num_lanes=slots.shape[0],
+        block_m=up.block_m,
+        extra_m=up.extra_m,
+        with_places=down.sorts_rows,
+    )
     hidden_NI = expert_up_triton(x_TH, matrices, slots, schedule, top_k, up)
     rows_NH = expert_down_triton(hidden_NI, matrices, slots, schedule, expert_weights_TK.view(-1), down)
     del hidden_NI  # so much less memory at the peak

@@ -32,8 +32,10 @@ from moe_kernels.replicas.replicas_triton import select_replicas_triton
 from moe_kernels.tiles.schedule_triton import build_schedule_triton, write_tiles
 from moe_kernels.tiles.tiles import TileSchedule, new_schedule
 
-FEW_ROWS = 2048
-"""N, at most: every program counts the rows of all experts, in one step."""
+FEW_ROWS = 512
+"""N, at most: every program counts the rows of all experts, in one step. With 2,048 it took 0.8 µs more than two launches."""
+MANY_ROWS = 32768
+"""N, at least: three launches take less time than two, as measured on an H200 (docs/log.md)."""
 
 
 @triton.jit
@@ -247,11 +249,11 @@ def local_schedule_triton(
 ) -> tuple[torch.Tensor, TileSchedule]:
     """lanes_TK and the schedule, as `select_replicas` and `build_schedule` make them. `table`: one replica an expert."""
     num_rows, num_experts = expert_ids_TK.numel(), load.load_E.numel()
-    if FEW_ROWS < num_rows < scan.MANY_KEYS:  # each of the two scans the rows with a program for each expert
+    chunks_BC = count_chunks(expert_ids_TK, num_experts, MANY_ROWS)
+    if chunks_BC is None and num_rows > FEW_ROWS:  # each of the two scans the rows with a program for each expert
         lanes_TK, counts_L = select_replicas_triton(expert_ids_TK, table, load, 0, num_lanes=num_lanes)
-        flat_N = lanes_TK.view(-1)
         return lanes_TK, build_schedule_triton(
-            flat_N, counts_L, block_m=block_m, extra_m=extra_m, with_places=with_places
+            lanes_TK.view(-1), counts_L, block_m=block_m, extra_m=extra_m, with_places=with_places
         )
     lanes_TK = torch.empty_like(expert_ids_TK)
     schedule = new_schedule(lanes_TK, num_rows, num_lanes, block_m, extra_m, with_places)
@@ -261,9 +263,8 @@ def local_schedule_triton(
     )
     sizes = (num_rows, num_experts, num_lanes, schedule.tile_lane.shape[0])
     tunables = {"BLOCK_M": block_m, "EXTRA_M": extra_m, "BLOCK_E": max(16, next_power_of_2(num_experts))}
-    options = scan_options(num_rows)
-    chunks_BC = count_chunks(expert_ids_TK, num_experts)
     if chunks_BC is None:
+        options = scan_options(num_rows)
         _schedule_few_kernel[(num_experts + 1,)](
             *(expert_ids_TK, table.lanes_P, load.increment_1, load.load_E), *written, *sizes, **tunables, **options
         )
@@ -271,8 +272,8 @@ def local_schedule_triton(
     counts_B, num_chunks = expert_ids_TK.new_empty(num_experts + 1), chunks_BC.shape[1]
     _add_up_chunks_kernel[(num_experts + 1,)](
         *(chunks_BC, load.increment_1, load.load_E, counts_B, num_chunks, num_experts),
-        BLOCK=options["BLOCK"],
-        num_warps=options["num_warps"],
+        BLOCK=scan.BLOCK_C,
+        num_warps=max(1, scan.BLOCK_C // 256),
     )
     _schedule_many_kernel[(num_chunks,)](
         *(expert_ids_TK, table.lanes_P, counts_B, chunks_BC), *written, *sizes, **tunables, BLOCK=512, **chunk_options()

@@ -310,10 +310,9 @@ def compile_small(arch: int) -> None:
     for extra, experts in ((0, 16), (64, 512)):
         local = {"BLOCK_M": 128, "EXTRA_M": extra, "BLOCK_E": experts} | ({"places_ptr": None} if extra else {})
         types = {"load_ptr": "*i64", "increment_ptr": "*i64"}
-        for num_keys in (512, FEW_ROWS):
-            options = scan_options(num_keys)
-            few = local | {"BLOCK": options["BLOCK"], "ROWS": options["ROWS"]}
-            compile_small_one("local_schedule", "_schedule_few_kernel", types, few, arch, options["num_warps"])
+        options = scan_options(FEW_ROWS)
+        few = local | {"BLOCK": options["BLOCK"], "ROWS": options["ROWS"]}
+        compile_small_one("local_schedule", "_schedule_few_kernel", types, few, arch, options["num_warps"])
         options = chunk_options()
         many = local | {"CHUNK": options["CHUNK"], "BLOCK": 512}
         compile_small_one("local_schedule", "_schedule_many_kernel", {}, many, arch, options["num_warps"])

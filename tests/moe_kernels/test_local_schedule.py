@@ -7,8 +7,7 @@ import torch
 
 from moe_kernels import LoadCounter, ReplicaTable
 from moe_kernels.base import scan
-from moe_kernels.base.scan import MANY_KEYS
-from moe_kernels.local_schedule import FEW_ROWS, local_schedule_triton
+from moe_kernels.local_schedule import FEW_ROWS, MANY_ROWS, local_schedule_triton
 from moe_kernels.replicas.replicas import select_replicas_torch
 from moe_kernels.tiles.schedule import build_schedule_torch
 
@@ -67,7 +66,7 @@ def test_many_rows_are(small_chunks, device, tokens, top_k, experts, lanes, extr
 
 
 @pytest.mark.gpu
-@pytest.mark.parametrize("rows", [MANY_KEYS, MANY_KEYS + 8 * 123])
+@pytest.mark.parametrize("rows", [MANY_ROWS - 8, MANY_ROWS, MANY_ROWS + 8 * 123])
 def test_as_many_as_are_many(rows):
     test_it_is_the_two_ops(torch.device("cuda"), rows // 8, 8, 128, 130, 8)
 
@@ -110,4 +109,4 @@ def test_example(device):
 
 
 def test_the_few_are_one_step():
-    assert scan.scan_options(FEW_ROWS)["BLOCK"] == FEW_ROWS
+    assert scan.scan_options(FEW_ROWS)["BLOCK"] == FEW_ROWS < MANY_ROWS
