@@ -15,8 +15,9 @@ They know slots, lanes and rows; neither which expert a slot holds nor what a ra
 - `one_token`: all of it for a single token;
 - `peers`: dispatch and combine over the memory of several GPUs.
 
-`local_experts` is everything behind the routing as one op (`local_schedule`: choice and tiles in one), `local_forward` all of it; `moe_experts` (in `experts`) is the
-function for models that keep their weights themselves: no slots, no load, gradients.
+`local_experts` is everything behind the routing as one op, `local_forward` all of it, with choice and tiles in one
+(`local_schedule`); `moe_experts` (in `experts`) is the function for models that keep their weights themselves: no slots, no
+load, gradients.
 """
 
 from moe_kernels.base.backend import has_tma, resolve_backend
