@@ -79,6 +79,7 @@ def quantised_candidates(op: str, rows_per_expert: float, scheme: str) -> Iterat
             for group_m, tail_m in ((8, 0), (4, 64)) if block_m == 128 else ((8, 0),):
                 sizes = (block_m, block_n, block_k, num_warps, num_stages, group_m)
                 yield GemmConfig(*sizes, tma=True, swap=True, tail_m=tail_m, quantised=True)
+        yield from four_bit_rings(rows_per_expert)
         blocks = tuple((n, k, stages) for n, k in product((64, 128, 256), (64, 128)) for stages in (3, 4, 5))
     for block_m, (block_n, block_k, num_stages), num_warps in product((16, 32, 64, 128), blocks, (4, 8)):
         is_narrow = block_m <= 32
@@ -86,6 +87,22 @@ def quantised_candidates(op: str, rows_per_expert: float, scheme: str) -> Iterat
             continue
         for swap in (True, False) if is_narrow else (False,):
             yield GemmConfig(block_m, block_n, block_k, num_warps, num_stages, swap=swap, quantised=True)
+
+
+def four_bit_rings(rows_per_expert: float) -> Iterator[GemmConfig]:
+    """Of 4-bit weights by the ring."""
+    for block_m, (block_n, programs), (block_k, num_stages) in product(
+        (16, 32, 64, 128), ((128, 2), (192, 1)), ((256, 4), (128, 4))
+    ):
+        is_wide = block_m > 32
+        if (block_m > 16 and rows_per_expert < block_m / 4) or (is_wide and (programs > 1 or block_k > 128)):
+            continue
+        for tail_m, extra_m in ((0, 0), (0, 16), (32, 32), (64, 32)):
+            if tail_m < block_m and extra_m <= block_m and (extra_m < 32 or is_wide):
+                yield GemmConfig(
+                    block_m, block_n, block_k, block_n // 16, num_stages, tma=True, swap=True, tail_m=tail_m, extra_m=extra_m,
+                    programs_per_sm=programs, quantised=True,
+                )  # fmt: skip
 
 
 def tune(

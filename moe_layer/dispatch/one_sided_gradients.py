@@ -12,7 +12,6 @@ import torch
 from torch.autograd import Variable
 
 from moe_kernels import TileSchedule, build_schedule
-from moe_kernels.gradients.gather_sorted import gather_sorted
 from moe_kernels.peers.combine_home import combine_home
 from moe_kernels.peers.meet_peers import meet_peers
 from moe_kernels.peers.peers import (
@@ -28,6 +27,7 @@ from moe_kernels.peers.peers import (
 from moe_kernels.peers.receive_rows import receive_rows
 from moe_kernels.peers.return_sorted import return_sorted
 from moe_kernels.peers.send_rows import ANY_BLOCK_M, send_rows
+from moe_kernels.tiles.gather_sorted import gather_sorted
 from moe_layer.dispatch.base import Dispatched
 from moe_layer.dispatch.gradients import check_gradients
 

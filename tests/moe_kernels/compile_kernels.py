@@ -41,6 +41,7 @@ from moe_kernels.peers import (  # noqa: F401
     send_rows,
 )
 from moe_kernels.quantised.four_bit import MOST_HALVED
+from moe_kernels.quantised.four_bit_ring import groups_layout, ring_constants, rows_layout, words_layout
 from moe_kernels.quantised.fp8_ring import ROW_LAYOUT, WEIGHT_LAYOUT
 from moe_kernels.routing import (
     routing_triton,
@@ -586,6 +587,41 @@ def compile_four_bit(
     )
 
 
+def compile_four_bit_ring(
+    scheme: str, config: GemmConfig, is_up: bool, dtype: str = "bf16", sizes: tuple[int, int] = (2880, 2880),
+    group: int = 32, activation: str = "silu", biased: bool = False, zeros: bool = False,
+) -> None:  # fmt: skip
+    """Likewise, by a ring of operands."""
+    is_interleaved = is_up and "ungated" not in activation
+    k, box = config.block_k, [1, max(config.block_k // group, 1), 32 if is_interleaved else 64]
+    words = [1, 4, 2, 8, k // 8] if is_interleaved else [1, 64, k // 8]
+    kind, bits = ("u8", 8) if scheme == "mxfp4" else ("bf16", 16)
+    types = {"gate_up" if is_up else "down": f"tensordesc<i32{words},{words_layout(k, len(words))!r}>"}
+    types |= {
+        "scale": f"tensordesc<{kind}{box},{groups_layout(bits)!r}>",
+        "zero": f"tensordesc<u8{box},{groups_layout(8)!r}>",
+    }
+    for name, rows in (("rows" if is_up else "hidden", config.block_m), ("extra", config.extra_m)):
+        types[name] = f"tensordesc<{dtype}[{rows}, 64],{rows_layout()!r}>"
+    types |= dict.fromkeys(("bias_ptr", "hidden_ptr", "rows_ptr"), f"*{dtype}") | {"row_weights_ptr": "*fp32"}
+    constants = {"HIDDEN_SIZE": sizes[0], "INTERMEDIATE": sizes[1], "SCHEME": scheme, "GROUP": group, "PDL": True}
+    constants |= {"ACTIVATION": activation} if is_up else {"homes_ptr": None}
+    options = {"num_warps": 4, "launch_pdl": True}
+    for name, value in ring_constants(config).items():
+        (options if name == "maxnreg" else constants)[name] = value
+    constants |= ({} if biased else {"bias_ptr": None}) | ({} if zeros else {"zero": None})
+    constants |= {} if config.extra_m else {"extra": None}
+    module = f"expert_{'up' if is_up else 'down'}_four_bit_ring"
+    compiled = compile_kernel(module, f"_{module}_kernel", types, constants, 90, **options)
+    ptx = compiled.asm["ptx"]
+    assert "wgmma" in ptx and "mma.sync" not in ptx and "cp.async.bulk.tensor" in ptx
+    assert compiled.metadata.shared <= 227 * 1024 // config.programs_per_sm, f"{compiled.metadata.shared} bytes"
+    assert re.search(r"st\.global\S*v4\.b32", ptx), "rows must be stored 16 bytes at a time"
+    # Weights are unpacked to registers, beside a product that is under way.
+    products = re.findall(r"warp_group_dot %\S+, .*? : tensor<", compiled.asm["ttgir"])
+    assert products and len(products) == compiled.asm["ttgir"].count("ttng.warp_group_dot %")
+
+
 def compile_quantised(
     arch: int, scheme: str, config: GemmConfig, is_up: bool, dtype: str = "bf16", even_k: bool = True,
     activation: str = "silu", biased: bool = False, zeros: bool = False,
@@ -670,8 +706,9 @@ def compile_all_quantised(arch: int, all_of_them: bool) -> None:
         compile_quantised(arch, "fp8_block", wide_up, True)
         narrow, wide = tables["mxfp4"][0][1], tables["int4"][-1][2]
         if arch == 90:
-            compile_four_bit("mxfp4", narrow, True, activation=GPT_OSS, biased=True)
-            compile_four_bit("int4", wide, False, sizes=(2048, 768), group=128, zeros=True)
+            compile_four_bit("int4", tables["int4"][0][1], True, sizes=(2048, 768), group=128, zeros=True)
+            compile_four_bit_ring("mxfp4", narrow, True, activation=GPT_OSS, biased=True)
+            compile_four_bit_ring("int4", wide, False, sizes=(2048, 768), group=128, zeros=True)
         else:
             compile_quantised(arch, "mxfp4", narrow, True, activation=GPT_OSS, biased=True)
             compile_quantised(arch, "int4", wide, False, zeros=True)
@@ -684,12 +721,13 @@ def compile_all_quantised(arch: int, all_of_them: bool) -> None:
                     32 if scheme == "mxfp4" else 128,
                     (2048, 768),
                 )
-                compile_four_bit(scheme, up, True, **kind)
-                compile_four_bit(scheme, down, False, biased=True)
-                compile_four_bit(scheme, up, True, sizes=sizes, group=group, zeros=scheme == "int4")
-                compile_four_bit(scheme, down, False, sizes=sizes, group=group, zeros=scheme == "int4")
-                compile_four_bit(scheme, up, True, "fp16", activation="relu2 ungated")
-                compile_four_bit(scheme, down, False, "fp16")
+                compile_one = compile_four_bit_ring if up.programs_per_sm else compile_four_bit
+                compile_one(scheme, up, True, **kind)
+                compile_one(scheme, down, False, biased=True)
+                compile_one(scheme, up, True, sizes=sizes, group=group, zeros=scheme == "int4")
+                compile_one(scheme, down, False, sizes=sizes, group=group, zeros=scheme == "int4")
+                compile_one(scheme, up, True, "fp16", activation="relu2 ungated")
+                compile_one(scheme, down, False, "fp16")
                 continue
             for even_k in (True, False):
                 compile_quantised(arch, scheme, up, True, even_k=even_k)

@@ -101,3 +101,40 @@ def test_fp8_block_has_the_ring_on_hopper_where_tma_can_read_its_weights():
     for wrong in ({"block_m": 64}, {"num_warps": 8}, {"swap": True, "extra_m": 64}, {"tail_m": 64}, {"keep": True}):
         with pytest.raises(ValueError, match="quantised with tma"):
             replace(ring, **wrong)
+
+
+def test_four_bits_have_the_ring_on_hopper():
+    sizes = {"n": 2880, "k": 2880, "dtype": torch.bfloat16, "top_k": 4, "num_experts": 128, "tma": True}
+    for scheme, tokens, has_ring in (
+        ("mxfp4", 16, True),
+        ("mxfp4", 65536, True),
+        ("int4", 256, True),
+        ("int4", 512, False),  # 16 rows an expert
+        ("int4", 2048, True),
+    ):
+        for gated in (False, True):
+            config = gemm_config(**sizes, num_tokens=tokens, scheme=scheme, gated=gated)
+            assert config.tma and config.swap and config.quantised and (config.programs_per_sm > 0) == has_ring
+    assert not gemm_config(**(sizes | {"tma": False}), num_tokens=16, scheme="mxfp4").tma
+
+
+def test_the_ring_of_four_bits_has_its_rules():
+    ring = GemmConfig(32, 128, 256, 8, 4, tma=True, swap=True, quantised=True, programs_per_sm=1, tail_m=16, extra_m=32)
+    replace(ring, block_n=192, num_warps=12, programs_per_sm=2)
+    for wrong, rule in (
+        ({"block_n": 256, "num_warps": 16}, "block_n=128"),
+        ({"num_warps": 4}, "num_warps=8"),
+        ({"num_warps": 12}, "num_warps=8"),
+        ({"block_k": 32}, "block_k of 64"),
+        ({"num_stages": 3}, "power of two of num_stages"),
+        ({"block_m": 512}, "block_m <= 256"),
+        ({"programs_per_sm": 3}, "programs_per_sm of 1 or 2"),
+        ({"programs_per_sm": 0}, "or programs_per_sm"),
+        ({"keep": True}, "no keep"),
+        ({"tail_m": 32}, "tail_m=32"),
+        ({"extra_m": 8}, "extra_m=8"),
+        ({"extra_m": 24}, "extra_m=24"),
+        ({"extra_m": 64}, "extra_m=64"),
+    ):
+        with pytest.raises(ValueError, match=rule):
+            replace(ring, **wrong)

@@ -117,15 +117,35 @@ class Case:
         return int(self.schedule.offsets_L1[-1])
 
 
-def make_case(make_experts, kind, form="silu", dtype=torch.bfloat16, num_tokens=5, num_lanes=2, tma=False, change=None):
+FOUR_BIT_TMA = GemmConfig(16, 128, 128, 4, 3, tma=True, swap=True, quantised=True)
+
+
+def runnable(configs):
+    """The interpreter has no ring: there the kernels in Triton instead."""
+    is_ring = configs[0].tma and configs[0].swap and configs[0].programs_per_sm
+    return (FOUR_BIT_TMA,) * 2 if is_ring and not torch.cuda.is_available() else configs
+
+
+def make_case(
+    make_experts,
+    kind,
+    form="silu",
+    dtype=torch.bfloat16,
+    num_tokens=5,
+    num_lanes=2,
+    tma=False,
+    change=None,
+    configs=None,
+):
     hidden_size, intermediate = KINDS[kind][2]
     experts = make_experts(num_tokens, 2, num_lanes, hidden_size, intermediate, dtype)
     matrices = quantised(experts, kind, form, dtype)
     batch = (hidden_size, intermediate, dtype, num_tokens, 2, num_lanes)
-    configs = gemm_configs(*batch, tma=tma, scheme=matrices.scheme)
+    if configs is None:
+        configs = runnable(gemm_configs(*batch, tma=tma, scheme=matrices.scheme))
     if change is not None:
         configs = tuple(replace(config, **change) for config in configs)
-    schedule = build_schedule(experts.lanes_N, experts.counts_L, block_m=configs[0].block_m)
+    schedule = build_schedule(experts.lanes_N, experts.counts_L, block_m=configs[0].block_m, extra_m=configs[0].extra_m)
     return Case(experts, matrices, configs, schedule)
 
 
@@ -440,6 +460,114 @@ def test_the_ring_has_the_bits_of_the_plain_kernels(
         assert torch.equal(one, other)
 
 
+FOUR_BIT_PLAIN = GemmConfig(16, 128, 128, 4, 3, swap=True, quantised=True)
+FOUR_BIT_RINGS = (
+    # block_m, block_n, block_k, num_stages, programs_per_sm, tail_m, extra_m
+    (16, 128, 256, 4, 2, 0, 0),
+    (16, 192, 256, 4, 1, 0, 16),
+    (32, 192, 128, 4, 1, 16, 16),
+    (64, 128, 64, 8, 1, 32, 16),
+    (128, 192, 128, 4, 1, 64, 32),
+    (256, 128, 64, 4, 1, 64, 0),
+    (64, 192, 128, 4, 1, 0, 32),
+)
+
+
+def four_bit_ring(block_m, block_n, block_k, num_stages, programs, tail_m, extra_m):
+    return GemmConfig(
+        block_m, block_n, block_k, block_n // 16, num_stages, tma=True, swap=True, quantised=True, programs_per_sm=programs,
+        tail_m=tail_m, extra_m=extra_m,
+    )  # fmt: skip
+
+
+FOUR_BIT_CASES = (
+    # kind, form, dtype, sources, (H, I), places of rings: to compile all of them for all takes long
+    ("mxfp4", "gpt-oss", torch.bfloat16, 700, (640, 384), (0, 4, 5)),  # lanes with several tiles of each size
+    ("mxfp4", "gpt-oss", torch.bfloat16, 300, (96, 160), (1, 3, 6)),
+    ("mxfp4", "relu2 ungated", torch.bfloat16, 77, (96, 160), (0, 2, 4)),
+    ("int4 zeros", "gpt-oss", torch.bfloat16, 300, (640, 384), (1, 3, 4)),
+    ("int4 g128", "silu", torch.bfloat16, 41, (640, 256), (0, 2, 6)),
+    ("int4 g32", "silu", torch.float16, 95, (96, 160), (0, 3, 5)),
+    ("mxfp4", "silu", torch.float16, 95, (640, 384), (1, 4)),
+    ("mxfp4", "silu", torch.bfloat16, 0, (96, 160), (2, 4)),
+)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize(("kind", "form", "dtype", "num_sources", "sizes", "places"), FOUR_BIT_CASES)
+def test_the_ring_of_four_bits_has_the_bits_of_the_plain_kernels(
+    make_experts, kind, form, dtype, num_sources, sizes, places
+):
+    """On Hopper, to homes as well; sizes that no tile divides, rows of no lane, and empty lanes are among the cases."""
+    if not has_tma(torch.device("cuda")):
+        pytest.skip("needs Hopper")
+    experts = make_experts(max(num_sources, 9), 2, 5, *sizes, dtype)
+    experts.lanes_N[experts.lanes_N == 3] = 1
+    if num_sources == 0:
+        experts.lanes_N.fill_(-1)
+    matrices, num_rows = quantised(experts, kind, form, dtype), experts.lanes_N.numel()
+    here = experts.lanes_N >= 0
+    expected = None
+    for number, config in enumerate(
+        (FOUR_BIT_PLAIN, *(four_bit_ring(*FOUR_BIT_RINGS[place]) for place in places), FOUR_BIT_TMA)
+    ):
+        schedule = build_schedule(experts.lanes_N, experts.counts_L, block_m=config.block_m, extra_m=config.extra_m)
+        case = Case(experts, matrices, (config, config), schedule)
+        hidden = case.up("triton")
+        rows = case.down("triton", hidden)
+        if number == 1:
+            homes = torch.zeros(2, num_rows // 2, sizes[0], dtype=dtype, device="cuda")
+            addresses = torch.tensor([home.data_ptr() for home in homes], dtype=torch.int64, device="cuda")
+            expert_down_home(
+                hidden, matrices, experts.lane_to_slot_L, schedule, experts.row_weights_N,
+                RowHomes(addresses, homes[0], num_rows // 2), config=config,
+            )  # fmt: skip
+            assert torch.equal(homes.view(num_rows, sizes[0])[here], rows[here]), config
+            assert (homes.view(num_rows, sizes[0])[~here] == 0).all(), "rows of no expert are not written"
+        found = hidden[: case.computed], rows[here]
+        if expected is None:
+            expected = found
+            if case.computed:
+                check(case, "triton")
+        for one, other in zip(found, expected, strict=True):
+            assert one.isfinite().all() and torch.equal(one, other), config
+
+
+def test_the_ring_of_four_bits_is_for_a_gpu(make_experts):
+    if torch.cuda.is_available():
+        pytest.skip("the interpreter's")
+    case = make_case(make_experts, "mxfp4")
+    case.configs = (four_bit_ring(16, 128, 128, 8, 1, 0, 0),) * 2
+    with pytest.raises(ValueError, match="gate_up_SNH is on cpu"):
+        case.up("triton")
+    hidden = torch.zeros(len(case.experts.lanes_N), case.matrices.intermediate_size, dtype=torch.bfloat16)
+    with pytest.raises(ValueError, match="down_SHI is on cpu"):
+        case.down("triton", hidden)
+
+
+@pytest.mark.gpu
+def test_the_ring_of_mxfp4_has_a_range(make_experts):
+    """Exact for scales of 2 ** -62 to 2 ** 65; from 2 ** 67 on (194) NaN, as of 255, and weights below are rounded to 0."""
+    if not has_tma(torch.device("cuda")):
+        pytest.skip("needs Hopper")
+    experts = make_experts(8, 1, 1, 256, 128, torch.bfloat16)
+    matrices = replace(quantised(experts, "mxfp4", "relu2 ungated"), gate_up_bias_SN=None)
+    experts.x_RH.zero_()
+    experts.x_RH[torch.arange(8), 32 * torch.arange(8) + 3] = 1.0
+    assert matrices.gate_up_scale is not None
+    for scales, is_exact in (((65, 100, 127, 150, 190, 191, 192, 65), True), ((194, 255, 230, 200), False)):
+        of_groups = torch.tensor(scales, dtype=torch.uint8, device="cuda")
+        matrices.gate_up_scale[:, : len(scales)] = of_groups[None, :, None]
+        found = []
+        for config in (FOUR_BIT_PLAIN, four_bit_ring(*FOUR_BIT_RINGS[0])):
+            schedule = build_schedule(experts.lanes_N, experts.counts_L, block_m=config.block_m)
+            case = Case(experts, matrices, (config, config), schedule)
+            assert case.computed
+            found.append(case.up("triton")[: case.computed])
+        plain, by_ring = found
+        assert torch.equal(plain, by_ring) if is_exact else by_ring.isnan().all()
+
+
 @pytest.mark.gpu
 def test_the_ring_quantises_what_a_fast_division_could_not(make_experts):
     """Rows whose scales are at the ends of float32's range, infinite or NaN: the bits of a division."""
@@ -505,7 +633,9 @@ def test_one_expert_takes_all_rows(make_experts, kind, swap, busy):
     assert case.configs[0].swap == swap and case.configs[0].block_m < num_rows
     assert num_rows % case.configs[0].block_m
     case.experts.lanes_N.fill_(-1 if busy is None else busy)
-    case.schedule = build_schedule(case.experts.lanes_N, case.experts.counts_L, block_m=case.configs[0].block_m)
+    case.schedule = build_schedule(
+        case.experts.lanes_N, case.experts.counts_L, block_m=case.configs[0].block_m, extra_m=case.configs[0].extra_m
+    )
     assert case.computed == (0 if busy is None else num_rows)
     if busy is not None:
         check(case, "triton")
@@ -531,8 +661,10 @@ def test_every_code_and_scale_exactly(device, kind, dtype, tma):
     scheme, group = KINDS[kind][0], 32
     random = torch.Generator().manual_seed(3)
     if scheme == "mxfp4":
-        # All but the ones whose products are infinite, and 255, which is NaN.
+        # All but the ones whose products are infinite, and 255, which is NaN. By the ring those that it is exact for.
         scale = torch.arange(0, 253, dtype=torch.uint8).repeat(2)[:256].view(1, 1, 256)
+        if tma and torch.cuda.is_available():
+            scale = scale.clamp(65, 192)
     else:
         exponents = torch.arange(256) % 240 - 130  # down to bfloat16's subnormals
         scale = (1 + torch.rand(256, generator=random)) * torch.ldexp(torch.ones(256), exponents)
@@ -548,8 +680,9 @@ def test_every_code_and_scale_exactly(device, kind, dtype, tma):
     (gate_up, down), scales, zeros = pairs
     matrices = ExpertMatrices(gate_up, down, "silu", None, None, *scales, *zeros, scheme)
     lanes = torch.zeros(group, dtype=torch.int32, device=device)
-    config = gemm_configs(256, group, dtype, group, 1, 1, tma=tma, scheme=scheme)[1]
-    schedule = build_schedule(lanes, torch.full((1,), group, dtype=torch.int32, device=device), block_m=config.block_m)
+    config = runnable(gemm_configs(256, group, dtype, group, 1, 1, tma=tma, scheme=scheme))[1]
+    counts = torch.full((1,), group, dtype=torch.int32, device=device)
+    schedule = build_schedule(lanes, counts, block_m=config.block_m, extra_m=config.extra_m)
     hidden = torch.eye(group, dtype=dtype, device=device)[schedule.order_N.long()]
     rows = expert_down(
         hidden, matrices, torch.zeros(1, dtype=torch.int32, device=device), schedule, torch.ones(group, device=device),
@@ -564,7 +697,7 @@ def test_every_code_and_scale_exactly(device, kind, dtype, tma):
 def test_halves_have_the_same_bits(make_experts, monkeypatch, kind):
     if torch.cuda.is_available() and not has_tma(torch.device("cuda")):
         pytest.skip("needs TMA")
-    case = make_case(make_experts, kind, "gpt-oss", tma=True)
+    case = make_case(make_experts, kind, "gpt-oss", configs=(FOUR_BIT_TMA,) * 2)
     rows = []
     for most in (0, 32):
         for module in (expert_up_four_bit, expert_down_four_bit):
@@ -601,11 +734,15 @@ def test_bits_do_not_depend_on_the_placement(make_experts, kind, backend):
     device = experts.x_RH.device
 
     def rows_of(experts, matrices):
-        schedule = build_schedule(experts.lanes_N, experts.counts_L, block_m=case.configs[0].block_m)
+        schedule = build_schedule(
+            experts.lanes_N, experts.counts_L, block_m=case.configs[0].block_m, extra_m=case.configs[0].extra_m
+        )
         moved = Case(experts, matrices, case.configs, schedule)
         return moved.down(backend, moved.up(backend))
 
-    case.schedule = build_schedule(experts.lanes_N, experts.counts_L, block_m=case.configs[0].block_m)
+    case.schedule = build_schedule(
+        experts.lanes_N, experts.counts_L, block_m=case.configs[0].block_m, extra_m=case.configs[0].extra_m
+    )
     before, here = rows_of(experts, matrices), experts.lanes_N >= 0
     order = torch.tensor([2, 0, 3, 1], device=device)  # new slot → old slot
     names = ("gate_up_SNH", "down_SHI", "gate_up_scale", "down_scale", "gate_up_zero", "down_zero")
@@ -654,7 +791,9 @@ def test_opcheck(make_experts, kind, backend):
     case = make_case(make_experts, kind, num_tokens=3)
     case.experts.lanes_N.clamp_(min=0)  # undefined rows would compare as unequal
     experts = case.experts
-    case.schedule = build_schedule(experts.lanes_N, experts.counts_L, block_m=case.configs[0].block_m)
+    case.schedule = build_schedule(
+        experts.lanes_N, experts.counts_L, block_m=case.configs[0].block_m, extra_m=case.configs[0].extra_m
+    )
     slots = (torch.bfloat16, case.matrices, experts.lane_to_slot_L, case.schedule)
     rows = quantise_rows(experts.x_RH) if kind == "fp8_block" else (experts.x_RH, None)
     # The other checks trace gradients, which there are none; that of the schema compares inputs, which e4m3 can't be.

@@ -17,6 +17,7 @@ from moe_kernels.gemms.expert_up_tma import expert_up_tma
 from moe_kernels.operands.config import GemmConfig
 from moe_kernels.operands.matrices import ExpertMatrices
 from moe_kernels.quantised.expert_up_four_bit import expert_up_four_bit
+from moe_kernels.quantised.expert_up_four_bit_ring import expert_up_four_bit_ring
 from moe_kernels.quantised.expert_up_quantised import expert_up_quantised
 from moe_kernels.quantised.quantise_rows import Rows
 from moe_kernels.tiles.tile_order import load_own_tile
@@ -136,6 +137,8 @@ def expert_up_triton(
         assert pre_NJ is None, "quantised experts have no gradient"
         if config.tma and matrices.scheme != "fp8_block":
             assert isinstance(x_RH, torch.Tensor)
+            if config.programs_per_sm:
+                return expert_up_four_bit_ring(x_RH, matrices, lane_to_slot_L, schedule, fanout, config)
             return expert_up_four_bit(x_RH, matrices, lane_to_slot_L, schedule, fanout, config)
         return expert_up_quantised(x_RH, matrices, lane_to_slot_L, schedule, fanout, config)
     assert isinstance(x_RH, torch.Tensor)

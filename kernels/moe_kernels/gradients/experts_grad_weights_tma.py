@@ -15,9 +15,9 @@ from moe_kernels.base.checks import check_tma_address
 from moe_kernels.base.integers import cdiv, next_power_of_2
 from moe_kernels.base.launch import Launcher, gdc_launch_dependents, gdc_wait, num_multiprocessors
 from moe_kernels.base.numerics import dot, narrow, widen
-from moe_kernels.gradients.gather_sorted import gather_sorted
 from moe_kernels.gradients.gradient_tiles import GradientTiles
 from moe_kernels.operands.config import GemmConfig
+from moe_kernels.tiles.gather_sorted import gather_sorted
 from moe_kernels.tiles.tile_order import tile_and_column_block
 
 

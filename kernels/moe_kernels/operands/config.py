@@ -31,11 +31,13 @@ class GemmConfig:
         tail_m: tiles of at most so many rows are computed as ones of `tail_m` rows; 0, or a power of two, at least 64.
         extra_m: an expert's last rows, if at most so many, are computed together with the `block_m` before them, by the
             same load of the weights; 0, or a power of two, at least 64. The tile schedule must have been built with it.
-        programs_per_sm: `expert_down` only: so many persistent programs per multiprocessor; 0 is one program per tile.
+        programs_per_sm: so many persistent programs per multiprocessor; 0 is one program per tile. `expert_down` only, but for
+            4-bit weights by the ring.
         keep: write the output so that L2 rather lets other things go, weights that stream by above all.
         quantised: for experts of a scheme other than "plain", which may `swap`. With `tma`, on Hopper: of fp8_block the kernels
-            of `fp8_ring.py`, whose tiles are 128 x 256 x 128, with `num_stages` in the ring; of 4-bit weights those of
-            `expert_up_four_bit.py`, which always have `swap`, and may have `tail_m`.
+            of `fp8_ring.py`, whose tiles are 128 x 256 x 128, with `num_stages` in the ring; of 4-bit weights, which always
+            `swap`, those of `expert_up_four_bit.py`, which may have `tail_m`, or with `programs_per_sm` those of
+            `four_bit_ring.py`, with four warps for each 64 of `block_n`, and `tail_m` and `extra_m` of 16 at least.
     """
 
     block_m: int
@@ -59,16 +61,20 @@ class GemmConfig:
         return self.tma and self.programs_per_sm == 1 and not self.quantised and not self.keep
 
     def __post_init__(self) -> None:
+        is_ring = self.quantised and self.tma and self.swap and self.programs_per_sm > 0
         for name, least in (("block_m", 16), ("block_n", 32), ("block_k", 16), ("num_warps", 1)):
             value = getattr(self, name)
-            if value < least or value & (value - 1):
+            if value < least or (value & (value - 1) and not (is_ring and name in ("block_n", "num_warps"))):
                 raise ValueError(f"{name}={value}: must be a power of two and at least {least}")
         for name, least in (("num_stages", 1), ("group_m", 1), ("programs_per_sm", 0)):
             if getattr(self, name) < least:
                 raise ValueError(f"{name}={getattr(self, name)}: must be at least {least}")
         others = self.tail_m or self.programs_per_sm or self.extra_m or self.keep
-        if self.quantised and self.tma and self.swap and (self.extra_m or self.programs_per_sm):
-            raise ValueError(f"{self}: quantised with tma and swap needs extra_m=0 and programs_per_sm=0")
+        if is_ring:
+            self._check_four_bit_ring()
+            return
+        if self.quantised and self.tma and self.swap and self.extra_m:
+            raise ValueError(f"{self}: quantised with tma and swap needs extra_m=0, or programs_per_sm")
         if self.quantised and self.tma and not self.swap:
             if (self.block_m, self.block_n, self.block_k, self.num_warps) != (128, 256, 128, 4):
                 raise ValueError(f"{self}: quantised with tma needs tiles of 128 x 256 x 128 and num_warps=4")
@@ -94,6 +100,18 @@ class GemmConfig:
         least = 32 if not self.swap else 64 if self.quantised else 128
         if self.tma and not least <= self.block_n <= 256:
             raise ValueError(f"block_n={self.block_n}: must be in [{least}, 256] with tma=True")
+
+    def _check_four_bit_ring(self) -> None:
+        if (self.block_n, self.num_warps) not in ((128, 8), (192, 12)):
+            raise ValueError(f"{self}: the ring of 4-bit weights needs block_n=128 and num_warps=8, or 192 and 12")
+        if self.block_k not in (64, 128, 256) or self.num_stages & (self.num_stages - 1):
+            raise ValueError(f"{self}: the ring needs block_k of 64, 128 or 256 and a power of two of num_stages")
+        if self.block_m > 256 or self.programs_per_sm > 2 or self.keep:
+            raise ValueError(f"{self}: the ring needs block_m <= 256, programs_per_sm of 1 or 2 and no keep")
+        for name, most in (("tail_m", self.block_m - 1), ("extra_m", self.block_m)):
+            value = getattr(self, name)
+            if value and (value < 16 or value & (value - 1) or value > most):
+                raise ValueError(f"{name}={value}: must be 0, or a power of two from 16 to {most}")
 
 
 _ANY = 1 << 62  # more than there can be
@@ -143,17 +161,38 @@ _TABLE_FP8_HOPPER: _QuantisedTable = (
     (64, replace(_FP8_UP, block_m=64, num_warps=8, num_stages=3), replace(_FP8_DOWN, block_m=64)),
     (_ANY, replace(_FP8_UP, block_m=128, num_warps=8, num_stages=3), replace(_FP8_DOWN, block_m=128, num_warps=8)),
 )
-# The best of about ten tiles for each size, of gptoss-mxfp4 and qwen3-int4 on an H200. `expert_up` had gate and up rows in two
-# products then.
-_FOUR_BIT_TMA = GemmConfig(
-    block_m=16, block_n=128, block_k=128, num_warps=4, num_stages=3, tma=True, swap=True, quantised=True
+# By a ring (`four_bit_ring.py`), measured with gptoss-mxfp4 and qwen3-int4 on an H200. Weights are unpacked once for `block_m`
+# rows, so a few more rows are `extra_m`.
+_RING = GemmConfig(
+    block_m=16,
+    block_n=192,
+    block_k=256,
+    num_warps=12,
+    num_stages=4,
+    tma=True,
+    swap=True,
+    quantised=True,
+    programs_per_sm=1,
 )
-_FOUR_BIT_WIDE = replace(_FOUR_BIT_TMA, block_m=128, block_n=256, num_warps=8, group_m=4, tail_m=64)
-_TABLE_4_BIT_HOPPER: _QuantisedTable = (
-    (8, replace(_FOUR_BIT_TMA, block_n=256, num_warps=8, num_stages=4), replace(_FOUR_BIT_TMA, block_k=256)),
-    (32, *2 * (replace(_FOUR_BIT_TMA, block_m=32, block_n=256),)),
-    (128, replace(_FOUR_BIT_TMA, block_m=64, block_n=256, num_warps=8), replace(_FOUR_BIT_TMA, block_m=64)),
-    (_ANY, _FOUR_BIT_WIDE, _FOUR_BIT_WIDE),
+_RINGS = replace(_RING, block_n=128, num_warps=8, programs_per_sm=2)
+_RING_MANY: _QuantisedTable = (
+    (64, *2 * (replace(_RING, block_m=64, block_k=128, tail_m=32, extra_m=32),)),
+    (_ANY, *2 * (replace(_RING, block_m=128, block_k=128, tail_m=64, extra_m=32),)),
+)
+_TABLE_MXFP4_HOPPER: _QuantisedTable = (
+    (8, *2 * (_RING,)),
+    (16, *2 * (replace(_RINGS, block_k=128, extra_m=16),)),
+    (32, *2 * (replace(_RING, block_m=32, extra_m=16),)),
+    *_RING_MANY,
+)
+# With 16 rows an expert the ring took 3 % longer than these kernels in Triton.
+_FOUR_BIT_TMA = GemmConfig(
+    block_m=32, block_n=256, block_k=128, num_warps=4, num_stages=3, tma=True, swap=True, quantised=True
+)
+_TABLE_INT4_HOPPER: _QuantisedTable = (
+    (8, *2 * (_RINGS,)),
+    (32, *2 * (_FOUR_BIT_TMA,)),
+    *_RING_MANY,
 )
 
 # With TMA, tuned on an H200 (`python -m bench.tune`, docs/log.md).
@@ -261,7 +300,9 @@ def _quantised_table(scheme: str, dtype: torch.dtype, is_hopper: bool, can_use_t
         return (_TABLE_FP8_RING if can_use_tma else _TABLE_FP8_HOPPER) if is_hopper else _TABLE_FP8
     if dtype.itemsize == 4:
         return _TABLE_4_BIT_OF_32
-    return _TABLE_4_BIT_HOPPER if is_hopper else _TABLE_4_BIT
+    if is_hopper:
+        return _TABLE_MXFP4_HOPPER if scheme == "mxfp4" else _TABLE_INT4_HOPPER
+    return _TABLE_4_BIT
 
 
 def gemm_configs(

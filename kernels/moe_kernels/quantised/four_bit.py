@@ -59,6 +59,16 @@ def _assembly(four: str, steps: tuple[str, ...]) -> tl.constexpr:
 _MXFP4 = _assembly(_FOUR_OF_MXFP4, ("mul.bf16x2 {0}, {0}, $10;", "mul.bf16x2 {0}, {0}, $9;"))
 _INT4 = _assembly(_FOUR_OF_INT4, ("sub.bf16x2 {0}, {0}, $10;", "mul.bf16x2 {0}, {0}, $9;"))
 _EIGHT = tl.constexpr("=h,=h,=h,=h,=h,=h,=h,=h,r,r,r")
+# One multiplication by the scale times 2 ** 62 instead: the weights times 2 ** -64.
+_LOWERED_MXFP4 = _assembly(_FOUR_OF_MXFP4, ("mul.bf16x2 {0}, {0}, $9;",))
+LOWERED_UNDONE = tl.constexpr(2.0**64)
+# A scale's exponent plus 62 as a bfloat16, twice. From 2 ** 66 on it is infinity, then NaN, which 255 stands for.
+_LOWERED_EXPONENT = tl.constexpr("""{
+    .reg .b32 a, b;
+    add.u32 a, $1, 0x1F001F00;
+    mov.b32 b, 0x7FC07FC0;
+    min.u16x2 $0, a, b;
+}""")
 # A scale's exponent as a bfloat16, twice. 2 ** -127 is subnormal; infinity times 0 is NaN, which 255 stands for.
 _EXPONENT = tl.constexpr("""{
     .reg .b32 a, b, c;
@@ -127,33 +137,60 @@ def halves(weights):
 
 
 @triton.jit
+def factor_of_scale(scale, SCHEME: tl.constexpr, LOWERED: tl.constexpr):
+    """A scale as a bfloat16, twice: int32. LOWERED: see `weights_of_words`."""
+    if SCHEME == "mxfp4":
+        return tl.inline_asm_elementwise(
+            _LOWERED_EXPONENT if LOWERED else _EXPONENT,
+            "=r,r",
+            [scale.to(tl.int32) * 0x00800080],
+            dtype=tl.int32,
+            is_pure=True,
+            pack=1,
+        )
+    else:
+        factor = scale.to(tl.int16, bitcast=True).to(tl.int32) & 0xFFFF
+        return factor | (factor << 16)
+
+
+@triton.jit
+def factor_of_zero(zero):
+    """128 plus a zero as a bfloat16, twice: int32."""
+    return zero.to(tl.int32) * 0x00010001 + 0x43004300
+
+
+@triton.jit
 def weights_of_words(
-    words, scale, zero, SCHEME: tl.constexpr, GROUP: tl.constexpr, DTYPE: tl.constexpr, ASSEMBLY: tl.constexpr
-):
+    words, scale, zero, SCHEME: tl.constexpr, GROUP: tl.constexpr, DTYPE: tl.constexpr, ASSEMBLY: tl.constexpr,
+    LOWERED: tl.constexpr = False, PREPARED: tl.constexpr = False,
+):  # fmt: skip
     """The weights [N, 8W] in DTYPE of words [N, W], rounded to nearest; mxfp4 is exact in bfloat16.
 
     Args:
         words: int32.
         scale, zero: [N, max(8W / GROUP, 1)]; zero may be None: 8.
         ASSEMBLY: whether to unpack two weights by one instruction, by PTX for Hopper. The bits are the same. It needs bfloat16.
+        PREPARED: with ASSEMBLY, whether scale and zero are those that `factor_of_scale` and `factor_of_zero` return.
+        LOWERED: of mxfp4 by ASSEMBLY, the weights times 2 ** -64 by one multiplication less; whoever sums them up multiplies by
+            `LOWERED_UNDONE`. Exact for scales of 2 ** -62 to 2 ** 65; smaller weights lose bits, larger ones are not finite.
     """
     GROUPS: tl.constexpr = scale.shape[1]
     WORDS: tl.constexpr = words.shape[1] // GROUPS
     if ASSEMBLY:
         tl.static_assert(tl.bfloat16 == DTYPE)
-        if SCHEME == "mxfp4":
-            factor = tl.inline_asm_elementwise(
-                _EXPONENT, "=r,r", [scale.to(tl.int32) * 0x00800080], dtype=tl.int32, is_pure=True, pack=1
-            )
-            before = 0x7E807E80  # 2 ** 126
-        else:
-            factor = scale.to(tl.int16, bitcast=True).to(tl.int32) & 0xFFFF
-            factor = factor | (factor << 16)
-            before = 0x43084308  # 136
+        factor, before = scale, zero
+        if not PREPARED:
+            factor = factor_of_scale(scale, SCHEME, LOWERED)
             if zero is not None:
-                before = _of_words(zero.to(tl.int32) * 0x00010001 + 0x43004300, WORDS)
+                before = factor_of_zero(zero)
+        if SCHEME == "mxfp4":
+            before = 0x7E807E80  # 2 ** 126
+        elif zero is None:
+            before = 0x43084308  # 136
+        else:
+            before = _of_words(before, WORDS)
         a, b, c, d, e, f, g, h = tl.inline_asm_elementwise(
-            _MXFP4 if SCHEME == "mxfp4" else _INT4,
+            (_LOWERED_MXFP4 if LOWERED else _MXFP4) if SCHEME == "mxfp4" else _INT4,
             _EIGHT,
             [words, _of_words(factor, WORDS), before],
             dtype=(tl.bfloat16,) * 8,

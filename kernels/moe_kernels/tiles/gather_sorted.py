@@ -1,4 +1,4 @@
-"""Backward of the experts: rows in sorted order, for TMA, which Hopper has for rows that follow each other only.
+"""Rows in sorted order, for TMA, which Hopper has for rows that follow each other only: of a backward and of 4-bit experts.
 
 R source rows, N = R * fanout flat rows, H hidden.
 """
