@@ -123,7 +123,7 @@ class Inputs:
     def tiling(self) -> dict[str, int]:
         """Arguments of the schedule that both GEMMs share."""
         up = self.config("up")
-        return {"block_m": up.block_m, "extra_m": up.extra_m}
+        return {"block_m": up.block_m, "extra_m": up.schedule_extra_m}
 
     @cached_property
     def schedule(self) -> TileSchedule:

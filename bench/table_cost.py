@@ -108,7 +108,7 @@ def _computed(
     batch = (dtype, num_tokens, shape.top_k, shape.num_experts)
     up, down = gemm_configs(shape.hidden_size, shape.intermediate_size, *batch, tma=has_tma(problem.x_TH.device))
     matrices = layer.experts.matrices()
-    schedule = build_schedule(lanes_TK.view(-1), counts_L, block_m=up.block_m, extra_m=up.extra_m)
+    schedule = build_schedule(lanes_TK.view(-1), counts_L, block_m=up.block_m, extra_m=up.schedule_extra_m)
     hidden_NI = expert_up(problem.x_TH, matrices, lane_to_slot_L, schedule, fanout=shape.top_k, config=up)
     rows_NH = expert_down(hidden_NI, matrices, lane_to_slot_L, schedule, weights_TK.view(-1), config=down)
     return combine(rows_NH, lanes_TK)

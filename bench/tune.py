@@ -54,11 +54,15 @@ def candidates(op: str, rows_per_expert: float) -> Iterator[GemmConfig]:
         for num_stages, (tail_m, extra_m, group_m) in product((3, 4), tails):
             sizes = (block_m, block_n, 64, num_warps, num_stages, group_m)
             yield GemmConfig(*sizes, tma=True, tail_m=tail_m, extra_m=extra_m)
+        if block_m == 128:
+            for extra_m, group_m in product((0, 64), (8, 12)):
+                sizes = (block_m, block_n, 64, num_warps, 4, group_m)
+                yield GemmConfig(*sizes, tma=True, tail_m=64, extra_m=extra_m, by_lane=True)
         if op == "down":
-            for num_stages, programs, group_m in product((3, 4), (1, 2), (8, 16)):
-                yield GemmConfig(
-                    block_m, block_n, 64, num_warps, num_stages, group_m, tma=True, programs_per_sm=programs
-                )
+            for num_stages, programs, group_m in product((3, 4), (1, 2), (8, 12, 16)):
+                sizes = (block_m, block_n, 64, num_warps, num_stages, group_m)
+                for by_lane in (False, True):
+                    yield GemmConfig(*sizes, tma=True, programs_per_sm=programs, by_lane=by_lane)
 
 
 def quantised_candidates(op: str, rows_per_expert: float, scheme: str) -> Iterator[GemmConfig]:
@@ -121,7 +125,7 @@ def tune(
     x_TH: Rows = quantise_rows(floats_TH) if matrices.scheme == "fp8_block" else floats_TH
 
     def run(op: str, config: GemmConfig) -> Rows:
-        schedule = schedules[config.block_m, config.extra_m]
+        schedule = schedules[config.block_m, config.schedule_extra_m]
         if op == "up":
             return expert_up(x_TH, matrices, slots, schedule, fanout=inputs.top_k, config=config)
         return expert_down(expected["up"], matrices, slots, schedule, weights_N, config=config)
@@ -135,7 +139,7 @@ def tune(
             candidates(op, rows_per_expert) if is_plain else quantised_candidates(op, rows_per_expert, matrices.scheme)
         )
         for config in (replace(config, keep=keep) for config in of_op):
-            tiling = config.block_m, config.extra_m
+            tiling = config.block_m, config.schedule_extra_m
             if tiling not in schedules:
                 flat_ids = inputs.ids_TK.flatten()
                 schedules[tiling] = build_schedule(flat_ids, inputs.counts_E, block_m=tiling[0], extra_m=tiling[1])
@@ -209,7 +213,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     with Report(options.csv, len(cases)) as report, torch.no_grad():
         report.line(
             "fields: block_m block_n block_k num_warps num_stages group_m tma swap tail_m programs_per_sm extra_m keep "
-            "quantised"
+            "quantised by_lane"
         )
         for shape, of_shape in groupby(cases, key=lambda case: case.shape):
             weights: Weights | None = None

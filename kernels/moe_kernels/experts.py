@@ -78,7 +78,7 @@ def moe_experts(
     up, down = gemm_configs(*batch, tma=tma, scheme=matrices.scheme)
     counts_E = count_experts(ids_TK, num_experts, backend=backend)
     schedule = build_schedule(
-        ids_TK.view(-1), counts_E, block_m=up.block_m, extra_m=up.extra_m, backend=backend
+        ids_TK.view(-1), counts_E, block_m=up.block_m, extra_m=up.schedule_extra_m, backend=backend
     )  # an expert is its lane
     inputs = (x_TH, matrices, slots_E, schedule)
     if torch.is_grad_enabled() and any(

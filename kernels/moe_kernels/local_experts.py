@@ -68,7 +68,7 @@ def local_experts_triton(
         load,
         num_lanes=slots.shape[0],
         block_m=up.block_m,
-        extra_m=up.extra_m,
+        extra_m=up.schedule_extra_m,
         with_places=down.sorts_rows,
     )
     hidden_NI = expert_up_triton(x_TH, matrices, slots, schedule, top_k, up)

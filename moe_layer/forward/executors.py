@@ -288,7 +288,7 @@ def compute_rows(
     sizes = (matrices.hidden_size, matrices.intermediate_size)
     batch = (*sizes, rows.rows_RH.dtype, rows.num_tokens, top_k, experts.num_experts)
     up, down = gemm_configs(*batch, tma=experts.tma, scheme=matrices.scheme)
-    schedule = rows.schedule(up.block_m, up.extra_m)
+    schedule = rows.schedule(up.block_m, up.schedule_extra_m)
     inputs = (rows.rows_RH, matrices, lane_to_slot_S, schedule)
     if needs_grad(experts, rows.rows_RH, rows.row_weights_N):
         assert rows.homes is None, "rows that have homes have no gradient"

@@ -492,7 +492,7 @@ def compile_tma_gemms(
         sizes = {"HIDDEN_SIZE": hidden_size, "INTERMEDIATE": intermediate, "PDL": True, "SWAP": config.swap}
         sizes["EVICTION"] = "evict_last" if config.keep else ""
         tiles = {"TAIL_M": config.tail_m, "BLOCK_M": config.block_m, "EXTRA_M": config.extra_m}
-        tiles |= {"BLOCK_K": k, "GROUP_M": config.group_m}
+        tiles |= {"BLOCK_K": k, "GROUP_M": config.group_m, "BY_LANE": config.by_lane}
         if module == "expert_up_tma":
             is_plain = config.swap or "ungated" in activation
             box = f"1,{n // 2},{k}" if is_plain else f"1,{n // 16},2,8,{k}"
@@ -511,7 +511,8 @@ def compile_tma_gemms(
                 ("hidden_tail", config.tail_m),
                 ("hidden_extra", config.extra_m),
             ):
-                types[name] = f"tensordesc<{element}[{rows or config.block_m},{k}]>"
+                ragged = "" if config.swap else "1,1,"
+                types[name] = f"tensordesc<{element}[{ragged}{rows or config.block_m},{k}]>"
             types["row_boxes"] = f"tensordesc<{element}[1,1,{config.block_m},{n // 2}]>"
             tiles |= {"PERSISTENT": config.programs_per_sm > 0, "BLOCK_N": n}
         options = {"num_warps": config.num_warps, "num_stages": config.num_stages, "launch_pdl": True}

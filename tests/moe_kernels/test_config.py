@@ -38,7 +38,7 @@ def test_with_tma_both_gemms_share_a_schedule_and_fit_a_hopper_gpu(dtype):
         up = gemm_config(2 * intermediate, hidden, dtype, tokens, 8, 128, gated=True, tma=True)
         down = gemm_config(hidden, intermediate, dtype, tokens, 8, 128, tma=True)
         assert up.tma and down.tma and not up.programs_per_sm
-        assert (up.block_m, up.extra_m) == (down.block_m, down.extra_m)
+        assert (up.block_m, up.schedule_extra_m) == (down.block_m, down.schedule_extra_m)
         for config in (up, down):
             extra = config.extra_m * config.block_k * dtype.itemsize * config.num_stages
             # While the next tile's loads are under way, a persistent program brings half a tile into the order of memory.

@@ -45,7 +45,7 @@ def configs_of(experts, rows=1):
 
 
 def scheduled(experts, config, backend):
-    tiles = {"block_m": config.block_m, "extra_m": config.extra_m}
+    tiles = {"block_m": config.block_m, "extra_m": config.schedule_extra_m}
     return build_schedule(experts.lanes_N, experts.counts_L, **tiles, backend=backend)
 
 

@@ -94,7 +94,7 @@ def dense(experts, matrices, x=None, weights=None, tensors=None):
 
 def computed(experts, matrices, config, backend):
     schedule = build_schedule(
-        experts.lanes_N, experts.counts_L, block_m=config.block_m, extra_m=config.extra_m, backend=backend
+        experts.lanes_N, experts.counts_L, block_m=config.block_m, extra_m=config.schedule_extra_m, backend=backend
     )
     up = replace(config, programs_per_sm=0)
     hidden = expert_up(

@@ -79,7 +79,7 @@ def separate_experts(a, backend, configs):
     counter = LoadCounter(load, a["load"].increment_1)
     lanes, counts = select_replicas(ids, table, counter, 0, num_lanes=slots.numel(), backend=backend)
     up, down = configs or gemm_configs(64, 64, torch.float32, 1, 1, 1)
-    schedule = build_schedule(lanes.view(-1), counts, block_m=up.block_m, extra_m=up.extra_m, backend=backend)
+    schedule = build_schedule(lanes.view(-1), counts, block_m=up.block_m, extra_m=up.schedule_extra_m, backend=backend)
     hidden = expert_up(a["x_TH"], a["matrices"], slots, schedule, fanout=ids.shape[1], config=up, backend=backend)
     rows = expert_down(hidden, a["matrices"], slots, schedule, weights.view(-1), config=down, backend=backend)
     return combine(rows, lanes, backend=backend), load

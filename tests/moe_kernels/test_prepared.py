@@ -127,7 +127,7 @@ def test_tma(prepares, make_experts, assert_close, name):
 
     def run(seed):
         experts = make_experts(9, 2, 3, 64, 32, torch.bfloat16, seed)
-        tiles = {"block_m": config.block_m, "extra_m": config.extra_m}
+        tiles = {"block_m": config.block_m, "extra_m": config.schedule_extra_m}
         schedule = build_schedule(experts.lanes_N, experts.counts_L, **tiles, backend="torch")
         rows = []
         for backend_ in ("triton", "torch"):

@@ -228,5 +228,12 @@ def test_a_config_must_be_the_schedules(change):
     schedule = build([0, 1], 2, block_m=256, extra_m=64)
     config = GemmConfig(256, 128, 64, num_warps=4, num_stages=3, tma=True, extra_m=64)
     schedule.check_config(config)
-    with pytest.raises(ValueError, match=f"config.{next(iter(change))}"):
+    with pytest.raises(ValueError, match=f"config.(schedule_)?{next(iter(change))}"):
         schedule.check_config(replace(config, **change))
+
+
+def test_with_tiles_by_lane_a_schedule_has_no_extra_rows():
+    config = GemmConfig(256, 128, 64, num_warps=4, num_stages=3, tma=True, extra_m=64, by_lane=True)
+    build([0, 1], 2, block_m=256).check_config(config)
+    with pytest.raises(ValueError, match=r"config\.schedule_extra_m=0: must be the schedule's, 64"):
+        build([0, 1], 2, block_m=256, extra_m=64).check_config(config)

@@ -31,6 +31,7 @@ MIDDLE = GemmConfig(64, 128, 64, 4, 3, group_m=2, tma=True)
 WIDE = GemmConfig(128, 128, 64, 8, 3, tma=True, tail_m=64)
 MERGED = replace(WIDE, extra_m=64)
 PERSISTENT = GemmConfig(64, 128, 64, 4, 3, group_m=3, tma=True, programs_per_sm=1)
+BY_LANE = replace(MERGED, group_m=2, by_lane=True)
 VARIANTS = {
     "16 rows, swapped": NARROW,
     "32 rows, swapped": replace(NARROW, block_m=32),
@@ -38,6 +39,8 @@ VARIANTS = {
     "128 rows, tails": WIDE,
     "128 rows and more": MERGED,
     "persistent": PERSISTENT,
+    "by lane": BY_LANE,
+    "persistent by lane": replace(PERSISTENT, group_m=2, by_lane=True),
     "portable": replace(MIDDLE, block_m=32, tma=False),
 }
 
@@ -54,7 +57,7 @@ def routed(experts, name, lanes_N):
 
 def run(experts, config, backend="triton", activation="silu"):
     schedule = build_schedule(
-        experts.lanes_N, experts.counts_L, block_m=config.block_m, extra_m=config.extra_m, backend=backend
+        experts.lanes_N, experts.counts_L, block_m=config.block_m, extra_m=config.schedule_extra_m, backend=backend
     )
     matrices = replace(experts.matrices, activation=activation)
     up_config = replace(config, programs_per_sm=0)
@@ -121,7 +124,7 @@ def test_tma_variants_have_equal_bits(make_experts, shape):
     """So block sizes, swapping, tails and persistence may be chosen by what differs between ranks, if ever needed."""
     experts = make_experts(*shape, torch.bfloat16)
     expected = run(experts, NARROW)
-    for name in ("32 rows, swapped", "64 rows", "128 rows, tails", "128 rows and more", "persistent"):
+    for name in [name for name in VARIANTS if name not in ("16 rows, swapped", "portable")]:
         for actual, wanted in zip(run(experts, VARIANTS[name]), expected, strict=True):
             assert torch.equal(actual, wanted), name
 
@@ -179,8 +182,8 @@ def test_configured_pair_on_a_ragged_shape(make_experts, assert_close, num_token
     rows = min(num_tokens, 150)
     experts = make_experts(rows, 2, 5, 200, 72, torch.bfloat16)
     up, down = gemm_configs(200, 72, torch.bfloat16, num_tokens, 2, 5, tma=True)
-    assert up.tma and down.tma and (up.block_m, up.extra_m) == (down.block_m, down.extra_m)
-    schedule = build_schedule(experts.lanes_N, experts.counts_L, block_m=up.block_m, extra_m=up.extra_m)
+    assert up.tma and down.tma and (up.block_m, up.schedule_extra_m) == (down.block_m, down.schedule_extra_m)
+    schedule = build_schedule(experts.lanes_N, experts.counts_L, block_m=up.block_m, extra_m=up.schedule_extra_m)
     common = (experts.lane_to_slot_L, schedule)
     hidden = expert_up(experts.x_RH, experts.matrices, *common, fanout=2, config=up, backend="triton")
     actual = expert_down(hidden, experts.matrices, *common, experts.row_weights_N, config=down, backend="triton")
@@ -201,6 +204,8 @@ def test_configured_pair_on_a_ragged_shape(make_experts, assert_close, num_token
         ({"extra_m": 128}, "extra_m=128: must be less than block_m=128"),
         ({"extra_m": 64, "tail_m": 0, "programs_per_sm": 1}, "extra_m=64: not together"),
         ({"programs_per_sm": -1}, "programs_per_sm=-1"),
+        ({"tma": False, "tail_m": 0, "by_lane": True}, "by_lane needs tma=True"),
+        ({"quantised": True, "tail_m": 0, "by_lane": True}, "by_lane needs tma=True and quantised=False"),
         ({"block_m": 64}, "tail_m=64: must be less than block_m=64"),
         ({"block_n": 512}, "block_n=512"),
         ({"block_n": 64, "swap": True, "tail_m": 0}, "block_n=64"),
@@ -216,7 +221,7 @@ def test_a_schedule_of_other_extra_rows_is_refused(make_experts, built_for, used
     experts = make_experts(9, 2, 3, 64, 32, torch.bfloat16)
     schedule = build_schedule(experts.lanes_N, experts.counts_L, block_m=128, extra_m=built_for.extra_m)
     common = (experts.lane_to_slot_L, schedule)
-    message = f"config.extra_m={used.extra_m}: must be the schedule's, {built_for.extra_m}"
+    message = f"config.schedule_extra_m={used.extra_m}: must be the schedule's, {built_for.extra_m}"
     with pytest.raises(ValueError, match=message):
         expert_up(experts.x_RH, experts.matrices, *common, fanout=2, config=used)
     hidden = torch.zeros(18, 32, dtype=torch.bfloat16, device=experts.x_RH.device)
@@ -225,12 +230,12 @@ def test_a_schedule_of_other_extra_rows_is_refused(make_experts, built_for, used
 
 
 @pytest.mark.parametrize("backend", ["torch", "triton"])
-@pytest.mark.parametrize("name", ["32 rows, swapped", "128 rows and more", "persistent"])
+@pytest.mark.parametrize("name", ["32 rows, swapped", "128 rows and more", "persistent by lane"])
 def test_compiles_as_one_graph(make_experts, name, backend):
     """With `triton`, that is the host code of the TMA kernels: descriptors, checks of addresses, the number of programs."""
     torch.compiler.reset()
     experts, config = make_experts(9, 2, 3, 64, 32, torch.bfloat16), VARIANTS[name]
-    tiles = {"block_m": config.block_m, "extra_m": config.extra_m}
+    tiles = {"block_m": config.block_m, "extra_m": config.schedule_extra_m}
     schedule = build_schedule(experts.lanes_N, experts.counts_L, **tiles, backend=backend)
 
     def both(x):

@@ -118,7 +118,7 @@ def expert_down(
         lane_to_slot_L: [L] int32, contiguous; read on the device. Entries of lanes without rows are not used.
         schedule: of the N flat rows.
         row_weights_N: [N] float32, contiguous, in flat order.
-        config: tile sizes; `config.block_m` and `config.extra_m` must be the schedule's.
+        config: tile sizes; `config.block_m` and `config.schedule_extra_m` must be the schedule's.
         backend: see `resolve_backend`.
 
     Returns:

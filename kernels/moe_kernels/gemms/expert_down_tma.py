@@ -10,7 +10,7 @@ import functools
 import torch
 import triton
 import triton.language as tl
-from triton.tools.ragged_tma import create_ragged_descriptor, to_ragged_indices
+from triton.tools.ragged_tma import create_ragged_descriptor, load_ragged, to_ragged_indices
 from triton.tools.tensor_descriptor import TensorDescriptor
 
 from moe_kernels.base.checks import check_tma_address, slot_stride
@@ -20,7 +20,7 @@ from moe_kernels.base.numerics import dot, narrow, widen
 from moe_kernels.operands.config import GemmConfig
 from moe_kernels.operands.matrices import ExpertMatrices
 from moe_kernels.tiles.homes import RowHomes, row_at
-from moe_kernels.tiles.tile_order import load_own_tile, load_tile
+from moe_kernels.tiles.tile_order import choose_tile
 from moe_kernels.tiles.tiles import TileSchedule
 
 
@@ -78,8 +78,20 @@ def _store_rows(
 
 
 @triton.jit
+def _load_rows(rows, start, end, first, SWAP: tl.constexpr):
+    """A box of rows from `start` on. Those from `end` on are zeros, but not with SWAP.
+
+    To multiply the next lane's rows instead takes more power, and power is what limits products of many rows.
+    """
+    if SWAP:
+        return rows.load([start, first])
+    else:
+        return load_ragged(rows, start, end - start, [0, first])
+
+
+@triton.jit
 def _down_tile(
-    hidden,  # descriptor [N, I]
+    hidden,  # descriptor [N, I], ragged without SWAP
     hidden_extra,  # with boxes of EXTRA_M rows
     down,  # descriptor [S, H, I]
     row_weights_ptr,
@@ -104,7 +116,7 @@ def _down_tile(
     BLOCK_N: tl.constexpr,
     BLOCK_K: tl.constexpr,
 ):
-    """Rows past the tile's end are read (the next lane's, of no lane, or zero past the tensor's end) and not stored.
+    """With SWAP rows past the tile's end are read (the next lane's, of no lane, or zero past the tensor's end) and not stored.
 
     EXTRA_M: so many rows behind the tile are multiplied by the same weights.
     """
@@ -113,9 +125,9 @@ def _down_tile(
     if EXTRA_M > 0:
         extra = tl.zeros((EXTRA_M, BLOCK_N), dtype=tl.float32)
     for first in tl.range(0, INTERMEDIATE, BLOCK_K):
-        block = hidden.load([start, first])
+        block = _load_rows(hidden, start, end, first, SWAP)
         if EXTRA_M > 0:
-            extra_block = hidden_extra.load([start + BLOCK_M, first])
+            extra_block = _load_rows(hidden_extra, start + BLOCK_M, end, first, SWAP)
         weights = down.load([slot, first_column, first]).reshape(BLOCK_N, BLOCK_K)
         product = dot(weights, block.T, product) if SWAP else dot(block, weights.T, product)
         if EXTRA_M > 0:
@@ -142,6 +154,7 @@ def _expert_down_tma_kernel(
     lane_to_slot_ptr,
     row_weights_ptr,
     order_ptr,
+    offsets_ptr,
     tile_lane_ptr,
     tile_start_ptr,
     tile_end_ptr,
@@ -168,6 +181,7 @@ def _expert_down_tma_kernel(
     BLOCK_N: tl.constexpr,
     BLOCK_K: tl.constexpr,
     GROUP_M: tl.constexpr,
+    BY_LANE: tl.constexpr,
 ):
     """One tile of rows, BLOCK_N columns of the output; if PERSISTENT, every num_programs-th such, and the loads of the
     next begin before the last is stored. TAIL_M and EXTRA_M: see `_expert_up_tma_kernel`."""
@@ -175,11 +189,12 @@ def _expert_down_tma_kernel(
         gdc_wait()
         gdc_launch_dependents()
     num_column_blocks: tl.constexpr = (HIDDEN_SIZE + BLOCK_N - 1) // BLOCK_N
+    tiles = (offsets_ptr, tile_lane_ptr, tile_start_ptr, tile_end_ptr)
     if PERSISTENT:
         num_tiles = tl.load(num_tiles_ptr)
         for program in tl.range(tl.program_id(0), num_tiles * num_column_blocks, num_programs, flatten=True):
-            column_block, lane, start, end = load_tile(
-                program, num_tiles, num_column_blocks, tile_lane_ptr, tile_start_ptr, tile_end_ptr, GROUP_M
+            column_block, lane, start, end = choose_tile(
+                program, num_tiles, num_column_blocks, *tiles, BLOCK_M, 0, GROUP_M, BY_LANE
             )
             slot = tl.load(lane_to_slot_ptr + lane)
             _down_tile(
@@ -188,8 +203,15 @@ def _expert_down_tma_kernel(
                 HIDDEN_SIZE, INTERMEDIATE, EVICTION, SWAP, True, BLOCK_M, 0, BLOCK_N, BLOCK_K,
             )  # fmt: skip
         return
-    column_block, lane, start, end = load_own_tile(
-        num_column_blocks, tile_lane_ptr, tile_start_ptr, tile_end_ptr, GROUP_M
+    column_block, lane, start, end = choose_tile(
+        tl.program_id(0),
+        tl.num_programs(0) // num_column_blocks,
+        num_column_blocks,
+        *tiles,
+        BLOCK_M,
+        EXTRA_M,
+        GROUP_M,
+        BY_LANE,
     )
     if lane < 0:
         return
@@ -246,13 +268,14 @@ def expert_down_tma(
     assert not is_sorted or (homes is None and config.sorts_rows)
     boxes = create_ragged_descriptor(rows_NH, [config.block_m, config.block_n // 2]) if is_sorted else None
 
+    if len(hidden_NI) == 1:  # then its stride may be anything
+        hidden_NI = hidden_NI.as_strided(hidden_NI.shape, (intermediate, 1))
+
     def rows_of(block_m: int) -> TensorDescriptor:
-        return TensorDescriptor(
-            hidden_NI,
-            list(hidden_NI.shape),
-            [hidden_NI.stride(0) if len(hidden_NI) > 1 else intermediate, 1],
-            [block_m, config.block_k],
-        )
+        box = [block_m, config.block_k]
+        if config.swap:
+            return TensorDescriptor(hidden_NI, list(hidden_NI.shape), [hidden_NI.stride(0), 1], box)
+        return create_ragged_descriptor(hidden_NI, box)
 
     hidden = rows_of(config.block_m)
     _expert_down_tma_kernel[(num_programs,)](
@@ -269,6 +292,7 @@ def expert_down_tma(
         lane_to_slot_L,
         row_weights_N,
         schedule.order_N,
+        schedule.offsets_L1,
         schedule.tile_lane,
         schedule.tile_start,
         schedule.tile_end,
@@ -290,6 +314,7 @@ def expert_down_tma(
         BLOCK_N=config.block_n,
         BLOCK_K=config.block_k,
         GROUP_M=config.group_m,
+        BY_LANE=config.by_lane,
         num_warps=config.num_warps,
         num_stages=config.num_stages,
     )

@@ -123,7 +123,7 @@ def expert_up(
         lane_to_slot_L: [L] int32, contiguous; read on the device. Entries of lanes without rows are not used.
         schedule: of the R * fanout flat rows.
         fanout: flat rows per source row: K before a dispatch, 1 after it.
-        config: tile sizes; `config.block_m` and `config.extra_m` must be the schedule's.
+        config: tile sizes; `config.block_m` and `config.schedule_extra_m` must be the schedule's.
         backend: see `resolve_backend`.
 
     Returns:

@@ -17,7 +17,7 @@ from moe_kernels.base.numerics import dot, is_gated
 from moe_kernels.operands.config import GemmConfig
 from moe_kernels.operands.matrices import ExpertMatrices
 from moe_kernels.tiles.store_hidden import store_activated
-from moe_kernels.tiles.tile_order import load_own_tile
+from moe_kernels.tiles.tile_order import choose_tile
 from moe_kernels.tiles.tiles import TileSchedule
 
 
@@ -192,6 +192,7 @@ def _expert_up_tma_kernel(
     bias_ptr,  # None: no biases
     lane_to_slot_ptr,
     order_ptr,
+    offsets_ptr,
     tile_lane_ptr,
     tile_start_ptr,
     tile_end_ptr,
@@ -216,18 +217,27 @@ def _expert_up_tma_kernel(
     BLOCK_I: tl.constexpr,
     BLOCK_K: tl.constexpr,
     GROUP_M: tl.constexpr,
+    BY_LANE: tl.constexpr,
 ):
     """One tile of rows, BLOCK_I columns of gate and of up.
 
     An expert's last rows are often few. A tile of at most TAIL_M rows is computed as one of TAIL_M; one of more than
-    BLOCK_M rows (see `TileSchedule.extra_m`) has the weights in common for all of them.
+    BLOCK_M rows (see `GemmConfig.extra_m`) has the weights in common for all of them.
     """
     if PDL:
         gdc_wait()
         gdc_launch_dependents()
     num_column_blocks: tl.constexpr = (INTERMEDIATE + BLOCK_I - 1) // BLOCK_I
-    column_block, lane, start, end = load_own_tile(
-        num_column_blocks, tile_lane_ptr, tile_start_ptr, tile_end_ptr, GROUP_M
+    tiles = (offsets_ptr, tile_lane_ptr, tile_start_ptr, tile_end_ptr)
+    column_block, lane, start, end = choose_tile(
+        tl.program_id(0),
+        tl.num_programs(0) // num_column_blocks,
+        num_column_blocks,
+        *tiles,
+        BLOCK_M,
+        EXTRA_M,
+        GROUP_M,
+        BY_LANE,
     )
     if lane < 0:
         return
@@ -289,6 +299,7 @@ def expert_up_tma(
         bias_SN,
         lane_to_slot_L,
         schedule.order_N,
+        schedule.offsets_L1,
         schedule.tile_lane,
         schedule.tile_start,
         schedule.tile_end,
@@ -308,6 +319,7 @@ def expert_up_tma(
         BLOCK_I=block_i,
         BLOCK_K=config.block_k,
         GROUP_M=config.group_m,
+        BY_LANE=config.by_lane,
         num_warps=config.num_warps,
         num_stages=config.num_stages,
     )

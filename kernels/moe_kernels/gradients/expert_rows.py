@@ -275,7 +275,7 @@ def expert_rows(
         schedule: of the R * fanout flat rows.
         row_weights_N: [N] float32, contiguous, in flat order.
         fanout: flat rows per source row: K before a dispatch, 1 after it.
-        configs: of `expert_up` and `expert_down`; their `block_m` and `extra_m` must be the schedule's.
+        configs: of `expert_up` and `expert_down`; their `block_m` and `schedule_extra_m` must be the schedule's.
         gradient_configs: of the backward, from the function of that name.
         combine_into: lanes_TK [T, K] int32, contiguous, as of `combine`, T * K = N: return the sums. None: return the rows.
         recompute: keep x instead of the pre-activation, and compute that again in the backward, with the same bits.

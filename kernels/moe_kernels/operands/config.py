@@ -30,7 +30,8 @@ class GemmConfig:
         swap: weights on the M side of the product, for few rows: the tensor core takes 64 rows there and 16 on the N side.
         tail_m: tiles of at most so many rows are computed as ones of `tail_m` rows; 0, or a power of two, at least 64.
         extra_m: an expert's last rows, if at most so many, are computed together with the `block_m` before them, by the
-            same load of the weights; 0, or a power of two, at least 64. The tile schedule must have been built with it.
+            same load of the weights; 0, or a power of two, at least 64. The tile schedule must have been built with
+            `schedule_extra_m`.
         programs_per_sm: so many persistent programs per multiprocessor; 0 is one program per tile. `expert_down` only, but for
             4-bit weights by the ring.
         keep: write the output so that L2 rather lets other things go, weights that stream by above all.
@@ -38,6 +39,9 @@ class GemmConfig:
             of `fp8_ring.py`, whose tiles are 128 x 256 x 128, with `num_stages` in the ring; of 4-bit weights, which always
             `swap`, those of `expert_up_four_bit.py`, which may have `tail_m`, or with `programs_per_sm` those of
             `four_bit_ring.py`, with four warps for each 64 of `block_n`, and `tail_m` and `extra_m` of 16 at least.
+        by_lane: tiles share a column block with tiles of their own lane only, in groups of at most `group_m` and about equal
+            size: so a lane's weights are read from memory once for each of its groups. Else most groups have tiles of two
+            lanes, whose weights are read by two groups each.
     """
 
     block_m: int
@@ -53,6 +57,12 @@ class GemmConfig:
     extra_m: int = 0
     keep: bool = False
     quantised: bool = False
+    by_lane: bool = False
+
+    @property
+    def schedule_extra_m(self) -> int:
+        """What the tile schedule must have been built with: with `by_lane`, programs find the extra rows themselves."""
+        return 0 if self.by_lane else self.extra_m
 
     @property
     def sorts_rows(self) -> bool:
@@ -69,6 +79,8 @@ class GemmConfig:
         for name, least in (("num_stages", 1), ("group_m", 1), ("programs_per_sm", 0)):
             if getattr(self, name) < least:
                 raise ValueError(f"{name}={getattr(self, name)}: must be at least {least}")
+        if self.by_lane and (self.quantised or not self.tma):
+            raise ValueError(f"{self}: by_lane needs tma=True and quantised=False")
         others = self.tail_m or self.programs_per_sm or self.extra_m or self.keep
         if is_ring:
             self._check_four_bit_ring()
@@ -205,6 +217,9 @@ _MERGED = GemmConfig(
     block_m=128, block_n=256, block_k=64, num_warps=8, num_stages=4, group_m=4, tma=True, tail_m=64, extra_m=64
 )
 _PERSISTENT = GemmConfig(block_m=128, block_n=256, block_k=64, num_warps=8, num_stages=4, tma=True, programs_per_sm=1)
+_BY_LANE = replace(_WIDE, group_m=12, by_lane=True)
+_MERGED_BY_LANE = replace(_MERGED, group_m=12, by_lane=True)
+_PERSISTENT_BY_LANE = replace(_PERSISTENT, group_m=12, by_lane=True)
 # Where the inner dimension is short, loads and stores of a tile weigh more: two persistent programs take turns.
 _MIDDLE_SHORT = GemmConfig(block_m=64, block_n=128, block_k=64, num_warps=4, num_stages=3, tma=True, programs_per_sm=2)
 _WIDE_SHORT = GemmConfig(block_m=128, block_n=128, block_k=64, num_warps=4, num_stages=3, tma=True, programs_per_sm=2)
@@ -219,6 +234,8 @@ _TABLE_TMA: tuple[tuple[int, int, tuple[_Pair, _Pair, _Pair]], ...] = (
     (64, _ANY, ((_WIDE, _WIDE_SHORT), (_WIDE, _WIDE_DOWN), (_WIDE, _WIDE_DOWN))),
     (128, _ANY, 3 * ((_MERGED, _MERGED),)),
     (256, _ANY, ((_WIDE, _PERSISTENT), (_MERGED, _MERGED), (_MERGED, _MERGED))),
+    (512, _ANY, ((_WIDE, _PERSISTENT), (_MERGED_BY_LANE, _MERGED_BY_LANE), (_WIDE, _WIDE))),
+    (1024, _ANY, ((_WIDE, _PERSISTENT), (_BY_LANE, _PERSISTENT_BY_LANE), (_BY_LANE, _BY_LANE))),
     (_ANY, _ANY, ((_WIDE, _PERSISTENT), (_WIDE, _PERSISTENT), (_WIDE, _WIDE))),
 )
 # An output up to this size is worth keeping in L2 (50 to 60 MB on Hopper) for the kernel that reads it next; larger ones gain

@@ -71,7 +71,7 @@ def build_schedule(
         counts_L: [L] int32, contiguous, L at least 1; how many rows each lane has. With wrong counts the schedule is
             undefined.
         block_m: M, a power of two, at least 16; the `GemmConfig.block_m` of the GEMMs that use the schedule.
-        extra_m: in [0, M]; their `GemmConfig.extra_m`.
+        extra_m: in [0, M]; their `GemmConfig.schedule_extra_m`.
         backend: see `resolve_backend`.
 
     Raises:

@@ -44,8 +44,8 @@ class TileSchedule:
 
     def check_config(self, config: GemmConfig) -> None:
         """Raises ValueError unless the schedule was built for `config`."""
-        for name in ("block_m", "extra_m"):
-            value, own = getattr(config, name), getattr(self, name)
+        for name, own in (("block_m", self.block_m), ("schedule_extra_m", self.extra_m)):
+            value = getattr(config, name)
             if value != own:
                 raise ValueError(f"config.{name}={value}: must be the schedule's, {own}")
 
