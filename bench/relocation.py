@@ -5,6 +5,9 @@ second buffer, the serving threads agree by a CPU all-reduce in every step, then
 Every rebalance moves every expert of the stack to the next rank. All have one layer's experts of memory for it, `ours` as
 `--free` says. Outputs are compared, bit for bit, in every step.
 
+``--replay MS`` shows what the host alone loses, on one GPU or none: there is no forward, but what the host does around the
+replay of a graph of MS milliseconds, and a wait for as long that leaves Python's lock alone.
+
 A step is relocating if a rebalance was under way in it; the others are quiet. The targets are those of `ours`.
 """
 
@@ -82,6 +85,13 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
         "--rate", type=float, metavar="GB/S", help="bound of what ours copies (`max_bytes_per_second`); default: none"
     )
     parser.add_argument("--graph", action="store_true", help="replay a CUDA graph of the forward")
+    parser.add_argument(
+        "--replay",
+        type=float,
+        default=0.0,
+        metavar="MS",
+        help="no forward: what the host does around a replay of MS ms",
+    )
     parser.add_argument("--seconds", type=float, default=600.0, help="deadline of a protocol")
     add_device(parser)
     parser.add_argument("--csv", type=Path, metavar="FILE", help="a row per protocol")
@@ -107,6 +117,8 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
         parser.error(f"--interval {options.interval}: must be at least 2, and at most --steps {options.steps}")
     if options.trace and options.protocols != ["ours"]:
         parser.error(f"--trace {options.trace}: needs --protocols ours, got {','.join(options.protocols)}")
+    if options.replay < 0 or (options.replay and options.graph):
+        parser.error(f"--replay {options.replay}: must not be negative, and takes the place of --graph")
     if options.plot:
         require_matplotlib()
     return options
@@ -192,7 +204,10 @@ def setup(options: argparse.Namespace) -> dict[str, Any]:
     return {
         "shape": options.shape.name,
         **{name: getattr(options, name) for name in ("layers", "ranks", "tokens", "dtype", "steps", "interval")},
-        **{name: getattr(options, name) for name in ("free", "backend", "dispatcher", "communicator", "rate", "graph")},
+        **{
+            name: getattr(options, name)
+            for name in ("free", "backend", "dispatcher", "communicator", "rate", "graph", "replay")
+        },
     }
 
 

@@ -1,6 +1,7 @@
 """One rank of `bench.relocation`: a stack of expert-parallel layers that serves while its experts move."""
 
 import argparse
+import gc
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -64,6 +65,7 @@ class Stack(nn.Module):
             num_ranks=num_ranks,
             device=device,
             dtype=dtype,
+            shared=True,  # "symm_mem" on a CPU, too
         )
         self.moe_layers = [
             MoELayer(
@@ -96,7 +98,11 @@ class Stack(nn.Module):
 
 
 class Serving:
-    """The forward of a step, eager or as a replay of a CUDA graph, and whether its outputs are right."""
+    """The forward of a step, eager or as a replay of a CUDA graph, and whether its outputs are right.
+
+    With ``--replay MS`` there is no forward. The host does what it does around a replay of MS milliseconds, and then waits
+    for as long without Python's lock: what a step takes beyond that is the host's.
+    """
 
     def __init__(self, model: Stack, options: argparse.Namespace, rank: int, device: torch.device) -> None:
         generator = torch.Generator().manual_seed(1 + rank)
@@ -108,8 +114,13 @@ class Serving:
         self._wrong = torch.zeros((), dtype=torch.int64, device=device)
         self._replay: Callable[[], Any] | None = None
         self._model = model
-        for batch in self._batches:
-            self._eager(batch)
+        self._replay_seconds = options.replay / 1e3
+        self._ends_at = 0.0
+        if options.replay:
+            self._replay = lambda: None
+        else:
+            for batch in self._batches:
+                self._eager(batch)
         if options.graph:
             self._capture(device)
         self._expected = [self._forward(number).clone() for number in range(NUM_BATCHES)]
@@ -141,7 +152,15 @@ class Serving:
     def step(self, number: int) -> None:
         """A forward; its output is compared on the device, as bytes, so that equal NaNs would be equal."""
         output, expected = self._forward(number), self._expected[number % NUM_BATCHES]
+        self._ends_at = time.perf_counter() + self._replay_seconds
         self._wrong += (output.view(torch.uint8) != expected.view(torch.uint8)).any()
+
+    def wait(self, device: torch.device) -> None:
+        """For the compute stream alone: a device-wide wait would wait for relocations too."""
+        if device.type == "cuda":
+            torch.cuda.current_stream(device).synchronize()
+        if self._replay_seconds:
+            time.sleep(max(0.0, self._ends_at - time.perf_counter()))
 
     @property
     def wrong(self) -> int:
@@ -174,12 +193,6 @@ class Profile:
             self._path = None
 
 
-def wait(device: torch.device) -> None:
-    """For the compute stream alone: a device-wide wait would wait for relocations too."""
-    if device.type == "cuda":
-        torch.cuda.current_stream(device).synchronize()
-
-
 @torch.no_grad()
 def serve(rank: int, options: argparse.Namespace, folder: str) -> Recording:
     """Serve all steps on one rank, in this process, which is its own."""
@@ -206,6 +219,9 @@ def serve(rank: int, options: argparse.Namespace, folder: str) -> Recording:
     bound = {"rate": options.rate} if options.protocol == "ours" else {}
     with PROTOCOLS[options.protocol](model, group, options.interval, options.communicator, **bound) as protocol:
         _connect(protocol, serving, device, group)
+        # As serving engines do. Else one collection of all that PyTorch has made stops a step for up to 0.2 s.
+        gc.collect()
+        gc.freeze()
         profile = Profile(options.trace if rank == 0 else None)
         for number in range(options.steps):
             _step(protocol, serving, number, device, recording)
@@ -230,7 +246,7 @@ def _connect(protocol: Any, serving: Serving, device: torch.device, group: dist.
     for number in range(interval - 1):  # fewer than would begin a rebalance
         serving.step(number)
         protocol.step()
-        wait(device)
+        serving.wait(device)
         ready.fill_(protocol.controller.health().state == "idle")
         dist.all_reduce(ready, dist.ReduceOp.MIN, group)
         if ready.item():
@@ -251,7 +267,7 @@ def _step(protocol: Any, serving: Serving, number: int, device: torch.device, re
         called = time.perf_counter_ns()
         protocol.step()
         returned = time.perf_counter_ns()
-    wait(device)
+    serving.wait(device)
     ended = time.perf_counter_ns()
     flipped = protocol.num_flips - flips
     recording.step_ms.append((ended - began) / 1e6)

@@ -32,8 +32,9 @@ class EplbConfig(BaseModel):
         min_gain: of the policy "adaptive": how far a layer's largest rank load may be above the best that there is, as
             a fraction of it, before experts move. (Few move besides, to spread the hottest: its option `spread`, 0 for none.)
         max_bytes_in_flight: bytes that all ranks together move in one wave; None for no bound but the free slots.
-        max_bytes_per_second: that each rank copies to its slots at most, so that forwards keep the rest of the links; needs
-            "symm_mem", as a communicator or by "auto", or "nixl". None for no bound: as fast as the copy engines are.
+        max_bytes_per_second: that each rank copies to its slots at most, so that forwards keep the rest of the links and of the
+            memory's bandwidth (docs/design.md says what a GB costs); needs "symm_mem", as a communicator or by "auto", or
+            "nixl". None for no bound: as fast as the copy engines are.
         ranks_per_node: for policies that prefer to stay inside a node; None if all ranks are on one.
         num_groups: groups of experts for node-limited routing; 1 if there are none.
         num_redundant_experts: asserts what the registered layers were built with; None asserts nothing.

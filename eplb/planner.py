@@ -7,11 +7,11 @@ import numpy as np
 
 from eplb.config import EplbConfig
 from eplb.plan_process import MadePlan, PlanProcess, PlanRequest, make, why_not_sent
-from eplb.planning.balance import layer_balancedness
+from eplb.planning.balance import balancedness, rank_loads
 from eplb.planning.placement import Placement
 from eplb.planning.policy import Policy, Topology
 from eplb.planning.rebalance import LayerFacts
-from eplb.relocation.pool import SlotPool, SlotState
+from eplb.relocation.pool import SlotPool
 from eplb.relocation.resident import ResidentExperts
 from eplb.rounds.messages import Loads, decode_loads
 
@@ -78,7 +78,7 @@ class Planner:
 
     def free_slots(self) -> list[int]:
         """Of this rank, by pool."""
-        return [pool.count(SlotState.FREE) for pool in self.pools]
+        return [pool.num_free() for pool in self.pools]
 
     def decode_loads(self, messages: list[np.ndarray]) -> Loads:
         """What the ranks' messages of loads (`encode_loads`) say together."""
@@ -133,8 +133,13 @@ class Planner:
         """Mean over the largest of the ranks' loads under what is published, averaged over the layers."""
         ends = np.cumsum([f.num_experts for f in self._facts])
         loads_E = np.split(loads.load_NA.sum(axis=0), ends[:-1])
-        layers = zip(loads_E, self.placements, self._shares, strict=True)
-        return float(np.mean([layer_balancedness(*layer) for layer in layers]))
+        # Like layers at once: layer by layer it would hold the interpreter for a millisecond.
+        alike: dict[tuple[int, ...], list[tuple[np.ndarray, np.ndarray, np.ndarray]]] = {}
+        for load_E, placement, shares_WS in zip(loads_E, self.placements, self._shares, strict=True):
+            key = (len(load_E), *placement.lanes_WS.shape)
+            alike.setdefault(key, []).append((load_E, placement.lanes_WS, shares_WS))
+        stacks = [[np.stack(arrays) for arrays in zip(*layers, strict=True)] for layers in alike.values()]
+        return float(np.concatenate([balancedness(rank_loads(*stack)) for stack in stacks]).mean())
 
 
 def plans_in_a_process(config: EplbConfig, policy: Policy) -> bool:

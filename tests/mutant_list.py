@@ -18,15 +18,15 @@ RELOCATION = (
     # A slot with exactly one reader is freed: the holds' reads do not count.
     Mutant(
         "eplb/relocation/pool.py",
-        "taken |= {slot for hold in self._holds for slot in (*hold.reads, *hold.writes)}",
-        "taken |= {slot for hold in self._holds for slot in hold.writes}",
+        "is_free[hold.reads] = is_free[hold.writes] = False",
+        "is_free[hold.writes] = False",
         (f"{E}pool.py", f"{E}fill.py", SIMULATION),
     ),
     # A slot that only an older version names is written again.
     Mutant(
         "eplb/relocation/pool.py",
-        "taken = {slot for layer in self._versions() for version in layer.ungraced for slot in version.slots_S}",
-        "taken = {slot for layer in self._versions() for version in layer.ungraced[-1:] for slot in version.slots_S}",
+        "named = [version.slot_of_lane_S for layer in self._versions() for version in layer.ungraced]",
+        "named = [version.slot_of_lane_S for layer in self._versions() for version in layer.ungraced[-1:]]",
         (f"{E}pool.py", f"{E}fill.py", SIMULATION),
     ),
     # Tensors of a slot overlap.
@@ -130,14 +130,14 @@ RELOCATION = (
     # A wave may write a lane that an older table still names.
     Mutant(
         "eplb/relocation/fill.py",
-        "if any(one.placement.lanes_WS[move.dst_rank, move.dst_lane] != -1 for one in layer.versions.ungraced):",
-        "if layer.newest.placement.lanes_WS[move.dst_rank, move.dst_lane] != -1:",
+        "for one in layer.versions.ungraced:",
+        "for one in layer.versions.ungraced[-1:]:",
         (f"{E}fill.py",),
     ),
     # The receiver's rows go to the slot that the lane had before.
     Mutant(
         "eplb/relocation/table.py",
-        "table._lane_words[lane] = slot",
+        "table._lane_words[lanes] = slots",
         "pass",
         (f"{E}fill.py", f"{E}table.py", f"{L}flips.py"),
     ),
@@ -292,11 +292,18 @@ WORKER = (
         "pass",
         (f"{E}ticks.py",),
     ),
+    # A worker that a round wakes finds it not over yet, and sleeps on.
+    Mutant(
+        "eplb/rounds/exchange.py",
+        "return self._future.done()",
+        "return self._work.is_completed()",
+        (f"{E}exchange.py",),
+    ),
     # A long transfer is looked at every half millisecond.
     Mutant(
-        "eplb/worker/worker.py",
-        "return min(interval, max(_SHORTEST, (self._clock() - self._changed_at) / 8))",
-        "return min(interval, _SHORTEST)",
+        "eplb/worker/looks.py",
+        "return min(longest, max(_SHORTEST, elapsed / 8, expected - elapsed))",
+        "return min(longest, max(_SHORTEST, expected - elapsed))",
         (f"{E}ticks.py",),
     ),
     # A wave is told the sums of another layer's table.

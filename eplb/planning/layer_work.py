@@ -5,8 +5,9 @@ Shape letters: E experts, W ranks, S lanes of a rank.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
+from typing import overload
 
 import numpy as np
 
@@ -22,6 +23,47 @@ class Move:
     src_lane: int
     dst_rank: int
     dst_lane: int
+
+
+class Moves(Sequence[Move]):
+    """Moves as they are sent: a `Move` is made only for who asks for one. Equal to any other sequence of the same moves.
+
+    Attributes:
+        columns_5M: int64 ``[5, M]``: the fields of `Move`, in order, of M moves.
+    """
+
+    def __init__(self, columns_5M: np.ndarray) -> None:
+        self.columns_5M = columns_5M
+
+    @staticmethod
+    def of(moves: Sequence[Move]) -> Moves:
+        """The same moves."""
+        if isinstance(moves, Moves):
+            return moves
+        rows = [(move.expert, move.src_rank, move.src_lane, move.dst_rank, move.dst_lane) for move in moves]
+        return Moves(np.array(rows, dtype=np.int64).reshape(-1, 5).T)
+
+    def __len__(self) -> int:
+        return int(self.columns_5M.shape[1])
+
+    @overload
+    def __getitem__(self, index: int) -> Move: ...
+
+    @overload
+    def __getitem__(self, index: slice) -> Moves: ...
+
+    def __getitem__(self, index: int | slice) -> Move | Moves:
+        if isinstance(index, slice):
+            return Moves(self.columns_5M[:, index])
+        return Move(*self.columns_5M[:, index].tolist())
+
+    def __eq__(self, other: object) -> bool:
+        return tuple(self) == tuple(other) if isinstance(other, Sequence) else NotImplemented
+
+    __hash__ = None  # type: ignore[assignment]
+
+    def __repr__(self) -> str:
+        return f"Moves({list(self)})"
 
 
 @dataclass

@@ -17,11 +17,11 @@ from itertools import islice
 
 import numpy as np
 
-from eplb.planning.layer_work import Move
+from eplb.planning.layer_work import Move, Moves
 from eplb.planning.placement import EMPTY, Placement
 from eplb.planning.shares import table_words
 
-__all__ = ["LayerUpdate", "Move", "Plan", "PlanSummary", "Wave"]
+__all__ = ["LayerUpdate", "Move", "Moves", "Plan", "PlanSummary", "Wave"]
 
 
 @dataclass(frozen=True, eq=False)
@@ -38,7 +38,7 @@ class LayerUpdate:
     """
 
     layer: int
-    moves: tuple[Move, ...]
+    moves: Sequence[Move]
     placement: Placement
     shares_WS: np.ndarray
     table: np.ndarray | None = None

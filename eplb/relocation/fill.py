@@ -1,16 +1,17 @@
 """Rebalance, fill → publish → grace: `WaveFill`, one wave on one rank, from taking its slots to their release."""
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 
 import numpy as np
 
 from eplb.gate import EventLike
-from eplb.planning.plan import LayerUpdate, Wave
-from eplb.relocation.communicator.base import Communicator, Transfer, TransferBatch
+from eplb.planning.placement import EMPTY
+from eplb.planning.plan import LayerUpdate, Moves, Wave
+from eplb.relocation.communicator.base import Awaited, Communicator, Transfer, TransferBatch
 from eplb.relocation.handoff import Handoff
 from eplb.relocation.pool import SlotHold, SlotPool
 from eplb.relocation.resident import ResidentExperts
-from eplb.relocation.table import map_lanes, stage
+from eplb.relocation.table import ExpertTable, map_lanes, stage
 from eplb.relocation.versions import Version
 from eplb.streams import DeviceStreams
 
@@ -56,81 +57,91 @@ class WaveFill:
         self.num_moves = 0
         self.num_bytes = 0
         try:
+            self._versions: list[tuple[ResidentExperts, Version]] = []
             transfers: list[Transfer] = []
+            entries: list[tuple[ExpertTable, np.ndarray, np.ndarray]] = []
             taken = self._take_slots(layers)
-            self._versions = [
-                (layers[update.layer], self._next_version(update, layers[update.layer], taken, transfers))
-                for update in self.updates
-            ]
+            for update in self.updates:
+                layer = layers[update.layer]
+                lanes, slots = self._next_version(update, layer, taken, transfers)
+                entries.append((layer.table, lanes, slots))
+            breathe()
             self._batch: TransferBatch = communicator.prepare(transfers)
             breathe()
-            map_lanes(
-                [
-                    (layers[update.layer].table, move.dst_lane, new.slots_S[move.dst_lane])
-                    for update, (layer, new) in zip(self.updates, self._versions, strict=True)
-                    for move in update.moves
-                    if move.dst_rank == layer.rank
-                ],
-                streams.side,
-            )
+            map_lanes(entries, streams.side)
         except BaseException:
             self._end_holds()
             raise
 
-    def _take_slots(self, layers: Sequence[ResidentExperts]) -> dict[SlotPool, Iterator[int]]:
-        """All that this rank needs of each pool at once: a look at a pool costs as much as its slots."""
+    def _take_slots(self, layers: Sequence[ResidentExperts]) -> dict[SlotPool, list[int]]:
+        """All that this rank needs of each pool at once: a look at a pool costs as much as its slots. The first one last."""
         needed: dict[SlotPool, int] = {}
         for update in self.updates:
             layer = layers[update.layer]
-            count = sum(move.dst_rank == layer.rank for move in update.moves)
-            needed[layer.pool] = needed.get(layer.pool, 0) + count
+            dst_rank_M = Moves.of(update.moves).columns_5M[3]
+            needed[layer.pool] = needed.get(layer.pool, 0) + int((dst_rank_M == layer.rank).sum())
         self._holds = {pool: pool.hold() for pool in needed}
         taken = {}
         for pool, count in needed.items():
-            taken[pool] = iter(self._holds[pool].take_many(count))
             self._breathe()
+            taken[pool] = self._holds[pool].take_many(count)[::-1]
         return taken
 
     def _next_version(
         self,
         update: LayerUpdate,
         layer: ResidentExperts,
-        taken: dict[SlotPool, Iterator[int]],
+        taken: dict[SlotPool, list[int]],
         transfers: list[Transfer],
-    ) -> Version:
+    ) -> tuple[np.ndarray, np.ndarray]:
+        """Add the layer's next version to `_versions`, and its transfers; returns the lanes to fill here and their slots.
+
+        No loop in Python over moves but the last: it would hold the interpreter.
+        """
         self._breathe()
         if update.placement.num_experts != layer.num_experts:
             raise ValueError(
                 f"the placement of layer {update.layer} has {update.placement.num_experts} experts: must be {layer.num_experts}"
             )
-        old, slots = layer.newest, list(layer.newest.slots_S)
-        hold = self._holds[layer.pool]
-        for move in update.moves:
-            if old.placement.lanes_WS[move.src_rank, move.src_lane] != move.expert:
-                raise ValueError(f"{move} of layer {update.layer} reads a lane that does not hold the expert")
-            if any(one.placement.lanes_WS[move.dst_rank, move.dst_lane] != -1 for one in layer.versions.ungraced):
-                raise ValueError(f"{move} of layer {update.layer} writes a lane that a table names")
-            self._breathe()
-            self.num_moves += 1
-            self.num_bytes += layer.pool.slot_bytes
-            source = target = None
-            if move.src_rank == layer.rank:
-                hold.read(old.slots_S[move.src_lane])
-                source = layer.pool.slab(old.slots_S[move.src_lane])
-            if move.dst_rank == layer.rank:
-                slots[move.dst_lane] = next(taken[layer.pool])
-                target = layer.pool.slab(slots[move.dst_lane])
-            if source is not None or target is not None:
-                peer = move.src_rank if source is None else move.dst_rank
-                transfers.append(Transfer(source, target, peer))
-        if layer.pool.has_dropped_layers:
-            layer.pool.has_dropped_layers = False
+        moves, old, pool = Moves.of(update.moves), layer.newest, layer.pool
+        expert_M, src_rank_M, src_lane_M, dst_rank_M, dst_lane_M = moves.columns_5M
+        wrong_M = old.placement.lanes_WS[src_rank_M, src_lane_M] != expert_M
+        if wrong_M.any():
+            raise ValueError(
+                f"{moves[int(wrong_M.argmax())]} of layer {update.layer} reads a lane that does not hold the expert"
+            )
+        for one in layer.versions.ungraced:
+            named_M = one.placement.lanes_WS[dst_rank_M, dst_lane_M] != EMPTY
+            if named_M.any():
+                raise ValueError(
+                    f"{moves[int(named_M.argmax())]} of layer {update.layer} writes a lane that a table names"
+                )
+        self.num_moves += len(moves)
+        self.num_bytes += len(moves) * pool.slot_bytes
+        is_read_M, is_written_M = src_rank_M == layer.rank, dst_rank_M == layer.rank
+        lanes, count = dst_lane_M[is_written_M], int(is_written_M.sum())
+        slots = np.array([taken[pool].pop() for _ in range(count)], dtype=np.int64)
+        slots_S = old.slot_of_lane_S.copy()
+        slots_S[lanes] = slots
+        # The rank at the other end is this one if both ends are here.
+        source_M = np.where(is_read_M, old.slot_of_lane_S[np.where(is_read_M, src_lane_M, 0)], -1)
+        target_M = np.where(is_written_M, slots_S[np.where(is_written_M, dst_lane_M, 0)], -1)
+        peer_M = np.where(is_read_M, dst_rank_M, src_rank_M)
+        self._holds[pool].read_many(source_M[is_read_M].tolist())
+        here_M, slabs = is_read_M | is_written_M, [*pool.list_slabs(), None]
+        self._breathe()
+        ends = zip(*(column[here_M].tolist() for column in (source_M, target_M, peer_M)), strict=True)
+        transfers += [Transfer(slabs[source], slabs[target], peer) for source, target, peer in ends]
+        if pool.has_dropped_layers:
+            pool.has_dropped_layers = False
             self._streams.gate.join(self._streams.side)
-        held = update.placement.lanes_WS[layer.rank].tolist()
-        slots_S = tuple(slot if expert >= 0 else -1 for expert, slot in zip(held, slots, strict=True))
-        if any(expert >= 0 > slot for expert, slot in zip(held, slots_S, strict=True)):
+        is_held_S = update.placement.lanes_WS[layer.rank] != EMPTY
+        slots_S[~is_held_S] = -1
+        if (slots_S[is_held_S] < 0).any():
             raise ValueError(f"the placement of layer {update.layer} names a lane that no move fills")
-        return Version(self.version, update.placement, update.shares_WS, slots_S)
+        new = Version(self.version, update.placement, update.shares_WS, tuple(slots_S.tolist()))
+        self._versions.append((layer, new))
+        return lanes, slots
 
     def agree_to_start(self) -> None:
         """Every rank has prepared the wave: from here on this rank owes the others its part in the transfers."""
@@ -147,6 +158,13 @@ class WaveFill:
     @property
     def is_started(self) -> bool:
         return self._started
+
+    @property
+    def awaits(self) -> Awaited | None:
+        """What `poll()` or `bury()` must ask for, None if nothing."""
+        if self._abandoned:
+            return Awaited.STEP
+        return self._batch.awaits if self._started and not self.is_filled else None
 
     def poll(self) -> bool:
         """Push the transfers on; True when this host has seen all of the wave's work on this rank complete."""

@@ -65,8 +65,12 @@ class SlotHold:
 
     def read(self, slot: int) -> None:
         """The transfer will read `slot`, which a version names now."""
+        self.read_many([slot])
+
+    def read_many(self, slots: Sequence[int]) -> None:
+        """As `read()`, of several."""
         with self._pool._lock:
-            self.reads.append(slot)
+            self.reads += slots
 
     def take(self) -> int:
         """Take a free slot to write it. The lowest one, so that runs repeat.
@@ -157,6 +161,7 @@ class SlotPool:
             )
             offset += _aligned(spec.num_bytes)
         self.has_dropped_layers = False
+        self._slabs: list[torch.Tensor] | None = None
         self._lock = threading.Lock()
         self._layers: list[weakref.ref[Versions]] = []
         self._holds: list[SlotHold] = []
@@ -168,6 +173,12 @@ class SlotPool:
     def slab(self, slot: int) -> torch.Tensor:
         """All bytes of one slot, uint8 ``[slot_bytes]``: what a move copies."""
         return self.slab_SB[slot]
+
+    def list_slabs(self) -> list[torch.Tensor]:
+        """All slabs. Made once, as each takes a microsecond of the interpreter, and a wave needs many."""
+        if self._slabs is None:
+            self._slabs = list(self.slab_SB.unbind(0))
+        return self._slabs
 
     # ---- who has which slot
 
@@ -202,18 +213,26 @@ class SlotPool:
         """How many slots are in `state`."""
         return self.states().count(state)
 
+    def num_free(self) -> int:
+        """As `count(SlotState.FREE)`, without a look at what the others are."""
+        with self._lock:
+            return len(self._free())
+
     def num_quarantined(self) -> int:
         """As `count(SlotState.QUARANTINED)`, at a cost of the slots under transfer and not of all: each tick asks."""
         with self._lock:
-            suspects = {slot for hold in self._holds for slot in hold.reads}
-            suspects |= {slot for hold in self._holds if hold.is_abandoned for slot in hold.writes}
-            if not suspects:
+            if not any(hold.reads or (hold.is_abandoned and hold.writes) for hold in self._holds):
                 return 0
-            suspects -= {slot for hold in self._holds if not hold.is_abandoned for slot in hold.writes}
-            for layer in self._versions():
-                for version in layer.ungraced:
-                    suspects.difference_update(version.slots_S)
-            return len(suspects)
+            is_suspect = np.zeros(self.num_slots + 1, dtype=bool)
+            for hold in self._holds:
+                is_suspect[hold.reads] = True
+                if hold.is_abandoned:
+                    is_suspect[hold.writes] = True
+            for hold in self._holds:
+                if not hold.is_abandoned:
+                    is_suspect[hold.writes] = False
+            is_suspect[self._named()] = False
+            return int(is_suspect[:-1].sum())
 
     def state(self, slot: int) -> SlotState:
         return self.states()[slot]
@@ -231,11 +250,19 @@ class SlotPool:
             self.has_dropped_layers = True
         return alive
 
+    def _named(self) -> np.ndarray:
+        """The slots that versions name; with -1, for empty lanes."""
+        named = [version.slot_of_lane_S for layer in self._versions() for version in layer.ungraced]
+        return np.concatenate(named or [np.empty(0, dtype=np.int64)])
+
     def _free(self) -> list[int]:
         """I1: a slot is free if and only if no version of any layer names it and no transfer touches it."""
-        taken = {slot for layer in self._versions() for version in layer.ungraced for slot in version.slots_S}
-        taken |= {slot for hold in self._holds for slot in (*hold.reads, *hold.writes)}
-        return [slot for slot in range(self.num_slots) if slot not in taken]
+        is_free = np.ones(self.num_slots + 1, dtype=bool)  # the last entry is where -1 leads
+        is_free[self._named()] = False
+        for hold in self._holds:
+            is_free[hold.reads] = is_free[hold.writes] = False
+        free: list[int] = np.flatnonzero(is_free[:-1]).tolist()
+        return free
 
     def _states(self) -> list[SlotState]:
         """What `_free()` says, and why; for those who look on."""

@@ -71,24 +71,24 @@ class ExpertTable:
         self._host_words[:] = words
 
 
-def map_lanes(entries: Sequence[tuple[ExpertTable, int, int]], stream: StreamLike) -> None:
-    """Enqueue on `stream`: rows sent to a lane of this rank will find their weights in a slot.
+def map_lanes(entries: Sequence[tuple[ExpertTable, np.ndarray | int, np.ndarray | int]], stream: StreamLike) -> None:
+    """Enqueue on `stream`: rows sent to lanes of this rank will find their weights in slots.
 
     Args:
-        entries: table, lane and slot of each.
+        entries: of each, a table, and as many of its lanes as slots.
     """
 
     # All lanes of a table in one copy: the others are written with what they hold. A copy that an earlier call has left in the
     # queue may write these entries early, which nobody reads yet.
-    for table, lane, slot in entries:
-        table._lane_words[lane] = slot
-    tables = {id(table): table for table, _, _ in entries}.values()
+    for table, lanes, slots in entries:
+        table._lane_words[lanes] = slots
+    tables = {id(table): table for table, lanes, _ in entries if np.size(lanes)}.values()
 
     def write() -> None:
         for table in tables:
             table._lane_to_slot.copy_(table._lanes_host, non_blocking=True)
 
-    if entries:
+    if tables:
         entries[0][0]._streams.run(stream, write)
 
 

@@ -3,6 +3,7 @@
 The one owner: the table on the device, the planner and the pool's free slots all follow from it (I1).
 """
 
+import functools
 import threading
 from dataclasses import dataclass
 
@@ -26,6 +27,11 @@ class Version:
     placement: Placement
     shares_WS: np.ndarray
     slots_S: tuple[int, ...]
+
+    @functools.cached_property
+    def slot_of_lane_S(self) -> np.ndarray:
+        """`slots_S` as an array: what looks at all slots of all layers does so without a loop in Python."""
+        return np.array(self.slots_S, dtype=np.int64)
 
 
 class Versions:

@@ -92,10 +92,12 @@ class _GlooExchange:
     def __init__(self, work: dist.Work, said: list[torch.Tensor], notify: Callable[[], None]) -> None:
         self._work = work
         self._said = said
-        self._work.get_future().add_done_callback(lambda _: notify())
+        self._future = work.get_future()
+        self._future.add_done_callback(lambda _: notify())
 
     def done(self) -> bool:
-        return self._work.is_completed()
+        # Not the work's `is_completed()`: gloo completes the future first, and notifies a moment before the work says so.
+        return self._future.done()
 
     def result(self) -> list[np.ndarray]:
         self._work.wait()

@@ -7,12 +7,11 @@ import hashlib
 import zlib
 from collections.abc import Callable
 from dataclasses import dataclass
-from itertools import islice
 
 import numpy as np
 
 from eplb.planning.placement import Placement
-from eplb.planning.plan import LayerUpdate, Move, Plan, Wave
+from eplb.planning.plan import LayerUpdate, Moves, Plan, Wave
 
 _HEADER_WORDS = 3  # of a plan: number of waves, hash, bytes of the rest
 
@@ -77,14 +76,14 @@ _NUM_SIZES = 6  # of an update: layer, experts, ranks, lanes, moves, words of it
 
 
 def _encode_wave(wave: Wave) -> bytes:
-    """int64: number of updates, sizes of each, all moves. Then of each: shares (float64), lanes and table (int32)."""
+    """int64: number of updates, their sizes, their moves by column. Then of each: shares (float64), lanes and table (int32)."""
     tables = [update.table_words() for update in wave.updates]
     sizes = [
         (u.layer, u.placement.num_experts, *u.placement.lanes_WS.shape, len(u.moves), len(table))
         for u, table in zip(wave.updates, tables, strict=True)
     ]
-    moves = [(m.expert, m.src_rank, m.src_lane, m.dst_rank, m.dst_lane) for u in wave.updates for m in u.moves]
-    parts = [np.array([len(sizes), *sum(sizes, ()), *sum(moves, ())], dtype="<i8").tobytes()]
+    parts = [np.array([len(sizes), *sum(sizes, ())], dtype="<i8").tobytes()]
+    parts += [Moves.of(update.moves).columns_5M.astype("<i8").tobytes() for update in wave.updates]
     for update, table in zip(wave.updates, tables, strict=True):
         parts += [
             update.shares_WS.astype("<f8").tobytes(),
@@ -98,9 +97,8 @@ def _decode_wave(data: bytes, breathe: Callable[[], None]) -> Wave:
     num_updates = int(np.frombuffer(data, "<i8", 1)[0])
     sizes = np.frombuffer(data, "<i8", num_updates * _NUM_SIZES, 8).reshape(-1, _NUM_SIZES)
     at = 8 + sizes.nbytes
-    num_moves = int(sizes[:, 4].sum())
-    moves = iter(np.frombuffer(data, "<i8", 5 * num_moves, at).reshape(-1, 5).tolist())
-    at += 5 * 8 * num_moves
+    moves = np.frombuffer(data, "<i8", 5 * int(sizes[:, 4].sum()), at)
+    at += moves.nbytes
     updates = []
     for layer, num_experts, num_ranks, num_lanes, of_layer, num_words in sizes.tolist():
         breathe()
@@ -109,7 +107,7 @@ def _decode_wave(data: bytes, breathe: Callable[[], None]) -> Wave:
         lanes_WS = np.frombuffer(data, "<i4", lanes, at + 8 * lanes).reshape(num_ranks, num_lanes)
         table = np.frombuffer(data, "<i4", num_words, at + 12 * lanes)
         at += 12 * lanes + 4 * num_words
-        own = tuple(Move(*move) for move in islice(moves, of_layer))
+        own, moves = Moves(moves[: 5 * of_layer].reshape(5, -1)), moves[5 * of_layer :]
         updates.append(LayerUpdate(layer, own, Placement(lanes_WS, num_experts), shares_WS, table))
     return Wave(tuple(updates))
 

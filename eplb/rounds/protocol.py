@@ -10,8 +10,9 @@ rounds, every rank is in the same state after the same number of them, whatever 
 """
 
 from collections.abc import Sequence
-from dataclasses import astuple, dataclass, fields, replace
+from dataclasses import dataclass, replace
 from enum import IntEnum
+from typing import NamedTuple
 
 import numpy as np
 
@@ -35,8 +36,7 @@ class Work(IntEnum):
     REPORT = 2  # log the balancedness, plan nothing
 
 
-@dataclass(frozen=True)
-class Record:
+class Record(NamedTuple):
     """What one rank says in a round. All integers, so that a round is one small all-gather.
 
     Attributes:
@@ -66,14 +66,14 @@ class Record:
     models: int = 0
 
     def encode(self) -> np.ndarray:
-        return np.array(astuple(self), dtype=np.int64)
+        return np.array(self, dtype=np.int64)
 
     @staticmethod
     def decode(words: np.ndarray) -> "Record":
-        return Record(*words[:RECORD_WORDS].tolist())
+        return Record._make(words[:RECORD_WORDS].tolist())
 
 
-RECORD_WORDS = len(fields(Record))
+RECORD_WORDS = len(Record._fields)
 
 
 @dataclass(frozen=True)

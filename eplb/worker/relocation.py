@@ -9,7 +9,7 @@ from collections.abc import Callable, Sequence
 from eplb.config import EplbConfig
 from eplb.planner import Planner
 from eplb.planning.plan import Wave
-from eplb.relocation.communicator.base import Communicator
+from eplb.relocation.communicator.base import Awaited, Communicator
 from eplb.relocation.fill import WaveFill
 from eplb.relocation.handoff import Handoff
 from eplb.relocation.pool import NoFreeSlot
@@ -89,10 +89,13 @@ class Relocation:
         flipping = None if handoff is None else (handoff.version, handoff.flipped is not None)
         return filling, flipping, len(self.zombies), self.graced
 
-    def waits_for_flip(self) -> bool:
-        """Whether nothing goes on here before the main thread's next step, which wakes the worker."""
-        handoff = self.handoff
-        return handoff is not None and handoff.flipped is None and not self.zombies
+    def awaits(self) -> Awaited | None:
+        """What must be looked for; None if whatever comes next here wakes the worker: a round, or a step that flips."""
+        if self.zombies or self.wants_slot_since is not None:
+            return Awaited.STEP
+        if self.handoff is not None:
+            return Awaited.FLIP if self.handoff.flipped is not None else None
+        return self.fill.awaits if self.fill is not None else None
 
     def is_filling(self, agreed: Agreed) -> bool:
         """Whether a wave is under way that was not published."""

@@ -7,8 +7,8 @@ from eplb.config import EplbConfig
 from eplb.streams import DeviceStreams
 from eplb.worker.worker import Worker
 
-_LONGEST = 1e-4  # seconds that a piece of work may hold the interpreter
-_BREATH = 2e-5
+_LONGEST = 5e-5  # seconds that a piece of work may hold the interpreter
+_BREATH = 1e-4  # seconds that others have it for then: longer than a main thread takes to launch a graph
 
 
 class WorkerThread(threading.Thread):
@@ -34,7 +34,7 @@ class WorkerThread(threading.Thread):
         try:
             while not self._stopping and not (self._leaving and self._worker.is_done):
                 self._wake.clear()
-                self._wake.wait(self._tick())
+                self._rest(self._tick())
         except BaseException as error:
             self._ended_by = type(error).__name__
             raise
@@ -43,7 +43,6 @@ class WorkerThread(threading.Thread):
 
     def _tick(self) -> float:
         """Tick once; returns how long to sleep."""
-        self._breathed_at = time.perf_counter()
         try:
             if not self._adopted and time.monotonic() >= self._adopt_at:
                 self._adopt()
@@ -54,6 +53,14 @@ class WorkerThread(threading.Thread):
             self._num_failures += 1
             self._note(error)
             return self._delay(self._num_failures)
+
+    def _rest(self, seconds: float) -> None:
+        """Until somebody wakes this thread, which may be at once: then what was held before goes on to count."""
+        began = time.perf_counter()
+        self._wake.wait(seconds)
+        now = time.perf_counter()
+        if now - began >= _BREATH:
+            self._breathed_at = now
 
     def _breathe(self) -> None:
         """Let other threads have the interpreter, if this one has had it for long.

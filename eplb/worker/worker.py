@@ -9,18 +9,17 @@ from eplb.connect import Connection
 from eplb.health import Health, Metrics
 from eplb.load_window import LoadWindowRecorder
 from eplb.planner import Planner
+from eplb.relocation.communicator.base import Awaited
 from eplb.relocation.handoff import Handoff, Inbox
 from eplb.relocation.resident import ResidentExperts
 from eplb.rounds.protocol import Agreed, Phase, Record, Work, is_through
 from eplb.streams import DeviceStreams, EventLike
+from eplb.worker.looks import Looks
 from eplb.worker.mailbox import Mailbox
 from eplb.worker.planning import NOTHING, Planning
 from eplb.worker.relocation import Relocation
 from eplb.worker.report import Report, Wait, make_health, waits
 from eplb.worker.rounds import Clock, Heard, Rounds
-
-_SHORTEST = 0.0005
-"""Seconds between two looks at the device; a look takes some tens of microseconds of the interpreter."""
 
 Place = tuple[Phase, int, int]
 """Where in the protocol something happens: phase, proposal, wave."""
@@ -78,8 +77,8 @@ class Worker:
         self._stuck_at: Place | None = None
         self._retry_at = 0.0
         self._told_of_missing = False
-        self._seen: object = None
-        self._changed_at = clock()
+        self._shown: object = None
+        self._looks = Looks(clock())
         self._published_at = clock()
         self.ticked_at = clock()
         self.metrics = Metrics()
@@ -157,32 +156,28 @@ class Worker:
                 stage()
             except Exception as error:
                 self.fail(error)
+            self.relocation.breathe()
         self._look_for_missing()
         self.ticked_at = now = self._clock()
-        seen = self._what_health_shows()
-        if seen != self._seen:
-            self._seen, self._changed_at = seen, now
-        elif now - self._published_at < self._config.round_interval:
-            return  # health would say the same, and takes longer than the rest of a tick in which nothing happens
-        self._publish_health()
+        shown = self._what_health_shows()
+        awaited = self.relocation.awaits() if self.is_published else Awaited.STEP
+        self._looks.note((shown, self.relocation.stage_of_wave()), awaited, now)
+        # Health that would say the same takes longer than the rest of a tick in which nothing happens.
+        if shown != self._shown or now - self._published_at >= self._config.round_interval:
+            self._publish_health()
 
     def _what_health_shows(self) -> object:
         """All of it but times, which pass, and numbers of rounds."""
-        agreed = self.rounds.agreed
+        agreed, relocation = self.rounds.agreed, self.relocation
         place = _place(agreed), agreed.version, agreed.abandoned, agreed.departed
-        return place, self.rounds.is_connected, self.relocation.stage_of_wave(), self.report.num_failures
+        wave = relocation.published, relocation.graced, len(relocation.zombies), relocation.fill is None
+        return place, self.rounds.is_connected, wave, self.report.num_failures
 
     def seconds_to_next_tick(self) -> float:
-        """How long a thread may sleep if nobody notifies it.
-
-        Rounds, the main thread and the policy notify. Only the device must be asked: more rarely the longer it takes, so that
-        a transfer of any length costs few ticks and is seen at most an eighth of its time late.
-        """
-        interval = self._config.round_interval
-        if not self.relocation.is_at_rest and not self.relocation.waits_for_flip():
-            return min(interval, max(_SHORTEST, (self._clock() - self._changed_at) / 8))
-        at_rest = self.is_idle or not self.rounds.is_connected
-        return self._config.heartbeat_interval if at_rest else interval
+        """How long a thread may sleep if nobody notifies it. Rounds, the main thread and the policy do."""
+        at_rest = self.relocation.is_at_rest and (self.is_idle or not self.rounds.is_connected)
+        interval = self._config.heartbeat_interval if at_rest else self._config.round_interval
+        return self._looks.seconds(self._clock(), interval)
 
     def close(self) -> None:
         """Give everything back that reaches the other ranks, and the planner; nothing ticks any more."""
@@ -253,8 +248,8 @@ class Worker:
             self.planning.act(agreed)
 
     def _post(self, handoff: Handoff | None) -> None:
-        self._publish_health()  # before the main thread can flip: no table is ahead of what health says
         if handoff is not None:
+            self._publish_health()  # before the main thread can flip: no table is ahead of what health says
             self.inbox.post(handoff)
         self._posted = handoff
 
@@ -331,6 +326,7 @@ class Worker:
 
     def _publish_health(self) -> None:
         self._published_at = self._clock()
+        self._shown = self._what_health_shows()
         relocation = self.relocation
         self.metrics = replace(
             self.metrics,

@@ -46,6 +46,28 @@ def test_three_protocols_serve_the_same_outputs(tmp_path, capsys, ranks_start_fa
 
 
 @pytest.mark.timeout(200)
+def test_without_forwards_a_step_is_the_wait_and_what_the_host_does(tmp_path, ranks_start_fast):
+    path = tmp_path / "out.csv"
+    options = [
+        "--protocols",
+        "ours",
+        "--communicator",
+        "symm_mem",
+        "--replay",
+        "3",
+        "--steps",
+        "150",
+        "--interval",
+        "60",
+    ]
+    assert relocation.main([*TINY, *options, "--csv", str(path)]) == 0
+    with path.open(newline="") as file:
+        (row,) = csv.DictReader(file)
+    assert 3.0 <= float(row["quiet_median_ms"]) < 30.0 and float(row["relocating_median_ms"]) >= 3.0
+    assert int(row["rebalances"]) >= 2 and row["wrong"] == "0" and row["replay"] == "3.0"
+
+
+@pytest.mark.timeout(200)
 def test_a_trace_of_ours_has_no_collective_in_a_step(tmp_path, capsys, ranks_start_fast):
     path = tmp_path / "trace.json"
     assert (
@@ -143,6 +165,8 @@ def test_wrong_outputs_fail_the_run(monkeypatch, capsys):
         (["--interval", "2000"], "--interval 2000: must be at least 2, and at most --steps 1200"),
         (["--trace", "x.json"], "--trace x.json: needs --protocols ours, got pause,lockstep,ours"),
         (["--shape", "qwen4"], "shape 'qwen4'"),
+        (["--replay", "-1"], "--replay -1.0: must not be negative"),
+        (["--replay", "4", "--graph"], "--replay 4.0: must not be negative, and takes the place of --graph"),
     ],
 )
 def test_bad_arguments(capsys, arguments, message):

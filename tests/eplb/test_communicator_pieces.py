@@ -6,8 +6,9 @@ import pytest
 import torch
 
 from eplb.peer_memory import over_store, virtual_peers
-from eplb.relocation.communicator.base import Transfer
+from eplb.relocation.communicator.base import Awaited, Transfer
 from eplb.relocation.communicator.board import Board
+from eplb.relocation.communicator.copies import _copy
 from eplb.relocation.communicator.pace import Pace
 from eplb.relocation.communicator.staging import Staging
 from eplb.relocation.communicator.symm_mem import SymmMemCommunicator
@@ -164,9 +165,11 @@ def test_a_sender_waits_for_its_own_stream_and_for_the_readers():
     assert not sender.poll() and not reader.poll()
     pair.streams[1].drain()
     assert pair.slabs_SB[1][3, 0] == 23, "what the sender's stream still writes is not read"
+    assert reader.awaits is Awaited.STEP
     pair.streams[0].drain()
     assert not sender.poll(), "nobody has read it"
     assert not reader.poll(), "it has only begun"
+    assert sender.awaits is Awaited.STEP and reader.awaits is Awaited.COPIES
     assert not sender.poll()
     pair.streams[1].drain()
     assert pair.slabs_SB[1][3].unique().tolist() == [12]
@@ -239,11 +242,11 @@ def test_slabs_come_in_pieces_under_a_bound():
         batch.start()
     for streams in pair.streams:
         streams.drain()
-    assert not sender.poll() and not reader.poll()
+    assert not sender.poll() and not reader.poll() and reader.awaits is Awaited.PACE
     pair.streams[1].drain()
     assert pair.slabs_SB[1][3, 0] == 23
     pair.now.seconds = 256.0
-    assert not reader.poll()
+    assert not reader.poll() and reader.awaits is Awaited.COPIES
     pair.streams[1].drain()
     assert reader.poll() and pair.slabs_SB[1][3].unique().tolist() == [12]
 
@@ -262,6 +265,46 @@ def test_slabs_of_another_size_or_place_are_refused():
     sender.poll()
     with pytest.raises(ValueError, match="rank 0 offers 512 bytes for a slot of 256"):
         reader.poll()
+
+
+def test_slabs_are_copied_in_the_order_of_the_plan_whoever_offers_first():
+    """The plan spreads them over the owners; owner by owner, all ranks would read from the same one at first."""
+    now, size = Now(), 256 * KIB  # a bound that lets one slab go at a time
+    boards = [Board(view) for view in virtual_peers(3, Board.num_bytes(3, 4), torch.device("cpu"))]
+    slabs_SB = [torch.full((4, size), rank, dtype=torch.uint8) for rank in range(3)]
+    streams = [Streams() for _ in range(3)]
+    ranks = [
+        SymmMemCommunicator([[one] for one in slabs_SB], board, stream, Pace(1, now))  # type: ignore[arg-type]
+        for board, stream in zip(boards, streams, strict=True)
+    ]
+    reader = ranks[0].prepare([Transfer(None, slabs_SB[0][slot], 1 + slot % 2) for slot in range(4)])
+    reader.start()
+    streams[0].drain()
+    for owner in (2, 1):  # in this order
+        sender = ranks[owner].prepare([Transfer(slabs_SB[owner][slot], None, 0) for slot in range(2)])
+        sender.start()
+        streams[owner].drain()
+        sender.poll()
+    for count in range(1, 5):
+        reader.poll()
+        streams[0].drain()
+        assert slabs_SB[0][:, -1].tolist() == [1, 2, 1, 2][:count] + [0] * (4 - count)
+        now.seconds += size
+
+
+@pytest.mark.gpu
+def test_copies_between_slots_start_no_kernel():
+    """They are to leave the multiprocessors to the forward."""
+    slabs = list(torch.arange(20, dtype=torch.uint8, device="cuda")[:, None].repeat(1, 1 << 20).unbind(0))
+    pieces = list(zip(slabs[:10], slabs[10:], strict=True))
+    _copy(pieces)
+    torch.cuda.synchronize()
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as profile:
+        _copy(pieces)
+        torch.cuda.synchronize()
+    on_device = [event for event in profile.events() if event.device_type == torch.autograd.DeviceType.CUDA]
+    assert {event.name for event in on_device} == {"Memcpy DtoD (Device -> Device)"} and len(on_device) == 10
+    assert [slab[-1].item() for slab in slabs] == [*range(10, 20)] * 2
 
 
 # ---- connecting together

@@ -17,6 +17,7 @@ from eplb.rounds.exchange import LocalAgreement
 from eplb.rounds.protocol import Record, Work
 from eplb.streams import HostStreams
 from tests.eplb.stub import QUICK, Recording, StubLayer, controller_of
+from tests.eplb.test_worker import eventually
 
 # ---- what is refused
 
@@ -349,6 +350,7 @@ def test_loading_waits_no_longer_than_its_timeout_for_a_silent_peer():
     controller = EplbController(config, transport=SilentPeers(None))
     controller.register(layer)
     controller.step()
+    eventually(lambda: controller._worker.rounds.is_under_way, "the others may think that this rank holds nothing")
     with pytest.raises(TimeoutError, match=r"quiesce_timeout=0.1 s"), layer.resident.quiesced():
         pytest.fail("nothing may be written now")
     assert controller._worker._record().holds_completed == 0, "another try would be one too many"

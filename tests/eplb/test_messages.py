@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 
 from eplb.planning.placement import Placement
-from eplb.planning.plan import LayerUpdate, Move, Plan, Wave
+from eplb.planning.plan import LayerUpdate, Move, Moves, Plan, Wave
 from eplb.planning.shares import equal_shares, table_words
 from eplb.rounds.messages import PlanReader, decode_loads, encode_loads, encode_plan
 
@@ -50,6 +50,18 @@ def test_a_plan_arrives_as_it_was_sent():
             assert sent.table is None and update.table.dtype == np.int32
             assert update.table.tolist() == table_words(sent.placement, sent.shares_WS).tolist()
             assert update.shares_WS.dtype == np.float64
+
+
+def test_moves_that_arrive_are_equal_to_those_that_were_sent_and_to_no_others():
+    sent = make_plan().waves[0].updates[0].moves
+    heard = PlanReader(encode_plan(make_plan())).wave(0).updates[0].moves
+    assert isinstance(heard, Moves) and Moves.of(heard) is heard
+    assert heard == sent and sent == heard and heard == Moves.of(sent) and list(heard) == list(sent)
+    assert heard[1] == heard[-1] == sent[1] and heard[:1] == sent[:1] and len(heard[1:]) == 1
+    assert heard.columns_5M.tolist() == [[1, 0], [0, 0], [1, 0], [1, 1], [0, 1]]
+    assert heard != sent[:1] and heard != sent[::-1] and not Moves.of(())
+    with pytest.raises(IndexError):
+        heard[2]
 
 
 def test_a_plan_without_waves():

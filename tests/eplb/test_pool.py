@@ -187,7 +187,7 @@ def test_i1_free_is_named_by_nobody_and_touched_by_nobody(seed):
         named = {slot for one in layers for version in one.ungraced for slot in version.slots_S}
         touched = {slot for hold, _, _ in holds for slot in (*hold.reads, *hold.writes)}
         free = [slot for slot, state in enumerate(pool.states()) if state is SlotState.FREE]
-        assert free == sorted(set(range(12)) - named - touched)
+        assert free == sorted(set(range(12)) - named - touched) and pool.num_free() == len(free)
         if holds and random.random() < 0.2:
             holds[-1][0].is_abandoned = not holds[-1][0].is_abandoned
         assert pool.num_quarantined() == pool.count(SlotState.QUARANTINED)

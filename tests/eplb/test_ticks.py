@@ -6,9 +6,11 @@ import pytest
 from eplb import EplbConfig, EplbController
 from eplb.planning.plan import Wave
 from eplb.relocation.communicator import LocalCommunicator
+from eplb.relocation.communicator.base import Awaited
 from eplb.rounds.protocol import Agreed, Phase, Record, is_through
 from eplb.streams import HostStreams
 from eplb.worker import Worker, thread
+from eplb.worker.looks import Looks
 from tests.eplb.by_hand import filled, make_layer, published, sim_streams
 from tests.eplb.stub import QUICK, StubLayer
 from tests.eplb.test_worker_pieces import Clock, ready
@@ -74,17 +76,50 @@ def test_a_change_brings_quick_looks_back(by_hand):
     assert worker.seconds_to_next_tick() == 0.0005
 
 
+@pytest.mark.parametrize("awaited", [Awaited.COPIES, Awaited.FLIP])
+def test_what_took_some_time_before_is_looked_at_shortly_before_that_is_over(awaited):
+    looks, now = Looks(0.0), 0.0
+    looks.note("first", awaited, now)
+    assert looks.seconds(now, 1.0) == 0.0005
+    looks.note("over", None, now := 0.008)
+    assert looks.seconds(now, 1.0) == 1.0
+    looks.note("second", awaited, now := 0.1)
+    assert looks.seconds(now, 1.0) == pytest.approx(0.007)
+    assert looks.seconds(now, 0.003) == 0.003, "but no later than this rank must speak"
+    now += 0.007
+    looks.note("second", awaited, now)
+    assert looks.seconds(now, 1.0) == pytest.approx(0.007 / 8), "and then as everything else"
+    looks.note("over", None, now)
+    looks.note("third", awaited, now := 0.2)
+    assert looks.seconds(now, 1.0) == pytest.approx(0.007 * 7 / 8), "it may be quicker each time"
+
+
+def test_what_may_come_at_once_is_looked_for_at_once_however_long_it_took_before():
+    looks = Looks(0.0)
+    looks.note("first", Awaited.STEP, 0.0)
+    looks.note("over", None, 0.5)
+    looks.note("second", Awaited.STEP, 1.0)
+    assert looks.seconds(1.0, 1.0) == 0.0005
+
+
+def test_a_bound_is_kept_up_with_however_long_the_wave_takes():
+    """A burst is 4 ms: who looks more rarely loses bytes that were due."""
+    looks = Looks(0.0)
+    looks.note("copying", Awaited.PACE, 0.0)
+    assert {looks.seconds(0.001 * ms, 0.02) for ms in range(500)} == {0.003}
+
+
 def test_nobody_looks_for_a_flip_that_the_main_thread_will_tell_of():
     streams = sim_streams()
     layer = make_layer(streams)
     relocation, _, agreed = ready(layer, Clock())
-    assert not relocation.waits_for_flip()
+    assert relocation.awaits() is None, "the others' votes, which wake the worker"
     relocation.publish(Agreed(phase=Phase.GRACE, proposal=agreed.proposal, num_waves=2, version=1))
     while streams.side.advance():
         pass
-    assert relocation.waits_for_flip() and relocation.stage_of_wave()[1] == (1, False)
+    assert relocation.awaits() is None and relocation.stage_of_wave()[1] == (1, False)
     relocation.handoff.flip(streams)
-    assert not relocation.waits_for_flip() and relocation.stage_of_wave()[1] == (1, True)
+    assert relocation.awaits() is Awaited.FLIP and relocation.stage_of_wave()[1] == (1, True)
 
 
 def test_a_step_that_flips_wakes_the_worker(by_hand):

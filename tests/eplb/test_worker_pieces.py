@@ -2,11 +2,18 @@
 
 from typing import Any
 
+import numpy as np
 import pytest
+import torch
 
 from eplb import EplbConfig
+from eplb.planner import Planner
+from eplb.planning.balance import layer_balancedness
+from eplb.planning.policy import Topology
 from eplb.relocation.fill import WaveFill
+from eplb.relocation.pool import SlotPool, TensorSpec
 from eplb.relocation.resident import ResidentExperts
+from eplb.rounds.messages import Loads
 from eplb.rounds.protocol import Agreed, Phase, Record, Work
 from eplb.worker.planning import Planning
 from eplb.worker.relocation import Relocation
@@ -191,3 +198,28 @@ def test_what_connects_the_ranks_is_closed_with_the_rounds():
     both = [rounds._agreement, rounds.communicator]
     rounds.close()
     assert closed == both and rounds.communicator is None
+
+
+def test_balancedness_is_the_mean_over_layers_also_of_different_sizes():
+    streams = sim_streams()
+    made = [
+        ResidentExperts(
+            num_experts=number,
+            num_redundant_experts=0,
+            num_shadow_slots=1,
+            rank=0,
+            num_ranks=2,
+            streams=streams,
+            pool=SlotPool([TensorSpec("weight", (4,), torch.int32)], number),
+        )
+        for number in (4, 6, 4)
+    ]
+    loads = [np.array([4, 2, 1, 1]), np.array([0, 0, 0, 5, 1, 2]), np.array([0, 0, 0, 0])]
+    planner = Planner(made, nobody(), Topology(2), None)
+    load_NA = np.stack([np.concatenate(loads), np.concatenate(loads)])  # two sub-windows
+    each = [
+        layer_balancedness(2 * load, one.newest.placement, one.newest.shares_WS)
+        for load, one in zip(loads, made, strict=True)
+    ]
+    assert each == [pytest.approx(4 / 6), 0.5, 1.0]
+    assert planner.balancedness(Loads(load_NA, np.zeros((1, 2), dtype=np.int64))) == pytest.approx(np.mean(each))

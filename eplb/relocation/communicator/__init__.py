@@ -106,6 +106,8 @@ def make_communicator(
         ValueError: the ranks chose differently, or cannot use the only one.
         RuntimeError, TimeoutError: the ranks did not connect in time.
     """
+    for pool in pools:
+        pool.list_slabs()  # here, not beside forwards
     if peers is None:
         return LocalCommunicator(streams)
     rank, size = peers.rank, len(peers.ranks)

@@ -1,14 +1,14 @@
 """Rebalance, fill: the small interface behind which experts travel between ranks."""
 
+import enum
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
-from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 
 
-@dataclass(frozen=True)
-class Transfer:
+class Transfer(NamedTuple):
     """One expert's slab on its way, as one rank sees it.
 
     Attributes:
@@ -22,8 +22,28 @@ class Transfer:
     peer: int
 
 
+class Awaited(enum.Enum):
+    """What a wave waits for, of which nobody is told: somebody must look."""
+
+    STEP = enum.auto()  # something that may come at once, and that more is to be done after
+    PACE = enum.auto()  # a bound of bytes per second holds back what is left
+    COPIES = enum.auto()  # all that this rank enqueues is enqueued
+    FLIP = enum.auto()  # the device comes to the flip with the end of a step
+
+    @property
+    def is_regular(self) -> bool:
+        """Whether it takes about as long each time, and nothing is lost before."""
+        return self in (Awaited.COPIES, Awaited.FLIP)
+
+
 class TransferBatch(ABC):
-    """The transfers of one wave. Made by `Communicator.prepare()`; never blocks."""
+    """The transfers of one wave. Made by `Communicator.prepare()`; never blocks.
+
+    Attributes:
+        awaits: what the last `poll()` found missing.
+    """
+
+    awaits = Awaited.STEP
 
     @abstractmethod
     def start(self) -> None:

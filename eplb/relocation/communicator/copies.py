@@ -7,7 +7,12 @@ from typing import Protocol
 
 import torch
 
+from eplb.relocation.communicator.base import Awaited
 from eplb.streams import DeviceStreams, EventLike, StreamLike
+
+_ON_HOST = tuple(torch.zeros(1, dtype=torch.uint8, device="cpu") for _ in range(2))
+"""With a pair of another device among its tensors `_foreach_copy_` copies one after the other, by the GPU's copy engines. It
+would start a kernel otherwise, and take multiprocessors from the forward."""
 
 
 class Source(Protocol):
@@ -23,7 +28,13 @@ Piece = tuple[torch.Tensor, Source]
 
 
 class Copies(ABC):
-    """The copies of one batch. Never blocks for longer than a look may take."""
+    """The copies of one batch. Never blocks for longer than a look may take.
+
+    Attributes:
+        awaits: what there is to wait for when all have begun.
+    """
+
+    awaits = Awaited.STEP
 
     @abstractmethod
     def room(self) -> int:
@@ -48,6 +59,8 @@ class Copies(ABC):
 
 class StreamCopies(Copies):
     """Between tensors that this process can read and write, on a stream."""
+
+    awaits = Awaited.COPIES
 
     def __init__(self, streams: DeviceStreams, stream: StreamLike) -> None:
         self._streams = streams
@@ -75,6 +88,6 @@ class StreamCopies(Copies):
 
 
 def _copy(pieces: Sequence[Piece]) -> None:
-    for target, source in pieces:
-        assert isinstance(source, torch.Tensor)
-        target.copy_(source, non_blocking=True)
+    """In one call, which does not hold the interpreter."""
+    targets, sources = zip(*pieces, strict=True)
+    torch._foreach_copy_([*targets, _ON_HOST[0]], [*sources, _ON_HOST[1]], non_blocking=True)

@@ -1,19 +1,20 @@
 """Rebalance, fill: the protocol by which each rank pulls slabs out of the slots of others, whatever carries the bytes."""
 
+import operator
 from abc import abstractmethod
+from collections import deque
 from collections.abc import Sequence
-from dataclasses import dataclass
 from typing import Protocol
 
 import torch
 
-from eplb.relocation.communicator.base import Communicator, Transfer, TransferBatch
+from eplb.relocation.communicator.base import Awaited, Communicator, Transfer, TransferBatch
 from eplb.relocation.communicator.copies import Copies, Piece, Source
 from eplb.relocation.communicator.pace import Pace
 from eplb.streams import DeviceStreams, EventLike
 
-_MOST_COPIES = 16
-"""That a look begins: each takes some ten microseconds of the interpreter, which the thread that serves waits for."""
+_MOST_COPIES = 64
+"""That a look begins: each takes some microseconds, of the driver's locks if not of the interpreter's."""
 
 
 class Notes(Protocol):
@@ -71,7 +72,11 @@ class PullCommunicator(Communicator):
     """
 
     def __init__(self, own_SB: Sequence[torch.Tensor], notes: Notes, streams: DeviceStreams, pace: Pace) -> None:
-        self._own_SB = list(own_SB)
+        self._places: dict[int, tuple[int, int]] = {}  # by address of an own slot: its number, its bytes
+        for slab_SB in own_SB:
+            (num_slots, slot_bytes), first = slab_SB.shape, slab_SB.data_ptr()
+            for slot in range(num_slots):
+                self._places[first + slot * slot_bytes] = len(self._places), slot_bytes
         self.notes = notes
         self.streams = streams
         self.pace = pace
@@ -83,7 +88,7 @@ class PullCommunicator(Communicator):
 
     def close(self) -> None:
         copying = [batch.copies for batch in self._open.values() if batch.is_copying]
-        self._own_SB, self._open = [], {}
+        self._places, self._open = {}, {}
         self.let_go(copying)
 
     @abstractmethod
@@ -121,32 +126,10 @@ class PullCommunicator(Communicator):
         Raises:
             ValueError: the slab is no slot of the pools that the ranks have opened.
         """
-        first = 0
-        for slab_SB in self._own_SB:
-            slot, inside = divmod(slab.data_ptr() - slab_SB.data_ptr(), slab_SB.shape[1])
-            if 0 <= slot < slab_SB.shape[0]:
-                if inside or slab.numel() != slab_SB.shape[1]:
-                    break
-                return first + slot
-            first += slab_SB.shape[0]
-        raise ValueError("a slab to send must be a slot of a pool that the ranks opened when they connected")
-
-
-@dataclass
-class _Fetch:
-    """A slab to get.
-
-    Attributes:
-        source: None until its owner has offered it.
-        index: among what this rank gets of `owner`.
-        num_copied: how many of its bytes have begun.
-    """
-
-    source: Source | None
-    target: torch.Tensor
-    owner: int
-    index: int
-    num_copied: int = 0
+        place, num_bytes = self._places.get(slab.data_ptr(), (0, 0))
+        if slab.numel() != num_bytes:
+            raise ValueError("a slab to send must be a slot of a pool that the ranks opened when they connected")
+        return place
 
 
 class PullBatch(TransferBatch):
@@ -160,20 +143,25 @@ class PullBatch(TransferBatch):
         self._communicator = communicator
         self._notes = communicator.notes
         self.copies = communicator.copies()
-        self._offers: list[tuple[int, int, int]] = []
-        self._fetches: list[_Fetch] = []
-        sent, received = [0] * self._notes.size, [0] * self._notes.size
-        for transfer in transfers:
-            peer = transfer.peer
-            if transfer.target is not None:
-                self._fetches.append(_Fetch(transfer.source, transfer.target, peer, received[peer]))
-                received[peer] += transfer.source is None
-            elif transfer.source is not None:
-                self._offers.append((peer, sent[peer], communicator.place_of(transfer.source)))
-                sent[peer] += 1
-        if max(sent) > self._notes.capacity:
-            raise ValueError(f"a batch sends {max(sent)} slabs to one rank, which has {self._notes.capacity} slots")
-        self._readers = {reader for reader, _, _ in self._offers}
+        self._offers: dict[int, list[int]] = {}  # by reader: places of what it gets of this rank
+        # By owner: number in the batch, index among what it sends here, and target of what it has not offered yet.
+        self._awaited: dict[int, deque[tuple[int, int, torch.Tensor]]] = {}
+        # Number, target and source of what has not begun, the first one last.
+        self._fetches: list[tuple[int, torch.Tensor, Source]] = []
+        received = [0] * self._notes.size
+        for number, (source, target, peer) in enumerate(transfers):
+            if target is None:
+                assert source is not None
+                self._offers.setdefault(peer, []).append(communicator.place_of(source))
+            elif source is None:
+                self._awaited.setdefault(peer, deque()).append((number, received[peer], target))
+                received[peer] += 1
+            else:
+                self._fetches.append((number, target, source))
+        self._fetches.reverse()
+        sent = max(map(len, self._offers.values()), default=0)
+        if sent > self._notes.capacity:
+            raise ValueError(f"a batch sends {sent} slabs to one rank, which has {self._notes.capacity} slots")
         self._number = 0
         self._began: EventLike | None = None
         self._offered = False
@@ -190,9 +178,13 @@ class PullBatch(TransferBatch):
         self._notes.look()
         try:
             if not self._offered:
-                for reader, index, place in self._offers:
-                    self._notes.offer(reader, index, self._number, place)
+                for reader, places in self._offers.items():
+                    for index, place in enumerate(places):
+                        self._notes.offer(reader, index, self._number, place)
                 self._offered = True
+            self.awaits = Awaited.STEP
+            if self._awaited:
+                self._look_for_offers()
             if self._fetches:
                 self._fetch()
             is_copying = self.is_copying
@@ -200,7 +192,10 @@ class PullBatch(TransferBatch):
         except BaseException:
             self._given_up = True  # some of the pieces are missing, or of the offers
             raise
-        if self._fetches or is_copying:
+        if self._awaited or self._fetches:
+            return False
+        if is_copying:
+            self.awaits = self.copies.awaits
             return False
         self._communicator.finish(self._number)
         return self._is_read()
@@ -226,34 +221,42 @@ class PullBatch(TransferBatch):
 
     def _is_read(self) -> bool:
         """Whether no other rank reads a slab of this one for this batch any more."""
-        return all(self._notes.finished(reader) >= self._number for reader in self._readers)
+        return all(self._notes.finished(reader) >= self._number for reader in self._offers)
+
+    def _look_for_offers(self) -> None:
+        for owner, awaited in list(self._awaited.items()):
+            while awaited:
+                number, index, target = awaited[0]
+                place = self._notes.offered(owner, index, self._number)
+                if place is None:
+                    break
+                source = self._communicator.slab_at(owner, place)
+                if source.numel() != target.numel():
+                    raise ValueError(f"rank {owner} offers {source.numel()} bytes for a slot of {target.numel()}")
+                self._fetches.append((number, target, source))
+                awaited.popleft()
+            else:
+                del self._awaited[owner]
+        # In the order of the plan, which spreads them over the owners.
+        self._fetches.sort(key=operator.itemgetter(0), reverse=True)
 
     def _fetch(self) -> None:
+        """Begin what the bound, and whatever carries the bytes, allow now."""
         pieces: list[Piece] = []
         pace, room = self._communicator.pace, self.copies.room()
         pace.look()
-        for fetch in self._fetches:
-            if fetch.source is None:
-                fetch.source = self._offered_by(fetch)
-                if fetch.source is None:
-                    continue
-            while (wanted := min(room, fetch.target.numel() - fetch.num_copied)) > 0 and len(pieces) < _MOST_COPIES:
-                granted = pace.grant(wanted)
-                if not granted:
-                    break
-                piece = slice(fetch.num_copied, fetch.num_copied + granted)
-                pieces.append((fetch.target[piece], fetch.source[piece]))
-                fetch.num_copied += granted
-                room -= granted
+        while self._fetches and room > 0 and len(pieces) < _MOST_COPIES:
+            number, target, source = self._fetches[-1]
+            num_bytes = target.numel()
+            granted = pace.grant(min(room, num_bytes))
+            if not granted:
+                self.awaits = Awaited.STEP if self._awaited else Awaited.PACE
+                break
+            self._fetches.pop()
+            if granted < num_bytes:
+                self._fetches.append((number, target[granted:], source[granted:]))
+                target, source = target[:granted], source[:granted]
+            pieces.append((target, source))
+            room -= granted
         if pieces:
             self.copies.post(pieces)
-        self._fetches = [fetch for fetch in self._fetches if fetch.num_copied < fetch.target.numel()]
-
-    def _offered_by(self, fetch: _Fetch) -> Source | None:
-        place = self._notes.offered(fetch.owner, fetch.index, self._number)
-        if place is None:
-            return None
-        source = self._communicator.slab_at(fetch.owner, place)
-        if source.numel() != fetch.target.numel():
-            raise ValueError(f"rank {fetch.owner} offers {source.numel()} bytes for a slot of {fetch.target.numel()}")
-        return source
