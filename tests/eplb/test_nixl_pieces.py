@@ -313,6 +313,20 @@ def test_closing_gives_memory_and_connections_back(two):
         assert not two.agents[rank].registered and not two.agents[rank].known
 
 
+def test_a_connection_that_cannot_be_given_back_keeps_no_memory(monkeypatch, caplog):
+    ranks = Ranks(3)
+    agent, forgotten = ranks.agents[0], []
+
+    def remove(name: str) -> None:
+        forgotten.append(name)
+        raise FakeDisconnectError("NIXL_ERR_NOT_FOUND")
+
+    monkeypatch.setattr(agent, "remove_remote_agent", remove)
+    ranks.communicators[0].close()
+    assert len(forgotten) == 2 and not agent.registered
+    assert caplog.text.count("was not given back: NIXL_ERR_NOT_FOUND") == 2
+
+
 def test_closing_beside_a_read_keeps_it_and_what_it_writes(two):
     sender, reader = two.pair()
     two.agents[1].holds = True

@@ -109,6 +109,26 @@ def test_a_bound_is_kept_up_with_however_long_the_wave_takes():
     assert {looks.seconds(0.001 * ms, 0.02) for ms in range(500)} == {0.003}
 
 
+@pytest.mark.parametrize("ended_by", ["an error here", "the loss of the rounds"])
+def test_a_bound_is_not_kept_up_with_where_a_wave_goes_on_no_more(by_hand, monkeypatch, ended_by):
+    """Other ranks that do not answer may leave it so for as long as the process lives."""
+    _, worker, clock = by_hand
+    monkeypatch.setattr(worker.relocation, "awaits", lambda: Awaited.PACE)
+    worker.tick()
+    clock.now += 1.0
+    worker.tick()
+    assert worker.seconds_to_next_tick() == 0.003
+    if ended_by == "an error here":
+        monkeypatch.setattr(worker, "_act", lambda: None)  # it stays in this place of the protocol
+        worker._stuck_at = (Phase.FILL, 1, 0)
+    else:
+        worker.rounds.is_lost = True
+    worker.tick()
+    clock.now += 1.0
+    worker.tick()
+    assert worker.seconds_to_next_tick() > 0.01
+
+
 def test_nobody_looks_for_a_flip_that_the_main_thread_will_tell_of():
     streams = sim_streams()
     layer = make_layer(streams)

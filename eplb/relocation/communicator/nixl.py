@@ -1,6 +1,7 @@
 """Rebalance, fill: each rank reads slabs from the memory of the others through NIXL, straight into its free slots."""
 
 import contextlib
+import logging
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
@@ -15,6 +16,8 @@ from eplb.relocation.communicator.pace import Pace
 from eplb.relocation.communicator.pull import PullCommunicator
 from eplb.relocation.communicator.symm_mem import copy_stream
 from eplb.streams import DeviceStreams
+
+_log = logging.getLogger(__name__)
 
 _MOST_READS = 32
 """Handles under way: each is asked for in each look, which takes tens of microseconds."""
@@ -176,9 +179,15 @@ class NixlCommunicator(PullCommunicator):
         else:
             for name in self.names:
                 if name != self.agent.name:
-                    self.agent.remove_remote_agent(name)
+                    self._forget(name)
             self.agent.deregister_memory(self._memory.handle)
         del self.agent, self._memory
+
+    def _forget(self, name: str) -> None:
+        try:
+            self.agent.remove_remote_agent(name)
+        except Exception as error:  # the rest is given back all the same
+            _log.warning("the connection to the agent %r was not given back: %s", name, error)
 
 
 class NixlCopies(Copies):

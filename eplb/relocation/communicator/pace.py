@@ -6,7 +6,7 @@ from collections.abc import Callable
 _UNIT = 256  # pieces begin and end at multiples of this many bytes, as tensors in slots do
 _SMALLEST_PIECE = 256 << 10
 _LONGEST_GAP = 0.004
-"""Seconds whose bytes may come at once: a worker looks every millisecond, so it can keep the pace if it is a little late."""
+"""Seconds whose bytes may come at once: a worker looks every 3 ms, so it keeps the pace if it is a little late."""
 
 
 class Pace:
