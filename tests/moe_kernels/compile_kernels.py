@@ -43,9 +43,7 @@ from moe_kernels.peers import (  # noqa: F401
 from moe_kernels.quantised.four_bit import MOST_HALVED
 from moe_kernels.quantised.four_bit_ring import groups_layout, ring_constants, rows_layout, words_layout
 from moe_kernels.quantised.fp8_ring import ROW_LAYOUT, WEIGHT_LAYOUT
-from moe_kernels.routing import (
-    routing_triton,
-)
+from moe_kernels.routing import routing_triton
 
 MODULES = {
     name.rpartition(".")[2]: module

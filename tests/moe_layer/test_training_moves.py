@@ -424,7 +424,8 @@ def test_the_balancer(rank, num_ranks, group, device):
 @distributed(num_ranks=2)
 def test_a_step_that_fails(rank, num_ranks, group, device):
     """Rank 1 leaves a backward out. Rank 0 is told within the deadline, and no rank has lost or changed a weight."""
-    warm = Stack(group, device, num_redundant_experts=num_ranks)  # compiles, which takes longer than the deadline allows
+    # Compiles, which takes longer than the deadline allows.
+    warm = Stack(group, device, num_redundant_experts=num_ranks)
     train(warm, torch.optim.AdamW(warm.parameters(), lr=1e-2), 1, rank, device)
     short = dist.new_group(timeout=timedelta(seconds=4))
     stack = Stack(short, device, num_redundant_experts=num_ranks)
