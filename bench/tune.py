@@ -1,6 +1,6 @@
 """``python -m bench.tune``: times candidate tiles of both grouped GEMMs, from which `moe_kernels.operands.config` was chosen.
 
-Both GEMMs of a layer share one schedule: choose a pair of one `block_m` and one `extra_m`. Every candidate's
+Both GEMMs of a layer share one schedule: choose a pair of one `block_m` and one `schedule_extra_m`. Every candidate's
 result is compared with the first one's, bit for bit: tiles may be chosen freely only as long as they change none.
 ``--format fp8`` (or mxfp4, int4, int4-g32) times tiles of quantised experts.
 """

@@ -43,9 +43,7 @@ from moe_kernels.peers import (  # noqa: F401
 from moe_kernels.quantised.four_bit import MOST_HALVED
 from moe_kernels.quantised.four_bit_ring import groups_layout, ring_constants, rows_layout, words_layout
 from moe_kernels.quantised.fp8_ring import ROW_LAYOUT, WEIGHT_LAYOUT
-from moe_kernels.routing import (
-    routing_triton,
-)
+from moe_kernels.routing import routing_triton
 
 MODULES = {
     name.rpartition(".")[2]: module
@@ -548,6 +546,7 @@ def compile_four_bit(
     group: int = 32, activation: str = "silu", biased: bool = False, zeros: bool = False,
 ) -> None:  # fmt: skip
     """One of the two products with 4-bit experts on Hopper."""
+    assert not config.programs_per_sm, "that is the ring's"
     rows, k = config.block_n // 2 if is_up else config.block_n, config.block_k
     box = f"1,{max(k // group, 1)},{rows}"
     types = {"scale": f"tensordesc<{QUANTISED[scheme][1][1:]}[{box}]>", "zero": f"tensordesc<u8[{box}]>"}
@@ -707,7 +706,7 @@ def compile_all_quantised(arch: int, all_of_them: bool) -> None:
         compile_quantised(arch, "fp8_block", wide_up, True)
         narrow, wide = tables["mxfp4"][0][1], tables["int4"][-1][2]
         if arch == 90:
-            compile_four_bit("int4", tables["int4"][0][1], True, sizes=(2048, 768), group=128, zeros=True)
+            compile_four_bit("int4", tables["int4"][1][1], True, sizes=(2048, 768), group=128, zeros=True)
             compile_four_bit_ring("mxfp4", narrow, True, activation=GPT_OSS, biased=True)
             compile_four_bit_ring("int4", wide, False, sizes=(2048, 768), group=128, zeros=True)
         else:

@@ -9,12 +9,8 @@ import pytest
 import torch
 from hypothesis import settings
 
-from moe_kernels import (
-    ExpertMatrices,
-)
-from moe_kernels.base import (
-    scan,
-)
+from moe_kernels import ExpertMatrices
+from moe_kernels.base import scan
 
 few_if_interpreted = settings(max_examples=50 if torch.cuda.is_available() else 20)
 """For kernels that take a second to interpret; machines with GPUs run all examples."""

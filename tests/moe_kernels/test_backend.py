@@ -1,9 +1,7 @@
 import pytest
 import torch
 
-from moe_kernels.base import (
-    backend,
-)
+from moe_kernels.base import backend
 from moe_kernels.base.backend import resolve_backend
 
 

@@ -22,9 +22,7 @@ from moe_kernels import (
     select_replicas,
     topk_routing,
 )
-from moe_kernels.base import (
-    scan,
-)
+from moe_kernels.base import scan
 
 TOKENS, EXPERTS, TOP_K, HIDDEN, INTERMEDIATE = 11, 5, 2, 24, 20
 SLOTS = 8  # lane l is in slot (3 * l + 1) % 8; experts 0 and 1 have two replicas

@@ -126,7 +126,8 @@ def test_the_ring_of_four_bits_has_its_rules():
         ({"num_warps": 4}, "num_warps=8"),
         ({"num_warps": 12}, "num_warps=8"),
         ({"block_k": 32}, "block_k of 64"),
-        ({"num_stages": 3}, "power of two of num_stages"),
+        ({"num_stages": 3}, "num_stages a power of two, at least 2"),
+        ({"num_stages": 1}, "num_stages a power of two, at least 2"),  # the kernel would never end
         ({"block_m": 512}, "block_m <= 256"),
         ({"programs_per_sm": 3}, "programs_per_sm of 1 or 2"),
         ({"programs_per_sm": 0}, "or programs_per_sm"),

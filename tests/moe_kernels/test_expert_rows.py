@@ -577,3 +577,5 @@ def test_configs_go_together():
         GradientConfigs(config, BY_TMA, config)
     with pytest.raises(ValueError, match=r"weights\.tail_m=64"):
         GradientConfigs(config, WITH_TAILS, config)
+    with pytest.raises(ValueError, match=r"x\.by_lane=True"):
+        GradientConfigs(BY_TMA, PERSISTENT, replace(BY_TMA, by_lane=True))

@@ -9,12 +9,8 @@ from triton.compiler import CompiledKernel
 from triton.runtime.jit import JITFunction, create_function_from_signature
 from triton.tools.tensor_descriptor import TensorDescriptor
 
-from moe_kernels import (
-    combine,
-)
-from moe_kernels.base import (
-    launch,
-)
+from moe_kernels import combine
+from moe_kernels.base import launch
 from moe_kernels.base.launch import Launcher, PreparedLaunch, has_pdl
 
 

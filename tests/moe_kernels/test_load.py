@@ -13,9 +13,7 @@ from moe_kernels import (
     select_replicas,
     select_replicas_torch,
 )
-from moe_kernels.replicas import (
-    replicas,
-)
+from moe_kernels.replicas import replicas
 
 EXPERTS, HIDDEN = 3, 16
 

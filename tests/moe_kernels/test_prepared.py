@@ -22,9 +22,7 @@ from moe_kernels.base import (
     backend,
     launch,
 )
-from moe_kernels.one_token import (
-    one_token,
-)
+from moe_kernels.one_token import one_token
 from tests.moe_kernels import test_chain, test_local_forward, test_variants
 
 

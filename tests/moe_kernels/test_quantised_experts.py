@@ -32,9 +32,7 @@ from moe_kernels import (
 )
 from moe_kernels.gemms.expert_down import _expert_down, expert_down_home
 from moe_kernels.gemms.expert_up import _expert_up
-from moe_kernels.one_token import (
-    one_token,
-)
+from moe_kernels.one_token import one_token
 from moe_kernels.quantised import (
     expert_down_four_bit,
     expert_up_four_bit,

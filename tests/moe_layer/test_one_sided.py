@@ -10,9 +10,7 @@ from bench.virtual_ranks import Sizes, VirtualRanks
 from eplb.planning.placement import Placement
 from eplb.planning.shares import equal_shares
 from eplb.relocation.table import flip, map_lanes
-from moe_kernels.peers import (
-    combine_home,
-)
+from moe_kernels.peers import combine_home
 from moe_kernels.peers.peers import NO_RANK
 from moe_layer.dispatch import one_sided
 from moe_layer.forward.executors import choose_replicas

@@ -37,7 +37,7 @@ class GradientConfigs:
             ("weights", ("programs_per_sm",)),
             ("x", ("tail_m", "programs_per_sm")),
         ):
-            for field in {"swap", "tail_m", "extra_m", "programs_per_sm"}.difference(used):
+            for field in {"swap", "tail_m", "extra_m", "programs_per_sm", "keep", "by_lane"}.difference(used):
                 value = getattr(getattr(self, name), field)
                 if value:
                     raise ValueError(f"{name}.{field}={value}: must not be set")

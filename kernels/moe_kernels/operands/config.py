@@ -116,8 +116,11 @@ class GemmConfig:
     def _check_four_bit_ring(self) -> None:
         if (self.block_n, self.num_warps) not in ((128, 8), (192, 12)):
             raise ValueError(f"{self}: the ring of 4-bit weights needs block_n=128 and num_warps=8, or 192 and 12")
-        if self.block_k not in (64, 128, 256) or self.num_stages & (self.num_stages - 1):
-            raise ValueError(f"{self}: the ring needs block_k of 64, 128 or 256 and a power of two of num_stages")
+        # Who multiplies waits for the next stage before it empties its own: with one stage for ever.
+        if self.block_k not in (64, 128, 256) or self.num_stages & (self.num_stages - 1) or self.num_stages < 2:
+            raise ValueError(
+                f"{self}: the ring needs block_k of 64, 128 or 256 and num_stages a power of two, at least 2"
+            )
         if self.block_m > 256 or self.programs_per_sm > 2 or self.keep:
             raise ValueError(f"{self}: the ring needs block_m <= 256, programs_per_sm of 1 or 2 and no keep")
         for name, most in (("tail_m", self.block_m - 1), ("extra_m", self.block_m)):
@@ -277,8 +280,8 @@ def gemm_config(
         scheme: of the experts' weights; `dtype` is then that of the rows.
 
     Returns:
-        The configuration; `block_m` and `extra_m` depend only on `dtype`, `tma`, `scheme`, H, I, and the buckets of tokens and
-        of rows per expert, so that both GEMMs of a layer can use one schedule.
+        The configuration; `block_m` and `schedule_extra_m` depend only on `dtype`, `tma`, `scheme`, H, I, and the
+        buckets of tokens and of rows per expert, so that both GEMMs of a layer can use one schedule.
 
     Raises:
         ValueError: a size that is not positive (`num_tokens` may be 0), or a dtype that is not supported.

@@ -10,9 +10,7 @@ from torch import nn
 
 pytest.importorskip("transformers")
 
-from moe_kernels.routing import (
-    routing,
-)
+from moe_kernels.routing import routing
 from moe_layer import RouterRule
 from moe_layer.hf import swap_experts, unswap_experts
 from moe_layer.hf.routing import NotFusedError, find_routing
