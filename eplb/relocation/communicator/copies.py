@@ -87,6 +87,11 @@ class StreamCopies(Copies):
         """What fails on a stream fails for the whole process."""
 
 
+def copy_stream(streams: DeviceStreams) -> StreamLike:
+    """One for slabs alone, of the lowest priority."""
+    return torch.cuda.Stream(streams.device, priority=0) if streams.device.type == "cuda" else streams.side
+
+
 def _copy(pieces: Sequence[Piece]) -> None:
     """In one call, which does not hold the interpreter."""
     targets, sources = zip(*pieces, strict=True)

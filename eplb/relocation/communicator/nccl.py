@@ -8,9 +8,10 @@ import torch
 
 from eplb.peer_memory import Exchange, together
 from eplb.relocation.communicator.base import Communicator, Transfer, TransferBatch
+from eplb.relocation.communicator.copies import copy_stream
 from eplb.relocation.communicator.local import LocalCommunicator
 from eplb.relocation.communicator.nccl_link import NcclLink, check_library, new_id
-from eplb.streams import DeviceStreams, EventLike, StreamLike
+from eplb.streams import DeviceStreams, EventLike
 
 _MOMENT = 2.0
 """Seconds that `close()` waits at most for NCCL to abort, which takes half of one."""
@@ -60,9 +61,7 @@ class NcclCommunicator(Communicator):
         self._open: list[NcclBatch] = []
         self._trouble: str | None = None
         streams.adopt_thread()  # NCCL allocates memory, which must not break a graph that another thread captures
-        self.stream: StreamLike = streams.side
-        if streams.device.type == "cuda":
-            self.stream = torch.cuda.Stream(streams.device, priority=0)
+        self.stream = copy_stream(streams)
         (self.library, _), said = together(
             exchange, lambda: (check_library(), new_id() if rank == 0 else b""), lambda mine: mine[1], "load NCCL"
         )

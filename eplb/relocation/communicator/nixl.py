@@ -9,12 +9,11 @@ from typing import Any
 
 import torch
 
-from eplb.relocation.communicator.copies import Copies, Piece, StreamCopies
+from eplb.relocation.communicator.copies import Copies, Piece, StreamCopies, copy_stream
 from eplb.relocation.communicator.nixl_agent import Agent
 from eplb.relocation.communicator.notices import Notices
 from eplb.relocation.communicator.pace import Pace
 from eplb.relocation.communicator.pull import PullCommunicator
-from eplb.relocation.communicator.symm_mem import copy_stream
 from eplb.streams import DeviceStreams
 
 _log = logging.getLogger(__name__)

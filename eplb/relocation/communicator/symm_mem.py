@@ -5,10 +5,10 @@ from collections.abc import Sequence
 import torch
 
 from eplb.relocation.communicator.board import Board
-from eplb.relocation.communicator.copies import Copies, StreamCopies
+from eplb.relocation.communicator.copies import Copies, StreamCopies, copy_stream
 from eplb.relocation.communicator.pace import Pace
 from eplb.relocation.communicator.pull import PullCommunicator
-from eplb.streams import DeviceStreams, StreamLike
+from eplb.streams import DeviceStreams
 
 _kept: list[object] = []
 """Memory of peers that copies were still reading when their communicator was closed; until the process ends."""
@@ -52,8 +52,3 @@ class SymmMemCommunicator(PullCommunicator):
         if copying:
             _kept.append(self.slabs_SB)
         self.slabs_SB, self._slabs = [], []
-
-
-def copy_stream(streams: DeviceStreams) -> StreamLike:
-    """One for slabs alone, of the lowest priority."""
-    return torch.cuda.Stream(streams.device, priority=0) if streams.device.type == "cuda" else streams.side

@@ -5,8 +5,6 @@ N flat rows, H hidden, I intermediate, S slots, L lanes.
 
 from __future__ import annotations
 
-import functools
-
 import torch
 import triton
 import triton.language as tl
@@ -15,7 +13,7 @@ from triton.tools.tensor_descriptor import TensorDescriptor
 
 from moe_kernels.base.checks import check_tma_address, slot_stride
 from moe_kernels.base.integers import cdiv
-from moe_kernels.base.launch import Launcher, gdc_launch_dependents, gdc_wait
+from moe_kernels.base.launch import Launcher, gdc_launch_dependents, gdc_wait, num_multiprocessors
 from moe_kernels.base.numerics import dot, narrow, widen
 from moe_kernels.operands.config import GemmConfig
 from moe_kernels.operands.matrices import ExpertMatrices
@@ -236,11 +234,6 @@ def _expert_down_tma_kernel(
         )  # fmt: skip
 
 
-@functools.cache
-def _num_multiprocessors(index: int) -> int:
-    return torch.cuda.get_device_properties(index).multi_processor_count
-
-
 def expert_down_tma(
     hidden_NI: torch.Tensor,
     matrices: ExpertMatrices,
@@ -260,8 +253,7 @@ def expert_down_tma(
     if not num_programs:
         return rows_NH
     if config.programs_per_sm:
-        multiprocessors = _num_multiprocessors(hidden_NI.device.index) if hidden_NI.is_cuda else 2
-        num_programs = min(num_programs, config.programs_per_sm * multiprocessors)
+        num_programs = min(num_programs, config.programs_per_sm * num_multiprocessors(hidden_NI.device))
 
     # As they are sorted, and by TMA; to flat places it cannot.
     is_sorted = schedule.places_N is not None

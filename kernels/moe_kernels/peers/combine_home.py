@@ -13,7 +13,7 @@ import triton.language as tl
 
 from moe_kernels.base.checks import check_tensor
 from moe_kernels.base.integers import cdiv, next_power_of_2
-from moe_kernels.base.launch import Launcher, gdc_launch_dependents, gdc_wait
+from moe_kernels.base.launch import Launcher, gdc_launch_dependents, gdc_wait, num_multiprocessors
 from moe_kernels.base.numerics import narrow, widen
 from moe_kernels.peers.meet_peers import meet_peers
 from moe_kernels.peers.peers import EPOCH, RETURNED, PeerArea, raise_flags, sync_options, wait_for_flags
@@ -109,12 +109,7 @@ def _most_waiting(num_ranks: int, device: torch.device) -> int:
     """Programs of a rank that may wait."""
     if device.type != "cuda":
         return _MOST_WAITING
-    return max(
-        1,
-        min(
-            _MOST_WAITING, _WAITING_PER_SM * torch.cuda.get_device_properties(device).multi_processor_count // num_ranks
-        ),
-    )
+    return max(1, min(_MOST_WAITING, _WAITING_PER_SM * num_multiprocessors(device) // num_ranks))
 
 
 def combine_home(

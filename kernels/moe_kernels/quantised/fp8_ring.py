@@ -10,8 +10,6 @@ K: the inner dimension, in steps of 128. Written in Gluon, Triton's lower level,
 
 from __future__ import annotations
 
-import functools
-
 import torch
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
@@ -26,6 +24,7 @@ from triton.experimental.gluon.language.nvidia.hopper import (
 from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 
 from moe_kernels.base.checks import check_tma_address, slot_stride
+from moe_kernels.base.launch import num_multiprocessors
 from moe_kernels.tiles.tile_order import load_tile
 
 ROWS = gl.constexpr(64)  # of a group of warps: what one instruction multiplies
@@ -216,11 +215,6 @@ def weights_descriptor(name: str, weights_SNK: torch.Tensor) -> TensorDescriptor
     )
 
 
-@functools.cache
-def _num_multiprocessors(index: int) -> int:
-    return torch.cuda.get_device_properties(index).multi_processor_count
-
-
 def num_programs(device: torch.device, num_tiles: int) -> int:
     """One for each multiprocessor, whose shared memory and registers it needs, and no more than tiles."""
-    return min(num_tiles, _num_multiprocessors(device.index))
+    return min(num_tiles, num_multiprocessors(device))
