@@ -82,7 +82,10 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--dispatcher", default="auto", help="of the layers")
     parser.add_argument("--communicator", choices=COMMUNICATORS, default="auto")
     parser.add_argument(
-        "--rate", type=float, metavar="GB/S", help="bound of what ours copies (`max_bytes_per_second`); default: none"
+        "--rate",
+        type=float,
+        metavar="GB/S",
+        help="bound of what ours copies (`max_bytes_per_second`), 0 for none; default: the config's",
     )
     parser.add_argument("--graph", action="store_true", help="replay a CUDA graph of the forward")
     parser.add_argument(
@@ -101,7 +104,7 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     )
     options = parser.parse_args(arguments)
     on_gpu = options.device.type == "cuda"
-    options.rate = options.rate and int(1e9 * options.rate)
+    options.rate = "auto" if options.rate is None else int(1e9 * options.rate) or None
     options.ranks = options.ranks or (torch.cuda.device_count() if on_gpu else 2)
     options.backend = options.backend or ("nccl" if on_gpu and torch.cuda.device_count() >= options.ranks else "gloo")
     try:

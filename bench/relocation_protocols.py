@@ -7,7 +7,7 @@ every expert to the next rank.
 import threading
 import time
 from types import TracebackType
-from typing import Any, Protocol
+from typing import Any, Literal, Protocol
 
 import numpy as np
 import torch
@@ -56,7 +56,12 @@ class Ours:
     """`EplbController`: fills free slots in the background; `step()` flips tables."""
 
     def __init__(
-        self, model: Any, group: dist.ProcessGroup, interval: int, communicator: str, rate: int | None = None
+        self,
+        model: Any,
+        group: dist.ProcessGroup,
+        interval: int,
+        communicator: str,
+        rate: int | Literal["auto"] | None = "auto",
     ) -> None:
         self._residents = [layer.resident for layer in model.moe_layers]
         config = EplbConfig(

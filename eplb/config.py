@@ -7,6 +7,9 @@ from pydantic import BaseModel, ConfigDict, Field, model_validator
 from eplb.planning.policy import Policy, make_policy
 from eplb.relocation.communicator import COMMUNICATORS, KEEP_A_BOUND
 
+QUIET_BYTES_PER_SECOND = 12_000_000_000
+"""That a rank copies while it serves, if nothing else is asked for: on an H200 about 1 % of its time (docs/design.md)."""
+
 PositiveSeconds = Annotated[float, Field(gt=0, allow_inf_nan=False)]
 
 
@@ -33,8 +36,9 @@ class EplbConfig(BaseModel):
             a fraction of it, before experts move. (Few move besides, to spread the hottest: its option `spread`, 0 for none.)
         max_bytes_in_flight: bytes that all ranks together move in one wave; None for no bound but the free slots.
         max_bytes_per_second: that each rank copies to its slots at most, so that forwards keep the rest of the links and of the
-            memory's bandwidth (docs/design.md says what a GB costs); needs "symm_mem", as a communicator or by "auto", or
-            "nixl". None for no bound: as fast as the copy engines are.
+            memory's bandwidth (docs/design.md says what a GB costs). A number is kept or refused: it needs "symm_mem", as a
+            communicator or by "auto", or "nixl". "auto": `QUIET_BYTES_PER_SECOND` with these, no bound with the others. None
+            for no bound: as fast as the copy engines are.
         ranks_per_node: for policies that prefer to stay inside a node; None if all ranks are on one.
         num_groups: groups of experts for node-limited routing; 1 if there are none.
         num_redundant_experts: asserts what the registered layers were built with; None asserts nothing.
@@ -75,7 +79,7 @@ class EplbConfig(BaseModel):
     communicator: str = "auto"
     min_gain: float = Field(default=0.003, ge=0, allow_inf_nan=False)
     max_bytes_in_flight: int | None = Field(default=None, gt=0)
-    max_bytes_per_second: int | None = Field(default=None, gt=0)
+    max_bytes_per_second: Annotated[int, Field(gt=0)] | Literal["auto"] | None = "auto"
     ranks_per_node: int | None = Field(default=None, ge=1)
     num_groups: int = Field(default=1, ge=1)
     num_redundant_experts: int | None = Field(default=None, ge=0)
@@ -118,7 +122,7 @@ class EplbConfig(BaseModel):
         _require(self, "backoff", "<=", "max_backoff", "the first delay is the shortest")
         if self.communicator not in COMMUNICATORS:
             raise ValueError(f"communicator must be one of {', '.join(COMMUNICATORS)}, got {self.communicator!r}")
-        if self.max_bytes_per_second is not None and self.communicator not in ("auto", *KEEP_A_BOUND):
+        if self.required_bytes_per_second is not None and self.communicator not in ("auto", *KEEP_A_BOUND):
             raise ValueError(
                 f"max_bytes_per_second={self.max_bytes_per_second} needs communicator='symm_mem', 'nixl' or 'auto', "
                 f"got communicator={self.communicator!r}: the others cannot keep it"
@@ -134,6 +138,16 @@ class EplbConfig(BaseModel):
                 f"log_balancedness_interval={self.log_balancedness_interval} needs log_balancedness=True: nothing is logged"
             )
         return self
+
+    @property
+    def required_bytes_per_second(self) -> int | None:
+        """The bound that a communicator must be able to keep; None if it need not keep any."""
+        return None if self.max_bytes_per_second == "auto" else self.max_bytes_per_second
+
+    @property
+    def bytes_per_second(self) -> int | None:
+        """The bound of a communicator that can keep one; None for no bound."""
+        return QUIET_BYTES_PER_SECOND if self.max_bytes_per_second == "auto" else self.max_bytes_per_second
 
     def make_policy(self) -> Policy:
         """A policy as configured.

@@ -102,7 +102,7 @@ class TorchTransport:
     def _choose(self, config: EplbConfig, device: torch.device, dispatch_backends: Iterable[str]) -> tuple[str, ...]:
         group_backend = str(dist.get_backend(self._group)) if self._group is not None else "gloo"
         return choose_communicator(
-            config.communicator, device, group_backend, set(dispatch_backends), config.max_bytes_per_second
+            config.communicator, device, group_backend, set(dispatch_backends), config.required_bytes_per_second
         )
 
     def connect(
@@ -125,7 +125,7 @@ class TorchTransport:
                 streams,
                 timeout,
                 pools,
-                config.max_bytes_per_second,
+                config.bytes_per_second,
                 config.max_bytes_in_flight,
                 config.transfer_timeout,
             )

@@ -6,6 +6,7 @@ import pytest
 from pydantic import ValidationError
 
 from eplb import EplbConfig
+from eplb.config import QUIET_BYTES_PER_SECOND
 from eplb.relocation.communicator import COMMUNICATORS
 
 
@@ -31,6 +32,8 @@ def test_what_works():
         {"communicator": "symm_mem", "max_bytes_per_second": 1},
         {"communicator": "nixl", "max_bytes_per_second": 1},
         {"max_bytes_per_second": 10**12},
+        {"communicator": "torch_gloo", "max_bytes_per_second": None},
+        {"communicator": "torch_gloo", "max_bytes_per_second": "auto"},
         {"max_bytes_in_flight": 1},
         {"round_interval": 0.2, "heartbeat_interval": 0.2},
         {"backoff": 60.0, "max_backoff": 60.0},
@@ -116,6 +119,8 @@ REFUSED = {
         )
         for value in (0.0, -1.0, math.inf, math.nan)
     },
+    "max_bytes_per_second=0": ({"max_bytes_per_second": 0}, "(?s)max_bytes_per_second.*greater than 0"),
+    "max_bytes_per_second='slow'": ({"max_bytes_per_second": "slow"}, "(?s)max_bytes_per_second.*'auto'"),
     "max_bytes_in_flight=0": ({"max_bytes_in_flight": 0}, "(?s)max_bytes_in_flight.*greater than 0"),
     "min_gain=nan": ({"min_gain": math.nan}, "(?s)min_gain.*finite"),
     "step_interval=1.5": ({"step_interval": 1.5}, "(?s)step_interval.*integer"),
@@ -170,3 +175,17 @@ def test_what_was_dumped_can_be_read(options):
 def test_every_knob_is_described():
     for name in EplbConfig.model_fields:
         assert name in (EplbConfig.__doc__ or ""), f"{name} is not in the docstring"
+
+
+@pytest.mark.parametrize(
+    ("given", "required", "kept"),
+    [
+        ({}, None, QUIET_BYTES_PER_SECOND),
+        ({"max_bytes_per_second": 5}, 5, 5),
+        ({"max_bytes_per_second": None}, None, None),
+    ],
+)
+def test_the_bound_by_default_is_kept_where_it_can_be_and_required_nowhere(given, required, kept):
+    config = EplbConfig(**given)
+    assert (config.required_bytes_per_second, config.bytes_per_second) == (required, kept)
+    assert EplbConfig.model_validate_json(config.model_dump_json()) == config
