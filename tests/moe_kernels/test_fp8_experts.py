@@ -1,0 +1,141 @@
+"""What only fp8_block experts have: rows quantised before, the ring on Hopper, kernels of one token."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import pytest
+import torch
+
+from moe_kernels import (
+    GemmConfig,
+    has_tma,
+    quantise_rows,
+)
+from moe_kernels.one_token import one_token
+from tests.moe_kernels.quantised import (
+    Case,
+    error,
+    expected_whole,
+    make_case,
+    quantised,
+    run_whole,
+    whole,
+)
+
+
+def test_rows_quantised_before_give_the_same_bits(make_experts):
+    """As a dispatch would send them."""
+    case = make_case(make_experts, "fp8_block")
+    before = case.up("torch")
+    after = case.up("torch", quantise_rows(case.experts.x_RH))
+    assert torch.equal(before.values_RH.float(), after.values_RH.float())
+    assert torch.equal(before.scale_RG, after.scale_RG)
+
+
+RING = GemmConfig(128, 256, 128, 4, 4, tma=True, quantised=True)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("num_stages", [2, 4])
+@pytest.mark.parametrize(
+    ("hidden_size", "intermediate", "num_sources", "form", "dtype"),
+    [
+        (512, 256, 700, "silu", torch.bfloat16),  # whole blocks, and lanes with several tiles
+        (400, 144, 300, "silu", torch.bfloat16),  # parts of blocks; the down projection's second half has a part, too
+        (2032, 272, 77, "gpt-oss", torch.float16),  # a last half tile of rows; the last columns have no second half
+        (512, 400, 301, "relu2 ungated", torch.bfloat16),  # two blocks of `up` in a tile, the last without a second
+        (128, 128, 64, "gpt-oss", torch.float32),  # a single step
+        (128, 128, 0, "silu", torch.bfloat16),
+    ],
+)
+def test_the_ring_has_the_bits_of_the_plain_kernels(
+    make_experts, hidden_size, intermediate, num_sources, form, dtype, num_stages
+):
+    """fp8_block on Hopper, to homes as well; rows of no lane and empty lanes are among the cases."""
+    if not has_tma(torch.device("cuda")):
+        pytest.skip("needs Hopper")
+    experts = make_experts(max(num_sources, 9), 2, 5, hidden_size, intermediate, dtype)
+    experts.lanes_N[experts.lanes_N == 3] = 1
+    if num_sources == 0:
+        experts.lanes_N.fill_(-1)
+    matrices, num_rows = quantised(experts, "fp8_block", form, dtype), experts.lanes_N.numel()
+    here = experts.lanes_N >= 0
+    plain = GemmConfig(64, 256, 128, 8, 3, quantised=True), GemmConfig(64, 128, 128, 4, 4, quantised=True)
+    ring = replace(RING, num_stages=num_stages)
+    found = []
+    for configs in (plain, (ring, ring)):
+        case = Case(experts, matrices, configs)
+        hidden = case.up("triton")
+        rows = case.down("triton", hidden)
+        homes = torch.zeros(2, num_rows // 2, hidden_size, dtype=dtype, device="cuda")
+        case.down_home(hidden, homes)
+        assert torch.equal(homes.flatten(0, 1)[here], rows[here])
+        assert (homes.flatten(0, 1)[~here] == 0).all(), "rows of no expert are not written"
+        found.append((hidden.values_RH[: case.computed].float(), hidden.scale_RG[: case.computed], rows[here]))
+    for one, other in zip(*found, strict=True):
+        assert torch.equal(one, other)
+
+
+@pytest.mark.gpu
+def test_the_ring_quantises_what_a_fast_division_could_not(make_experts):
+    """Rows whose scales are at the ends of float32's range, infinite or NaN: the bits of a division."""
+    if not has_tma(torch.device("cuda")):
+        pytest.skip("needs Hopper")
+    found = []
+    for factor in (1e-30, 1e-37, 1e30, float("inf"), float("nan"), 0.0):
+        experts = make_experts(40, 1, 2, 256, 128, torch.float32)
+        experts.x_RH[7] *= factor
+        experts.x_RH[8] *= abs(factor) ** 0.5
+        matrices = quantised(experts, "fp8_block", "relu2 ungated", torch.float32)
+        matrices = replace(matrices, gate_up_bias_SN=None)
+        found = []
+        for config in (GemmConfig(64, 256, 128, 8, 3, quantised=True), RING):
+            case = Case(experts, matrices, (config, config))
+            hidden = case.up("triton")
+            found.append((hidden.values_RH[: case.computed].view(torch.uint8), hidden.scale_RG[: case.computed]))
+        assert torch.equal(found[0][0], found[1][0]), factor
+        assert torch.equal(found[0][1].nan_to_num(3.0), found[1][1].nan_to_num(3.0)), factor
+
+
+def test_the_ring_is_for_a_gpu(make_experts):
+    """Gluon has no interpreter; the reference takes any configuration."""
+    experts = make_experts(5, 2, 2, 256, 128, torch.bfloat16)
+    if experts.x_RH.is_cuda:
+        pytest.skip("for a CPU")
+    matrices = quantised(experts, "fp8_block")
+    case = Case(experts, matrices, (RING, RING))
+    hidden = case.up("torch")
+    case.down("torch", hidden)
+    with pytest.raises(ValueError, match=r"gate_up_SNH is on cpu: with fp8_block config\.tma needs a GPU"):
+        case.up("triton")
+    with pytest.raises(ValueError, match=r"down_SHI is on cpu: with fp8_block config\.tma needs a GPU"):
+        case.down("triton", hidden)
+    with pytest.raises(ValueError, match="columns divisible by 16"):
+        small = make_experts(5, 2, 2, 200, 128, torch.bfloat16)
+        Case(small, quantised(small, "fp8_block"), (RING, RING)).up("torch")
+
+
+@pytest.mark.parametrize(
+    ("sizes", "form"),
+    [
+        ((136, 8), "gpt-oss"),  # a part of a block of sixteen chunks
+        ((133, 24), "silu"),  # rows of hidden one by one, and weights that no 16 bytes divide
+        ((136, 8), "relu2 ungated"),
+        pytest.param((7168, 2048), "silu", marks=pytest.mark.gpu),
+        pytest.param((1152, 2176), "gpt-oss", marks=pytest.mark.gpu),  # a second step of hidden, with a part
+    ],
+)
+def test_one_token_of_large_fp8_experts(make_experts, monkeypatch, sizes, form):
+    """The kernels of `one_token_fp8`, whatever the size, against those of small experts and float64."""
+    arguments, logits = whole(make_experts, "fp8_block", 1, form, sizes=sizes)
+    found = []
+    for most in (1 << 62, 0):
+        monkeypatch.setattr(one_token, "_MOST_TO_STREAM", most)
+        monkeypatch.setattr(one_token, "_plans", {})
+        found.append(run_whole(arguments, logits, "triton"))
+        assert [plan.is_fp8 for plan in one_token._plans.values()] in ([most == 0], [])  # unaligned ones are not kept
+    expected = expected_whole(arguments, logits)
+    for y in found:
+        assert error(y, expected) <= 6e-3
+    assert torch.equal(run_whole(arguments, logits, "triton"), found[1])
