@@ -110,7 +110,7 @@ class Case:
     def schedule(self):
         config = self.configs[0]
         return build_schedule(
-            self.experts.lanes_N, self.experts.counts_L, block_m=config.block_m, extra_m=config.extra_m
+            self.experts.lanes_N, self.experts.counts_L, block_m=config.block_m, extra_m=config.schedule_extra_m
         )
 
     @property

@@ -15,10 +15,11 @@ import pytest
 def test_every_kernel_compiles_natively(arch, variants, tmp_path):
     root = Path(__file__).parents[2]
     environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
-    environment |= {"TRITON_CACHE_DIR": str(tmp_path), "PYTHONPATH": str(root / "kernels")}
-    script = Path(__file__).with_name("compile_kernels.py")
-    result = subprocess.run(
-        [sys.executable, script, str(arch), variants], env=environment, capture_output=True, text=True
-    )
+    environment |= {
+        "TRITON_CACHE_DIR": str(tmp_path),
+        "PYTHONPATH": os.pathsep.join([str(root), str(root / "kernels")]),
+    }
+    command = [sys.executable, "-m", "tests.moe_kernels.compile_kernels", str(arch), variants]
+    result = subprocess.run(command, env=environment, capture_output=True, text=True)
     assert result.returncode == 0, result.stderr[-3000:]
     print(result.stdout)

@@ -1,0 +1,85 @@
+"""The forward of one token."""
+
+from __future__ import annotations
+
+import re
+
+import torch
+
+from moe_kernels import RoutingRule
+from moe_kernels.routing import routing_triton
+from tests.moe_kernels.compiling.kernel import DTYPES, QUANTISED, check_recording, compile_kernel
+
+
+def compile_one_token(arch: int, dtype: torch.dtype) -> None:
+    element, pdl = f"*{DTYPES[dtype]}", arch >= 90
+    choice = {"logits_ptr": element, "bias_ptr": "*fp32", "mask_ptr": "*i1", "scale": "fp32", "epsilon": "fp32"}
+    choice |= {"increment_ptr": "*i64", "load_ptr": "*i64"}
+    choice["scratch_ptr"] = element
+    constants = {
+        "TOP_K": 8,
+        **routing_triton.rule_constants(RoutingRule()),
+        "PDL": pdl,
+        "BLOCK_E": 128,
+        "BLOCK_K": 8,
+        "SCRATCH": 6144,
+    }
+    compiled = compile_kernel(
+        "one_token_triton", "_choice_kernel", choice, constants, arch, num_warps=1, launch_pdl=pdl
+    )
+    check_recording(compiled.asm["ptx"])
+    sizes = {"HIDDEN_SIZE": 2880, "INTERMEDIATE": 768, "PDL": pdl, "SCRATCH": 6144, "EVICTION": "evict_first"}
+    sizes |= {"bias_ptr": None, "scale_ptr": None, "zero_ptr": None, "SCHEME": "plain", "GROUP": 0}
+    up = ("x_ptr", "gate_up_ptr", "scratch_ptr"), 2, {"ACTIVATION": "silu", "BLOCK_H": 1024}
+    down = ("scratch_ptr", "down_ptr", "y_ptr"), 1, {"TOP_K": 8, "BLOCK_K": 8, "BLOCK_I": 256}
+    # More steps than are unrolled, and more weights than stream.
+    long = *down[:2], {"TOP_K": 16, "BLOCK_K": 16, "BLOCK_I": 128, "INTERMEDIATE": 8192, "EVICTION": ""}
+    cases = [("_up_kernel", *up), ("_down_kernel", *down)]
+    if dtype == torch.bfloat16:
+        cases.append(("_down_kernel", *long))
+        cases += [("_up_kernel", *up[:2], up[2] | {"ACTIVATION": one}) for one in ("relu2 ungated", "gelu_tanh")]
+    for name, types, num_warps, constants in cases:
+        compiled = compile_kernel(
+            "one_token_triton",
+            name,
+            dict.fromkeys(types, element),
+            sizes | constants,
+            arch,
+            num_warps=num_warps,
+            launch_pdl=pdl,
+        )
+        hint = r"evict_first\S*cache_hint\S*" if "EVICTION" not in constants else ""
+        assert re.search(rf"ld\.global\.\S*{hint}v4", compiled.asm["ptx"]), (
+            "weights must be loaded 16 bytes at a time, and not stay in L2"
+        )
+
+
+def compile_one_quantised_token(arch: int, scheme: str, dtype: str, zeros: bool = False) -> None:
+    weights, scale = QUANTISED[scheme]
+    types = dict.fromkeys(("x_ptr", "scratch_ptr", "y_ptr"), f"*{dtype}") | {"scale_ptr": scale, "zero_ptr": "*u8"}
+    words = "*i32" if scheme != "fp8_block" else "*u8" if arch < 89 else weights
+    types |= dict.fromkeys(("gate_up_ptr", "down_ptr"), words)
+    pdl, group = arch >= 90, 128 if scheme == "fp8_block" else 32
+    sizes = {"HIDDEN_SIZE": 2048, "INTERMEDIATE": 768, "PDL": pdl, "SCRATCH": 6144, "EVICTION": "evict_first"}
+    sizes |= {"SCHEME": scheme, "GROUP": group, "bias_ptr": None} | ({} if zeros else {"zero_ptr": None})
+    module, kernels = (
+        "one_token_four_bit",
+        (
+            ("_up_kernel", 2, {"ACTIVATION": "silu", "BLOCK_H": 1024, "BLOCK_R": 8}),
+            ("_down_kernel", 4, {"TOP_K": 8, "BLOCK_K": 8, "BLOCK_I": 256, "BLOCK_R": 2}),
+        ),
+    )
+    if scheme == "fp8_block":
+        sizes = {name: value for name, value in sizes.items() if name not in ("SCHEME", "GROUP", "zero_ptr")}
+        module, kernels = (
+            "one_token_fp8",
+            (
+                ("_up_fp8_kernel", 2, {"ACTIVATION": "silu", "CHUNKS": 64}),
+                ("_down_fp8_kernel", 4, {"TOP_K": 8, "ROWS": 4, "CHUNKS": 128}),
+            ),
+        )
+    for name, num_warps, constants in kernels:
+        compiled = compile_kernel(module, name, types, sizes | constants, arch, num_warps=num_warps, launch_pdl=pdl)
+        assert re.search(r"ld\.global\.\S*evict_first\S*cache_hint\S*v4", compiled.asm["ptx"]), (
+            "weights must be loaded 16 bytes at a time, and not stay in L2"
+        )
