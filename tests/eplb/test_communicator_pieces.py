@@ -1,4 +1,4 @@
-"""What communicators are made of: a pace, a board, staging memory."""
+"""What communicators are made of: ends of a wave, a pace, a board, staging memory."""
 
 import threading
 
@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from eplb.peer_memory import over_store, virtual_peers
-from eplb.relocation.communicator.base import Awaited, Transfer
+from eplb.relocation.communicator.base import Awaited, Transfer, ends_of
 from eplb.relocation.communicator.board import Board
 from eplb.relocation.communicator.copies import _copy
 from eplb.relocation.communicator.pace import Pace
@@ -25,6 +25,18 @@ class Now:
 
     def __call__(self) -> float:
         return self.seconds
+
+
+# ---- ends
+
+
+def test_a_wave_is_sorted_by_the_ends_that_are_here():
+    a, b, c, d, e = torch.zeros(5, 1, dtype=torch.uint8)
+    both = Transfer(b, c, 0)
+    ends = ends_of([Transfer(a, None, 2), both, Transfer(None, d, 1), Transfer(e, None, 1)])
+    assert ends.here == [both]
+    assert [(slab.data_ptr(), peer) for slab, peer in ends.sends] == [(a.data_ptr(), 2), (e.data_ptr(), 1)]
+    assert [(slab.data_ptr(), peer) for slab, peer in ends.receives] == [(d.data_ptr(), 1)]
 
 
 # ---- pace

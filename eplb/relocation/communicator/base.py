@@ -22,6 +22,33 @@ class Transfer(NamedTuple):
     peer: int
 
 
+class Ends(NamedTuple):
+    """A wave by which ends of its transfers are on this rank.
+
+    Attributes:
+        here: both.
+        sends, receives: only the source, or only the target: slabs, each with the other rank, in the order of the wave.
+    """
+
+    here: list[Transfer]
+    sends: list[tuple[torch.Tensor, int]]
+    receives: list[tuple[torch.Tensor, int]]
+
+
+def ends_of(transfers: Sequence[Transfer]) -> Ends:
+    """Sorts a wave."""
+    ends = Ends([], [], [])
+    for transfer in transfers:
+        source, target, peer = transfer
+        if source is not None and target is not None:
+            ends.here.append(transfer)
+        elif source is not None:
+            ends.sends.append((source, peer))
+        elif target is not None:
+            ends.receives.append((target, peer))
+    return ends
+
+
 class Awaited(enum.Enum):
     """What a wave waits for, of which nobody is told: somebody must look."""
 

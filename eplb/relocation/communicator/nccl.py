@@ -7,7 +7,7 @@ from collections.abc import Callable, Sequence
 import torch
 
 from eplb.peer_memory import Exchange, together
-from eplb.relocation.communicator.base import Communicator, Transfer, TransferBatch
+from eplb.relocation.communicator.base import Communicator, Transfer, TransferBatch, ends_of
 from eplb.relocation.communicator.copies import copy_stream
 from eplb.relocation.communicator.local import LocalCommunicator
 from eplb.relocation.communicator.nccl_link import NcclLink, check_library, new_id
@@ -174,10 +174,8 @@ class NcclBatch(TransferBatch):
 
     def __init__(self, transfers: Sequence[Transfer], communicator: NcclCommunicator) -> None:
         self._communicator = communicator
-        here = [transfer for transfer in transfers if transfer.source is not None and transfer.target is not None]
+        here, self.sends, self.receives = ends_of(transfers)
         self._local = communicator.local.prepare(here)
-        self.sends = [(t.source, t.peer) for t in transfers if t.source is not None and t.target is None]
-        self.receives = [(t.target, t.peer) for t in transfers if t.target is not None and t.source is None]
         self.ready: EventLike
         self.began_at = 0.0
         self.event: EventLike | None = None

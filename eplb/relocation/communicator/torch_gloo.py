@@ -6,7 +6,7 @@ import torch
 import torch.distributed as dist
 
 from eplb.gloo import GlooGroup
-from eplb.relocation.communicator.base import Communicator, Transfer, TransferBatch
+from eplb.relocation.communicator.base import Communicator, Transfer, TransferBatch, ends_of
 from eplb.relocation.communicator.local import LocalCommunicator
 from eplb.relocation.communicator.staging import Staging
 from eplb.streams import DeviceStreams, EventLike
@@ -51,14 +51,10 @@ class GlooBatch(TransferBatch):
         self._streams = communicator.streams
         self._staging = communicator.staging
         num_ranks = self._group.size
-        here = [transfer for transfer in transfers if transfer.source is not None and transfer.target is not None]
+        here, sends, receives = ends_of(transfers)
         self._local = communicator.local.prepare(here)
-        self._sources, self._send_splits = _by_peer(
-            [(t.peer, t.source) for t in transfers if t.source is not None and t.target is None], num_ranks
-        )
-        self._targets, self._receive_splits = _by_peer(
-            [(t.peer, t.target) for t in transfers if t.target is not None and t.source is None], num_ranks
-        )
+        self._sources, self._send_splits = _by_peer(sends, num_ranks)
+        self._targets, self._receive_splits = _by_peer(receives, num_ranks)
         num_bytes = [sum(self._send_splits), sum(self._receive_splits)]
         self._buffers = [self._staging.take(number) for number in num_bytes]
         self._outgoing, self._incoming = (
@@ -120,14 +116,13 @@ class GlooBatch(TransferBatch):
             target.copy_(buffer, non_blocking=True)
 
 
-def _by_peer(ends: list[tuple[int, torch.Tensor | None]], num_ranks: int) -> tuple[list[torch.Tensor], list[int]]:
+def _by_peer(ends: list[tuple[torch.Tensor, int]], num_ranks: int) -> tuple[list[torch.Tensor], list[int]]:
     """The slabs of one direction in the order of the peers, and each peer's bytes."""
-    ordered = sorted(ends, key=lambda end: end[0])
+    ordered = sorted(ends, key=lambda end: end[1])
     splits = [0] * num_ranks
-    for peer, slab in ordered:
-        assert slab is not None
+    for slab, peer in ordered:
         splits[peer] += slab.numel()
-    return [slab for _, slab in ordered if slab is not None], splits
+    return [slab for slab, _ in ordered], splits
 
 
 def _split(buffer: torch.Tensor, slabs: list[torch.Tensor]) -> tuple[torch.Tensor, ...]:

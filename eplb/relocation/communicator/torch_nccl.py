@@ -2,31 +2,18 @@
 
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass
 from datetime import timedelta
 from typing import Any
 
 import torch
 import torch.distributed as dist
 
-from eplb.relocation.communicator.base import Communicator, Transfer, TransferBatch
+from eplb.relocation.communicator.base import Communicator, Ends, Transfer, TransferBatch, ends_of
 from eplb.relocation.communicator.local import LocalCommunicator
 from eplb.streams import DeviceStreams, EventLike
 
 # A timeout of torch's own would end the process. What takes too long is given up by the ranks together.
 _NEVER = timedelta(days=7)
-
-
-@dataclass(frozen=True)
-class Send:
-    slab: torch.Tensor
-    peer: int
-
-
-@dataclass(frozen=True)
-class Receive:
-    slab: torch.Tensor
-    peer: int
 
 
 class TorchNcclCommunicator(Communicator):
@@ -72,48 +59,40 @@ class TorchNcclCommunicator(Communicator):
         outgoing = torch.zeros(1, dtype=torch.uint8, device=self.streams.device)
         others = [other for other in range(size) if other != rank]
         incoming = [torch.empty_like(outgoing) for _ in others]
-        sends = [Send(outgoing, other) for other in others]
-        receives = [Receive(buffer, other) for buffer, other in zip(incoming, others, strict=True)]
-        exchanged = self.exchange([*sends, *receives]).record_event()
+        ends = Ends([], [(outgoing, other) for other in others], list(zip(incoming, others, strict=True)))
+        exchanged = self.exchange(ends).record_event()
         deadline = time.monotonic() + timeout
         while not exchanged.query():
             if time.monotonic() > deadline:
                 raise RuntimeError(f"NCCL did not connect the ranks within {timeout} s")
             time.sleep(0.001)
 
-    def exchange(self, ends: Sequence["Send | Receive"]) -> torch.cuda.Stream:
-        """Enqueue the transfers as one group; the current stream, which is returned, waits for them."""
+    def exchange(self, ends: Ends) -> torch.cuda.Stream:
+        """Enqueue the transfers between ranks as one group; the current stream, which is returned, waits for them."""
         self.group._start_coalescing()
-        for end in ends:
-            if isinstance(end, Send):
-                self.group.send([end.slab], end.peer, 0)
-            else:
-                self.group.recv([end.slab], end.peer, 0)
+        for slab, peer in ends.sends:
+            self.group.send([slab], peer, 0)
+        for slab, peer in ends.receives:
+            self.group.recv([slab], peer, 0)
         self.group._end_coalescing().wait()  # the stream waits, the host does not
         return torch.cuda.current_stream(self.streams.device)
 
-    def prepare(self, transfers: Sequence[Transfer]) -> "NcclBatch":
-        return NcclBatch(transfers, self)
+    def prepare(self, transfers: Sequence[Transfer]) -> "TorchNcclBatch":
+        return TorchNcclBatch(transfers, self)
 
     def close(self) -> None:
         # Not `shutdown()`, which waits for the other ranks. All that this rank agreed to is over, or its peer is gone.
         self.group.abort()
 
 
-class NcclBatch(TransferBatch):
+class TorchNcclBatch(TransferBatch):
     """One group of sends and receives, and the copies that stay on this rank, on the side stream."""
 
     def __init__(self, transfers: Sequence[Transfer], communicator: TorchNcclCommunicator) -> None:
         self._streams = communicator.streams
-        here = [transfer for transfer in transfers if transfer.source is not None and transfer.target is not None]
-        self._local = communicator.local.prepare(here)
+        self._ends = ends_of(transfers)
+        self._local = communicator.local.prepare(self._ends.here)
         self._exchange = communicator.exchange
-        self._ends: list[Send | Receive] = []
-        for transfer in transfers:
-            if transfer.source is not None and transfer.target is None:
-                self._ends.append(Send(transfer.source, transfer.peer))
-            elif transfer.target is not None and transfer.source is None:
-                self._ends.append(Receive(transfer.target, transfer.peer))
         self._event: EventLike | None = None
         self._posted = False
 
@@ -133,6 +112,6 @@ class NcclBatch(TransferBatch):
         return self._event.query()
 
     def _post(self) -> None:
-        if self._ends and not self._posted:
+        if (self._ends.sends or self._ends.receives) and not self._posted:
             self._posted = True
             self._streams.run(self._streams.side, lambda: self._exchange(self._ends))
