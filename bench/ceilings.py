@@ -10,6 +10,7 @@ one token can be faster.
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 import triton
@@ -18,7 +19,7 @@ import triton.language as tl
 from bench.cases import SHAPES
 from bench.command import make_parser
 from bench.report import add_device
-from bench.timing import DEFAULT_SECONDS, FLUSHES, Timing, time_eager, time_graph
+from bench.timing import DEFAULT_SECONDS, FLUSHES, Function, Timing, time_eager, time_graph
 
 READ_BLOCK = 4096  # elements of a program; of 512 to 8,192, in one to four loads by one to eight warps, the fastest
 
@@ -80,7 +81,7 @@ def measure_ceilings(
     return Ceilings(2e6 * size**3 / product.median_us, 1e6 * read_bytes / read_us)
 
 
-def _time(function, device: torch.device, seconds: float, flush: str = "write") -> Timing:  # type: ignore[no-untyped-def]
+def _time(function: Function, device: torch.device, seconds: float, flush: str = "write") -> Timing:
     if device.type == "cuda":
         return time_graph(function, device, seconds, flush)
     return time_eager(function, device, seconds)[0]
@@ -108,7 +109,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         num_weights = 3 * shape.top_k * shape.hidden_size * shape.intermediate_size
         weights = torch.randn(num_weights, device=device).bfloat16()
         for flush in FLUSHES:
-            read = _time(lambda weights=weights: _read(weights), device, options.seconds, flush)
+            read = _time(partial(_read, weights), device, options.seconds, flush)
             rate = weights.nbytes / read.median_us / 1e6
             what = f"{shape.name}'s {shape.top_k} experts, {flush} flush"
             print(f"{what:<32}{read.median_us:8.1f} µs {rate:8.2f} TB/s")

@@ -121,7 +121,7 @@ def _travel(ranks: VirtualRanks, x: list[torch.Tensor], chosen: Any) -> Function
             return ranks.dispatchers[rank].dispatch(x[rank], chosen[rank][0], *lanes[rank], "triton")
 
         ranks.fork()
-        sent: list[Dispatched] = ranks.all(send)  # type: ignore[assignment]
+        sent = ranks.all(send)
         ranks.all(lambda rank: sent[rank].schedule(16, 0))
         ranks.finish([rows] * sizes.num_ranks, sent, [lanes_TK for lanes_TK, _ in lanes])
         ranks.join()

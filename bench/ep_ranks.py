@@ -61,6 +61,7 @@ def _rank(rank: int, num_ranks: int, store: str, options: Any) -> None:
     device = torch.device("cuda", rank)
     torch.cuda.set_device(device)
     dist.init_process_group("nccl", init_method=store, rank=rank, world_size=num_ranks, device_id=device)
+    assert dist.group.WORLD is not None
     rows = []
     for shape in options.shapes:
         for num_tokens in options.tokens:

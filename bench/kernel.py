@@ -4,9 +4,9 @@ import argparse
 import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from functools import cached_property
+from functools import cache, cached_property, partial
 from itertools import groupby
-from typing import Any
+from typing import Any, TypedDict
 
 import torch
 
@@ -53,6 +53,13 @@ class Work:
     num_bytes: float
     flops: float = 0.0
     unchecked: frozenset[str] = field(default_factory=frozenset)
+
+
+class Tiling(TypedDict):
+    """Arguments of a schedule."""
+
+    block_m: int
+    extra_m: int
 
 
 class Inputs:
@@ -114,13 +121,15 @@ class Inputs:
 
     def config(self, op: str) -> GemmConfig:
         """Of "up" or "down"."""
-        sizes = (self.shape.hidden_size, self.shape.intermediate_size)
-        batch = (self.dtype, self.num_tokens, self.top_k, self.shape.num_experts)
-        scheme = "plain" if self._quantised is None else self._quantised.scheme
-        return gemm_configs(*sizes, *batch, tma=has_tma(self.device), scheme=scheme)[0 if op == "up" else 1]
+        shape, scheme = self.shape, "plain" if self._quantised is None else self._quantised.scheme
+        up, down = gemm_configs(
+            shape.hidden_size, shape.intermediate_size, self.dtype, self.num_tokens, self.top_k, shape.num_experts,
+            tma=has_tma(self.device), scheme=scheme,
+        )  # fmt: skip
+        return up if op == "up" else down
 
     @cached_property
-    def tiling(self) -> dict[str, int]:
+    def tiling(self) -> Tiling:
         """Arguments of the schedule that both GEMMs share."""
         up = self.config("up")
         return {"block_m": up.block_m, "extra_m": up.schedule_extra_m}
@@ -149,13 +158,7 @@ def main(op: str, doc: str | None, make_work: Callable[[Inputs], Work], argument
     with Report(options.csv, len(cases), ceilings.columns()) as report, torch.no_grad():
         report.line(f"floors by {ceilings}, measured now")
         for shape, of_shape in groupby(cases, key=lambda case: case.shape):
-            kept: list[Weights] = []
-
-            def weights(shape: Any = shape, kept: list[Weights] = kept) -> Weights:
-                if not kept:
-                    kept.append(make_weights(shape, DTYPES[options.dtype], options.device))
-                return kept[0]
-
+            weights = cache(partial(make_weights, shape, DTYPES[options.dtype], options.device))
             for case in of_shape:
                 inputs = Inputs(case, DTYPES[options.dtype], options.device, weights)
                 complaints += _measure(op, inputs, make_work(inputs), options, report, ceilings)

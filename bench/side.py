@@ -66,7 +66,9 @@ class _Bench:
     def __init__(self, device: Any, dtype: Any, flush: str) -> None:
         self.device, self.dtype, self.flush = device, dtype, flush
         self.shape: Any = None
+        self.weights: Any = None
         self.forward: Any = None
+        self.graph: Any = None
 
     def prepare(self, fields: dict[str, Any]) -> dict[str, Any]:
         import torch
@@ -91,7 +93,7 @@ class _Bench:
             torch.cuda.synchronize(self.device)
             torch.cuda.empty_cache()  # the other process needs memory too
         self.forward = forward
-        return {"rel_err": error, "crc": zlib.crc32(output.cpu().view(torch.uint8).numpy())}
+        return {"rel_err": error, "crc": zlib.crc32(output.cpu().view(torch.uint8).numpy().tobytes())}
 
     def time(self, mode: str, repeats: int, do: str = "time") -> dict[str, Any]:
         from bench.timing import samples_us, wall_us

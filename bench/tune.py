@@ -8,6 +8,7 @@ result is compared with the first one's, bit for bit: tiles may be chosen freely
 import sys
 from collections.abc import Iterator, Sequence
 from dataclasses import astuple, replace
+from functools import cache, partial
 from itertools import groupby, product
 
 import torch
@@ -16,12 +17,11 @@ from triton.errors import TritonError
 from bench.cases import Case
 from bench.command import make_parser
 from bench.kernel import Inputs
-from bench.providers import Weights, make_weights
+from bench.providers import make_weights
 from bench.quantised_providers import FORMATS, Format, make_matrices
 from bench.report import DTYPES, WORST_ERROR, Report, add_arguments, chosen_cases, relative_error
 from bench.timing import time_graph
 from moe_kernels import (
-    ExpertMatrices,
     GemmConfig,
     TileSchedule,
     build_schedule,
@@ -145,7 +145,7 @@ def tune(
                 schedules[tiling] = build_schedule(flat_ids, inputs.counts_E, block_m=tiling[0], extra_m=tiling[1])
             try:
                 result = run(op, config)
-                timing = time_graph(lambda op=op, config=config: run(op, config), device, seconds)  # type: ignore[misc]
+                timing = time_graph(partial(run, op, config), device, seconds)
             except (RuntimeError, TritonError) as error:  # too much shared memory
                 report.line(f"  {case.name} {op} {config}: {str(error).partition(chr(10))[0][:100]}")
                 continue
@@ -216,14 +216,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
             "quantised by_lane"
         )
         for shape, of_shape in groupby(cases, key=lambda case: case.shape):
-            weights: Weights | None = None
-            quantised: ExpertMatrices | None = None
-            if form is None:
-                weights = make_weights(shape, DTYPES[options.dtype], options.device)
-            else:
-                quantised, _ = make_matrices(shape, form, options.device)
+            weights = cache(partial(make_weights, shape, DTYPES[options.dtype], options.device))
+            quantised = None if form is None else make_matrices(shape, form, options.device)[0]
             for case in of_shape:
-                inputs = Inputs(case, DTYPES[options.dtype], options.device, lambda weights=weights: weights, quantised)  # type: ignore[misc]
+                inputs = Inputs(case, DTYPES[options.dtype], options.device, weights, quantised)
                 worst_error = WORST_ERROR if form is None else form.worst_error
                 all_equal &= tune(report, case, inputs, options.seconds, options.best, worst_error)
                 report.step(case.name)

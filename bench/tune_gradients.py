@@ -8,6 +8,7 @@ is compared with the first one, within what roundings explain.
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
+from functools import cache, partial
 from itertools import groupby, product
 from typing import Any
 
@@ -17,7 +18,7 @@ from triton.errors import TritonError
 from bench.cases import Case
 from bench.command import make_parser
 from bench.kernel import Inputs
-from bench.providers import Weights, make_weights
+from bench.providers import make_weights
 from bench.report import DTYPES, WORST_ERROR, Report, add_arguments, chosen_cases, relative_error
 from bench.timing import time_graph
 from moe_kernels import GemmConfig, build_schedule
@@ -129,11 +130,7 @@ def tune(report: Report, case: Case, backward: Backward, dtype: torch.dtype, opt
             try:
                 tiles = backward.tiles(config)
                 results = run(config, tiles)
-                timing = time_graph(
-                    lambda run=run, config=config, tiles=tiles: run(config, tiles),  # type: ignore[misc]
-                    backward.device,
-                    options.seconds,
-                )
+                timing = time_graph(partial(run, config, tiles), backward.device, options.seconds)
             except (RuntimeError, TritonError) as failure:  # too much shared memory
                 report.line(f"  {case.name} {op} {_fields(config)}: {str(failure).partition(chr(10))[0][:100]}")
                 continue
@@ -174,9 +171,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     with Report(options.csv, len(cases)) as report, torch.no_grad():
         report.line(f"fields: {' '.join(FIELDS)}")
         for shape, of_shape in groupby(cases, key=lambda case: case.shape):
-            weights: Weights = make_weights(shape, dtype, options.device)
+            weights = cache(partial(make_weights, shape, dtype, options.device))
             for case in of_shape:
-                inputs = Inputs(case, dtype, options.device, lambda weights=weights: weights)  # type: ignore[misc]
+                inputs = Inputs(case, dtype, options.device, weights)
                 complaints += tune(report, case, Backward(inputs, case), dtype, options)
                 report.step(case.name)
             del weights, inputs

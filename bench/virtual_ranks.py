@@ -12,6 +12,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
+from typing import TypeVar
 
 import numpy as np
 import torch
@@ -32,6 +33,8 @@ from moe_layer.forward.executors import choose_replicas, compute_rows
 from moe_layer.router import Router
 from moe_layer.weights.expert_format import gated_format
 from moe_layer.weights.slot_experts import SlotExperts
+
+Result = TypeVar("Result")
 
 
 @dataclass(frozen=True)
@@ -72,6 +75,8 @@ class VirtualRanks:
     batch_shares: BatchShares | None = None
     experts: list[SlotExperts] = field(init=False)
     dispatchers: list[OneSidedDispatcher] = field(init=False)
+    router: Router = field(init=False)
+    streams: list[torch.cuda.Stream | None] = field(init=False)
 
     def __post_init__(self) -> None:
         sizes, device = self.sizes, self.device
@@ -121,7 +126,7 @@ class VirtualRanks:
         stream = self.streams[rank]
         return nullcontext() if stream is None else torch.cuda.stream(stream)
 
-    def all(self, run: Callable[[int], object]) -> list[object]:
+    def all(self, run: Callable[[int], Result]) -> list[Result]:
         """`run` of each rank, on its stream."""
         results = []
         for rank in range(self.sizes.num_ranks):
@@ -144,7 +149,7 @@ class VirtualRanks:
     @torch.no_grad()
     def choose(self, logits_WTE: Sequence[torch.Tensor]) -> list[tuple[torch.Tensor, torch.Tensor]]:
         """weights_TK and ids_TK of each rank."""
-        return self.all(lambda rank: self.router.choose(logits_WTE[rank], None))  # type: ignore[return-value]
+        return self.all(lambda rank: self.router.choose(logits_WTE[rank], None))
 
     @torch.no_grad()
     def forward(
@@ -162,36 +167,32 @@ class VirtualRanks:
         lanes = self.choose_lanes([ids_TK for _, ids_TK in chosen])
 
         def send(rank: int) -> Dispatched:
-            lanes_TK, counts_L = lanes[rank]  # type: ignore[misc]
+            lanes_TK, counts_L = lanes[rank]
             return self.dispatchers[rank].dispatch(x_WTH[rank], chosen[rank][0], lanes_TK, counts_L, "triton", bound)
 
-        sent: list[Dispatched] = self.all(send)  # type: ignore[assignment]
-
-        rows: list[torch.Tensor | None] = self.all(  # type: ignore[assignment]
-            lambda rank: compute_rows(self.experts[rank], sent[rank], sizes.top_k)
-        )
-        return self.finish(rows, sent, [lanes_TK for lanes_TK, _ in lanes])  # type: ignore[misc]
+        sent = self.all(send)
+        rows = self.all(lambda rank: compute_rows(self.experts[rank], sent[rank], sizes.top_k))
+        return self.finish(rows, sent, [lanes_TK for lanes_TK, _ in lanes])
 
     def choose_lanes(self, ids: Sequence[torch.Tensor]) -> list[tuple[torch.Tensor, torch.Tensor]]:
         """lanes_TK and counts_L of each rank."""
         shares = self.batch_shares
         if shares is None:
-            return self.all(lambda rank: choose_replicas(self.experts[rank], ids[rank]))  # type: ignore[return-value]
+            return self.all(lambda rank: choose_replicas(self.experts[rank], ids[rank]))
         areas = [dispatcher.area for dispatcher in self.dispatchers]
-        counts: list[torch.Tensor] = self.all(  # type: ignore[assignment]
-            lambda rank: count_experts(ids[rank], self.sizes.num_experts, backend="triton")
-        )
+        counts = self.all(lambda rank: count_experts(ids[rank], self.sizes.num_experts, backend="triton"))
         if self.device.type == "cuda":
             told = self.all(lambda rank: gather_counts(counts[rank], areas[rank]))
         else:
             self.all(lambda rank: gather_counts(counts[rank], areas[rank], waits=False))
             told = self.all(lambda rank: gather_counts(counts[rank], areas[rank], says=False))
 
-        def choose(rank: int) -> tuple[torch.Tensor, ...]:
+        def choose(rank: int) -> tuple[torch.Tensor, torch.Tensor]:
             experts = self.experts[rank]
-            return shares.lanes(experts, experts.table, ids[rank], told[rank])[:2]  # type: ignore[arg-type]
+            lanes_TK, counts_L, _ = shares.lanes(experts, experts.table, ids[rank], told[rank])
+            return lanes_TK, counts_L
 
-        return self.all(choose)  # type: ignore[return-value]
+        return self.all(choose)
 
     def finish(
         self, rows: Sequence[torch.Tensor | None], sent: Sequence[Dispatched], lanes: Sequence[torch.Tensor]
@@ -206,6 +207,4 @@ class VirtualRanks:
         for rank in (rank for rank in range(self.sizes.num_ranks) if not said[rank]):
             with self.on(rank):
                 meet_peers(self.dispatchers[rank].area, waits=False)
-        return self.all(  # type: ignore[return-value]
-            lambda rank: self.dispatchers[rank].sum_up(sent[rank], lanes[rank], False, outputs[rank])
-        )
+        return self.all(lambda rank: self.dispatchers[rank].sum_up(sent[rank], lanes[rank], False, outputs[rank]))
