@@ -49,17 +49,24 @@ def test_a_wrong_output_fails_the_run(monkeypatch, capsys):
     assert "FAILED wrong, 8:2:128:128-int4/T9" in capsys.readouterr().err
 
 
-def test_a_missing_fp8_product_is_said(monkeypatch, capsys):
-    """Then floors in fp8 are by bfloat16's products."""
-
-    def missing(*_, **__):
-        raise NotImplementedError("no e4m3 on this device\nand more")
-
-    monkeypatch.setattr(torch, "_scaled_mm", missing)
-    assert quantised.main([*TINY, "--cases", "8:2:128:128-fp8"]) == 0
+def test_a_gpu_without_fp8_products_has_no_ceiling_of_them(monkeypatch, tmp_path, capsys):
+    """Its floors in fp8 are by bfloat16's products, and the run says so; so does the CSV."""
+    monkeypatch.setattr(quantised, "has_e4m3_products", lambda device: False)
+    path = tmp_path / "out.csv"
+    assert quantised.main([*TINY, "--cases", "8:2:128:128-fp8", "--csv", str(path)]) == 0
     first = capsys.readouterr().out.splitlines()[0]
-    said = "and bfloat16's products for fp8 too (NotImplementedError: no e4m3 on this device), measured now"
-    assert first.startswith("floors by ") and first.endswith(said)
+    assert first.endswith("and of fp8 by bfloat16's products: this device has none in e4m3; measured now")
+    with path.open(newline="") as file:
+        assert {row["ceiling_fp8_tflops"] for row in csv.DictReader(file)} == {""}
+
+
+def test_a_product_in_fp8_that_fails_ends_the_run(monkeypatch):
+    def failing(*_, **__):
+        raise RuntimeError("out of memory")
+
+    monkeypatch.setattr(torch, "_scaled_mm", failing)
+    with pytest.raises(RuntimeError, match="out of memory"):
+        quantised.main([*TINY, "--cases", "8:2:128:128-fp8"])
 
 
 def test_cases_have_the_logits_of_their_shape():
