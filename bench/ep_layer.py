@@ -9,7 +9,6 @@ Device time of CUDA graphs that run all ranks; the providers of a case take turn
 """
 
 import argparse
-import csv
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -18,7 +17,7 @@ from typing import Any
 import torch
 
 from bench.command import make_parser
-from bench.environment import environment
+from bench.report import Report
 from bench.timing import Function, Timing, capture, time_captured
 from bench.virtual_ranks import Sizes, VirtualRanks
 from moe_kernels import TileSchedule, build_schedule, combine
@@ -39,33 +38,23 @@ def main(arguments: Sequence[str] | None = None) -> int:
     options = parser.parse_args(arguments)
     if not torch.cuda.is_available():
         parser.error("needs a GPU: what is timed are CUDA graphs")
-    rows = []
-    for shape in options.shapes:
-        for num_tokens in options.tokens:
-            for part, provider, timing in time_virtual(shape, num_tokens, options):
-                row = {
-                    "case": f"{shape}/T{num_tokens}",
-                    "ranks": options.ranks,
-                    "virtual": 1,
-                    "provider": provider,
-                    "part": part,
-                    "median_us": f"{timing.median_us:.2f}",
-                    "p20_us": f"{timing.p20_us:.2f}",
-                    "p80_us": f"{timing.p80_us:.2f}",
-                }
-                print(" ".join(f"{value:>18}" for value in row.values()), flush=True)
-                rows.append(row | environment())
-    if options.csv is not None:
-        write(options.csv, rows)
+    with Report(options.csv) as report:
+        for shape in options.shapes:
+            for num_tokens in options.tokens:
+                for part, provider, timing in time_virtual(shape, num_tokens, options):
+                    row = {
+                        "case": f"{shape}/T{num_tokens}",
+                        "ranks": options.ranks,
+                        "virtual": 1,
+                        "provider": provider,
+                        "part": part,
+                        "median_us": f"{timing.median_us:.2f}",
+                        "p20_us": f"{timing.p20_us:.2f}",
+                        "p80_us": f"{timing.p80_us:.2f}",
+                    }
+                    report.row(row)
+                    report.line(" ".join(f"{value:>18}" for value in row.values()))
     return 0
-
-
-def write(path: Path, rows: list[dict[str, Any]]) -> None:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with path.open("w", newline="") as file:
-        writer = csv.DictWriter(file, list(rows[0]))
-        writer.writeheader()
-        writer.writerows(rows)
 
 
 def time_virtual(shape: str, num_tokens: int, options: argparse.Namespace) -> list[tuple[str, str, Timing]]:

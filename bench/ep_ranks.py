@@ -12,19 +12,19 @@ Legend: T tokens of a rank, K top-k, H hidden, W ranks, E logical experts.
 
 import os
 import sys
-import tempfile
 from collections.abc import Callable, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 import torch.distributed as dist
-import torch.multiprocessing as multiprocessing
 
 from bench.command import make_parser
-from bench.environment import environment
-from bench.ep_layer import SHAPES, TOKENS, write
+from bench.ep_layer import SHAPES, TOKENS
+from bench.ranks import run_ranks
+from bench.report import Report
 from bench.timing import Function
 from moe_layer import MoELayer
 from moe_layer.dispatch.one_sided import OneSidedDispatcher
@@ -51,36 +51,37 @@ def main(arguments: Sequence[str] | None = None) -> int:
     options = parser.parse_args(arguments)
     if not 2 <= options.ranks <= torch.cuda.device_count():
         parser.error(f"--ranks {options.ranks}: must be from 2 to the GPUs there are, {torch.cuda.device_count()}")
-    with tempfile.TemporaryDirectory() as folder:
-        multiprocessing.spawn(_rank, (options.ranks, f"file://{folder}/store", options), nprocs=options.ranks)
+    run_ranks(_rank, options.ranks, (options.ranks, options))
     return 0
 
 
-def _rank(rank: int, num_ranks: int, store: str, options: Any) -> None:
+def _rank(rank: int, store: str, num_ranks: int, options: Any) -> None:
     os.environ.setdefault("NCCL_NVLS_ENABLE", "0")
     device = torch.device("cuda", rank)
     torch.cuda.set_device(device)
-    dist.init_process_group("nccl", init_method=store, rank=rank, world_size=num_ranks, device_id=device)
-    assert dist.group.WORLD is not None
-    rows = []
-    for shape in options.shapes:
-        for num_tokens in options.tokens:
-            for timed, median_us, lined_up_us in _case(shape, num_tokens, options.zipf, dist.group.WORLD, device):
-                row = {
-                    "case": f"{shape}{'~zipf' if options.zipf else ''}/T{num_tokens}",
-                    "ranks": num_ranks,
-                    "virtual": 0,
-                    "provider": timed.provider,
-                    "part": timed.part,
-                    "mode": timed.mode,
-                    "median_us": f"{median_us:.2f}",
-                    "lined_up_us": f"{lined_up_us:.2f}",
-                }
-                if rank == 0:
-                    print(" ".join(f"{value:>18}" for value in row.values()), flush=True)
-                rows.append(row | environment())
-    if rank == 0 and options.csv is not None:
-        write(options.csv, rows)
+    dist.init_process_group(
+        "nccl", store=dist.FileStore(store, num_ranks), rank=rank, world_size=num_ranks, device_id=device
+    )
+    group = dist.group.WORLD
+    assert group is not None
+    with Report(options.csv) if rank == 0 else nullcontext() as report:
+        for shape in options.shapes:
+            for num_tokens in options.tokens:
+                for timed, median_us, lined_up_us in _case(shape, num_tokens, options.zipf, group, device):
+                    if report is None:
+                        continue
+                    row = {
+                        "case": f"{shape}{'~zipf' if options.zipf else ''}/T{num_tokens}",
+                        "ranks": num_ranks,
+                        "virtual": 0,
+                        "provider": timed.provider,
+                        "part": timed.part,
+                        "mode": timed.mode,
+                        "median_us": f"{median_us:.2f}",
+                        "lined_up_us": f"{lined_up_us:.2f}",
+                    }
+                    report.row(row)
+                    report.line(" ".join(f"{value:>18}" for value in row.values()))
     dist.destroy_process_group()
 
 

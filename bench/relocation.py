@@ -15,20 +15,18 @@ import argparse
 import json
 import re
 import sys
-import tempfile
-import time
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
-import torch.multiprocessing as mp
 
 from bench.cases import select
 from bench.command import make_parser
+from bench.ranks import run_ranks
 from bench.relocation_protocols import PROTOCOLS
-from bench.relocation_rank import STEP_RANGE, Recording, run_rank
+from bench.relocation_rank import STEP_RANGE, Recording, serve
 from bench.report import DTYPES, Report, add_device, require_matplotlib
 from eplb.relocation.communicator import COMMUNICATORS
 
@@ -128,22 +126,13 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
 
 
 def run(protocol: str, options: argparse.Namespace) -> list[Recording]:
-    """Every rank's recording; each rank is a new process. A rank that fails ends the run with its traceback.
+    """Every rank's recording.
 
     Raises:
         TimeoutError: the ranks took longer than `--seconds`.
     """
     options = argparse.Namespace(**vars(options) | {"protocol": protocol})
-    with tempfile.TemporaryDirectory() as folder:
-        processes = mp.spawn(run_rank, (options, folder), nprocs=options.ranks, join=False)
-        deadline = time.monotonic() + options.seconds
-        while not processes.join(timeout=1.0):
-            if time.monotonic() > deadline:
-                for process in processes.processes:
-                    process.kill()
-                raise TimeoutError(f"{protocol} took more than --seconds={options.seconds}")
-        paths = [Path(folder) / f"{protocol}-{rank}.pt" for rank in range(options.ranks)]
-        return [torch.load(path, weights_only=False) for path in paths]
+    return run_ranks(serve, options.ranks, (options,), options.seconds)
 
 
 # ---- what came of it

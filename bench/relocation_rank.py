@@ -194,7 +194,7 @@ class Profile:
 
 
 @torch.no_grad()
-def serve(rank: int, options: argparse.Namespace, folder: str) -> Recording:
+def serve(rank: int, store: str, options: argparse.Namespace) -> Recording:
     """Serve all steps on one rank, in this process, which is its own."""
     device = torch.device("cpu")
     if options.device.type == "cuda":
@@ -204,7 +204,7 @@ def serve(rank: int, options: argparse.Namespace, folder: str) -> Recording:
         torch.set_num_threads(1)
     dist.init_process_group(
         options.backend,
-        store=dist.FileStore(f"{folder}/{options.protocol}", options.ranks),
+        store=dist.FileStore(store, options.ranks),
         rank=rank,
         world_size=options.ranks,
         timeout=DEADLINE,
@@ -275,8 +275,3 @@ def _step(protocol: Any, serving: Serving, number: int, device: torch.device, re
     recording.flips.append(flipped)
     recording.relocating.append(bool(before or protocol.is_relocating or flipped))
     recording.moving.append(bool(moving or protocol.is_moving or flipped))
-
-
-def run_rank(rank: int, options: argparse.Namespace, folder: str) -> None:
-    """What a spawned process runs; leaves its recording in the folder."""
-    torch.save(serve(rank, options, folder), Path(folder) / f"{options.protocol}-{rank}.pt")

@@ -14,21 +14,19 @@ a step on the slowest rank. A step's times are comparable only where nothing els
 
 from __future__ import annotations
 
-import csv
 import sys
-import tempfile
 import time
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
 import torch.distributed as dist
-import torch.multiprocessing as mp
 
 from bench.command import make_parser
-from bench.environment import environment
+from bench.ranks import run_ranks
+from bench.report import Report
 from eplb import EplbConfig, EplbController
 from moe_layer import AllToAllDispatcher, MoELayer
 from moe_layer.demo.serve import CountingDispatcher
@@ -44,6 +42,14 @@ SIZES = {  # on a CPU, on a GPU
     "steps": (160, 400),
     "interval": (20, 20),
 }
+
+
+class Served(NamedTuple):
+    """What a rank recorded: by way, rows [steps][layers] and seconds [steps]; and the waves of each controller."""
+
+    rows: dict[str, list[list[int]]]
+    seconds: dict[str, list[float]]
+    waves: dict[str, int]
 
 
 class Traffic:
@@ -87,8 +93,8 @@ def stack(way: str, options: Any, group: dist.ProcessGroup, device: torch.device
 
 
 @torch.inference_mode()
-def serve(rank: int, options: Any, init_method: str, results: Any) -> None:
-    """One rank. Puts (rank, {way: rows [steps, layers]}, {way: seconds [steps]}, waves of each controller)."""
+def serve(rank: int, store: str, options: Any) -> Served:
+    """One rank."""
     on_gpu = options.device == "cuda"
     device = torch.device("cuda", rank % torch.cuda.device_count()) if on_gpu else torch.device("cpu")
     if on_gpu:
@@ -96,7 +102,7 @@ def serve(rank: int, options: Any, init_method: str, results: Any) -> None:
     else:
         torch.set_num_threads(1)
     backend = "nccl" if on_gpu and torch.cuda.device_count() >= options.ranks else "gloo"
-    dist.init_process_group(backend, init_method=init_method, rank=rank, world_size=options.ranks)
+    dist.init_process_group(backend, store=dist.FileStore(store, options.ranks), rank=rank, world_size=options.ranks)
     group = dist.group.WORLD
     assert group is not None
     dtype = torch.bfloat16 if on_gpu else torch.float32
@@ -141,37 +147,27 @@ def serve(rank: int, options: Any, init_method: str, results: Any) -> None:
     dist.barrier(group)
     for controller in controllers.values():
         controller.close()
-    results.put((rank, rows, seconds, waves))
     dist.destroy_process_group()
+    return Served(rows, seconds, waves)
 
 
 def run(options: Any) -> list[dict[str, Any]]:
     """A record of each way."""
-    results = mp.get_context("spawn").SimpleQueue()
-    with tempfile.TemporaryDirectory() as folder:
-        arguments = (options, f"file://{folder}/rendezvous", results)
-        processes = mp.spawn(serve, arguments, nprocs=options.ranks, join=False)
-        found: list[Any] = []
-        while not processes.join(timeout=1.0):  # raises what a rank raised
-            while not results.empty():
-                found.append(results.get())
-        while not results.empty():
-            found.append(results.get())
+    found = run_ranks(serve, options.ranks, (options,))
     half = options.steps // 2
     records = []
     for way in WAYS:
-        rows_SLW = np.stack([np.array(one[1][way]) for one in sorted(found, key=lambda one: one[0])], axis=2)[half:]
+        rows_SLW = np.stack([np.array(one.rows[way]) for one in found], axis=2)[half:]
         uneven = rows_SLW.max(axis=2) / rows_SLW.mean(axis=2)
-        slowest_ms = np.array([one[2][way] for one in found]).max(axis=0)[half:] * 1e3
+        slowest_ms = np.array([one.seconds[way] for one in found]).max(axis=0)[half:] * 1e3
         records.append(
             {
                 "way": way,
-                "max_over_mean": round(float(uneven.mean()), 4),
-                "p99": round(float(np.percentile(uneven, 99)), 4),
-                "step_ms": round(float(np.median(slowest_ms)), 3),
-                "waves": found[0][3].get(way, 0),
+                "max_over_mean": float(uneven.mean()),
+                "p99": float(np.percentile(uneven, 99)),
+                "step_ms": float(np.median(slowest_ms)),
+                "waves": found[0].waves.get(way, 0),
                 **{name: getattr(options, name) for name in ("ranks", *SIZES, "drift")},
-                **environment(),
             }
         )
     return records
@@ -193,15 +189,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
             setattr(options, name, of_device[options.device == "cuda"])
     if options.ranks < 2 or options.experts % options.ranks:
         parser.error(f"--ranks must be at least 2 and divide --experts={options.experts}, got {options.ranks}")
-    records = run(options)
-    print(f"{'':8}{'max/mean':>10}{'p99':>8}{'step, ms':>10}{'waves':>7}")
-    for one in records:
-        print(f"{one['way']:8}{one['max_over_mean']:10.3f}{one['p99']:8.3f}{one['step_ms']:10.2f}{one['waves']:7}")
-    if options.csv:
-        with open(options.csv, "w", newline="") as file:
-            writer = csv.DictWriter(file, records[0])
-            writer.writeheader()
-            writer.writerows(records)
+    with Report(options.csv) as report:
+        report.line(f"{'':8}{'max/mean':>10}{'p99':>8}{'step, ms':>10}{'waves':>7}")
+        for one in run(options):
+            report.row(one | {name: f"{one[name]:.4f}" for name in ("max_over_mean", "p99", "step_ms")})
+            report.line(
+                f"{one['way']:8}{one['max_over_mean']:10.3f}{one['p99']:8.3f}{one['step_ms']:10.2f}{one['waves']:7}"
+            )
     return 0
 
 

@@ -10,7 +10,6 @@ and this is what the largest rank has of it, over the mean of what is least if n
 
 from __future__ import annotations
 
-import csv
 import sys
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -19,7 +18,7 @@ import numpy as np
 import torch
 
 from bench.command import make_parser
-from bench.environment import environment
+from bench.report import Report
 from eplb.planning.balance import max_over_mean, rank_loads
 from eplb.planning.placement import Placement
 from eplb.planning.policy import AdaptivePolicy, Topology
@@ -117,41 +116,33 @@ def main(arguments: Sequence[str] | None = None) -> int:
     options = parser.parse_args(arguments)
     cases = [("tokens", tokens, jitter) for jitter in (0.0, 0.2) for tokens in (64, 512)]
     cases += [("decode", tokens, 0.0) for tokens in (1, 16)]
-    rows = []
-    print(f"{'ranks':>5} {'objective':>9} {'tokens':>6} {'jitter':>6} {'window':>8} {'batch':>8} {'least':>8}")
-    for num_ranks in options.ranks:
-        for objective, tokens, jitter in cases:
-            found = np.array(
-                list(
-                    batches((num_ranks, options.experts, tokens, objective, jitter), options.layers, options.batches, 0)
+    with Report(options.csv) as report:
+        report.line(
+            f"{'ranks':>5} {'objective':>9} {'tokens':>6} {'jitter':>6} {'window':>8} {'batch':>8} {'least':>8}"
+        )
+        for num_ranks in options.ranks:
+            for objective, tokens, jitter in cases:
+                setup = (num_ranks, options.experts, tokens, objective, jitter)
+                found = np.array(list(batches(setup, options.layers, options.batches, 0)))
+                window, batch, least = found.mean(axis=0)
+                report.row(
+                    {
+                        "ranks": num_ranks,
+                        "experts": options.experts,
+                        "redundant": options.experts // 8,
+                        "top_k": 8,
+                        "objective": objective,
+                        "tokens_per_rank": tokens,
+                        "jitter": jitter,
+                        "batches": len(found),
+                        "window": f"{window:.4f}",
+                        "batch": f"{batch:.4f}",
+                        "least": f"{least:.4f}",
+                    }
                 )
-            )
-            window, batch, least = found.mean(axis=0)
-            rows.append(
-                {
-                    "ranks": num_ranks,
-                    "experts": options.experts,
-                    "redundant": options.experts // 8,
-                    "top_k": 8,
-                    "objective": objective,
-                    "tokens_per_rank": tokens,
-                    "jitter": jitter,
-                    "batches": len(found),
-                    "window": round(window, 4),
-                    "batch": round(batch, 4),
-                    "least": round(least, 4),
-                    **environment(),
-                }
-            )
-            print(
-                f"{num_ranks:5} {objective:>9} {tokens:6} {jitter:6} {window:8.3f} {batch:8.3f} {least:8.3f}",
-                flush=True,
-            )
-    if options.csv:
-        with open(options.csv, "w", newline="") as file:
-            writer = csv.DictWriter(file, rows[0])
-            writer.writeheader()
-            writer.writerows(rows)
+                report.line(
+                    f"{num_ranks:5} {objective:>9} {tokens:6} {jitter:6} {window:8.3f} {batch:8.3f} {least:8.3f}"
+                )
     return 0
 
 
