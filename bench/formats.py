@@ -45,8 +45,6 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser = make_parser("formats", __doc__)
     add_arguments(parser)
     options = parser.parse_args(arguments)
-    if options.plot:
-        parser.error(f"--plot {options.plot}: this benchmark draws nothing")
     options.shapes = options.shapes or ["gptoss"]
     cases = chosen_cases(parser, options)
     complaints: list[str] = []

@@ -20,7 +20,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from bench.command import make_parser
+from bench.command import exit_status, integers, make_parser, names
 from bench.hf_variants import BASES, REFERENCE, SHAPES, VARIANTS, Variant, make_model
 from bench.providers import Unavailable, complaining, find
 from bench.report import DTYPES, Report, add_device, relative_error
@@ -73,17 +73,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser = make_parser("hf_model", __doc__)
     parser.add_argument("--shape", choices=SHAPES, default="qwen3")
     parser.add_argument("--layers", type=int, default=4)
-    parser.add_argument("--batches", type=_integers, default=[1, 16, 64], metavar="N,M", help="sequences that decode")
+    parser.add_argument("--batches", type=integers, default=[1, 16, 64], metavar="N,M", help="sequences that decode")
     parser.add_argument("--prefill", type=int, default=2048, help="tokens of the prompt")
     parser.add_argument(
         "--cache", type=int, default=2304, help="places of the static cache: attention is over all of them"
     )
-    parser.add_argument(
-        "--cases", type=lambda text: text.split(","), metavar="A,B", help="only these of decode/B… and prefill/T…"
-    )
-    parser.add_argument(
-        "--providers", type=lambda text: text.split(","), metavar="A,B", help=f"of {', '.join(VARIANTS)}"
-    )
+    parser.add_argument("--cases", type=names, metavar="A,B", help="only these of decode/B… and prefill/T…")
+    parser.add_argument("--providers", type=names, metavar="A,B", help=f"of {', '.join(VARIANTS)}")
     parser.add_argument("--dtype", choices=DTYPES, default="bf16")
     add_device(parser)
     parser.add_argument("--seconds", type=float, default=0.2, help="of timing, for each case and provider")
@@ -122,10 +118,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
             for line in new:
                 report.line(f"    {line}")
             complaints += new
-    wrong = [complaint for complaint in complaints if complaint.startswith("FAILED")]
-    if wrong:
-        print("\n".join(wrong), file=sys.stderr)
-    return 1 if wrong else 0
+    return exit_status(complaints)
 
 
 def measure(
@@ -270,10 +263,6 @@ def _versions() -> dict[str, str]:
     import transformers
 
     return {"transformers": transformers.__version__}
-
-
-def _integers(text: str) -> list[int]:
-    return [int(number) for number in text.split(",")]
 
 
 if __name__ == "__main__":

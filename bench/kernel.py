@@ -1,7 +1,6 @@
 """Shared by the benchmarks of single kernels: each op against its floor, its peers and its PyTorch reference."""
 
 import argparse
-import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from functools import cache, cached_property, partial
@@ -12,13 +11,14 @@ import torch
 
 from bench.cases import Case, count_hit, make_logits
 from bench.ceilings import Ceilings, measure_ceilings
-from bench.command import make_parser
+from bench.command import exit_status, make_parser
 from bench.providers import Unavailable, Weights, make_weights
 from bench.report import (
     DTYPES,
     WORST_ERROR,
     Report,
     add_arguments,
+    add_plot,
     chosen_cases,
     geometric_mean,
     plot_over_floor,
@@ -151,6 +151,7 @@ def main(op: str, doc: str | None, make_work: Callable[[Inputs], Work], argument
     """The command line of one op's benchmark; the exit status is 1 if a result is wrong."""
     parser = make_parser(op, doc)
     add_arguments(parser)
+    add_plot(parser)
     options = parser.parse_args(arguments)
     cases = chosen_cases(parser, options)
     complaints: list[str] = []
@@ -168,10 +169,7 @@ def main(op: str, doc: str | None, make_work: Callable[[Inputs], Work], argument
             report.line(f"  {name:<36}{geometric_mean(factors):8.2f}  ({len(factors)} cases)")
     if options.plot and report.rows:
         plot_over_floor(report.rows, options.plot, op)
-    wrong = [complaint for complaint in complaints if complaint.startswith("FAILED")]
-    if wrong:
-        print("\n".join(wrong), file=sys.stderr)
-    return 1 if wrong else 0
+    return exit_status(complaints)
 
 
 def _measure(

@@ -21,13 +21,14 @@ import torch
 from bench import against
 from bench.cases import Case, count_hit, forward_work, make_logits
 from bench.ceilings import measure_ceilings
-from bench.command import make_parser
+from bench.command import add_providers, exit_status, make_parser
 from bench.providers import Named, complaining, find, make_problem, make_weights, reference
 from bench.report import (
     DTYPES,
     WORST_ERROR,
     Report,
     add_arguments,
+    add_plot,
     chosen_cases,
     geometric_mean,
     plot_over_floor,
@@ -39,10 +40,8 @@ from bench.timing import FLUSHES, capture, extra_bytes, time_captured, time_eage
 def main(arguments: Sequence[str] | None = None) -> int:
     parser = make_parser("moe_forward", __doc__)
     add_arguments(parser)
-    parser.add_argument(
-        "--providers", type=lambda text: text.split(","), metavar="A,B", help="the first is compared with the others"
-    )
-    parser.add_argument("--provider-module", action="append", default=[], metavar="MODULE", help="registers providers")
+    add_plot(parser)
+    add_providers(parser)
     parser.add_argument(
         "--flush",
         choices=FLUSHES,
@@ -97,10 +96,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
             report.line(line)
     if options.plot and report.rows:
         plot_over_floor(report.rows, options.plot, "MoE layer, forward")
-    wrong = [complaint for complaint in complaints if complaint.startswith("FAILED")]
-    if wrong:
-        print("\n".join(wrong), file=sys.stderr)
-    return 1 if wrong else 0
+    return exit_status(complaints)
 
 
 def measure(

@@ -16,14 +16,13 @@ import sys
 from collections.abc import Sequence
 from dataclasses import replace
 from itertools import groupby
-from pathlib import Path
 from typing import Any
 
 import torch
 
 from bench.cases import CASES, SHAPES, TOKENS, Case, count_hit, make_logits, select
 from bench.ceilings import Ceilings, measure_ceilings
-from bench.command import make_parser
+from bench.command import add_providers, exit_status, integers, make_parser, names
 from bench.fused import reference
 from bench.moe_forward import header, line_of, measure, summary
 from bench.providers import find
@@ -38,10 +37,10 @@ from bench.quantised_providers import (
 )
 from bench.report import (
     Report,
-    add_device,
+    add_plot,
+    add_timing,
     geometric_mean,
     plot_over_floor,
-    require_matplotlib,
 )
 from bench.timing import DEFAULT_SECONDS, FLUSHES, time_eager, time_graph
 from moe_kernels import ExpertMatrices
@@ -54,31 +53,24 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser = make_parser("quantised", __doc__)
     parser.add_argument(
         "--cases",
-        type=lambda text: text.split(","),
+        type=names,
         default=list(DEFAULT),
         metavar="A,B",
         help=f"shape-format: of {', '.join(SHAPES)} (or experts:top_k:hidden:intermediate) and {', '.join(FORMATS)}; "
         f"default: {','.join(DEFAULT)}",
     )
-    parser.add_argument(
-        "--tokens", type=lambda text: [int(n) for n in text.split(",")], default=list(TOKENS), metavar="N,M"
-    )
-    parser.add_argument("--providers", type=lambda text: text.split(","), metavar="A,B", help="the first is compared")
-    parser.add_argument("--provider-module", action="append", default=[], metavar="MODULE", help="registers providers")
-    add_device(parser)
-    parser.add_argument("--seconds", type=float, default=DEFAULT_SECONDS, help="of timing, for each case and provider")
+    parser.add_argument("--tokens", type=integers, default=list(TOKENS), metavar="N,M")
+    add_providers(parser)
+    add_timing(parser)
     parser.add_argument("--flush", choices=FLUSHES, default="write", help="how the L2 is emptied before a replay")
     parser.add_argument("--eager", action="store_true", help="also without a CUDA graph")
-    parser.add_argument("--csv", type=Path, metavar="FILE", help="a row per case and provider, written as they come")
-    parser.add_argument("--plot", type=Path, metavar="FILE", help="picture of time over floor (needs matplotlib)")
+    add_plot(parser)
     options = parser.parse_args(arguments)
     try:
         cases = chosen(options.cases, options.tokens)
         providers = find(options.providers, options.provider_module, PROVIDERS)
     except (ValueError, ImportError) as error:
         parser.error(str(error))
-    if options.plot:
-        require_matplotlib()
     complaints: list[str] = []
     ceilings = measure_ceilings(options.device, torch.bfloat16)
     fp8, of_fp8, said = ceilings, "", "by bfloat16's products: this device has none in e4m3"
@@ -108,10 +100,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
             report.line(line)
     if options.plot and report.rows:
         plot_over_floor(report.rows, options.plot, "Quantised experts, forward")
-    wrong = [complaint for complaint in complaints if complaint.startswith("FAILED")]
-    if wrong:
-        print("\n".join(wrong), file=sys.stderr)
-    return 1 if wrong else 0
+    return exit_status(complaints)
 
 
 def chosen(kinds: Sequence[str], tokens: Sequence[int]) -> list[tuple[Case, Format]]:

@@ -23,11 +23,11 @@ import numpy as np
 import torch
 
 from bench.cases import select
-from bench.command import make_parser
+from bench.command import make_parser, names
 from bench.ranks import run_ranks
 from bench.relocation_protocols import PROTOCOLS
 from bench.relocation_rank import STEP_RANGE, Recording, serve
-from bench.report import DTYPES, Report, add_device, require_matplotlib
+from bench.report import DTYPES, Report, add_device, add_plot, require_matplotlib
 from eplb.relocation.communicator import COMMUNICATORS
 
 # What must not happen inside `step()`: collectives, and waits of the host for the device.
@@ -67,7 +67,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser = make_parser("relocation", __doc__)
-    parser.add_argument("--protocols", type=lambda text: text.split(","), default=list(PROTOCOLS), metavar="A,B")
+    parser.add_argument("--protocols", type=names, default=list(PROTOCOLS), metavar="A,B")
     parser.add_argument("--ranks", type=int, default=None, help="default: the GPUs, or 2 on a CPU")
     parser.add_argument("--backend", choices=("nccl", "gloo"), help="default: nccl if each rank has a GPU")
     parser.add_argument("--layers", type=int, default=24)
@@ -96,7 +96,7 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--seconds", type=float, default=600.0, help="deadline of a protocol")
     add_device(parser)
     parser.add_argument("--csv", type=Path, metavar="FILE", help="a row per protocol")
-    parser.add_argument("--plot", type=Path, metavar="FILE", help="picture of all steps (needs matplotlib)")
+    add_plot(parser, "picture of all steps")
     parser.add_argument(
         "--trace", type=Path, metavar="FILE", help="rank 0's profile of a rebalance, alone; needs --protocols ours"
     )
@@ -120,8 +120,6 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
         parser.error(f"--trace {options.trace}: needs --protocols ours, got {','.join(options.protocols)}")
     if options.replay < 0 or (options.replay and options.graph):
         parser.error(f"--replay {options.replay}: must not be negative, and takes the place of --graph")
-    if options.plot:
-        require_matplotlib()
     return options
 
 

@@ -11,6 +11,7 @@ from typing import Any
 import torch
 
 from bench.cases import SHAPES, Case, select
+from bench.command import integers, names
 from bench.environment import environment
 from bench.timing import DEFAULT_SECONDS
 
@@ -25,21 +26,33 @@ WORST_ERROR = 1e-2
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """The arguments that every benchmark of cases has."""
+    """The arguments that benchmarks of cases have."""
     parser.add_argument(
         "--shapes",
-        type=lambda text: text.split(","),
+        type=names,
         metavar="A,B",
         help=f"of {', '.join(SHAPES)}, or experts:top_k:hidden:intermediate; default: all of these",
     )
-    parser.add_argument(
-        "--tokens", type=lambda text: [int(n) for n in text.split(",")], metavar="N,M", help="batch sizes; default: all"
-    )
+    parser.add_argument("--tokens", type=integers, metavar="N,M", help="batch sizes; default: all")
     parser.add_argument("--dtype", choices=DTYPES, default="bf16")
+    add_timing(parser)
+
+
+def add_timing(parser: argparse.ArgumentParser) -> None:
+    """Where, how long, and where to the rows go."""
     add_device(parser)
     parser.add_argument("--seconds", type=float, default=DEFAULT_SECONDS, help="of timing, for each case and provider")
     parser.add_argument("--csv", type=Path, metavar="FILE", help="a row per case and provider, written as they come")
-    parser.add_argument("--plot", type=Path, metavar="FILE", help="picture of time over floor (needs matplotlib)")
+
+
+def add_plot(parser: argparse.ArgumentParser, what: str = "picture of time over floor") -> None:
+    """``--plot``, where something is drawn."""
+    parser.add_argument("--plot", type=_picture, metavar="FILE", help=f"{what} (needs matplotlib)")
+
+
+def _picture(path: str) -> Path:
+    require_matplotlib()
+    return Path(path)
 
 
 def add_device(parser: argparse.ArgumentParser, default: str | None = None) -> None:
@@ -63,8 +76,6 @@ def chosen_cases(parser: argparse.ArgumentParser, options: argparse.Namespace, l
         parser.error(str(error))
     if not cases:
         parser.error(f"--tokens {','.join(map(str, options.tokens))}: one must be at least {least_tokens}")
-    if options.plot:
-        require_matplotlib()
     return cases
 
 

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from bench.command import make_parser
-from bench.report import WORST_ERROR, geometric_mean, plot_over_floor
+from bench.report import WORST_ERROR, add_plot, geometric_mean, plot_over_floor
 
 OURS = "moe_layer"
 BATCHES = (("up to 256", range(257)), ("1,024 to 4,096", range(1024, 4097)), ("16,384", range(16384, 16385)))
@@ -21,7 +21,7 @@ BATCHES = (("up to 256", range(257)), ("1,024 to 4,096", range(1024, 4097)), ("1
 def main(arguments: Sequence[str] | None = None) -> int:
     parser = make_parser("table", __doc__)
     parser.add_argument("results", type=Path)
-    parser.add_argument("--plot", type=Path, metavar="FILE", help="picture of time over floor (needs matplotlib)")
+    add_plot(parser)
     options = parser.parse_args(arguments)
     rows = [row for row in read(options.results) if row["mode"] == "graph"]
     wrong = {f"{row['case']} of {row['provider']}" for row in rows if not _is_right(row)}

@@ -19,7 +19,7 @@ from bench.cases import Case, count_hit, forward_work, make_logits
 from bench.ceilings import Ceilings, measure_ceilings
 from bench.command import make_parser
 from bench.providers import Problem, make_layer, make_problem, make_weights
-from bench.report import DTYPES, Report, add_arguments, chosen_cases, geometric_mean, plot_over_floor
+from bench.report import DTYPES, Report, add_arguments, add_plot, chosen_cases, geometric_mean, plot_over_floor
 from bench.timing import Function, Timing, time_eager, time_graphs
 from eplb.planning.placement import Placement
 from eplb.planning.shares import equal_shares
@@ -122,6 +122,7 @@ def slot_of_expert(layer: MoELayer) -> list[int]:
 def main(arguments: Sequence[str] | None = None) -> int:
     parser = make_parser("table_cost", __doc__)
     add_arguments(parser)
+    add_plot(parser)
     parser.add_argument("--redundant", type=int, default=8, help="experts with a second replica, where there are any")
     options = parser.parse_args(arguments)
     # One token has kernels of its own, in which the table is a few loads that can't be left out.

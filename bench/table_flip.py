@@ -13,7 +13,7 @@ from typing import Any
 import torch
 
 from bench.ceilings import measure_ceilings
-from bench.command import make_parser
+from bench.command import integers, make_parser
 from bench.report import Report, add_device
 from bench.timing import Timing, synchronize, time_graph
 from eplb.planning.placement import Placement
@@ -24,7 +24,7 @@ from eplb.streams import streams_of
 
 def main(arguments: Sequence[str] | None = None) -> int:
     parser = make_parser("table_flip", __doc__)
-    parser.add_argument("--layers", type=lambda text: [int(n) for n in text.split(",")], default=[1, 4, 16, 58])
+    parser.add_argument("--layers", type=integers, default=[1, 4, 16, 58])
     parser.add_argument("--experts", type=int, default=256)
     parser.add_argument("--redundant", type=int, default=32)
     parser.add_argument("--ranks", type=int, default=32)

@@ -21,7 +21,7 @@ import torch.nn.functional as F
 
 from bench.cases import Case, Shape, count_hit, forward_work, make_logits
 from bench.ceilings import measure_ceilings
-from bench.command import make_parser
+from bench.command import add_providers, exit_status, make_parser
 from bench.providers import Problem, complaining, find, make_problem, make_weights, routing_of
 from bench.report import DTYPES, Report, add_arguments, chosen_cases, geometric_mean, relative_error
 from bench.timing import Timing, capture, extra_bytes, time_captured, time_eager
@@ -83,14 +83,9 @@ def reference_gradients(problem: Problem, grad_TH: torch.Tensor) -> Gradients:
 def main(arguments: Sequence[str] | None = None) -> int:
     parser = make_parser("training", __doc__)
     add_arguments(parser)
-    parser.add_argument(
-        "--providers", type=lambda text: text.split(","), metavar="A,B", help="the first is compared with the others"
-    )
-    parser.add_argument("--provider-module", action="append", default=[], metavar="MODULE", help="registers providers")
+    add_providers(parser)
     parser.add_argument("--eager", action="store_true", help="also without a CUDA graph, back to back")
     options = parser.parse_args(arguments)
-    if options.plot:
-        parser.error(f"--plot {options.plot}: this benchmark draws nothing")
     options.shapes, options.tokens = options.shapes or list(SHAPES), options.tokens or list(TOKENS)
     cases = chosen_cases(parser, options)
     try:
@@ -118,10 +113,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
             del weights, problem  # before the next shape's are made
         for line in _summary(report.rows):
             report.line(line)
-    wrong = [complaint for complaint in complaints if complaint.startswith("FAILED")]
-    if wrong:
-        print("\n".join(wrong), file=sys.stderr)
-    return 1 if wrong else 0
+    return exit_status(complaints)
 
 
 def _measure(

@@ -16,7 +16,7 @@ import torch
 from triton.errors import TritonError
 
 from bench.cases import Case
-from bench.command import make_parser
+from bench.command import make_parser, names
 from bench.kernel import Inputs
 from bench.providers import make_weights
 from bench.report import DTYPES, WORST_ERROR, Report, add_arguments, chosen_cases, relative_error
@@ -159,7 +159,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser = make_parser("tune_gradients", __doc__)
     add_arguments(parser)
     parser.add_argument("--best", type=int, default=4, help="how many to print for each case; all are in the CSV")
-    parser.add_argument("--ops", type=lambda text: text.split(","), default=list(OPS), metavar="A,B", help=f"of {OPS}")
+    parser.add_argument("--ops", type=names, default=list(OPS), metavar="A,B", help=f"of {OPS}")
     options = parser.parse_args(arguments)
     if options.device.type != "cuda":
         parser.error(f"--device {options.device}: must be a GPU")
