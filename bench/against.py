@@ -23,6 +23,7 @@ import torch
 
 from bench.cases import Case, count_hit, forward_work, make_logits
 from bench.ceilings import Ceilings, measure_ceilings
+from bench.command import exit_status
 from bench.environment import ROOT, commit_of
 from bench.report import DTYPES, WORST_ERROR, Report, geometric_mean
 from bench.timing import BURST_SECONDS, Timing
@@ -142,9 +143,7 @@ def run(cases: Sequence[Case], options: argparse.Namespace) -> int:
         for mode, of_case in ratios.items():
             for line in _summary(mode, of_case):
                 report.line(line)
-    if complaints:
-        print("\n".join(complaints), file=sys.stderr)
-    return 1 if complaints else 0
+    return exit_status(complaints)
 
 
 def _prepare(case: Case, old: Side, new: Side) -> list[dict[str, Any]]:

@@ -14,7 +14,7 @@ from typing import Any
 import torch
 
 from bench.cases import count_hit, make_logits
-from bench.command import make_parser
+from bench.command import exit_status, make_parser
 from bench.fused import GPT_OSS, fused_forward, reference
 from bench.providers import Problem, complaining, make_problem, make_weights
 from bench.report import DTYPES, WORST_ERROR, Report, add_arguments, chosen_cases, geometric_mean, relative_error
@@ -71,9 +71,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
                 report.line(
                     f"{name}: {geometric_mean(found):.4f} of plain, worst {max(found):.3f} ({len(found)} cases)"
                 )
-    if complaints:
-        print("\n".join(complaints), file=sys.stderr)
-    return 1 if complaints else 0
+    return exit_status(complaints)
 
 
 def _measure(

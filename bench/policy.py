@@ -24,6 +24,7 @@ import numpy as np
 
 from bench.command import make_parser
 from bench.environment import environment
+from bench.report import add_plot, require_matplotlib
 from eplb.planning.balance import free_placement_bound, max_over_mean, rank_loads
 from eplb.planning.make_plan import make_plan
 from eplb.planning.placement import Placement
@@ -234,11 +235,7 @@ def table(records: Sequence[dict]) -> str:
 
 
 def plot(records: Sequence[dict], curves: dict[str, list[tuple[float, float]]], path: Path) -> None:
-    import matplotlib
-
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
-
+    plt = require_matplotlib()
     setups = list(dict.fromkeys(r["setup"] for r in records))
     figure, axes = plt.subplots(1, len(setups) + 1, figsize=(5 * (len(setups) + 1), 4.5), layout="constrained")
     for axis, setup in zip(axes, setups, strict=False):
@@ -269,7 +266,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser = make_parser("policy", __doc__)
     parser.add_argument("--json", type=Path, metavar="FILE", help="one record per setup, load, change and policy")
     parser.add_argument("--details", type=Path, metavar="FILE", help="machine, times of the shares, waves and curves")
-    parser.add_argument("--plot", type=Path, metavar="FILE", help="picture (needs matplotlib)")
+    add_plot(parser, "picture")
     parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument("--harden", type=int, default=12, help="windows before the steady state of adaptive")
     parser.add_argument("--repeats", type=int, default=3, help="timings per plan; the least counts")
