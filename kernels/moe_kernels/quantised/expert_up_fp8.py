@@ -85,11 +85,31 @@ def _load_bias(bias_at, column, size):
 
 
 @gluon.jit
+def _approximately(x, FUNCTION: gl.constexpr):
+    return gl.inline_asm_elementwise(
+        FUNCTION + ".approx.ftz.f32 $0, $1;", "=f,f", [x], dtype=gl.float32, is_pure=True, pack=1
+    )
+
+
+@gluon.jit
+def _activated(gate, up, ACTIVATION: gl.constexpr):
+    """`activated`, SiLU in half of the instructions: with the same bits unless 0 < |gate| < 2 ** -124."""
+    if ACTIVATION == "silu":
+        # A quarter of each denominator, whose reciprocal is never a denormal number: a division scales large ones only.
+        denominator = gl.fma(_approximately(gate * -1.4426950408889634, "ex2"), 0.25, 0.25)
+        return gate * 0.25 * _approximately(denominator, "rcp") * up
+    else:
+        return activated(gate, up, ACTIVATION)
+
+
+@gluon.jit
 def _store_block(hidden, outputs, start, end, block, intermediate):
     """Round 64 rows of a group of hidden channels and store them with their scales."""
     hidden_ptr, hidden_scale_ptr = outputs
     column = block * SIDE + gl.arange(0, SIDE, MMA_COLUMNS)
-    values, scale = quantised_fast(gl.where((column < intermediate)[None, :], hidden, 0.0))
+    if (block + 1) * SIDE > intermediate:
+        hidden = gl.where((column < intermediate)[None, :], hidden, 0.0)
+    values, scale = quantised_fast(hidden)
     position = (start + gl.arange(0, ROWS, MMA_ROWS)).to(gl.int64)
     gl.store(hidden_scale_ptr + position * gl.cdiv(intermediate, SIDE) + block, scale, mask=position < end)
     values = gl.convert_layout(values.to(gl.float8e4nv), _STORE)
@@ -130,7 +150,7 @@ def _multiply(
                 else:
                     right += _load_bias(bias_at, column + SIDE, intermediate)
             if GATED:
-                _store_block(activated(left, right, ACTIVATION), outputs, start, end, block, intermediate)
+                _store_block(_activated(left, right, ACTIVATION), outputs, start, end, block, intermediate)
             else:
                 _store_block(activated(left, left, ACTIVATION), outputs, start, end, block, intermediate)
                 if (block + 1) * SIDE < intermediate:
