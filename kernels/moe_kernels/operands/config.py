@@ -167,7 +167,11 @@ _TABLE_4_BIT_OF_32: _QuantisedTable = (
 _FP8_RING = GemmConfig(block_m=128, block_n=256, block_k=128, num_warps=4, num_stages=4, tma=True, quantised=True)
 _FEW_FP8: _QuantisedTable = (
     (8, replace(_FP8_UP, num_stages=3, swap=True), replace(_FP8_DOWN, swap=True)),
-    (16, replace(_FP8_UP, block_m=32, num_stages=3, swap=True), replace(_FP8_DOWN, block_m=32, swap=True)),
+    (
+        16,
+        replace(_FP8_UP, block_m=32, num_stages=3, swap=True),
+        replace(_FP8_DOWN, block_m=32, num_stages=3, swap=True),
+    ),
 )
 _TABLE_FP8_RING: _QuantisedTable = (*_FEW_FP8, (_ANY, _FP8_RING, _FP8_RING))
 _TABLE_FP8_HOPPER: _QuantisedTable = (
