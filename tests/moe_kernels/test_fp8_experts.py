@@ -78,7 +78,8 @@ def test_the_ring_has_the_bits_of_the_plain_kernels(
 
 
 @pytest.mark.gpu
-def test_the_ring_quantises_what_a_fast_division_could_not(make_experts):
+@pytest.mark.parametrize("form", ["relu2 ungated", "silu"])
+def test_the_ring_quantises_what_a_fast_division_could_not(make_experts, form):
     """Rows whose scales are at the ends of float32's range, infinite or NaN: the bits of a division."""
     if not has_tma(torch.device("cuda")):
         pytest.skip("needs Hopper")
@@ -87,7 +88,7 @@ def test_the_ring_quantises_what_a_fast_division_could_not(make_experts):
         experts = make_experts(40, 1, 2, 256, 128, torch.float32)
         experts.x_RH[7] *= factor
         experts.x_RH[8] *= abs(factor) ** 0.5
-        matrices = quantised(experts, "fp8_block", "relu2 ungated", torch.float32)
+        matrices = quantised(experts, "fp8_block", form, torch.float32)
         matrices = replace(matrices, gate_up_bias_SN=None)
         found = []
         for config in (GemmConfig(64, 256, 128, 8, 3, quantised=True), RING):
