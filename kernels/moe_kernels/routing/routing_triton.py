@@ -99,8 +99,9 @@ def choose_experts(
 ):
     """Weights and ids [TOKENS, BLOCK_K] of the tokens whose logits begin at `logits_ptr`; zeros from TOP_K on.
 
-    The choice takes K rounds of three integer reductions. (To count, for every expert, those before it would take no
-    rounds, but E * E comparisons: as long for one token, and several times as long for many.)
+    The choice takes K rounds of three integer reductions; of two if bfloat16 logits decide, as an id fits beside such a key.
+    (To count, for every expert, those before it would take no rounds, but E * E comparisons: as long for one token, and
+    several times as long for many.)
     """
     token, expert = tl.arange(0, TOKENS)[:, None], tl.arange(0, BLOCK_E)[None, :]
     exists = expert < num_experts
@@ -115,7 +116,11 @@ def choose_experts(
     if GROUPS > 1:
         choice = scores if bias_ptr is None else key
         is_choice = _in_kept_groups(choice, exists, expert, num_experts // GROUPS, GROUPS, TOP_GROUPS, GROUP_SUM)
-    key = tl.where(is_choice, _ordered(key), _TAKEN)
+    PACKS: tl.constexpr = (bias_ptr is None) and logits_ptr.dtype.element_ty == tl.bfloat16
+    ordered = _ordered(key)
+    if PACKS:  # of a bfloat16, the upper half says all
+        ordered = (ordered & -0x10000) | (0xFFFF - expert)
+    key = tl.where(is_choice, ordered, _TAKEN)
     score_bits = scores.to(tl.int32, bitcast=True)
 
     slot = tl.arange(0, BLOCK_K)[None, :]
@@ -124,7 +129,8 @@ def choose_experts(
     total = tl.zeros((TOKENS, 1), dtype=tl.float32)
     for k in range(TOP_K):
         best = tl.max(key, axis=1, keep_dims=True)
-        chosen = tl.min(tl.where(key == best, expert, BLOCK_E), axis=1, keep_dims=True)
+        equal = tl.where(key == best, expert, BLOCK_E)
+        chosen = 0xFFFF - (best & 0xFFFF) if PACKS else tl.min(equal, axis=1, keep_dims=True)
         key = tl.where(expert == chosen, _TAKEN, key)
         weight_bits = tl.sum(tl.where(expert == chosen, score_bits, 0), axis=1, keep_dims=True)
         weight = weight_bits.to(tl.float32, bitcast=True)
@@ -168,9 +174,8 @@ def _topk_routing_kernel(
     # tunables
     TOKENS: tl.constexpr,
     BLOCK_E: tl.constexpr,
-    BLOCK_K: tl.constexpr,
 ):
-    """TOKENS tokens, a warp for each.
+    """TOKENS tokens, a warp for each. As wide as the logits, the results need no exchange between threads.
 
     Example: logits [1, 3, 3, 2], K = 2, softmax, renormalized → ids [1, 2], weights [0.5, 0.5].
     """
@@ -182,9 +187,9 @@ def _topk_routing_kernel(
     weights, ids = choose_experts(
         *(logits_ptr, bias_ptr, num_tokens - first, num_experts, scale, epsilon),
         *(TOP_K, SCORE_FUNCTION, RENORMALIZE, GROUPS, TOP_GROUPS, GROUP_SUM, ROUND_TO),
-        *(TOKENS, BLOCK_E, BLOCK_K),
+        *(TOKENS, BLOCK_E, BLOCK_E),
     )
-    token, slot = first + tl.arange(0, TOKENS)[:, None], tl.arange(0, BLOCK_K)[None, :]
+    token, slot = first + tl.arange(0, TOKENS)[:, None], tl.arange(0, BLOCK_E)[None, :]
     if mask_ptr is not None:
         counts = tl.load(mask_ptr + token, mask=token < num_tokens, other=0) != 0
         weights = tl.where(counts, weights, 0.0)
@@ -241,7 +246,6 @@ def topk_routing_triton(
             **rule_constants(rule),
             TOKENS=tokens,
             BLOCK_E=next_power_of_2(num_experts),
-            BLOCK_K=next_power_of_2(top_k),
             num_warps=tokens,
         )
     return weights_TK, ids_TK
