@@ -21,9 +21,9 @@ from moe_kernels.base.scan import (
     load_bins,
     load_chunk,
     rank_hits,
-    rank_in_bins,
     row_ends,
     scan_options,
+    sort_chunk,
     start_chunks,
 )
 from moe_kernels.operands.load import LoadCounter
@@ -42,8 +42,6 @@ MANY_ROWS = 32768
 def _write_lanes(
     counts,
     table_lanes,
-    program,
-    programs,
     expert,
     num_experts,
     num_lanes,
@@ -71,7 +69,7 @@ def _write_lanes(
         num_tiles_ptr, BLOCK_M, EXTRA_M, BLOCK,
     )  # fmt: skip
     if num_experts < num_lanes:
-        for other in range(program, num_lanes, programs):
+        for other in range(expert, num_lanes, num_experts + 1):
             is_named = tl.sum((table_lanes == other).to(tl.int32), axis=0) > 0
             before = tl.sum(tl.where(table_lanes < other, counts, 0), axis=0)
             tl.store(offsets_ptr + other, before, mask=is_named == 0)
@@ -134,8 +132,8 @@ def _schedule_few_kernel(
     ids = tl.load(ids_ptr + row, mask=row < num_rows, other=-1)
     counts = tl.histogram(ids, BLOCK_E, mask=(ids >= 0) & (ids < num_experts))
     lane, start = _write_lanes(
-        counts, table_lanes, expert, num_experts + 1, expert, num_experts, num_lanes, max_tiles, offsets_ptr, tile_lane_ptr,
-        tile_start_ptr, tile_end_ptr, num_tiles_ptr, BLOCK_M, EXTRA_M, BLOCK,
+        counts, table_lanes, expert, num_experts, num_lanes, max_tiles, offsets_ptr, tile_lane_ptr, tile_start_ptr,
+        tile_end_ptr, num_tiles_ptr, BLOCK_M, EXTRA_M, BLOCK,
     )  # fmt: skip
     mine = bins == expert
     hits = count_hits(mine)
@@ -210,31 +208,40 @@ def _schedule_many_kernel(
     BLOCK: tl.constexpr,
     BLOCK_E: tl.constexpr,
 ):
-    """The rows of one chunk. Programs share the experts, whose tiles they write.
+    """The rows of one chunk; the first programs instead: the tiles of one expert, the last of them the unused tiles.
 
     Example: as of `_schedule_few_kernel`, with counts [2, 1] and starts [[0], [0], [0]].
     """
     if PDL:  # see `Launcher`
         gdc_wait()
         gdc_launch_dependents()
-    experts = tl.arange(0, BLOCK_E)
-    is_expert = experts < num_experts
-    table_lanes = tl.load(table_lanes_ptr + experts, mask=is_expert, other=num_lanes)
-    counts = tl.load(counts_ptr + experts, mask=is_expert, other=0)
-    row, ids = load_chunk(ids_ptr, num_rows, num_experts, CHUNK)
+    expert, num_programs = tl.program_id(0), num_experts + 1
+    if expert < num_programs:
+        experts = tl.arange(0, BLOCK_E)
+        table_lanes = tl.load(table_lanes_ptr + experts, mask=experts < num_experts, other=num_lanes)
+        counts = tl.load(counts_ptr + experts, mask=experts < num_experts, other=0)
+        _write_lanes(
+            counts, table_lanes, expert, num_experts, num_lanes, max_tiles, offsets_ptr, tile_lane_ptr, tile_start_ptr,
+            tile_end_ptr, num_tiles_ptr, BLOCK_M, EXTRA_M, BLOCK,
+        )  # fmt: skip
+        return
+    chunk, num_chunks = expert - num_programs, tl.num_programs(0) - num_programs
+    _, ids = load_chunk(ids_ptr, chunk, num_rows, num_experts, CHUNK)
+    ids, place, rank = sort_chunk(ids, CHUNK)
+    row = chunk * CHUNK + place
     lanes = tl.load(table_lanes_ptr + ids, mask=ids < num_experts, other=num_lanes)
-    first = tl.sum(tl.where(table_lanes[None, :] < lanes[:, None], counts[None, :], 0), axis=1)
-    position = first + rank_in_bins(ids, starts_ptr, CHUNK)
+    position = tl.load(starts_ptr + ids.to(tl.int64) * num_chunks + chunk) + rank
+    EXPERTS: tl.constexpr = min(BLOCK_E, 32)  # that rows are compared with at once, each thread its own rows
+    for first in tl.static_range(0, BLOCK_E, EXPERTS):
+        experts = first + tl.arange(0, EXPERTS)
+        table_lanes = tl.load(table_lanes_ptr + experts, mask=experts < num_experts, other=num_lanes)
+        counts = tl.load(counts_ptr + experts, mask=experts < num_experts, other=0)
+        position += tl.sum(tl.where(table_lanes[None, :] < lanes[:, None], counts[None, :], 0), axis=1)
     inside = row < num_rows
     tl.store(lanes_ptr + row, tl.where(lanes < num_lanes, lanes, -1), mask=inside)
     tl.store(order_ptr + position, row, mask=inside)
     if places_ptr is not None:
         tl.store(places_ptr + row, position, mask=inside)
-    for expert in range(tl.program_id(0), num_experts + 1, tl.num_programs(0)):
-        _write_lanes(
-            counts, table_lanes, tl.program_id(0), tl.num_programs(0), expert, num_experts, num_lanes, max_tiles, offsets_ptr,
-            tile_lane_ptr, tile_start_ptr, tile_end_ptr, num_tiles_ptr, BLOCK_M, EXTRA_M, BLOCK,
-        )  # fmt: skip
 
 
 def local_schedule_triton(
@@ -249,7 +256,7 @@ def local_schedule_triton(
 ) -> tuple[torch.Tensor, TileSchedule]:
     """lanes_TK and the schedule, as `select_replicas` and `build_schedule` make them. `table`: one replica an expert."""
     num_rows, num_experts = expert_ids_TK.numel(), load.load_E.numel()
-    chunks_BC = count_chunks(expert_ids_TK, num_experts, MANY_ROWS)
+    chunks_BC = count_chunks(expert_ids_TK, num_experts, MANY_ROWS, is_sorted=True)
     if chunks_BC is None and num_rows > FEW_ROWS:  # each of the two scans the rows with a program for each expert
         lanes_TK, counts_L = select_replicas_triton(expert_ids_TK, table, load, 0, num_lanes=num_lanes)
         return lanes_TK, build_schedule_triton(
@@ -275,7 +282,8 @@ def local_schedule_triton(
         BLOCK=scan.BLOCK_C,
         num_warps=max(1, scan.BLOCK_C // 256),
     )
-    _schedule_many_kernel[(num_chunks,)](
-        *(expert_ids_TK, table.lanes_P, counts_B, chunks_BC), *written, *sizes, **tunables, BLOCK=512, **chunk_options()
+    many = {"BLOCK": 512, **chunk_options(is_sorted=True)}
+    _schedule_many_kernel[(num_experts + 1 + num_chunks,)](
+        *(expert_ids_TK, table.lanes_P, counts_B, chunks_BC), *written, *sizes, **tunables, **many
     )
     return lanes_TK, schedule

@@ -33,6 +33,7 @@ def small_chunks(monkeypatch: pytest.MonkeyPatch) -> None:
     """So that few keys are many, in several chunks, and few bins several blocks."""
     monkeypatch.setattr(scan, "MANY_KEYS", 1)
     monkeypatch.setattr(scan, "CHUNK", 16)
+    monkeypatch.setattr(scan, "SORTED_CHUNK", 16)
     monkeypatch.setattr(scan, "LARGEST_BLOCK_B", 4)
     monkeypatch.setattr(scan, "BLOCK_C", 16)
 

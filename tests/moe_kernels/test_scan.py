@@ -16,6 +16,7 @@ from moe_kernels.base.scan import (
     rank_in_bins,
     row_ends,
     scan_options,
+    sort_chunk,
     start_chunks,
 )
 
@@ -100,7 +101,7 @@ def _start_chunks_kernel(counts_ptr, totals_ptr, num_chunks, BLOCK: tl.constexpr
 
 @triton.jit
 def _chunk_ranks_kernel(keys_ptr, starts_ptr, ranks_ptr, num_keys, num_bins, CHUNK: tl.constexpr):
-    index, bins = load_chunk(keys_ptr, num_keys, num_bins, CHUNK)
+    index, bins = load_chunk(keys_ptr, tl.program_id(0), num_keys, num_bins, CHUNK)
     tl.store(ranks_ptr + index, rank_in_bins(bins, starts_ptr, CHUNK), mask=index < num_keys)
 
 
@@ -118,3 +119,35 @@ def test_ranks_in_chunks(small_chunks, device, num_keys, num_bins, hot):
     _chunk_ranks_kernel[(counts.shape[1],)](keys.to(device), counts, ranks, num_keys, num_bins, **chunk_options())
     assert totals[:-1].tolist() == hits.sum(1)[:-1].tolist()
     assert ranks.tolist() == ((hits.cumsum(1) - 1) * hits).sum(0).tolist()
+
+
+@triton.jit
+def _sort_chunk_kernel(keys_ptr, out_ptr, num_keys, num_bins, CHUNK: tl.constexpr):
+    _, bins = load_chunk(keys_ptr, tl.program_id(0), num_keys, num_bins, CHUNK)
+    bins, place, rank = sort_chunk(bins, CHUNK)
+    at = out_ptr + tl.arange(0, CHUNK)
+    tl.store(at, bins)
+    tl.store(at + CHUNK, place)
+    tl.store(at + 2 * CHUNK, rank)
+
+
+def sorted_chunk(keys, num_bins, chunk, device):
+    out = torch.empty(3, chunk, dtype=torch.int32, device=device)
+    keys = torch.tensor(keys, dtype=torch.int32, device=device)
+    _sort_chunk_kernel[(1,)](keys, out, keys.numel(), num_bins, CHUNK=chunk)
+    return out.cpu()
+
+
+def test_example_of_a_sorted_chunk(device):
+    assert sorted_chunk([2, 0, 2, 2], 3, 4, device).tolist() == [[0, 2, 2, 2], [1, 0, 2, 3], [0, 0, 1, 2]]
+
+
+@pytest.mark.parametrize(("num_keys", "num_bins"), [(256, 1), (256, 7), (200, 65535)])
+def test_sorted_chunks(device, num_keys, num_bins):
+    keys = torch.randint(-1, num_bins, (num_keys,), generator=torch.Generator().manual_seed(0))
+    bins, place, rank = sorted_chunk(keys.tolist(), num_bins, 256, device)
+    expected = torch.full((256,), num_bins)
+    expected[:num_keys] = torch.where(keys < 0, num_bins, keys)
+    assert torch.equal(bins, expected.sort(stable=True).values.int())
+    assert torch.equal(place, expected.sort(stable=True).indices.int())
+    assert rank.tolist() == [sum(bins[:i] == bin) for i, bin in enumerate(bins)]

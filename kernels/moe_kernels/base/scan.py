@@ -10,7 +10,8 @@ are still in registers (so few keys are read only once), and of those next to it
 
 Many keys: three launches, which read each key twice, however many bins there are. The keys are cut into chunks of CHUNK.
 First `count_chunks` counts the keys of each chunk in each bin; then the op's program of a bin adds up what the chunks have
-of it (`start_chunks`); last, a program for each chunk ranks its keys (`load_chunk`, `rank_in_bins`).
+of it (`start_chunks`); last, a program for each chunk ranks its keys (`load_chunk`, `rank_in_bins`), or sorts them
+(`sort_chunk`): of larger chunks, so that there are fewer counts.
 """
 
 from __future__ import annotations
@@ -26,6 +27,7 @@ SMALLEST_BLOCK, LARGEST_BLOCK = 512, 8192  # of keys that a program looks at in 
 MANY_KEYS = 65536  # from here on three launches take less time than one (H200, docs/log.md)
 # Keys are compared with all of their chunk, so smaller chunks are placed faster; but there are more of them to count.
 CHUNK = 64
+SORTED_CHUNK = 256  # at most 65,536: keys are sorted by bin and place in 32 bits
 LARGEST_BLOCK_B = 512  # of bins that a program counts
 BLOCK_C = 2048  # of chunks that a program adds up in a step
 
@@ -120,19 +122,22 @@ def rank_hits(mine, ends):
     return first[:, :, :, None] + tl.cumsum(mine.to(tl.int32), axis=3) - 1, ends
 
 
-def chunk_options() -> dict[str, int]:
-    """Launch options of a program for each chunk: a key for each thread."""
-    return {"CHUNK": CHUNK, "num_warps": max(1, CHUNK // 32)}
+def chunk_options(is_sorted: bool = False) -> dict[str, int]:
+    """Launch options of a program for each chunk: a key for each thread; two if it sorts them."""
+    return {"CHUNK": SORTED_CHUNK, "num_warps": 4} if is_sorted else {"CHUNK": CHUNK, "num_warps": max(1, CHUNK // 32)}
 
 
-def count_chunks(keys: torch.Tensor, num_bins: int, many: int | None = None) -> torch.Tensor | None:
+def count_chunks(
+    keys: torch.Tensor, num_bins: int, many: int | None = None, is_sorted: bool = False
+) -> torch.Tensor | None:
     """How many keys of each chunk are in each bin (see `load_bins`), int32 [num_bins + 1, chunks].
 
     None for fewer keys than `many`, or than `MANY_KEYS`, which is also the most that `many` can be.
     """
+    options = chunk_options(is_sorted)
     if keys.numel() < (MANY_KEYS if many is None else min(many, MANY_KEYS)):
         return None
-    counts_BC = keys.new_empty((num_bins + 1, cdiv(keys.numel(), CHUNK)))
+    counts_BC = keys.new_empty((num_bins + 1, cdiv(keys.numel(), options["CHUNK"])))
     block = min(next_power_of_2(num_bins + 1), LARGEST_BLOCK_B)
     _count_chunks_kernel[(counts_BC.shape[1], cdiv(num_bins + 1, block))](
         keys,
@@ -140,7 +145,7 @@ def count_chunks(keys: torch.Tensor, num_bins: int, many: int | None = None) -> 
         keys.numel(),
         num_bins,
         BLOCK_B=block,
-        **chunk_options(),
+        **options,
     )
     return counts_BC
 
@@ -169,16 +174,16 @@ def _count_chunks_kernel(
         gdc_wait()
         gdc_launch_dependents()
     first = tl.program_id(1) * BLOCK_B
-    _, bins = load_chunk(keys_ptr, num_keys, num_bins, CHUNK)
+    _, bins = load_chunk(keys_ptr, tl.program_id(0), num_keys, num_bins, CHUNK)
     counts = tl.histogram(bins - first, BLOCK_B, mask=(bins >= first) & (bins < first + BLOCK_B))
     bin = first + tl.arange(0, BLOCK_B)
     tl.store(counts_ptr + bin.to(tl.int64) * tl.num_programs(0) + tl.program_id(0), counts, mask=bin <= num_bins)
 
 
 @triton.jit
-def load_chunk(keys_ptr, num_keys, num_bins, CHUNK: tl.constexpr):
-    """Where the keys of the program's chunk stand, and their bins as in `load_bins`."""
-    index = tl.program_id(0) * CHUNK + tl.arange(0, CHUNK)
+def load_chunk(keys_ptr, chunk, num_keys, num_bins, CHUNK: tl.constexpr):
+    """Where the keys of the chunk stand, and their bins as in `load_bins`."""
+    index = chunk * CHUNK + tl.arange(0, CHUNK)
     return index, _bin_of(tl.load(keys_ptr + index, mask=index < num_keys, other=-1), num_bins)
 
 
@@ -204,3 +209,21 @@ def rank_in_bins(bins, starts_ptr, CHUNK: tl.constexpr):
     order = bins * CHUNK + place
     between = (order[None, :] - 1 - order[:, None]).to(tl.uint32)  # unsigned, a later one is far off
     return starts + tl.sum((between < place[None, :]).to(tl.int32), axis=0)
+
+
+@triton.jit
+def _count_in_bin(left, right):
+    """Of keys in order, each the bin in the upper 16 bits and a count below: an inclusive scan by this counts within bins."""
+    is_same = (left & 0xFFFF0000) == (right & 0xFFFF0000)
+    return tl.where(is_same, left + (right & 0xFFFF), right)
+
+
+@triton.jit
+def sort_chunk(bins, CHUNK: tl.constexpr):
+    """Bins of at most 16 bits [CHUNK] → the same in order, their places in the chunk, and their ranks within the bin.
+
+    Example: [2, 0, 2, 2] → [0, 2, 2, 2], [1, 0, 2, 3], [0, 0, 1, 2].
+    """
+    both = tl.sort((bins.to(tl.uint32) << 16) | tl.arange(0, CHUNK).to(tl.uint32))
+    counted = tl.associative_scan((both & 0xFFFF0000) | 1, 0, _count_in_bin)
+    return (both >> 16).to(tl.int32), (both & 0xFFFF).to(tl.int32), (counted & 0xFFFF).to(tl.int32) - 1

@@ -253,7 +253,7 @@ def _find_lanes_kernel(
     if PDL:  # see `Launcher`
         gdc_wait()
         gdc_launch_dependents()
-    index, expert = load_chunk(ids_ptr, num_elements, num_experts, CHUNK)
+    index, expert = load_chunk(ids_ptr, tl.program_id(0), num_elements, num_experts, CHUNK)
     is_expert = expert < num_experts
     lane = tl.full((CHUNK,), -1, dtype=tl.int32)
     if offsets_ptr is None:

@@ -183,7 +183,7 @@ def _place_rows_kernel(
     if PDL:  # see `Launcher`
         gdc_wait()
         gdc_launch_dependents()
-    row, bins = load_chunk(lanes_ptr, num_rows, num_lanes, CHUNK)
+    row, bins = load_chunk(lanes_ptr, tl.program_id(0), num_rows, num_lanes, CHUNK)
     position = tl.load(offsets_ptr + bins) + rank_in_bins(bins, starts_ptr, CHUNK)
     inside = position.to(tl.uint32) < num_rows  # as above
     tl.store(order_ptr + position, row, mask=inside)

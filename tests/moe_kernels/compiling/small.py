@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from itertools import product
 
 import triton
 
@@ -46,7 +47,6 @@ def compile_small(arch: int) -> None:
                     {
                         "TOP_K": 8,
                         "BLOCK_E": triton.next_power_of_2(experts),
-                        "BLOCK_K": 8,
                     }
                     | routing_triton.rule_constants(rule)
                     | {"TOKENS": tokens}
@@ -102,7 +102,7 @@ def compile_small(arch: int) -> None:
         options = scan_options(FEW_ROWS)
         few = local | {"BLOCK": options["BLOCK"], "ROWS": options["ROWS"]}
         compile_small_one("local_schedule", "_schedule_few_kernel", types, few, arch, options["num_warps"])
-        options = chunk_options()
+        options = chunk_options(is_sorted=True)
         many = local | {"CHUNK": options["CHUNK"], "BLOCK": 512}
         compile_small_one("local_schedule", "_schedule_many_kernel", {}, many, arch, options["num_warps"])
     for absent in ({}, {"increment_ptr": None}):
@@ -110,11 +110,12 @@ def compile_small(arch: int) -> None:
         types = {"load_ptr": "*i64", "increment_ptr": "*i64"}
         block = {"BLOCK": options["BLOCK"]} | absent
         compile_small_one("local_schedule", "_add_up_chunks_kernel", types, block, arch, options["num_warps"])
+    for is_sorted, block in product((False, True), (2, 128, 512)):
+        options = chunk_options(is_sorted)
+        count = {"CHUNK": options["CHUNK"], "BLOCK_B": block}
+        compile_small_one("scan", "_count_chunks_kernel", {}, count, arch, options["num_warps"])
     options = chunk_options()
     chunk = {"CHUNK": options["CHUNK"]}
-    for block in (2, 128, 512):
-        count = chunk | {"BLOCK_B": block}
-        compile_small_one("scan", "_count_chunks_kernel", {}, count, arch, options["num_warps"])
     for absent in ({}, one_replica_each):
         find = chunk | {"BY_QUOTA": False} | absent
         compile_small_one("replicas_triton", "_find_lanes_kernel", {}, find, arch, options["num_warps"])
