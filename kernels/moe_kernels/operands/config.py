@@ -225,6 +225,7 @@ _MERGED = GemmConfig(
 )
 _PERSISTENT = GemmConfig(block_m=128, block_n=256, block_k=64, num_warps=8, num_stages=4, tma=True, programs_per_sm=1)
 _BY_LANE = replace(_WIDE, group_m=12, by_lane=True)
+_BY_LANE_LONG = replace(_WIDE, group_m=20, by_lane=True)  # 4,096 rows are 32 or 33 tiles: two groups
 _MERGED_BY_LANE = replace(_MERGED, group_m=12, by_lane=True)
 _PERSISTENT_BY_LANE = replace(_PERSISTENT, group_m=12, by_lane=True)
 # Where the inner dimension is short, loads and stores of a tile weigh more: two persistent programs take turns.
@@ -243,7 +244,7 @@ _TABLE_TMA: tuple[tuple[int, int, tuple[_Pair, _Pair, _Pair]], ...] = (
     (256, _ANY, ((_WIDE, _PERSISTENT), (_MERGED, _MERGED), (_MERGED, _MERGED))),
     (512, _ANY, ((_WIDE, _PERSISTENT), (_MERGED_BY_LANE, _MERGED_BY_LANE), (_WIDE, _WIDE))),
     (1024, _ANY, ((_WIDE, _PERSISTENT), (_BY_LANE, _PERSISTENT_BY_LANE), (_BY_LANE, _BY_LANE))),
-    (_ANY, _ANY, ((_WIDE, _PERSISTENT), (_WIDE, _PERSISTENT), (_WIDE, _WIDE))),
+    (_ANY, _ANY, ((_WIDE, _PERSISTENT), (_WIDE, _PERSISTENT), (_BY_LANE_LONG, _WIDE))),
 )
 # An output up to this size is worth keeping in L2 (50 to 60 MB on Hopper) for the kernel that reads it next; larger ones gain
 # nothing. (Measured on an H200. Weights come by TMA, for which Triton has no such policy, so they can't be told to go.)
