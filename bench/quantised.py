@@ -45,7 +45,7 @@ from bench.report import (
 from bench.timing import DEFAULT_SECONDS, FLUSHES, time_eager, time_graph
 from moe_kernels import ExpertMatrices
 
-DEFAULT = ("qwen3-fp8", "dsv3-fp8", "gptoss-mxfp4", "qwen3-int4")
+DEFAULT = ("qwen3-fp8", "dsv3-fp8", "gptoss-mxfp4", "qwen3-int4", "qwen3-int4-g32", "qwen3-mxfp4-silu")
 OURS, OURS_BF16 = "moe_layer", "moe_layer_bf16"
 
 

@@ -38,6 +38,7 @@ FORMATS = {
     for form in (
         Format("fp8", "fp8_block", worst_error=6e-2),
         Format("mxfp4", "mxfp4", activation=GPT_OSS, is_biased=True),
+        Format("mxfp4-silu", "mxfp4"),  # to compare with int4
         Format("int4", "int4", group=128),
         Format("int4-g32", "int4", group=32),
     )

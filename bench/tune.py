@@ -75,14 +75,6 @@ def quantised_candidates(op: str, rows_per_expert: float, scheme: str) -> Iterat
             ((256, 128, 2), (256, 128, 3)) if op == "up" else ((128, 128, 3), (128, 128, 4), (64, 128, 5))
         )
     else:
-        for block_m, (block_n, block_k), num_warps, num_stages in product(
-            (16, 32, 64, 128), ((128, 128), (256, 128), (128, 256)), (4, 8), (3, 4)
-        ):
-            if block_m > 16 and rows_per_expert < block_m / 8:
-                continue
-            for group_m, tail_m in ((8, 0), (4, 64)) if block_m == 128 else ((8, 0),):
-                sizes = (block_m, block_n, block_k, num_warps, num_stages, group_m)
-                yield GemmConfig(*sizes, tma=True, swap=True, tail_m=tail_m, quantised=True)
         yield from four_bit_rings(rows_per_expert)
         blocks = tuple((n, k, stages) for n, k in product((64, 128, 256), (64, 128)) for stages in (3, 4, 5))
     for block_m, (block_n, block_k, num_stages), num_warps in product((16, 32, 64, 128), blocks, (4, 8)):

@@ -14,7 +14,7 @@ from bench.quantised_providers import FORMATS, make_matrices
 TINY = ["--tokens", "1,9", "--seconds", "0.005", "--device", "cpu"]
 
 
-@pytest.mark.parametrize("form", ["fp8", "mxfp4", "int4"])
+@pytest.mark.parametrize("form", ["fp8", "mxfp4", "mxfp4-silu", "int4"])
 def test_from_end_to_end(tmp_path, capsys, form):
     path = tmp_path / "out.csv"
     assert quantised.main([*TINY, "--cases", f"8:2:128:128-{form}", "--csv", str(path)]) == 0

@@ -18,12 +18,8 @@ from moe_kernels import (
     pack_words,
     quantise_weights,
 )
-from moe_kernels.quantised import (
-    expert_down_four_bit,
-    expert_up_four_bit,
-)
 from tests.moe_kernels.quantised import (
-    FOUR_BIT_TMA,
+    FOUR_BIT_PLAIN,
     KINDS,
     Case,
     check,
@@ -32,7 +28,6 @@ from tests.moe_kernels.quantised import (
     runnable,
 )
 
-FOUR_BIT_PLAIN = GemmConfig(16, 128, 128, 4, 3, swap=True, quantised=True)
 FOUR_BIT_RINGS = (
     # block_m, block_n, block_k, num_stages, programs_per_sm, tail_m, extra_m
     (16, 128, 256, 4, 2, 0, 0),
@@ -80,9 +75,7 @@ def test_the_ring_of_four_bits_has_the_bits_of_the_plain_kernels(
     matrices, num_rows = quantised(experts, kind, form, dtype), experts.lanes_N.numel()
     here = experts.lanes_N >= 0
     expected = None
-    for number, config in enumerate(
-        (FOUR_BIT_PLAIN, *(four_bit_ring(*FOUR_BIT_RINGS[place]) for place in places), FOUR_BIT_TMA)
-    ):
+    for number, config in enumerate((FOUR_BIT_PLAIN, *(four_bit_ring(*FOUR_BIT_RINGS[place]) for place in places))):
         case = Case(experts, matrices, (config, config))
         hidden = case.up("triton")
         rows = case.down("triton", hidden)
@@ -178,20 +171,6 @@ def test_every_code_and_scale_exactly(device, kind, dtype, tma):
     wanted = dequantise(down, scales[1], zeros[1], scheme)[0].to(dtype).T
     assert wanted.isfinite().all() and (wanted != 0).double().mean() > 0.85
     assert torch.equal(rows, wanted)
-
-
-@pytest.mark.parametrize("kind", ["mxfp4", "int4 zeros"])
-def test_halves_have_the_same_bits(make_experts, monkeypatch, kind):
-    if torch.cuda.is_available() and not has_tma(torch.device("cuda")):
-        pytest.skip("needs TMA")
-    case = make_case(make_experts, kind, "gpt-oss", configs=(FOUR_BIT_TMA,) * 2)
-    rows = []
-    for most in (0, 32):
-        for module in (expert_up_four_bit, expert_down_four_bit):
-            monkeypatch.setattr(module, "MOST_HALVED", most)
-        hidden = case.up("triton")
-        rows.append((hidden[: case.computed], case.down("triton", hidden)[case.experts.lanes_N >= 0]))
-    assert all(torch.equal(one, other) for one, other in zip(*rows, strict=True))
 
 
 @pytest.mark.parametrize("tma", [False, True])

@@ -16,7 +16,6 @@ from moe_kernels.base.numerics import dot
 from moe_kernels.gemms.expert_down_tma import expert_down_tma
 from moe_kernels.operands.config import GemmConfig
 from moe_kernels.operands.matrices import ExpertMatrices
-from moe_kernels.quantised.expert_down_four_bit import expert_down_four_bit
 from moe_kernels.quantised.expert_down_four_bit_ring import expert_down_four_bit_ring
 from moe_kernels.quantised.expert_down_quantised import expert_down_quantised
 from moe_kernels.quantised.quantise_rows import Rows
@@ -107,11 +106,7 @@ def expert_down_triton(
 ) -> torch.Tensor:
     if matrices.scheme not in ("plain", "fp8_block") and config.tma:
         assert isinstance(hidden_NI, torch.Tensor)
-        if config.programs_per_sm:
-            return expert_down_four_bit_ring(
-                hidden_NI, matrices, lane_to_slot_L, schedule, row_weights_N, config, homes
-            )
-        return expert_down_four_bit(hidden_NI, matrices, lane_to_slot_L, schedule, row_weights_N, config, homes)
+        return expert_down_four_bit_ring(hidden_NI, matrices, lane_to_slot_L, schedule, row_weights_N, config, homes)
     if matrices.scheme != "plain":
         return expert_down_quantised(hidden_NI, matrices, lane_to_slot_L, schedule, row_weights_N, config, homes)
     assert isinstance(hidden_NI, torch.Tensor)

@@ -16,7 +16,6 @@ from moe_kernels.base.numerics import activated, dot, is_gated, narrow, widen
 from moe_kernels.gemms.expert_up_tma import expert_up_tma
 from moe_kernels.operands.config import GemmConfig
 from moe_kernels.operands.matrices import ExpertMatrices
-from moe_kernels.quantised.expert_up_four_bit import expert_up_four_bit
 from moe_kernels.quantised.expert_up_four_bit_ring import expert_up_four_bit_ring
 from moe_kernels.quantised.expert_up_quantised import expert_up_quantised
 from moe_kernels.quantised.quantise_rows import Rows
@@ -137,9 +136,7 @@ def expert_up_triton(
         assert pre_NJ is None, "quantised experts have no gradient"
         if config.tma and matrices.scheme != "fp8_block":
             assert isinstance(x_RH, torch.Tensor)
-            if config.programs_per_sm:
-                return expert_up_four_bit_ring(x_RH, matrices, lane_to_slot_L, schedule, fanout, config)
-            return expert_up_four_bit(x_RH, matrices, lane_to_slot_L, schedule, fanout, config)
+            return expert_up_four_bit_ring(x_RH, matrices, lane_to_slot_L, schedule, fanout, config)
         return expert_up_quantised(x_RH, matrices, lane_to_slot_L, schedule, fanout, config)
     assert isinstance(x_RH, torch.Tensor)
     hidden_NI = x_RH.new_empty((schedule.order_N.shape[0], matrices.intermediate_size))

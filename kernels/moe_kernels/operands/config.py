@@ -37,8 +37,8 @@ class GemmConfig:
         keep: write the output so that L2 rather lets other things go, weights that stream by above all.
         quantised: for experts of a scheme other than "plain", which may `swap`. With `tma`, on Hopper: of fp8_block the kernels
             of `fp8_ring.py`, whose tiles are 128 x 256 x 128, with `num_stages` in the ring; of 4-bit weights, which always
-            `swap`, those of `expert_up_four_bit.py`, which may have `tail_m`, or with `programs_per_sm` those of
-            `four_bit_ring.py`, with four warps for each 64 of `block_n`, and `tail_m` and `extra_m` of 16 at least.
+            `swap`, those of `four_bit_ring.py`, with `programs_per_sm`, four warps for each 64 of `block_n`, and `tail_m` and
+            `extra_m` of 16 at least.
         by_lane: tiles share a column block with tiles of their own lane only, in groups of at most `group_m` and about equal
             size: so a lane's weights are read from memory once for each of its groups. Else most groups have tiles of two
             lanes, whose weights are read by two groups each.
@@ -71,7 +71,7 @@ class GemmConfig:
         return self.tma and self.programs_per_sm == 1 and not self.quantised and not self.keep
 
     def __post_init__(self) -> None:
-        is_ring = self.quantised and self.tma and self.swap and self.programs_per_sm > 0
+        is_ring = self.quantised and self.tma and self.swap  # of 4-bit weights
         for name, least in (("block_m", 16), ("block_n", 32), ("block_k", 16), ("num_warps", 1)):
             value = getattr(self, name)
             if value < least or (value & (value - 1) and not (is_ring and name in ("block_n", "num_warps"))):
@@ -85,9 +85,7 @@ class GemmConfig:
         if is_ring:
             self._check_four_bit_ring()
             return
-        if self.quantised and self.tma and self.swap and self.extra_m:
-            raise ValueError(f"{self}: quantised with tma and swap needs extra_m=0, or programs_per_sm")
-        if self.quantised and self.tma and not self.swap:
+        if self.quantised and self.tma:
             if (self.block_m, self.block_n, self.block_k, self.num_warps) != (128, 256, 128, 4):
                 raise ValueError(f"{self}: quantised with tma needs tiles of 128 x 256 x 128 and num_warps=4")
             if others:
@@ -105,11 +103,10 @@ class GemmConfig:
                 raise ValueError(f"{name}={value}: must be 0, or a power of two and at least 64")
             if value >= self.block_m:
                 raise ValueError(f"{name}={value}: must be less than block_m={self.block_m}")
-            if value and ((self.swap and not self.quantised) or self.programs_per_sm):
+            if value and (self.swap or self.programs_per_sm):
                 raise ValueError(f"{name}={value}: not together with swap or programs_per_sm")
-        # Swapped, rows of weights are 64 at least (gate and up rows each, where they are multiplied apart), or they would be
-        # multiplied by mma.sync; a box holds 256.
-        least = 32 if not self.swap else 64 if self.quantised else 128
+        # Swapped, gate and up rows are 64 at least each, or they would be multiplied by mma.sync; a box holds 256.
+        least = 128 if self.swap else 32
         if self.tma and not least <= self.block_n <= 256:
             raise ValueError(f"block_n={self.block_n}: must be in [{least}, 256] with tma=True")
 
@@ -121,7 +118,7 @@ class GemmConfig:
             raise ValueError(
                 f"{self}: the ring needs block_k of 64, 128 or 256 and num_stages a power of two, at least 2"
             )
-        if self.block_m > 256 or self.programs_per_sm > 2 or self.keep:
+        if self.block_m > 256 or self.programs_per_sm not in (1, 2) or self.keep:
             raise ValueError(f"{self}: the ring needs block_m <= 256, programs_per_sm of 1 or 2 and no keep")
         for name, most in (("tail_m", self.block_m - 1), ("extra_m", self.block_m)):
             value = getattr(self, name)
@@ -180,8 +177,8 @@ _TABLE_FP8_HOPPER: _QuantisedTable = (
     (64, replace(_FP8_UP, block_m=64, num_warps=8, num_stages=3), replace(_FP8_DOWN, block_m=64)),
     (_ANY, replace(_FP8_UP, block_m=128, num_warps=8, num_stages=3), replace(_FP8_DOWN, block_m=128, num_warps=8)),
 )
-# By a ring (`four_bit_ring.py`), measured with gptoss-mxfp4 and qwen3-int4 on an H200. Weights are unpacked once for `block_m`
-# rows, so a few more rows are `extra_m`.
+# By a ring (`four_bit_ring.py`), measured with gptoss-mxfp4, qwen3-mxfp4 and qwen3-int4 on an H200. Weights are unpacked once
+# for `block_m` rows, so a few more rows are `extra_m`.
 _RING = GemmConfig(
     block_m=16,
     block_n=192,
@@ -198,19 +195,10 @@ _RING_MANY: _QuantisedTable = (
     (64, *2 * (replace(_RING, block_m=64, block_k=128, tail_m=32, extra_m=32),)),
     (_ANY, *2 * (replace(_RING, block_m=128, block_k=128, tail_m=64, extra_m=32),)),
 )
-_TABLE_MXFP4_HOPPER: _QuantisedTable = (
-    (8, *2 * (_RING,)),
-    (16, *2 * (replace(_RINGS, block_k=128, extra_m=16),)),
-    (32, *2 * (replace(_RING, block_m=32, extra_m=16),)),
-    *_RING_MANY,
-)
-# With 16 rows an expert the ring took 3 % longer than these kernels in Triton.
-_FOUR_BIT_TMA = GemmConfig(
-    block_m=32, block_n=256, block_k=128, num_warps=4, num_stages=3, tma=True, swap=True, quantised=True
-)
-_TABLE_INT4_HOPPER: _QuantisedTable = (
+_TABLE_4_BIT_HOPPER: _QuantisedTable = (
     (8, *2 * (_RINGS,)),
-    (32, *2 * (_FOUR_BIT_TMA,)),
+    (16, *2 * (replace(_RINGS, block_m=32, block_k=128),)),
+    (32, *2 * (replace(_RINGS, block_m=32, block_k=128, tail_m=16, extra_m=16),)),
     *_RING_MANY,
 )
 
@@ -325,9 +313,7 @@ def _quantised_table(scheme: str, dtype: torch.dtype, is_hopper: bool, can_use_t
         return (_TABLE_FP8_RING if can_use_tma else _TABLE_FP8_HOPPER) if is_hopper else _TABLE_FP8
     if dtype.itemsize == 4:
         return _TABLE_4_BIT_OF_32
-    if is_hopper:
-        return _TABLE_MXFP4_HOPPER if scheme == "mxfp4" else _TABLE_INT4_HOPPER
-    return _TABLE_4_BIT
+    return _TABLE_4_BIT_HOPPER if is_hopper else _TABLE_4_BIT
 
 
 def gemm_configs(

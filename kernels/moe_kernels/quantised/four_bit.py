@@ -5,15 +5,10 @@
 
 from __future__ import annotations
 
-import torch
 import triton
 import triton.language as tl
-from triton.tools.tensor_descriptor import TensorDescriptor
 
-from moe_kernels.base.checks import check_tma_address, slot_stride
 from moe_kernels.base.numerics import narrow, widen
-from moe_kernels.operands.quantised_weights import group_of
-from moe_kernels.operands.words import WORD
 
 _E2M1_FACTOR = tl.constexpr(2.0**126)
 # Codes of e2m1 are used as numbers of 2 ** -126. Times x in units of 2 ** -48 their products keep far from subnormal numbers,
@@ -55,98 +50,27 @@ def _assembly(four: str, steps: tuple[str, ...]) -> tl.constexpr:
     return tl.constexpr("\n".join([*lines, "}"]))
 
 
-# $9 is the scale, and $10 what comes before it: a factor, or what stands for 0. Twice each.
-_MXFP4 = _assembly(_FOUR_OF_MXFP4, ("mul.bf16x2 {0}, {0}, $10;", "mul.bf16x2 {0}, {0}, $9;"))
+# $9 is the scale, and $10 what stands for 0, twice each. mxfp4 is multiplied once, by the scale times 2 ** 62: that makes the
+# weights times 2 ** -64.
+_MXFP4 = _assembly(_FOUR_OF_MXFP4, ("mul.bf16x2 {0}, {0}, $9;",))
 _INT4 = _assembly(_FOUR_OF_INT4, ("sub.bf16x2 {0}, {0}, $10;", "mul.bf16x2 {0}, {0}, $9;"))
 _EIGHT = tl.constexpr("=h,=h,=h,=h,=h,=h,=h,=h,r,r,r")
-# One multiplication by the scale times 2 ** 62 instead: the weights times 2 ** -64.
-_LOWERED_MXFP4 = _assembly(_FOUR_OF_MXFP4, ("mul.bf16x2 {0}, {0}, $9;",))
 LOWERED_UNDONE = tl.constexpr(2.0**64)
 # A scale's exponent plus 62 as a bfloat16, twice. From 2 ** 66 on it is infinity, then NaN, which 255 stands for.
-_LOWERED_EXPONENT = tl.constexpr("""{
+_EXPONENT = tl.constexpr("""{
     .reg .b32 a, b;
     add.u32 a, $1, 0x1F001F00;
     mov.b32 b, 0x7FC07FC0;
     min.u16x2 $0, a, b;
 }""")
-# A scale's exponent as a bfloat16, twice. 2 ** -127 is subnormal; infinity times 0 is NaN, which 255 stands for.
-_EXPONENT = tl.constexpr("""{
-    .reg .b32 a, b, c;
-    mov.b32 a, 0x00400040;
-    max.u16x2 b, $1, a;
-    mov.b32 c, 0;
-    fma.rn.bf16x2 $0, b, c, b;
-}""")
-
-
-MOST_HALVED = 32
-"""Rows of a tile up to which the kernels use `halves` (docs/log.md, "4-bit experts on an H200")."""
-
-
-def described(
-    which: str,
-    weights: torch.Tensor,
-    scale: torch.Tensor | None,
-    zero: torch.Tensor | None,
-    scheme: str,
-    block_n: int,
-    block_k: int,
-    interleaved: bool = False,
-) -> tuple[TensorDescriptor, TensorDescriptor, TensorDescriptor | None, int]:
-    """Descriptors of the words of matrices [S, N, K / 2] and of their scales and zeros, and the group.
-
-    `interleaved`: a box of the words has block_n gate rows and block_n up rows, eight of each in turn. (N is divisible by 64.)
-    """
-    assert scale is not None
-    group = group_of(weights, scale, scheme)
-    for name, tensor in (("SNH", weights), ("scale", scale), ("zero", zero)):
-        if tensor is not None:
-            check_tma_address(f"matrices.{which}_{name}", tensor)
-    slots, rows, inner = weights.shape
-    inner, stride_slot = inner // 4, slot_stride(weights) // 4
-    shape, strides, block = [slots, rows, inner], [stride_slot, inner, 1], [1, block_n, block_k // WORD]
-    if interleaved:  # in an order that is not that of the strides: see `expert_up_tma`
-        shape, strides = [slots, rows // 16, 2, 8, inner], [stride_slot, 8 * inner, rows // 2 * inner, inner, 1]
-        block = [1, block_n // 8, 2, 8, block_k // WORD]
-    words = TensorDescriptor(weights.view(torch.int32), shape, strides, block)
-
-    def of_groups(tensor: torch.Tensor) -> TensorDescriptor:
-        block = [1, max(block_k // group, 1), block_n]
-        return TensorDescriptor(tensor, list(tensor.shape), [slot_stride(tensor), rows, 1], block)
-
-    return words, of_groups(scale), None if zero is None else of_groups(zero), group
 
 
 @triton.jit
-def load_groups(of_groups, slot, first_row, step, GROUP: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr):
-    """Scales or zeros [BLOCK_N, groups] of rows from `first_row` and columns from step * BLOCK_K on."""
-    GROUPS: tl.constexpr = max(BLOCK_K // GROUP, 1)
-    return of_groups.load([slot, step * BLOCK_K // GROUP, first_row]).reshape(GROUPS, BLOCK_N).T
-
-
-@triton.jit
-def halves(weights):
-    """The left and the right half of the columns, for two products one after the other.
-
-    The compiler divides a single product in a loop into ones of 16 columns, to unpack the next while one runs. Two it leaves
-    whole, and waits for each. With few rows the products are short, and so many synchronisations take longer. The bits are
-    the same.
-    """
-    ROWS: tl.constexpr = weights.shape[0]
-    return weights.reshape(ROWS, 2, weights.shape[1] // 2).permute(0, 2, 1).split()
-
-
-@triton.jit
-def factor_of_scale(scale, SCHEME: tl.constexpr, LOWERED: tl.constexpr):
-    """A scale as a bfloat16, twice: int32. LOWERED: see `weights_of_words`."""
+def factor_of_scale(scale, SCHEME: tl.constexpr):
+    """A scale (mxfp4: times 2 ** 62) as a bfloat16, twice: int32."""
     if SCHEME == "mxfp4":
         return tl.inline_asm_elementwise(
-            _LOWERED_EXPONENT if LOWERED else _EXPONENT,
-            "=r,r",
-            [scale.to(tl.int32) * 0x00800080],
-            dtype=tl.int32,
-            is_pure=True,
-            pack=1,
+            _EXPONENT, "=r,r", [scale.to(tl.int32) * 0x00800080], dtype=tl.int32, is_pure=True, pack=1
         )
     else:
         factor = scale.to(tl.int16, bitcast=True).to(tl.int32) & 0xFFFF
@@ -161,38 +85,29 @@ def factor_of_zero(zero):
 
 @triton.jit
 def weights_of_words(
-    words, scale, zero, SCHEME: tl.constexpr, GROUP: tl.constexpr, DTYPE: tl.constexpr, ASSEMBLY: tl.constexpr,
-    LOWERED: tl.constexpr = False, PREPARED: tl.constexpr = False,
+    words, scale, zero, SCHEME: tl.constexpr, GROUP: tl.constexpr, DTYPE: tl.constexpr, ASSEMBLY: tl.constexpr
 ):  # fmt: skip
     """The weights [N, 8W] in DTYPE of words [N, W], rounded to nearest; mxfp4 is exact in bfloat16.
 
     Args:
         words: int32.
         scale, zero: [N, max(8W / GROUP, 1)]; zero may be None: 8.
-        ASSEMBLY: whether to unpack two weights by one instruction, by PTX for Hopper. The bits are the same. It needs bfloat16.
-        PREPARED: with ASSEMBLY, whether scale and zero are those that `factor_of_scale` and `factor_of_zero` return.
-        LOWERED: of mxfp4 by ASSEMBLY, the weights times 2 ** -64 by one multiplication less; whoever sums them up multiplies by
-            `LOWERED_UNDONE`. Exact for scales of 2 ** -62 to 2 ** 65; smaller weights lose bits, larger ones are not finite.
+        ASSEMBLY: whether to unpack two weights by one instruction, by PTX for Hopper; into bfloat16, of a scale and a zero that
+            `factor_of_scale` and `factor_of_zero` return. Of int4 the bits are the same. Weights of mxfp4 are times 2 ** -64;
+            whoever sums them up multiplies by `LOWERED_UNDONE`. So they are exact for scales of 2 ** -62 to 2 ** 65; smaller
+            ones lose bits, larger ones are not finite.
     """
     GROUPS: tl.constexpr = scale.shape[1]
     WORDS: tl.constexpr = words.shape[1] // GROUPS
     if ASSEMBLY:
         tl.static_assert(tl.bfloat16 == DTYPE)
-        factor, before = scale, zero
-        if not PREPARED:
-            factor = factor_of_scale(scale, SCHEME, LOWERED)
-            if zero is not None:
-                before = factor_of_zero(zero)
-        if SCHEME == "mxfp4":
-            before = 0x7E807E80  # 2 ** 126
-        elif zero is None:
-            before = 0x43084308  # 136
-        else:
-            before = _of_words(before, WORDS)
+        before = 0x43084308  # 136
+        if zero is not None:
+            before = _of_words(zero, WORDS)
         a, b, c, d, e, f, g, h = tl.inline_asm_elementwise(
-            (_LOWERED_MXFP4 if LOWERED else _MXFP4) if SCHEME == "mxfp4" else _INT4,
+            _MXFP4 if SCHEME == "mxfp4" else _INT4,
             _EIGHT,
-            [words, _of_words(factor, WORDS), before],
+            [words, _of_words(scale, WORDS), before],
             dtype=(tl.bfloat16,) * 8,
             is_pure=True,
             pack=1,

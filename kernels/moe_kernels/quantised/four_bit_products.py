@@ -95,7 +95,7 @@ def _load_stage(
     if ZEROS:
         zero = _load_groups(zeros, place, PARTS, LAYOUT)
     if gl.bfloat16 == DTYPE:
-        scale = factor_of_scale(scale, SCHEME, is_lowered(SCHEME, DTYPE))
+        scale = factor_of_scale(scale, SCHEME)
         if ZEROS:
             zero = factor_of_zero(zero)
     return words.index(place).reshape((SIDE, W)).load(all_words(W)), scale, zero
@@ -132,10 +132,9 @@ def _unpack(
         zero = _part(zero, CHUNK * PARTS // CHUNKS, PARTS, LAYOUT)
     ASSEMBLY: gl.constexpr = gl.bfloat16 == DTYPE
     if ZEROS:
-        weights = weights_of_words(words, scale, zero, SCHEME, GROUP, DTYPE, ASSEMBLY, PREPARED=ASSEMBLY)
+        weights = weights_of_words(words, scale, zero, SCHEME, GROUP, DTYPE, ASSEMBLY)
     else:
-        LOWERED: gl.constexpr = is_lowered(SCHEME, DTYPE)
-        weights = weights_of_words(words, scale, None, SCHEME, GROUP, DTYPE, ASSEMBLY, LOWERED, PREPARED=ASSEMBLY)
+        weights = weights_of_words(words, scale, None, SCHEME, GROUP, DTYPE, ASSEMBLY)
     return gl.convert_layout(weights, OPERAND)
 
 

@@ -5,53 +5,8 @@ from __future__ import annotations
 import re
 
 from moe_kernels import GemmConfig
-from moe_kernels.quantised.four_bit import MOST_HALVED
 from moe_kernels.quantised.four_bit_ring import groups_layout, ring_constants, rows_layout, words_layout
-from tests.moe_kernels.compiling.kernel import QUANTISED, check_hopper, compile_kernel
-
-
-def compile_four_bit(
-    scheme: str, config: GemmConfig, is_up: bool, dtype: str = "bf16", sizes: tuple[int, int] = (2880, 2880),
-    group: int = 32, activation: str = "silu", biased: bool = False, zeros: bool = False,
-) -> None:  # fmt: skip
-    """One of the two products with 4-bit experts on Hopper."""
-    assert not config.programs_per_sm, "that is the ring's"
-    rows, k = config.block_n // 2 if is_up else config.block_n, config.block_k
-    box = f"1,{max(k // group, 1)},{rows}"
-    types = {"scale": f"tensordesc<{QUANTISED[scheme][1][1:]}[{box}]>", "zero": f"tensordesc<u8[{box}]>"}
-    types |= dict.fromkeys(("bias_ptr", "x_ptr", "hidden_ptr", "rows_ptr"), f"*{dtype}")
-    is_interleaved, is_halved = is_up and "ungated" not in activation, config.block_m <= MOST_HALVED
-    height = f"{rows // 8},2,8" if is_interleaved else f"{rows}"
-    types |= {"gate_up" if is_up else "down": f"tensordesc<i32[1,{height},{k // 8}]>", "row_weights_ptr": "*fp32"}
-    constants = {"HIDDEN_SIZE": sizes[0], "INTERMEDIATE": sizes[1], "SCHEME": scheme, "GROUP": group, "PDL": True}
-    constants |= {
-        "ASSEMBLY": dtype == "bf16",
-        "HALVES": is_halved,
-        "TAIL_M": config.tail_m,
-        "BLOCK_M": config.block_m,
-        "BLOCK_K": k,
-    }
-    constants |= {"GROUP_M": config.group_m}
-    if is_up:
-        eviction = "evict_last" if config.keep else ""
-        constants |= {"ACTIVATION": activation, "EVICTION": eviction, "BLOCK_I": rows}
-    else:
-        constants |= {"BLOCK_N": rows, "homes_ptr": None}
-        for name, most in (("hidden", config.block_m), ("hidden_tail", config.tail_m or config.block_m)):
-            types[name] = f"*{dtype}" if is_halved else f"tensordesc<{dtype}[{most},{k}]>"
-    constants |= ({} if biased else {"bias_ptr": None}) | ({} if zeros else {"zero": None})
-    module = f"expert_{'up' if is_up else 'down'}_four_bit"
-    options = {"num_warps": config.num_warps, "num_stages": config.num_stages, "launch_pdl": True}
-    compiled = compile_kernel(module, f"_{module}_kernel", types, constants, 90, **options)
-    check_hopper(compiled)
-    loop = re.search(r"scf\.for.*?scf\.yield", compiled.asm["ttgir"], re.DOTALL)
-    assert loop is not None and "local_store" not in loop[0], (
-        "weights must go from shared memory to registers, and stay there"
-    )
-    operands = re.findall(r"warp_group_dot %\S+, .*? : tensor<", loop[0])
-    assert operands and len(operands) == len(re.findall(r"ttng\.warp_group_dot %", loop[0])), (
-        "weights must be in registers"
-    )
+from tests.moe_kernels.compiling.kernel import check_hopper, compile_kernel
 
 
 def compile_four_bit_ring(

@@ -6,7 +6,7 @@ import torch
 
 from moe_kernels import GemmConfig
 from moe_kernels.operands.config import _FP8_RING, _quantised_table
-from tests.moe_kernels.compiling.four_bit import compile_four_bit, compile_four_bit_ring
+from tests.moe_kernels.compiling.four_bit import compile_four_bit_ring
 from tests.moe_kernels.compiling.fp8 import compile_ring
 from tests.moe_kernels.compiling.kernel import GPT_OSS, QUANTISED, compile_kernel, compile_small_one
 from tests.moe_kernels.compiling.one_token import compile_one_quantised_token
@@ -66,7 +66,6 @@ def compile_all_quantised(arch: int, all_of_them: bool) -> None:
         compile_quantised(arch, "fp8_block", wide_up, True)
         narrow, wide = tables["mxfp4"][0][1], tables["int4"][-1][2]
         if arch == 90:
-            compile_four_bit("int4", tables["int4"][1][1], True, sizes=(2048, 768), group=128, zeros=True)
             compile_four_bit_ring("mxfp4", narrow, True, activation=GPT_OSS, biased=True)
             compile_four_bit_ring("int4", wide, False, sizes=(2048, 768), group=128, zeros=True)
         else:
@@ -81,13 +80,12 @@ def compile_all_quantised(arch: int, all_of_them: bool) -> None:
                     32 if scheme == "mxfp4" else 128,
                     (2048, 768),
                 )
-                compile_one = compile_four_bit_ring if up.programs_per_sm else compile_four_bit
-                compile_one(scheme, up, True, **kind)
-                compile_one(scheme, down, False, biased=True)
-                compile_one(scheme, up, True, sizes=sizes, group=group, zeros=scheme == "int4")
-                compile_one(scheme, down, False, sizes=sizes, group=group, zeros=scheme == "int4")
-                compile_one(scheme, up, True, "fp16", activation="relu2 ungated")
-                compile_one(scheme, down, False, "fp16")
+                compile_four_bit_ring(scheme, up, True, **kind)
+                compile_four_bit_ring(scheme, down, False, biased=True)
+                compile_four_bit_ring(scheme, up, True, sizes=sizes, group=group, zeros=scheme == "int4")
+                compile_four_bit_ring(scheme, down, False, sizes=sizes, group=group, zeros=scheme == "int4")
+                compile_four_bit_ring(scheme, up, True, "fp16", activation="relu2 ungated")
+                compile_four_bit_ring(scheme, down, False, "fp16")
                 continue
             for even_k in (True, False):
                 compile_quantised(arch, scheme, up, True, even_k=even_k)
