@@ -18,14 +18,19 @@ from moe_kernels import (
     pack_words,
     quantise_weights,
 )
+from moe_kernels.one_token import one_token
 from tests.moe_kernels.quantised import (
     FOUR_BIT_PLAIN,
     KINDS,
     Case,
     check,
+    error,
+    expected_whole,
     make_case,
     quantised,
+    run_whole,
     runnable,
+    whole,
 )
 
 FOUR_BIT_RINGS = (
@@ -182,3 +187,27 @@ def test_a_scale_of_255_is_nan(make_experts, tma):
     case.matrices.gate_up_scale[:, 1, 7] = 255
     hidden = case.up("triton")[: case.computed]
     assert hidden[:, 7].isnan().all() and hidden[:, :7].isfinite().all() and hidden[:, 8:].isfinite().all()
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize(
+    ("kind", "form", "sizes"),
+    [
+        ("mxfp4", "gpt-oss", (2880, 2880)),
+        ("mxfp4", "silu", (96, 160)),  # less than a step
+        ("mxfp4", "silu", (640, 384)),
+        ("int4", "silu", (2048, 768)),
+        ("int4 zeros", "gpt-oss", (640, 384)),
+    ],
+)
+def test_one_token_by_tensor_cores(make_experts, monkeypatch, kind, form, sizes):
+    """As exact as the kernels without, whose sums are in another order."""
+    arguments, logits = whole(make_experts, kind, 1, form, sizes=sizes)
+    expected, found = expected_whole(arguments, logits), []
+    for is_used in (True, False):
+        if not is_used:
+            monkeypatch.setattr(one_token, "_can_use_mma", lambda *_: False)
+        monkeypatch.setattr(one_token, "_plans", {})
+        found.append(run_whole(arguments, logits, "triton"))
+        assert error(found[-1], expected) <= 4e-3
+    assert error(found[0], found[1].double()) <= 4e-3

@@ -15,9 +15,10 @@ from typing import Any
 import torch
 
 from moe_kernels.base.integers import cdiv, next_power_of_2
-from moe_kernels.base.launch import PreparedLaunch, on_device, raw_stream
+from moe_kernels.base.launch import PreparedLaunch, has_pdl, num_multiprocessors, on_device, raw_stream
 from moe_kernels.one_token.one_token_four_bit import _down_kernel as _down_packed_kernel
 from moe_kernels.one_token.one_token_four_bit import _up_kernel as _up_packed_kernel
+from moe_kernels.one_token.one_token_four_bit_mma import _down_mma_kernel, _up_mma_kernel
 from moe_kernels.one_token.one_token_fp8 import _down_fp8_kernel, _up_fp8_kernel
 from moe_kernels.one_token.one_token_triton import _choice_kernel, _down_kernel, _up_kernel
 from moe_kernels.operands.load import LoadCounter
@@ -34,8 +35,7 @@ class _Plan:
     """The three launches for layers of one kind.
 
     Attributes:
-        up_rows: elements of hidden that a program of the up projection computes.
-        down_rows: elements of y that a program of the down projection computes.
+        up_grid, down_grid: their programs.
         is_fp8: whether up and down are those of `one_token_fp8`, which take no zero points.
         scratch: where the choice begins behind hidden, in elements.
     """
@@ -43,8 +43,8 @@ class _Plan:
     choice: PreparedLaunch
     up: PreparedLaunch
     down: PreparedLaunch
-    up_rows: int
-    down_rows: int
+    up_grid: tuple[int, int, int]
+    down_grid: tuple[int, int, int]
     is_fp8: bool
     scratch: int
 
@@ -64,6 +64,7 @@ def _make_plan(
     eviction = "evict_first" if num_bytes <= _MOST_TO_STREAM else ""
     of_both = {"SCRATCH": scratch, "HIDDEN_SIZE": hidden_size, "INTERMEDIATE": intermediate, "EVICTION": eviction}
     up_rows = down_rows = 1
+    up_grid = down_grid = None  # a program for each of these rows
     # Measured on an H200: small ones gain nothing; and a program has all experts and pieces of hidden unrolled.
     is_fp8 = matrices.scheme == "fp8_block" and num_bytes > _MOST_TO_STREAM and top_k * cdiv(intermediate, 2048) <= 16
     of_up = {"SCHEME": matrices.scheme, "GROUP": _group(matrices.scheme, hidden_size, matrices.gate_up_scale)}
@@ -77,6 +78,23 @@ def _make_plan(
         down = _down_fp8_kernel.prepare(
             device_index, **of_both, TOP_K=top_k, ROWS=down_rows, CHUNKS=down_chunks, num_warps=cdiv(down_chunks, 32)
         )
+    elif matrices.scheme in ("mxfp4", "int4") and _can_use_mma(x_1H, matrices, block_k):
+        pairs = cdiv(block_k, 2)
+        up = _up_mma_kernel.prepare(
+            device_index,
+            **(of_both | of_up),
+            TOP_K=top_k,
+            ACTIVATION=matrices.activation,
+            P=_UP_MMA_WARPS,
+            num_warps=_UP_MMA_WARPS,
+            maxnreg=_UP_MMA_REGISTERS,
+        )
+        down = _down_mma_kernel.prepare(
+            device_index, **(of_both | of_down), TOP_K=top_k, PAIRS=pairs, P=_DOWN_MMA_WARPS, num_warps=_DOWN_MMA_WARPS
+        )
+        num_programs = num_multiprocessors(x_1H.device)
+        up_grid = min(top_k * intermediate // 8, _UP_MMA_PROGRAMS * num_programs), 1, 1
+        down_grid = min(hidden_size // 8, num_programs), 1, 1
     elif matrices.scheme in ("mxfp4", "int4"):
         up_rows, down_rows = _UP_ROWS, max(_DOWN_ROWS // block_k, 1)
         up = _up_packed_kernel.prepare(
@@ -120,8 +138,8 @@ def _make_plan(
         ),
         up=up,
         down=down,
-        up_rows=up_rows,
-        down_rows=down_rows,
+        up_grid=up_grid or (cdiv(intermediate, up_rows), top_k, 1),
+        down_grid=down_grid or (cdiv(hidden_size, down_rows), 1, 1),
         is_fp8=is_fp8,
         scratch=scratch,
     )
@@ -209,13 +227,13 @@ def one_token_triton(
             num_lanes,
         )
         plan.up(
-            (cdiv(intermediate, plan.up_rows), top_k, 1),
+            plan.up_grid,
             stream,
             *(x_1H, gate_up_SNH, up_bias, up_scale, *(() if plan.is_fp8 else (up_zero,)), scratch),
             *(stride_up, up_stride, strides[0], *(() if plan.is_fp8 else (strides[2],))),
         )
         plan.down(
-            (cdiv(hidden_size, plan.down_rows), 1, 1),
+            plan.down_grid,
             stream,
             *(scratch, down_SHI, down_bias, down_scale, *(() if plan.is_fp8 else (down_zero,)), y_1H),
             *(stride_down, down_stride, strides[1], *(() if plan.is_fp8 else (strides[3],))),
@@ -235,6 +253,19 @@ _MOST_ROWS = 4  # of `_down_fp8_kernel`: more rows take more registers
 _UP_ROWS, _UP_WARPS = 8, 2
 _DOWN_ROWS, _DOWN_WARPS = 16, 4  # rows of all experts together
 _MOST_STEPS = 16  # which are unrolled
+
+# By tensor cores: warps of a program, and programs of a multiprocessor. Threads keep x in registers: so each warp of up, and of
+# the warps of down that share two experts, has at most so many columns.
+_UP_MMA_WARPS, _UP_MMA_PROGRAMS, _UP_MMA_REGISTERS = 4, 3, 168
+_DOWN_MMA_WARPS = 8
+_MOST_MMA_COLUMNS = 768
+
+
+def _can_use_mma(x_1H: torch.Tensor, matrices: ExpertMatrices, block_k: int) -> bool:
+    shares = _DOWN_MMA_WARPS // cdiv(block_k, 2)
+    most_hidden, most_intermediate = _MOST_MMA_COLUMNS * _UP_MMA_WARPS, _MOST_MMA_COLUMNS * shares
+    fits = matrices.hidden_size <= most_hidden and matrices.intermediate_size <= most_intermediate
+    return fits and matrices.is_gated and x_1H.dtype == torch.bfloat16 and has_pdl(x_1H.get_device())
 
 
 def _chunks(size: int, most: int) -> int:

@@ -14,7 +14,7 @@ _E2M1_FACTOR = tl.constexpr(2.0**126)
 # Codes of e2m1 are used as numbers of 2 ** -126. Times x in units of 2 ** -48 their products keep far from subnormal numbers,
 # and from infinity while x is below 2 ** 78.
 SUMS_FACTOR = tl.constexpr(2.0**48)
-_SUMS_UNDONE = tl.constexpr(2.0**78)
+SUMS_UNDONE = tl.constexpr(2.0**78)
 
 # Of a bfloat16, twice: its sign, the last two bits of its exponent and the first bit of its mantissa.
 _FOUR_OF_MXFP4 = """
@@ -56,6 +56,10 @@ _MXFP4 = _assembly(_FOUR_OF_MXFP4, ("mul.bf16x2 {0}, {0}, $9;",))
 _INT4 = _assembly(_FOUR_OF_INT4, ("sub.bf16x2 {0}, {0}, $10;", "mul.bf16x2 {0}, {0}, $9;"))
 _EIGHT = tl.constexpr("=h,=h,=h,=h,=h,=h,=h,=h,r,r,r")
 LOWERED_UNDONE = tl.constexpr(2.0**64)
+# Not multiplied: of e2m1 times 2 ** -126, of int4 minus $9, which stands for 0.
+RAW_MXFP4 = _assembly(_FOUR_OF_MXFP4, ())
+RAW_INT4 = _assembly(_FOUR_OF_INT4, ("sub.bf16x2 {0}, {0}, $9;",))
+NO_ZERO = tl.constexpr(0x43084308)  # 136, where there are no zeros
 # A scale's exponent plus 62 as a bfloat16, twice. From 2 ** 66 on it is infinity, then NaN, which 255 stands for.
 _EXPONENT = tl.constexpr("""{
     .reg .b32 a, b;
@@ -101,7 +105,7 @@ def weights_of_words(
     WORDS: tl.constexpr = words.shape[1] // GROUPS
     if ASSEMBLY:
         tl.static_assert(tl.bfloat16 == DTYPE)
-        before = 0x43084308  # 136
+        before = NO_ZERO
         if zero is not None:
             before = _of_words(zero, WORDS)
         a, b, c, d, e, f, g, h = tl.inline_asm_elementwise(
@@ -197,7 +201,7 @@ def sums_of_words(words, x, scale, zero, SCHEME: tl.constexpr):
     if SCHEME == "mxfp4":
         is_special = (scale == 0) | (scale == 255)  # 2 ** -127, which is subnormal, and NaN
         factor = (scale.to(tl.uint32) << 23) | tl.where(is_special, 0x400000, 0).to(tl.uint32)
-        return sums * _SUMS_UNDONE * factor.to(tl.float32, bitcast=True)
+        return sums * SUMS_UNDONE * factor.to(tl.float32, bitcast=True)
     else:
         return sums * widen(scale)
 

@@ -83,3 +83,17 @@ def compile_one_quantised_token(arch: int, scheme: str, dtype: str, zeros: bool 
         assert re.search(r"ld\.global\.\S*evict_first\S*cache_hint\S*v4", compiled.asm["ptx"]), (
             "weights must be loaded 16 bytes at a time, and not stay in L2"
         )
+    if arch == 90 and scheme != "fp8_block" and dtype == "bf16":
+        compile_one_token_mma(types, sizes | {"TOP_K": 8})
+
+
+def compile_one_token_mma(types: dict[str, str], sizes: dict[str, object]) -> None:
+    """4-bit weights by tensor cores."""
+    for name, num_warps, constants in (
+        ("_up_mma_kernel", 4, {"ACTIVATION": "silu"}),
+        ("_down_mma_kernel", 8, {"PAIRS": 4}),
+    ):
+        options = {"num_warps": num_warps, "launch_pdl": True}
+        constants = sizes | constants | {"P": num_warps}
+        ptx = compile_kernel("one_token_four_bit_mma", name, types, constants, 90, **options).asm["ptx"]
+        assert "mma.sync" in ptx and re.search(r"ld\.global\.\S*evict_first\S*cache_hint\S*v4", ptx)
