@@ -55,7 +55,7 @@ def candidates(op: str, rows_per_expert: float) -> Iterator[GemmConfig]:
             sizes = (block_m, block_n, 64, num_warps, num_stages, group_m)
             yield GemmConfig(*sizes, tma=True, tail_m=tail_m, extra_m=extra_m)
         if block_m == 128:
-            for extra_m, group_m in product((0, 64), (8, 12)):
+            for extra_m, group_m in product((0, 64), (8, 12, 20)):
                 sizes = (block_m, block_n, 64, num_warps, 4, group_m)
                 yield GemmConfig(*sizes, tma=True, tail_m=64, extra_m=extra_m, by_lane=True)
         if op == "down":

@@ -196,7 +196,7 @@ def test_a_scale_of_255_is_nan(make_experts, tma):
         ("mxfp4", "gpt-oss", (2880, 2880)),
         ("mxfp4", "silu", (96, 160)),  # less than a step
         ("mxfp4", "silu", (640, 384)),
-        ("int4", "silu", (2048, 768)),
+        ("int4 g128", "silu", (2048, 768)),
         ("int4 zeros", "gpt-oss", (640, 384)),
     ],
 )
