@@ -14,6 +14,7 @@ from moe_kernels.base import scan
 from moe_kernels.base.integers import next_power_of_2
 from moe_kernels.base.launch import Launcher, gdc_launch_dependents, gdc_wait
 from moe_kernels.base.scan import (
+    MOST_SORTED_BINS,
     chunk_options,
     count_chunks,
     count_hits,
@@ -177,6 +178,15 @@ def _add_up_chunks_kernel(
     _record(load_ptr, increment_ptr, expert, num_experts, count)
 
 
+@triton.jit
+def _rows_before(lanes, first, table_lanes_ptr, counts_ptr, num_experts, num_lanes, EXPERTS: tl.constexpr):
+    """Of EXPERTS experts from `first` on, the rows in lanes before each of `lanes`."""
+    experts = first + tl.arange(0, EXPERTS)
+    table_lanes = tl.load(table_lanes_ptr + experts, mask=experts < num_experts, other=num_lanes)
+    counts = tl.load(counts_ptr + experts, mask=experts < num_experts, other=0)
+    return tl.sum(tl.where(table_lanes[None, :] < lanes[:, None], counts[None, :], 0), axis=1)
+
+
 @Launcher
 @triton.jit(do_not_specialize=["num_rows", "max_tiles"])  # as above
 def _schedule_many_kernel(
@@ -231,12 +241,14 @@ def _schedule_many_kernel(
     row = chunk * CHUNK + place
     lanes = tl.load(table_lanes_ptr + ids, mask=ids < num_experts, other=num_lanes)
     position = tl.load(starts_ptr + ids.to(tl.int64) * num_chunks + chunk) + rank
+    of_experts = (table_lanes_ptr, counts_ptr, num_experts, num_lanes)
     EXPERTS: tl.constexpr = min(BLOCK_E, 32)  # that rows are compared with at once, each thread its own rows
-    for first in tl.static_range(0, BLOCK_E, EXPERTS):
-        experts = first + tl.arange(0, EXPERTS)
-        table_lanes = tl.load(table_lanes_ptr + experts, mask=experts < num_experts, other=num_lanes)
-        counts = tl.load(counts_ptr + experts, mask=experts < num_experts, other=0)
-        position += tl.sum(tl.where(table_lanes[None, :] < lanes[:, None], counts[None, :], 0), axis=1)
+    if BLOCK_E <= 512:  # more would take seconds to compile
+        for first in tl.static_range(0, BLOCK_E, EXPERTS):
+            position += _rows_before(lanes, first, *of_experts, EXPERTS)
+    else:
+        for first in tl.range(0, BLOCK_E, EXPERTS):
+            position += _rows_before(lanes, first, *of_experts, EXPERTS)
     inside = row < num_rows
     tl.store(lanes_ptr + row, tl.where(lanes < num_lanes, lanes, -1), mask=inside)
     tl.store(order_ptr + position, row, mask=inside)
@@ -256,7 +268,9 @@ def local_schedule_triton(
 ) -> tuple[torch.Tensor, TileSchedule]:
     """lanes_TK and the schedule, as `select_replicas` and `build_schedule` make them. `table`: one replica an expert."""
     num_rows, num_experts = expert_ids_TK.numel(), load.load_E.numel()
-    chunks_BC = count_chunks(expert_ids_TK, num_experts, MANY_ROWS, is_sorted=True)
+    chunks_BC = None
+    if num_experts <= MOST_SORTED_BINS:
+        chunks_BC = count_chunks(expert_ids_TK, num_experts, MANY_ROWS, is_sorted=True)
     if chunks_BC is None and num_rows > FEW_ROWS:  # each of the two scans the rows with a program for each expert
         lanes_TK, counts_L = select_replicas_triton(expert_ids_TK, table, load, 0, num_lanes=num_lanes)
         return lanes_TK, build_schedule_triton(

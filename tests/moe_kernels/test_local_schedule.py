@@ -61,7 +61,7 @@ def test_it_is_the_two_ops(device, tokens, top_k, experts, lanes, extra_m):
 @pytest.mark.parametrize("extra_m", [0, 8])
 @pytest.mark.parametrize(("tokens", "top_k", "experts", "lanes"), CASES[1:])
 def test_many_rows_are(small_chunks, device, tokens, top_k, experts, lanes, extra_m):
-    """Three launches; of few chunks each writes the tiles of several experts."""
+    """Three launches, the last of them with a program for each expert's tiles."""
     test_it_is_the_two_ops(device, tokens, top_k, experts, lanes, extra_m)
 
 

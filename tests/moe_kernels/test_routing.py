@@ -130,19 +130,21 @@ def test_bias_chooses_but_does_not_weigh(device, backend):
     torch.testing.assert_close(weights, torch.sigmoid(logits[:, [0, 2]]))
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("backend", ["torch", "triton"])
-def test_ties_go_to_the_lowest_id(device, backend):
+def test_ties_go_to_the_lowest_id(device, backend, dtype):
     logits = torch.randint(0, 2, (9, 33), generator=torch.Generator().manual_seed(1)).float()
-    _, ids = topk_routing(logits.to(device), 20, RoutingRule(), backend=backend)
+    _, ids = topk_routing(logits.to(device, dtype), 20, RoutingRule(), backend=backend)
     for row, chosen in zip(logits.tolist(), ids.tolist(), strict=True):
         assert chosen == sorted(range(33), key=lambda expert: (-row[expert], expert))[:20]
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("backend", ["torch", "triton"])
-def test_the_order_of_special_values(device, backend):
+def test_the_order_of_special_values(device, backend, dtype):
     """Zeros of either sign are equal, and so are a NaN and -inf; a subnormal is not zero."""
     inf, nan = float("inf"), float("nan")
-    logits = torch.tensor([[-0.0, 0.0, nan, -inf, -1.0, inf, 1e-40, -1e-40, 3e38, -3e38]], device=device)
+    logits = torch.tensor([[-0.0, 0.0, nan, -inf, -1.0, inf, 1e-40, -1e-40, 3e38, -3e38]], device=device, dtype=dtype)
     _, ids = topk_routing(logits, 10, RoutingRule(), backend=backend)
     assert ids.tolist() == [[5, 8, 6, 0, 1, 7, 4, 9, 2, 3]]
 
@@ -159,9 +161,10 @@ def test_masked_tokens_get_no_expert_and_no_gradient(device, backend):
     assert (logits.grad[~mask] == 0).all() and logits.grad[mask].abs().sum() > 0
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("backend", ["torch", "triton"])
-def test_a_nan_is_chosen_last_and_stays_visible(device, backend):
-    logits = torch.tensor([[0.0, float("nan"), 2.0, 1.0], [float("nan")] * 4], device=device)
+def test_a_nan_is_chosen_last_and_stays_visible(device, backend, dtype):
+    logits = torch.tensor([[0.0, float("nan"), 2.0, 1.0], [float("nan")] * 4], device=device, dtype=dtype)
     weights, ids = topk_routing(logits, 3, RoutingRule(), backend=backend)
     assert ids.tolist() == [[2, 3, 0], [0, 1, 2]]
     assert weights.isnan().all()

@@ -42,7 +42,7 @@ def resolve_backend(backend: str, device: torch.device | str) -> Literal["triton
 
 @functools.cache  # asked at each launch
 def has_tma(device: torch.device) -> bool:
-    """Whether the TMA kernels are for this device: Hopper. The CPU's interpreter runs them too, but gains nothing."""
+    """Whether the TMA kernels are for this device: Hopper. The CPU's interpreter runs Triton's too, but gains nothing."""
     if device.type != "cuda" or torch.version.cuda is None:
         return False
     return torch.cuda.get_device_capability(device)[0] in _TMA_ARCHITECTURES

@@ -14,8 +14,9 @@ from typing import Any
 
 import torch
 
+from moe_kernels.base.backend import has_tma
 from moe_kernels.base.integers import cdiv, next_power_of_2
-from moe_kernels.base.launch import PreparedLaunch, has_pdl, num_multiprocessors, on_device, raw_stream
+from moe_kernels.base.launch import PreparedLaunch, num_multiprocessors, on_device, raw_stream
 from moe_kernels.one_token.one_token_four_bit import _down_kernel as _down_packed_kernel
 from moe_kernels.one_token.one_token_four_bit import _up_kernel as _up_packed_kernel
 from moe_kernels.one_token.one_token_four_bit_mma import _down_mma_kernel, _up_mma_kernel
@@ -254,18 +255,18 @@ _UP_ROWS, _UP_WARPS = 8, 2
 _DOWN_ROWS, _DOWN_WARPS = 16, 4  # rows of all experts together
 _MOST_STEPS = 16  # which are unrolled
 
-# By tensor cores: warps of a program, and programs of a multiprocessor. Threads keep x in registers: so each warp of up, and of
-# the warps of down that share two experts, has at most so many columns.
+# By tensor cores: warps of a program, and programs of a multiprocessor. Threads keep x in registers: so a warp has at most so
+# many columns; of down, where warps share two experts, 768 would spill (by ptxas).
 _UP_MMA_WARPS, _UP_MMA_PROGRAMS, _UP_MMA_REGISTERS = 4, 3, 168
 _DOWN_MMA_WARPS = 8
-_MOST_MMA_COLUMNS = 768
+_MOST_UP_MMA_COLUMNS, _MOST_DOWN_MMA_COLUMNS = 768, 720
 
 
 def _can_use_mma(x_1H: torch.Tensor, matrices: ExpertMatrices, block_k: int) -> bool:
     shares = _DOWN_MMA_WARPS // cdiv(block_k, 2)
-    most_hidden, most_intermediate = _MOST_MMA_COLUMNS * _UP_MMA_WARPS, _MOST_MMA_COLUMNS * shares
+    most_hidden, most_intermediate = _MOST_UP_MMA_COLUMNS * _UP_MMA_WARPS, _MOST_DOWN_MMA_COLUMNS * shares
     fits = matrices.hidden_size <= most_hidden and matrices.intermediate_size <= most_intermediate
-    return fits and matrices.is_gated and x_1H.dtype == torch.bfloat16 and has_pdl(x_1H.get_device())
+    return fits and matrices.is_gated and x_1H.dtype == torch.bfloat16 and has_tma(x_1H.device)
 
 
 def _chunks(size: int, most: int) -> int:

@@ -194,8 +194,8 @@ def ring_descriptors(
     name_of_weights = f"matrices.{which}_{'SNH' if which == 'gate_up' else 'SHI'}"
     if not weights.is_cuda:
         raise ValueError(
-            f"{name_of_weights} is on {weights.device}: config.programs_per_sm of 4-bit weights needs a GPU, also in place of "
-            "the interpreter"
+            f"{name_of_weights} is on {weights.device}: config.tma of 4-bit weights needs a GPU, also in place of the "
+            "interpreter"
         )
     group = group_of(weights, scale, scheme)
     check_tma_address(name_of_weights, weights)

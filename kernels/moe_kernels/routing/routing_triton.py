@@ -116,7 +116,7 @@ def choose_experts(
     if GROUPS > 1:
         choice = scores if bias_ptr is None else key
         is_choice = _in_kept_groups(choice, exists, expert, num_experts // GROUPS, GROUPS, TOP_GROUPS, GROUP_SUM)
-    PACKS: tl.constexpr = (bias_ptr is None) and logits_ptr.dtype.element_ty == tl.bfloat16
+    PACKS: tl.constexpr = (bias_ptr is None) and logits_ptr.dtype.element_ty == tl.bfloat16 and BLOCK_E <= 65536
     ordered = _ordered(key)
     if PACKS:  # of a bfloat16, the upper half says all
         ordered = (ordered & -0x10000) | (0xFFFF - expert)
