@@ -32,6 +32,8 @@ def run_ranks(
             if time.monotonic() > deadline:
                 for process in processes.processes:
                     process.kill()
+                for process in processes.processes:
+                    process.join()  # or one could still write while the folder is removed
                 raise TimeoutError(f"{num_ranks} ranks took more than {seconds} s")
         return [torch.load(Path(folder) / f"{rank}.pt", weights_only=False) for rank in range(num_ranks)]
 

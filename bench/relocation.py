@@ -58,7 +58,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         found = forbidden_in_step(json.loads(options.trace.read_text()))
         print(f"trace: {found or 'no collective and no wait inside step()'}")
         failed += [f"trace: {name} inside step(), {count} times" for name, count in found.items()]
-    for target in targets(rows):
+    for target in targets(rows, is_bound=options.rate is not None):
         print(target)
     for text in failed:
         print(f"FAILED {text}", file=sys.stderr)
@@ -74,8 +74,13 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--shape", default=None, help="as of bench.moe_forward; default: qwen3, on a CPU 128:2:64:32")
     parser.add_argument("--tokens", type=int, default=64, help="of a rank in a step")
     parser.add_argument("--dtype", choices=DTYPES, default="bf16")
-    parser.add_argument("--steps", type=int, default=1200, help="recorded")
-    parser.add_argument("--interval", type=int, default=400, help="steps between two rebalances")
+    parser.add_argument("--steps", type=int, default=2000, help="recorded")
+    parser.add_argument(
+        "--interval",
+        type=int,
+        default=500,
+        help="steps between two rebalances; one of the default stack takes 360 under the default bound",
+    )
     parser.add_argument("--free", type=int, default=0, help="free slots of a rank; default: one layer's experts")
     parser.add_argument("--dispatcher", default="auto", help="of the layers")
     parser.add_argument("--communicator", choices=COMMUNICATORS, default="auto")
@@ -102,7 +107,7 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     )
     options = parser.parse_args(arguments)
     on_gpu = options.device.type == "cuda"
-    options.rate = "auto" if options.rate is None else int(1e9 * options.rate) or None
+    options.rate = "auto" if options.rate is None else max(1, int(1e9 * options.rate)) if options.rate else None
     options.ranks = options.ranks or (torch.cuda.device_count() if on_gpu else 2)
     options.backend = options.backend or ("nccl" if on_gpu and torch.cuda.device_count() >= options.ranks else "gloo")
     try:
@@ -217,8 +222,8 @@ HEAD = (
 )
 
 
-def targets(rows: dict[str, dict[str, Any]]) -> list[str]:
-    """What the GPU run is to reach, and whether this one did."""
+def targets(rows: dict[str, dict[str, Any]], is_bound: bool = False) -> list[str]:
+    """What the GPU run is to reach, and whether this one did. Under a bound nobody counts the steps of a rebalance."""
     if "ours" not in rows:
         return []
     ours = rows["ours"]
@@ -228,7 +233,7 @@ def targets(rows: dict[str, dict[str, Any]]) -> list[str]:
         ("step() idle, µs", ours["call_idle_us"], 5.0),
         ("step() with a flip, µs", ours["call_flip_us"], 30.0),
     ]
-    if "lockstep" in rows:
+    if "lockstep" in rows and not is_bound:
         ratio = ours["steps_to_relocate_all"] / rows["lockstep"]["steps_to_relocate_all"]
         wanted.append(("steps for all slots over lockstep's", ratio, 1 / 3))
     return [

@@ -91,6 +91,8 @@ class Report:
     def __init__(self, path: Path | None, total: int = 0, columns: Mapping[str, str] | None = None) -> None:
         self.rows: list[dict[str, Any]] = []
         self._environment = {**(columns or {}), **environment()}
+        if path:
+            path.parent.mkdir(parents=True, exist_ok=True)
         self._file = path.open("w", newline="") if path else None
         self._writer: csv.DictWriter[str] | None = None
         self._bar = tqdm(total=total, file=sys.stderr, disable=None, leave=False) if tqdm else None

@@ -29,7 +29,7 @@ def test_rotation_moves_every_expert():
 def test_three_protocols_serve_the_same_outputs(tmp_path, capsys, ranks_start_fast):
     path, picture = tmp_path / "out.csv", tmp_path / "out.png"
     plot = ["--plot", str(picture)] if importlib.util.find_spec("matplotlib") else []
-    arguments = [*TINY, "--steps", "100", "--interval", "32", "--csv", str(path), *plot]
+    arguments = [*TINY, "--steps", "100", "--interval", "32", "--rate", "0", "--csv", str(path), *plot]
     assert relocation.main(arguments) == 0
     with path.open(newline="") as file:
         rows = {row["protocol"]: row for row in csv.DictReader(file)}
@@ -162,7 +162,7 @@ def test_wrong_outputs_fail_the_run(monkeypatch, capsys):
         (["--protocols", "pause,hope"], "--protocols hope: must be of pause, lockstep, ours"),
         (["--ranks", "3"], "--ranks 3: must be at least 2 and divide the 8 experts"),
         (["--ranks", "1"], "--ranks 1: must be at least 2"),
-        (["--interval", "2000"], "--interval 2000: must be at least 2, and at most --steps 1200"),
+        (["--interval", "3000"], "--interval 3000: must be at least 2, and at most --steps 2000"),
         (["--trace", "x.json"], "--trace x.json: needs --protocols ours, got pause,lockstep,ours"),
         (["--shape", "qwen4"], "shape 'qwen4'"),
         (["--replay", "-1"], "--replay -1.0: must not be negative"),

@@ -141,8 +141,8 @@ _TABLE_32_BIT: tuple[tuple[int, GemmConfig], ...] = (
     (_ANY, GemmConfig(block_m=32, block_n=64, block_k=32, num_warps=4, num_stages=3)),
 )
 
-# Quantised, (most rows per expert, expert_up, expert_down): start values, not measured yet. fp8_block: `expert_up` has a whole
-# group of 128 hidden channels in a program, whose largest decides their scale.
+# Quantised, (most rows per expert, expert_up, expert_down); those that are not for Hopper were not measured. fp8_block:
+# `expert_up` has a whole group of 128 hidden channels in a program, whose largest decides their scale.
 _FP8_UP = GemmConfig(block_m=16, block_n=256, block_k=128, num_warps=4, num_stages=2, quantised=True)
 _FP8_DOWN = GemmConfig(block_m=16, block_n=128, block_k=128, num_warps=4, num_stages=4, quantised=True)
 _FOUR_BIT = GemmConfig(block_m=16, block_n=128, block_k=128, num_warps=4, num_stages=3, quantised=True)
