@@ -51,16 +51,16 @@ def main(arguments: Sequence[str] | None = None) -> int:
     options = parser.parse_args(arguments)
     if not 2 <= options.ranks <= torch.cuda.device_count():
         parser.error(f"--ranks {options.ranks}: must be from 2 to the GPUs there are, {torch.cuda.device_count()}")
-    run_ranks(_rank, options.ranks, (options.ranks, options))
+    run_ranks(_rank, options.ranks, (options,))
     return 0
 
 
-def _rank(rank: int, store: str, num_ranks: int, options: Any) -> None:
+def _rank(rank: int, store: str, options: Any) -> None:
     os.environ.setdefault("NCCL_NVLS_ENABLE", "0")
     device = torch.device("cuda", rank)
     torch.cuda.set_device(device)
     dist.init_process_group(
-        "nccl", store=dist.FileStore(store, num_ranks), rank=rank, world_size=num_ranks, device_id=device
+        "nccl", store=dist.FileStore(store, options.ranks), rank=rank, world_size=options.ranks, device_id=device
     )
     group = dist.group.WORLD
     assert group is not None
@@ -72,7 +72,7 @@ def _rank(rank: int, store: str, num_ranks: int, options: Any) -> None:
                         continue
                     row = {
                         "case": f"{shape}{'~zipf' if options.zipf else ''}/T{num_tokens}",
-                        "ranks": num_ranks,
+                        "ranks": options.ranks,
                         "virtual": 0,
                         "provider": timed.provider,
                         "part": timed.part,

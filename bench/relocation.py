@@ -23,7 +23,7 @@ import numpy as np
 import torch
 
 from bench.cases import select
-from bench.command import make_parser, names
+from bench.command import exit_status, make_parser, names
 from bench.ranks import run_ranks
 from bench.relocation_protocols import PROTOCOLS
 from bench.relocation_rank import STEP_RANGE, Recording, serve
@@ -60,9 +60,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         failed += [f"trace: {name} inside step(), {count} times" for name, count in found.items()]
     for target in targets(rows, is_bound=options.rate is not None):
         print(target)
-    for text in failed:
-        print(f"FAILED {text}", file=sys.stderr)
-    return bool(failed)
+    return exit_status([f"FAILED {text}" for text in failed])
 
 
 def parse(arguments: Sequence[str] | None) -> argparse.Namespace:

@@ -65,7 +65,7 @@ def _make_plan(
     eviction = "evict_first" if num_bytes <= _MOST_TO_STREAM else ""
     of_both = {"SCRATCH": scratch, "HIDDEN_SIZE": hidden_size, "INTERMEDIATE": intermediate, "EVICTION": eviction}
     up_rows = down_rows = 1
-    up_grid = down_grid = None  # a program for each of these rows
+    up_grid = down_grid = None  # a program for so many rows, of up of each expert
     # Measured on an H200: small ones gain nothing; and a program has all experts and pieces of hidden unrolled.
     is_fp8 = matrices.scheme == "fp8_block" and num_bytes > _MOST_TO_STREAM and top_k * cdiv(intermediate, 2048) <= 16
     of_up = {"SCHEME": matrices.scheme, "GROUP": _group(matrices.scheme, hidden_size, matrices.gate_up_scale)}

@@ -21,14 +21,13 @@ from moe_kernels.one_token.one_token_operands import (
     load_groups,
     load_step,
     mma_layout,
-    scaled,
     weights_operand,
     words_layout,
     x_layout,
     x_operand,
 )
 from moe_kernels.one_token.one_token_triton import choice_in
-from moe_kernels.quantised.four_bit import NO_ZERO, factor_of_zero
+from moe_kernels.quantised.four_bit import NO_ZERO, factor_of_zero, scaled
 
 
 @gluon.constexpr_function

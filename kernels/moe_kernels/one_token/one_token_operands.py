@@ -15,8 +15,7 @@ from __future__ import annotations
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
 
-from moe_kernels.base.numerics import widen
-from moe_kernels.quantised.four_bit import RAW_INT4, RAW_MXFP4, SUMS_FACTOR, SUMS_UNDONE
+from moe_kernels.quantised.four_bit import RAW_INT4, RAW_MXFP4, SUMS_FACTOR
 
 _OUTPUTS = gl.constexpr("=h,=h,=h,=h,=h,=h,=h,=h,r,r")
 
@@ -101,16 +100,6 @@ def x_operand(x, SCHEME: gl.constexpr, LAYOUT: gl.constexpr):
 
 
 @gluon.jit
-def _factor(scale, SCHEME: gl.constexpr):
-    if SCHEME == "mxfp4":
-        is_special = (scale == 0) | (scale == 255)  # 2 ** -127, which is subnormal, and NaN
-        bits = (scale.to(gl.uint32) << 23) | gl.where(is_special, 0x400000, 0).to(gl.uint32)
-        return bits.to(gl.float32, bitcast=True)
-    else:
-        return widen(scale)
-
-
-@gluon.jit
 def _load_words(at, group, exists, SIZE: gl.constexpr, EVICTION: gl.constexpr, LAYOUT: gl.constexpr):
     """Words of groups [P, 1, T, 1] of rows that begin at `at` [P, R, 1, 1]; of the last group for groups past the end.
 
@@ -124,13 +113,6 @@ def _load_words(at, group, exists, SIZE: gl.constexpr, EVICTION: gl.constexpr, L
 def load_groups(at, group, exists, ROWS: gl.constexpr, SIZE: gl.constexpr, GROUP: gl.constexpr):
     """Scales or zeros, likewise, of rows at `at`."""
     return gl.load(at + gl.minimum(group, SIZE // 32 - 1) // (GROUP // 32) * ROWS, mask=exists)
-
-
-@gluon.jit
-def scaled(sums, scale, SCHEME: gl.constexpr):
-    if SCHEME == "mxfp4":
-        sums = sums * SUMS_UNDONE
-    return sums * _factor(scale, SCHEME)
 
 
 @gluon.jit

@@ -14,7 +14,7 @@ _E2M1_FACTOR = tl.constexpr(2.0**126)
 # Codes of e2m1 are used as numbers of 2 ** -126. Times x in units of 2 ** -48 their products keep far from subnormal numbers,
 # and from infinity while x is below 2 ** 78.
 SUMS_FACTOR = tl.constexpr(2.0**48)
-SUMS_UNDONE = tl.constexpr(2.0**78)
+_SUMS_UNDONE = tl.constexpr(2.0**78)
 
 # Of a bfloat16, twice: its sign, the last two bits of its exponent and the first bit of its mantissa.
 _FOUR_OF_MXFP4 = """
@@ -197,11 +197,17 @@ def sums_of_words(words, x, scale, zero, SCHEME: tl.constexpr):
         e, f = _raw_of_int4(bits >> 8, middle)
         g, h = _raw_of_int4(bits >> 12, middle)
     values = tl.reshape(_by_columns(a, b, c, d, e, f, g, h), (words.shape[0], words.shape[1] // 4, 32))
-    sums = tl.sum(values * x, axis=2)
+    return scaled(tl.sum(values * x, axis=2), scale, SCHEME)
+
+
+@triton.jit
+def scaled(sums, scale, SCHEME: tl.constexpr):
+    """Sums of raw weights times x, as in `sums_of_words`, by their groups' scales, in float32."""
     if SCHEME == "mxfp4":
+        undone = sums * _SUMS_UNDONE
         is_special = (scale == 0) | (scale == 255)  # 2 ** -127, which is subnormal, and NaN
         factor = (scale.to(tl.uint32) << 23) | tl.where(is_special, 0x400000, 0).to(tl.uint32)
-        return sums * SUMS_UNDONE * factor.to(tl.float32, bitcast=True)
+        return undone * factor.to(tl.float32, bitcast=True)
     else:
         return sums * widen(scale)
 
