@@ -35,6 +35,7 @@ class Recording:
         relocating: whether a rebalance was under way before or after it, or began in it.
         moving: the same without planning.
         flips: tables that were switched in it.
+        wave_bytes, wave_seconds: of each of ours' waves: what a rank received, and how long this one copied.
         wrong: outputs that were not the reference's, bit for bit.
         bytes_per_rebalance: that this rank receives.
     """
@@ -44,6 +45,8 @@ class Recording:
     relocating: list[bool] = field(default_factory=list)
     moving: list[bool] = field(default_factory=list)
     flips: list[int] = field(default_factory=list)
+    wave_bytes: list[float] = field(default_factory=list)
+    wave_seconds: list[float] = field(default_factory=list)
     wrong: int = 0
     bytes_per_rebalance: int = 0
     health: str = ""
@@ -193,6 +196,25 @@ class Profile:
             self._path = None
 
 
+class _Waves:
+    """Notes each of ours' waves, after the step in which it was published. The next cannot be published before a further one."""
+
+    def __init__(self, protocol: Any, num_ranks: int) -> None:
+        self._controller = getattr(protocol, "controller", None)
+        self._num_ranks = num_ranks
+        self._seen = (0, 0)
+
+    def look(self, recording: Recording) -> None:
+        if self._controller is None:
+            return
+        metrics = self._controller.metrics()
+        num_waves, num_bytes = self._seen
+        if metrics.waves > num_waves:
+            recording.wave_bytes.append((metrics.moved_bytes - num_bytes) / self._num_ranks)
+            recording.wave_seconds.append(metrics.fill_seconds)
+            self._seen = (metrics.waves, metrics.moved_bytes)
+
+
 @torch.no_grad()
 def serve(rank: int, store: str, options: argparse.Namespace) -> Recording:
     """Serve all steps on one rank, in this process, which is its own."""
@@ -223,8 +245,10 @@ def serve(rank: int, store: str, options: argparse.Namespace) -> Recording:
         gc.collect()
         gc.freeze()
         profile = Profile(options.trace if rank == 0 else None)
+        waves = _Waves(protocol, dist.get_world_size(group))
         for number in range(options.steps):
             _step(protocol, serving, number, device, recording)
+            waves.look(recording)
             profile.look(recording)
         profile.end()
         dist.barrier(group)

@@ -153,23 +153,30 @@ class EplbController:
         """
         if self._closed:
             return
-        if not self._layers:
-            raise RuntimeError("step() without any MoE layer: register() a model that has one first")
-        streams = self._layers[0].resident.streams
-        if streams.is_capturing():
+        # Few objects and calls: behind a forward nothing is in the interpreter's caches.
+        worker, streams = self._worker, self._streams
+        if worker is None or streams is None:
+            if not self._layers:
+                raise RuntimeError("step() without any MoE layer: register() a model that has one first")
+            streams = self._layers[0].resident.streams
+            if streams.is_capturing():
+                return
+            worker = self._start()
+        elif streams.is_capturing():
             return
-        worker = self._worker or self._start()
-        # Looked at here: after a forward the interpreter's caches are cold, and each call into a piece takes a microsecond.
         if worker.inbox.waiting is not None or streams.current_handle() not in streams.gate.ordered:
             self._adopt(worker)
         self._steps += 1
         if self._steps >= self._next_due:
             self._record_load(worker)
         if self._inside_step is not None:
-            try:
-                self._inside_step.run(self._steps)
-            except Exception as error:  # not even what was met on the way could be reported
-                worker.note_failure("the step's relocation was given up", error)
+            self._run_inside_step(self._inside_step, worker)
+
+    def _run_inside_step(self, inside_step: InsideStep, worker: Worker) -> None:
+        try:
+            inside_step.run(self._steps)
+        except Exception as error:  # not even what was met on the way could be reported
+            worker.note_failure("the step's relocation was given up", error)
 
     def _record_load(self, worker: Worker) -> None:
         for recorder in self._windows.values():

@@ -7,8 +7,6 @@ time only, and orders every stream that ran a forward before and after itself.
 import itertools
 import threading
 from collections import deque
-from collections.abc import Iterator
-from contextlib import contextmanager
 from typing import Any, Protocol
 
 # Seconds. A choice takes microseconds, but the first one may compile a kernel; a flip that gives up is tried again.
@@ -47,7 +45,7 @@ class Gate:
     Attributes:
         keys: a new one for each pin.
         inside: the pins that choose now, by key, and the thread of each. The same thread may enter again.
-        is_closing: how many flips wait or run.
+        is_closing: how many flips wait.
         ordered: the streams that ran forwards and are behind the last flip, by handle.
         dropped: keys of pins that were freed inside, as by a KeyboardInterrupt. A deque, because a finalizer may run
             while its own thread holds the lock, and appending needs none.
@@ -101,28 +99,27 @@ class Gate:
 
     # ---- flips
 
-    @contextmanager
-    def closed(self, timeout: float = CLOSE_TIMEOUT) -> Iterator[None]:
-        """Hold the lock while nobody is inside. Those who come meanwhile wait, so a flip cannot starve.
+    def wait_until_empty(self, timeout: float = CLOSE_TIMEOUT) -> None:
+        """With the lock held: until it is given up, nobody is inside. Those who come meanwhile wait, so a flip cannot starve.
 
         Raises:
             RuntimeError: the calling thread is inside itself.
             TimeoutError: another thread did not leave in time.
         """
-        with self.lock:
-            if not self._is_empty() and threading.get_ident() in self.inside.values():
-                raise RuntimeError("step() was called inside a forward, between the choice of its experts and its end")
-            self.is_closing += 1
-            try:
-                if not self._changed.wait_for(self._is_empty, timeout):
-                    raise TimeoutError(f"a forward on another thread has been choosing experts for {timeout} s")
-                yield
-            finally:
-                self.is_closing -= 1
-                self._changed.notify_all()
+        if not self.inside and not self.dropped:
+            return
+        if not self._is_empty() and threading.get_ident() in self.inside.values():
+            raise RuntimeError("step() was called inside a forward, between the choice of its experts and its end")
+        self.is_closing += 1
+        try:
+            if not self._changed.wait_for(self._is_empty, timeout):
+                raise TimeoutError(f"a forward on another thread has been choosing experts for {timeout} s")
+        finally:
+            self.is_closing -= 1
+            self._changed.notify_all()
 
     def begin_flip(self) -> tuple[StreamLike, list[StreamLike]]:
-        """Inside `closed()`: make the calling thread's stream wait for every stream that ran a forward.
+        """Behind `wait_until_empty()`: make the calling thread's stream wait for every stream that ran a forward.
 
         Returns:
             The calling thread's stream, and those that it cannot wait for because they are being captured.
@@ -135,7 +132,7 @@ class Gate:
         return stream, captured
 
     def end_flip(self, stream: StreamLike) -> EventLike:
-        """Inside `closed()`, after the flip was enqueued on `stream`: put all other streams behind it."""
+        """After the flip was enqueued on `stream`: put all other streams behind it."""
         flipped: EventLike = stream.record_event()
         self._last_flip = flipped
         for handle, other in self._seen.items():

@@ -48,6 +48,13 @@ class DeviceStreams(Protocol):
         """
         ...
 
+    def run_here(self, work: Callable[[], object]) -> None:
+        """As `run()` on the calling thread's compute stream, but in the mode that the thread is in, which takes no time.
+
+        For tensors that may be written in any.
+        """
+        ...
+
     def is_capturing(self, stream: StreamLike | None = None) -> bool:
         """Whether `stream`, or the calling thread's current one, is being captured into a CUDA graph."""
         ...
@@ -91,6 +98,9 @@ class HostStreams:
         with torch.inference_mode():
             work()
 
+    def run_here(self, work: Callable[[], object]) -> None:
+        work()
+
     def is_capturing(self, stream: StreamLike | None = None) -> bool:
         return False
 
@@ -105,28 +115,30 @@ class CudaStreams:
         self.device = device
         # High priority: a copy of a few microseconds should not queue behind a long GEMM's blocks.
         self.side: StreamLike = torch.cuda.Stream(device, priority=-1)
+        # No function of Python's between: each step asks, and finds nothing in the caches.
+        self.current_handle: Callable[[], int] = functools.partial(torch._C._cuda_getCurrentRawStream, device.index)
         self.gate = Gate(self)
 
     def current(self) -> StreamLike:
         return torch.cuda.current_stream(self.device)
 
-    def current_handle(self) -> int:
-        return torch._C._cuda_getCurrentRawStream(self.device.index)
-
     def run(self, stream: StreamLike, work: Callable[[], object]) -> None:
         if stream.cuda_stream == self.current_handle():  # type: ignore[attr-defined]
-            with torch.inference_mode():  # the other context costs 5 µs, and each flip comes here
+            with torch.inference_mode():  # the other context costs 5 µs, and each snapshot of the load comes here
                 work()
             return
         with torch.inference_mode(), torch.cuda.stream(stream):  # type: ignore[arg-type]
             work()
+
+    def run_here(self, work: Callable[[], object]) -> None:
+        work()
 
     def is_capturing(self, stream: StreamLike | None = None) -> bool:
         if stream is not None and stream.cuda_stream != self.current_handle():  # type: ignore[attr-defined]
             with torch.cuda.stream(stream):  # type: ignore[arg-type]
                 return torch.cuda.is_current_stream_capturing()
         if torch._C._cuda_getDevice() == self.device.index:  # as nearly always; the context costs 2 µs
-            return torch.cuda.is_current_stream_capturing()
+            return torch._C._cuda_isCurrentStreamCapturing()
         with torch.cuda.device(self.device):
             return torch.cuda.is_current_stream_capturing()
 

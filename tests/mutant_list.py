@@ -103,7 +103,7 @@ RELOCATION = (
         "if not self._changed.wait_for(self._is_empty, timeout):",
         "if False:",
         (f"{E}gate.py",),
-        inside="def closed(",
+        inside="def wait_until_empty(",
     ),
     # The table is switched before its upload is over.
     Mutant(

@@ -57,7 +57,7 @@ class CpuGpuEvent:
             BaseException: the error that `fail()` was given.
         """
         with self._condition:
-            if not self._condition.wait_for(lambda: self._recorded, timeout):
+            if not self._recorded and not self._condition.wait_for(lambda: self._recorded, timeout):
                 raise TimeoutError(f"CpuGpuEvent was not recorded within {timeout} s")
             if self._device_event is not None and stream is None:
                 raise RuntimeError("CpuGpuEvent was recorded on a stream: wait() needs the stream that shall wait")

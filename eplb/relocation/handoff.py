@@ -28,10 +28,10 @@ class Handoff:
         self.version = version
         self.staged = CpuGpuEvent()
         self.flipped: EventLike | None = None
+        # Prepared here, by the worker: the thread that flips has a forward to run.
         self._versions = [(layer.versions, version) for layer, version in layers]
-        # Listed here, by the worker: the thread that flips has a forward to run.
         self.layers = [layer for layer, _ in layers]
-        self._flip = prepared_flip([layer.table for layer in self.layers])
+        self._copy = prepared_flip([layer.table for layer in self.layers])
 
     def flip(self, streams: DeviceStreams) -> None:
         """Enqueue the flip on the calling thread's stream, between all forwards before and all after it.
@@ -40,15 +40,16 @@ class Handoff:
         old versions stay in force, and their slots too (I6).
 
         Raises:
-            RuntimeError, TimeoutError: of `Gate.closed()`.
+            RuntimeError, TimeoutError: of `Gate.wait_until_empty()`.
         """
         gate = streams.gate
-        with gate.closed():
+        with gate.lock:
+            gate.wait_until_empty()
             if self.flipped is not None:
                 return
             stream, captured = gate.begin_flip()
             self.staged.wait(stream, timeout=0, consume=False)
-            self._flip(stream)
+            streams.run_here(self._copy)
             flipped = gate.end_flip(stream)
             if captured:
                 for layer in self.layers:

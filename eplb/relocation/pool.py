@@ -12,6 +12,7 @@ import torch
 
 from eplb.peer_memory.host_memory import HostMemory
 from eplb.planning.placement import Placement
+from eplb.relocation.table_words import TableWords
 from eplb.relocation.versions import Version, Versions
 
 # Every tensor of a slot, and every slot, starts at a multiple of this many bytes. 256 covers TMA's 16 and 128, and keeps
@@ -120,6 +121,7 @@ class SlotPool:
     Attributes:
         slab_SB: the memory, uint8 ``[num_slots, slot_bytes]``. Its address never changes.
         tensors: by name, a view ``[num_slots, *shape]`` of the slab; dense inside a slot, padded between slots.
+        table_words: for the tables of its layers, which so lie side by side.
         host_memory: what other processes can open of a CPU's memory; None if it is not shared.
         has_dropped_layers: forwards of layers that are gone may still read slots that are free, on their own streams.
     """
@@ -160,6 +162,7 @@ class SlotPool:
                 offset // spec.dtype.itemsize,
             )
             offset += _aligned(spec.num_bytes)
+        self.table_words = TableWords(self.slab_SB.device)
         self.has_dropped_layers = False
         self._slabs: list[torch.Tensor] | None = None
         self._lock = threading.Lock()

@@ -3,6 +3,7 @@
 Legend: E logical experts, P physical experts over all ranks, S lanes of a rank.
 """
 
+import functools
 from collections.abc import Callable, Sequence
 
 import numpy as np
@@ -10,36 +11,39 @@ import torch
 
 from eplb.planning.placement import Placement
 from eplb.planning.shares import table_words
+from eplb.relocation.table_words import TableWords, runs
 from eplb.streams import DeviceStreams, StreamLike
 
 
 class ExpertTable:
     """Which lanes hold each logical expert, where kernels read it; staged aside and switched in one small write.
 
-    All of it is one int32 buffer at a static address, so a captured CUDA graph sees every flip. The replicas of
+    All of it is int32 at a static address, so a captured CUDA graph sees every flip. The replicas of
     expert e are entries ``offsets_E1[e] … offsets_E1[e + 1]`` of `lanes_P` (global lane ids: rank · S + lane) and of
     `cumulative_P` (running share in units of 2⁻³⁰, the last one of each expert exactly 2³⁰).
 
     Attributes:
         lane_to_slot_S: int32 ``[S]``, for rows that this rank *receives*: the pool's slot of each of its own lanes. An
             entry is written at the fill, before any table names the lane, and so never while a kernel can read it.
+        words: where its numbers lie.
     """
 
-    def __init__(self, placement: Placement, shares_WS: np.ndarray, streams: DeviceStreams) -> None:
+    def __init__(
+        self, placement: Placement, shares_WS: np.ndarray, streams: DeviceStreams, memory: TableWords | None = None
+    ) -> None:
         self.num_experts = placement.num_experts
         self.num_physical = int((placement.lanes_WS >= 0).sum())
         size = self.num_experts + 1 + 2 * self.num_physical
         device = streams.device
         self._streams = streams
-        self._current = torch.empty(size, dtype=torch.int32, device=device)
-        self._staged = torch.empty_like(self._current)
-        # Pinned where that matters, so that the upload is asynchronous; reused, as at most one version is staged.
-        self._host = torch.empty(size, dtype=torch.int32, device="cpu", pin_memory=device.type == "cuda")
-        self._host_words = self._host.numpy()
-        ends = (self.num_experts + 1, self.num_experts + 1 + self.num_physical)
-        self.offsets_E1 = self._current[: ends[0]]
-        self.lanes_P = self._current[ends[0] : ends[1]]
-        self.cumulative_P = self._current[ends[1] :]
+        self.words = (memory or TableWords(device)).take(size)
+        self._host_words = self.words.host.numpy()[:size]
+        ends = (self.num_experts + 1, self.num_experts + 1 + self.num_physical, size)
+        with torch.inference_mode(False):  # else no backward could keep them
+            current = self.words.current
+            self.offsets_E1 = current[: ends[0]]
+            self.lanes_P = current[ends[0] : ends[1]]
+            self.cumulative_P = current[ends[1] : ends[2]]
         self._lane_to_slot = torch.full((placement.num_lanes,), -1, dtype=torch.int32, device=device)
         self._lanes_host = torch.full(
             (placement.num_lanes,), -1, dtype=torch.int32, device="cpu", pin_memory=device.type == "cuda"
@@ -49,9 +53,10 @@ class ExpertTable:
         # is written meanwhile is one that no pending backward reads (I1, I3).
         self.lane_to_slot_S = self._lane_to_slot.data
         self._write_host(table_words(placement, shares_WS))
-        self._staged.copy_(self._host)
-        # As `flip()` does it: the first use of a CUDA kernel loads it, which waits for the device.
-        torch._foreach_copy_([self._current], [self._staged])
+        self.words.staged.copy_(self.words.host)
+        # Both ways of a flip: the first use of a CUDA kernel loads it, which waits for the device.
+        self.words.current_data.copy_(self.words.staged)
+        torch._foreach_copy_([self.words.current_data], [self.words.staged])
 
     def stage(self, placement: Placement, shares_WS: np.ndarray, stream: StreamLike) -> None:
         """`stage()` of this table alone."""
@@ -106,9 +111,11 @@ def stage(tables: Sequence[ExpertTable], words: Sequence[np.ndarray], stream: St
     for table, new in zip(tables, words, strict=True):
         table._write_host(new)
 
+    parts = runs([table.words for table in tables])
+
     def upload() -> None:
-        for table in tables:
-            table._staged.copy_(table._host, non_blocking=True)
+        for part in parts:
+            part.staged.copy_(part.host, non_blocking=True)
 
     if tables:
         tables[0]._streams.run(stream, upload)
@@ -119,14 +126,17 @@ def flip(tables: list[ExpertTable], stream: StreamLike) -> None:
 
     Kernels enqueued before it see the old tables from end to end, kernels after it the new ones (I3).
     """
-    prepared_flip(tables)(stream)
+    if tables:
+        tables[0]._streams.run(stream, prepared_flip(tables))
 
 
-def prepared_flip(tables: list[ExpertTable]) -> Callable[[StreamLike], None]:
-    """`flip()` of these tables, with all that can be done before done now."""
-    current, staged = [table._current for table in tables], [table._staged for table in tables]
+def prepared_flip(tables: list[ExpertTable]) -> Callable[[], object]:
+    """What enqueues the `flip()` of these tables on the current stream, with all that can be done before done now.
 
-    def write() -> None:
-        torch._foreach_copy_(current, staged)
-
-    return lambda stream: tables[0]._streams.run(stream, write) if tables else None
+    One copy where they lie side by side, as those of a pool do if all of them are flipped.
+    """
+    parts = runs([table.words for table in tables])
+    current, staged = [part.current_data for part in parts], [part.staged for part in parts]
+    if len(parts) == 1:
+        return functools.partial(current[0].copy_, staged[0])
+    return functools.partial(torch._foreach_copy_, current, staged)

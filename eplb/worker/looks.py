@@ -37,6 +37,8 @@ class Looks:
             return longest
         if self._awaited is Awaited.PACE:
             return min(longest, _PACED)
+        if self._awaited is Awaited.TURN:
+            return min(longest, _SHORTEST)
         elapsed = now - self._changed_at
         expected = self._took.get(self._awaited, 0.0) * 7 / 8
         return min(longest, max(_SHORTEST, elapsed / 8, expected - elapsed))

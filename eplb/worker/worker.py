@@ -161,8 +161,8 @@ class Worker:
         self.ticked_at = now = self._clock()
         shown = self._what_health_shows()
         awaited = self.relocation.awaits() if self.is_published else Awaited.STEP
-        if awaited is Awaited.PACE and (self.is_lost or self._stuck_at is not None):
-            awaited = Awaited.STEP  # nothing is copied any more that a bound could hold back
+        if awaited in (Awaited.PACE, Awaited.TURN) and (self.is_lost or self._stuck_at is not None):
+            awaited = Awaited.STEP  # nothing is begun any more
         self._looks.note((shown, self.relocation.stage_of_wave()), awaited, now)
         # Health that would say the same takes longer than the rest of a tick in which nothing happens.
         if shown != self._shown or now - self._published_at >= self._config.round_interval:

@@ -38,6 +38,7 @@ def test_three_protocols_serve_the_same_outputs(tmp_path, capsys, ranks_start_fa
         assert row["wrong"] == "0" and int(row["rebalances"]) >= 2, name
         assert int(row["quiet_steps"]) > 0 and float(row["quiet_p99_ms"]) >= float(row["quiet_median_ms"]) > 0, name
         assert float(row["gb_per_s_per_receiver"]) > 0 and float(row["call_flip_us"]) > 0, name
+    assert float(rows["ours"]["pull_gb_per_s"]) > 0 and rows["lockstep"]["pull_gb_per_s"] == "nan"
     assert float(rows["pause"]["steps_to_relocate_all"]) == 1.0
     assert float(rows["lockstep"]["steps_to_relocate_all"]) >= 3.0  # two layers, one a step, and the one that begins
     out = capsys.readouterr().out
@@ -121,6 +122,8 @@ def recording(**changes) -> Recording:
         "moving": moving,
         "flips": [0, 0, 0, 1, 0, 2, 0, 0, 0, 1],
         "bytes_per_rebalance": 90_000_000,
+        "wave_bytes": [30_000_000.0, 60_000_000.0],
+        "wave_seconds": [0.01, 0.01],
     }
     return Recording(**values | changes)
 
@@ -131,7 +134,7 @@ def test_a_summary_by_hand():
     assert row["quiet_median_ms"] == 10.0 and row["quiet_mean_ms"] == 11.0 and row["relocating_mean_ms"] == 26.0
     assert row["mean_ratio"] == pytest.approx(26 / 11) and row["p99_ratio"] == pytest.approx(50 / row["quiet_p99_ms"])
     assert row["steps_to_relocate_all"] == 3.0 and row["seconds_to_relocate_all"] == pytest.approx(0.045)
-    assert row["gb_per_s_per_receiver"] == pytest.approx(2.0)
+    assert row["gb_per_s_per_receiver"] == pytest.approx(2.0) and row["pull_gb_per_s"] == pytest.approx(4.5)
     assert (row["call_idle_us"], row["call_relocating_us"], row["call_flip_us"]) == (2.0, 3.0, 40.0)
 
 
@@ -147,6 +150,8 @@ def test_targets_say_what_was_reached():
     said = relocation.targets({"lockstep": slow, "ours": row})
     assert "reached step() idle, µs: 2.000 (≤ 5)" in said and "MISSED  step() with a flip, µs: 40.000 (≤ 30)" in said
     assert f"MISSED  steps for all slots over lockstep's: {3 / 7:.3f} (≤ 0.333)" in said
+    assert "MISSED  GB/s while copying: 4 (≥ 330)" in said
+    assert not any("GB/s" in line for line in relocation.targets({"ours": row}, is_bound=True))
     assert relocation.targets({"pause": row}) == []
 
 

@@ -87,6 +87,9 @@ class SimStreams:
         self._faults.maybe("streams.run")
         stream.enqueue(work)
 
+    def run_here(self, work: Callable[[], object]) -> None:
+        self.run(self.current(), work)
+
     def is_capturing(self, stream: SimStream | None = None) -> bool:
         return False
 

@@ -263,6 +263,19 @@ def test_slabs_come_in_pieces_under_a_bound():
     assert reader.poll() and pair.slabs_SB[1][3].unique().tolist() == [12]
 
 
+def test_a_look_begins_a_few_copies_and_more_are_due_at_once(monkeypatch):
+    monkeypatch.setattr("eplb.relocation.communicator.pull._MOST_COPIES", 1)
+    pair = ByHand()
+    transfers = [Transfer(slot, pair.slabs_SB[1][3 - number], 1) for number, slot in enumerate(pair.slabs_SB[1][:2])]
+    batch = pair.ranks[1].prepare(transfers)
+    batch.start()
+    pair.streams[1].drain()
+    assert not batch.poll() and batch.awaits is Awaited.TURN
+    assert not batch.poll() and batch.awaits is Awaited.COPIES
+    pair.streams[1].drain()
+    assert batch.poll() and torch.equal(pair.slabs_SB[1][2:].flip(0), pair.slabs_SB[1][:2])
+
+
 def test_slabs_of_another_size_or_place_are_refused():
     pair = ByHand()
     for slab in (pair.slabs_SB[0][1, :256], pair.slabs_SB[0].view(-1)[256:768], torch.zeros(512, dtype=torch.uint8)):

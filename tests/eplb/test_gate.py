@@ -215,7 +215,7 @@ def test_a_flip_waits_for_those_inside_and_newcomers_wait_for_the_flip():
 
 
 def test_a_flip_gives_up_on_a_forward_that_does_not_leave_and_can_be_tried_again(monkeypatch):
-    monkeypatch.setattr("eplb.gate.Gate.closed.__wrapped__.__defaults__", (0.05,))
+    monkeypatch.setattr("eplb.gate.Gate.wait_until_empty.__defaults__", (0.05,))
     layer = make_layer(HostStreams())
     _, handoff = published(layer, 0)
     inside, leave = threading.Event(), threading.Event()

@@ -72,7 +72,7 @@ def test_an_interrupt_at_any_point_of_a_flip_loses_no_version():
         inbox.post(handoff)
         assert inbox.flip(streams)
 
-    assert at_every_point(check) > 15
+    assert at_every_point(check) > 10
 
 
 def test_an_interrupt_at_any_point_of_a_choice_leaves_nothing_behind():
@@ -91,7 +91,7 @@ def test_an_interrupt_at_any_point_of_a_choice_leaves_nothing_behind():
         handoff.flip(streams)
         assert is_graced_in_the_end(fill, handoff, streams)
 
-    assert at_every_point(check) > 15
+    assert at_every_point(check) > 10
 
 
 def test_a_flip_that_fails_at_any_point_is_tried_again():

@@ -5,8 +5,9 @@ import pytest
 import torch
 
 from eplb.planning.placement import Placement
-from eplb.planning.shares import equal_shares
-from eplb.relocation.table import ExpertTable, flip, map_lanes
+from eplb.planning.shares import equal_shares, table_words
+from eplb.relocation.table import ExpertTable, flip, map_lanes, prepared_flip, stage
+from eplb.relocation.table_words import TableWords, Words, runs
 from eplb.streams import HostStreams, streams_of
 
 ONE = 1 << 30
@@ -103,6 +104,44 @@ def test_several_tables_flip_together_and_others_stay():
     assert [numbers(table) == AFTER_NUMBERS for table in tables] == [True, False, True]
     flip([], stream)
     assert [numbers(table) == AFTER_NUMBERS for table in tables] == [True, False, True]
+
+
+def test_tables_of_one_memory_lie_side_by_side_and_flip_as_one_piece():
+    streams, memory = HostStreams(), TableWords(torch.device("cpu"))
+    tables = [ExpertTable(BEFORE, BEFORE_SHARES, streams, memory) for _ in range(4)]
+    assert [table.words.start % 4 for table in tables] == [0] * 4, "each begins at 16 bytes"
+    parts = [table.words for table in tables]
+    chunk, size = parts[0].chunk, parts[0].end
+    assert runs(parts[::-1]) == [Words(chunk, 0, 4 * size)]
+    assert runs([parts[3], parts[0], parts[1]]) == [Words(chunk, 0, 2 * size), Words(chunk, 3 * size, 4 * size)]
+    assert runs([]) == [] and len(runs([parts[0], make_table().words])) == 2
+    stage([tables[number] for number in (3, 0, 1)], [table_words(AFTER, AFTER_SHARES)] * 3, streams.current())
+    flip([tables[number] for number in (3, 0, 1)], streams.current())
+    assert [numbers(table) == AFTER_NUMBERS for table in tables] == [True, True, False, True]
+
+
+def test_a_table_too_large_for_a_chunk_has_one_of_its_own(monkeypatch):
+    monkeypatch.setattr("eplb.relocation.table_words._CHUNK", 16)
+    streams, memory = HostStreams(), TableWords(torch.device("cpu"))
+    tables = [ExpertTable(BEFORE, BEFORE_SHARES, streams, memory) for _ in range(2)]  # 12 words each
+    assert tables[0].words.chunk is not tables[1].words.chunk
+    monkeypatch.setattr("eplb.relocation.table_words._CHUNK", 4)
+    large = ExpertTable(BEFORE, BEFORE_SHARES, streams, memory)
+    assert numbers(large) == BEFORE_NUMBERS and len(large.words.chunk.current) == 12
+
+
+@pytest.mark.parametrize("built", [True, False])
+@pytest.mark.parametrize("flipped", [True, False])
+def test_a_flip_may_be_in_inference_mode_or_not_wherever_the_table_was_made(built, flipped):
+    with torch.inference_mode(built):
+        table = make_table()
+    scale = torch.ones(4, requires_grad=True)
+    loss = (scale * table.cumulative_P).sum()  # keeps the table for the backward, which a pin protects
+    with torch.inference_mode(flipped):
+        table.stage(AFTER, AFTER_SHARES, table._streams.current())
+        prepared_flip([table])()
+    assert numbers(table) == AFTER_NUMBERS
+    loss.backward()
 
 
 def test_new_shares_alone():

@@ -109,6 +109,12 @@ def test_a_bound_is_kept_up_with_however_long_the_wave_takes():
     assert {looks.seconds(0.001 * ms, 0.02) for ms in range(500)} == {0.003}
 
 
+def test_what_waits_for_its_turn_alone_goes_on_at_once_however_long_the_wave_takes():
+    looks = Looks(0.0)
+    looks.note("copying", Awaited.TURN, 0.0)
+    assert {looks.seconds(0.001 * ms, 0.02) for ms in range(500)} == {0.0005}
+
+
 @pytest.mark.parametrize("ended_by", ["an error here", "the loss of the rounds"])
 def test_a_bound_is_not_kept_up_with_where_a_wave_goes_on_no_more(by_hand, monkeypatch, ended_by):
     """Other ranks that do not answer may leave it so for as long as the process lives."""

@@ -53,6 +53,7 @@ class Awaited(enum.Enum):
     """What a wave waits for, of which nobody is told: somebody must look."""
 
     STEP = enum.auto()  # something that may come at once, and that more is to be done after
+    TURN = enum.auto()  # there is more to begin: other threads come first
     PACE = enum.auto()  # a bound of bytes per second holds back what is left
     COPIES = enum.auto()  # all that this rank enqueues is enqueued
     FLIP = enum.auto()  # the device comes to the flip with the end of a step

@@ -258,5 +258,7 @@ class PullBatch(TransferBatch):
                 target, source = target[:granted], source[:granted]
             pieces.append((target, source))
             room -= granted
+        if self._fetches and len(pieces) == _MOST_COPIES:
+            self.awaits = Awaited.TURN
         if pieces:
             self.copies.post(pieces)
