@@ -217,7 +217,8 @@ def line(protocol: str, row: dict[str, Any]) -> str:
         f"| {protocol} | {row['quiet_median_ms']:.4g} / {row['quiet_p99_ms']:.4g} / {row['quiet_mean_ms']:.4g} "
         f"| {row['relocating_median_ms']:.4g} / {row['relocating_p99_ms']:.4g} / {row['relocating_mean_ms']:.4g} "
         f"| {row['p99_ratio']:.3f} | {row['mean_ratio']:.3f} | {row['steps_to_relocate_all']:.4g} "
-        f"| {row['gb_per_s_per_receiver']:.3g} | {row['pull_gb_per_s']:.3g} | {row['call_idle_us']:.3g} | {row['call_flip_us']:.3g} | {row['wrong']} |"
+        f"| {row['gb_per_s_per_receiver']:.3g} | {row['pull_gb_per_s']:.3g} "
+        f"| {row['call_idle_us']:.3g} | {row['call_flip_us']:.3g} | {row['wrong']} |"
     )
 
 

@@ -19,6 +19,7 @@ from eplb.groups import peers_of
 from eplb.planning.placement import Placement
 from eplb.planning.shares import equal_shares
 from eplb.relocation.communicator import Transfer, choose_communicator, make_communicator
+from eplb.relocation.events import CpuGpuEvent
 from eplb.relocation.handoff import Handoff
 from eplb.relocation.resident import ResidentExperts
 from eplb.relocation.versions import Version
@@ -154,9 +155,9 @@ class _WithBuffer:
         compute = self.streams.current()
         layer.table.stage(placement, version.shares_WS, compute)
         layer.versions.publish(version)
-        handoff = Handoff(version.number, [(layer, version)])
-        handoff.staged.record(compute)
-        handoff.flip(self.streams)
+        staged = CpuGpuEvent()
+        staged.record(compute)
+        Handoff(version.number, [(layer, version)], staged).flip(self.streams)
         self.wait()
         layer.versions.grace_before(version.number)
         self.num_flips += 1

@@ -197,7 +197,7 @@ class Profile:
 
 
 class _Waves:
-    """Notes each of ours' waves, after the step in which it was published. The next cannot be published before a further one."""
+    """Notes each of ours' waves, after the step in which it was published: the next is not before a further step."""
 
     def __init__(self, protocol: Any, num_ranks: int) -> None:
         self._controller = getattr(protocol, "controller", None)

@@ -2,7 +2,6 @@
 
 import atexit
 import functools
-import threading
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
@@ -24,7 +23,7 @@ from eplb.relocation.resident import ResidentExperts
 from eplb.rounds.protocol import Work
 from eplb.saving import write_load_trace, write_placements
 from eplb.streams import DeviceStreams
-from eplb.worker import Clock, InsideStep, Worker, WorkerThread
+from eplb.worker import Clock, InsideStep, Wake, Worker, WorkerThread
 
 
 class EplbController:
@@ -64,7 +63,7 @@ class EplbController:
         self._worker: Worker | None = None
         self._thread: WorkerThread | None = None
         self._inside_step: InsideStep | None = None
-        self._wake = threading.Event()
+        self._wake = Wake()
         self._windows: dict[Work, LoadWindowRecorder] = {}
         self._streams: DeviceStreams | None = None
         self._warm_ups = 0

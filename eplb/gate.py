@@ -124,10 +124,10 @@ class Gate:
         Returns:
             The calling thread's stream, and those that it cannot wait for because they are being captured.
         """
-        handle = self._streams.current_handle()
-        stream = self.note(handle)
+        handle = self.current_handle()
+        stream = self.ordered.get(handle) or self.note(handle)
         assert stream is not None, "no flip while the stream is captured"
-        captured = self._join(stream)
+        captured = self._join(stream) if len(self._seen) > 1 else []
         self.ordered = {handle: stream}
         return stream, captured
 
@@ -135,10 +135,11 @@ class Gate:
         """After the flip was enqueued on `stream`: put all other streams behind it."""
         flipped: EventLike = stream.record_event()
         self._last_flip = flipped
-        for handle, other in self._seen.items():
-            if handle not in self.ordered and not self._streams.is_capturing(other):
-                other.wait_event(flipped)
-                self.ordered[handle] = other
+        if len(self._seen) > 1:
+            for handle, other in self._seen.items():
+                if handle not in self.ordered and not self._streams.is_capturing(other):
+                    other.wait_event(flipped)
+                    self.ordered[handle] = other
         return flipped
 
     # ---- others who need to be behind all forwards

@@ -107,10 +107,11 @@ RELOCATION = (
     ),
     # The table is switched before its upload is over.
     Mutant(
-        "eplb/relocation/handoff.py",
-        "self.staged.wait(stream, timeout=0, consume=False)",
-        "pass",
+        "eplb/relocation/fill.py",
+        "if not self._finished.query():",
+        "if False:",
         (f"{E}fill.py", f"{E}table.py", SIMULATION),
+        inside="def poll(",
     ),
     # A rank votes "filled" although its transfers are not over.
     Mutant(

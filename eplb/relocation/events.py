@@ -17,15 +17,23 @@ class CpuGpuEvent:
     """
 
     def __init__(self) -> None:
-        self._condition = threading.Condition()
+        self._lock = threading.Lock()
+        self._changed = threading.Condition(self._lock)
         self._recorded = False
         self._device_event: Any = None
         self._error: BaseException | None = None
 
     def is_recorded(self) -> bool:
         """Whether `wait()` would find a record (or an error) at once. Never blocks on the device."""
-        with self._condition:
+        with self._lock:
             return self._recorded
+
+    def query(self) -> bool:
+        """Whether it is recorded, and its device part over: then a `wait()` asks nothing of its stream. Never blocks."""
+        with self._lock:
+            if self._device_event is not None and self._device_event.query():
+                self._device_event = None
+            return self._recorded and self._device_event is None
 
     def record(self, stream: StreamLike | None = None) -> None:
         """Record the event: after all work queued on `stream` so far, or on the host alone without a stream.
@@ -56,8 +64,8 @@ class CpuGpuEvent:
             RuntimeError: the event was recorded on a stream and none was given to wait with. The event is as it was.
             BaseException: the error that `fail()` was given.
         """
-        with self._condition:
-            if not self._recorded and not self._condition.wait_for(lambda: self._recorded, timeout):
+        with self._lock:  # the lock itself: behind a forward each function of Python's takes a microsecond
+            if not self._recorded and not self._changed.wait_for(lambda: self._recorded, timeout):
                 raise TimeoutError(f"CpuGpuEvent was not recorded within {timeout} s")
             if self._device_event is not None and stream is None:
                 raise RuntimeError("CpuGpuEvent was recorded on a stream: wait() needs the stream that shall wait")
@@ -71,10 +79,10 @@ class CpuGpuEvent:
             raise error
 
     def _set(self, stream: StreamLike | None, error: BaseException | None) -> None:
-        with self._condition:
+        with self._lock:
             if self._recorded:
                 raise RuntimeError("CpuGpuEvent recorded again before its last record was waited for")
             self._device_event = stream.record_event() if stream is not None else None
             self._error = error
             self._recorded = True
-            self._condition.notify_all()
+            self._changed.notify_all()

@@ -4,10 +4,10 @@ from collections.abc import Callable, Sequence
 
 import numpy as np
 
-from eplb.gate import EventLike
 from eplb.planning.placement import EMPTY
 from eplb.planning.plan import LayerUpdate, Moves, Wave
 from eplb.relocation.communicator.base import Awaited, Communicator, Transfer, TransferBatch
+from eplb.relocation.events import CpuGpuEvent
 from eplb.relocation.handoff import Handoff
 from eplb.relocation.pool import SlotHold, SlotPool
 from eplb.relocation.resident import ResidentExperts
@@ -50,7 +50,7 @@ class WaveFill:
         self.updates: tuple[LayerUpdate, ...] = wave.updates
         self._streams = streams
         self._holds: dict[SlotPool, SlotHold] = {}
-        self._finished: EventLike | None = None
+        self._finished: CpuGpuEvent | None = None
         self._agreed_to_start = False
         self._started = False
         self._abandoned = False
@@ -167,23 +167,22 @@ class WaveFill:
         return self._batch.awaits if self._started and not self.is_filled else None
 
     def poll(self) -> bool:
-        """Push the transfers on; True when this host has seen all of the wave's work on this rank complete."""
+        """Push the transfers on; True when this host has seen all of the wave's work on this rank complete, its tables too."""
         if self._finished is None:
             if not self._batch.poll():
                 return False
-            # Behind the lanes' entries too, which the side stream wrote.
-            self._finished = self._streams.side.record_event()
+            # The new tables, beside the current ones: what was staged there before has been flipped, and graced by all ranks.
+            stage([layer.table for layer, _ in self._versions], self._words, self._streams.side)
+            self._finished = self._behind_all()
         if not self._finished.query():
             return False
         self.is_filled = True
         return True
 
-    def stage(self) -> Handoff:
-        """Upload the new tables beside the current ones. May be called again if it raised."""
-        handoff = Handoff(self.version, self._versions)
-        stage([layer.table for layer, _ in self._versions], self._words, self._streams.side)
-        handoff.staged.record(self._streams.side)
-        return handoff
+    def hand_over(self) -> Handoff:
+        """The new tables, which are on the device."""
+        assert self._finished is not None and self.is_filled
+        return Handoff(self.version, self._versions, self._finished)
 
     def publish(self) -> None:
         """From now on the layers' newest versions name the wave's slots; the transfers are over."""
@@ -208,11 +207,17 @@ class WaveFill:
         if self._agreed_to_start and not self._batch.is_dead():
             return False
         if self._finished is None:
-            self._finished = self._streams.side.record_event()
+            self._finished = self._behind_all()
         if not self._finished.query():
             return False
         self._end_holds()
         return True
+
+    def _behind_all(self) -> CpuGpuEvent:
+        """Recorded behind all that the side stream does for the wave: slabs, the lanes' entries, tables."""
+        event = CpuGpuEvent()
+        event.record(self._streams.side)
+        return event
 
     def _words_of(self, update: LayerUpdate) -> np.ndarray:
         if update.table is None:

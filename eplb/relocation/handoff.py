@@ -17,18 +17,18 @@ class Handoff:
     Args:
         version: its number.
         layers: whose tables to flip, and to which version each.
+        staged: recorded on the side stream behind the upload of the tables.
 
     Attributes:
         layers: those above, without their versions.
-        staged: recorded on the side stream behind the upload of the tables.
         flipped: the compute stream's event behind the flip, once a thread has enqueued it.
     """
 
-    def __init__(self, version: int, layers: Sequence[tuple[ResidentExperts, Version]]) -> None:
+    def __init__(self, version: int, layers: Sequence[tuple[ResidentExperts, Version]], staged: CpuGpuEvent) -> None:
         self.version = version
-        self.staged = CpuGpuEvent()
+        self.staged = staged
         self.flipped: EventLike | None = None
-        # Prepared here, by the worker: the thread that flips has a forward to run.
+        # Prepared here, by the worker: the thread that flips has a forward to run, and nothing of this in its caches.
         self._versions = [(layer.versions, version) for layer, version in layers]
         self.layers = [layer for layer, _ in layers]
         self._copy = prepared_flip([layer.table for layer in self.layers])
@@ -55,7 +55,7 @@ class Handoff:
                 for layer in self.layers:
                     layer.pins.used_on(layer.current.number, *captured)
             for versions, version in self._versions:
-                versions.flip(version)
+                versions.current = version
             self.flipped = flipped  # last: it is what grace asks for
 
 

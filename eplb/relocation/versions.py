@@ -39,7 +39,7 @@ class Versions:
 
     Attributes:
         ungraced: oldest first. Replaced as a whole, so whoever reads it sees one state.
-        current: what the device's table says: the version that was flipped last.
+        current: what the device's table says: the version that was flipped last. A flip sets it, under `Gate.lock`.
     """
 
     def __init__(self, first: Version) -> None:
@@ -56,11 +56,6 @@ class Versions:
         with self._lock:
             assert version.number > self.newest.number, f"version {version.number} after {self.newest.number}"
             self.ungraced = (*self.ungraced, version)
-
-    def flip(self, version: Version) -> None:
-        """The table says `version` from now on. Again is the same. Under the device's `Gate.lock`, which guards `current`."""
-        assert version.number >= self.current.number, f"version {self.current.number} was flipped already"
-        self.current = version
 
     def grace_before(self, number: int) -> None:
         """Nobody uses a version older than `number` any more: forget those."""

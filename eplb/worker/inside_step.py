@@ -1,6 +1,5 @@
 """Rebalance, worker: `InsideStep` lets it tick on the main thread, inside `step()` (``use_async=False``)."""
 
-import threading
 import time
 from collections.abc import Callable
 
@@ -8,6 +7,7 @@ from eplb.config import EplbConfig
 from eplb.load_window import LoadWindowRecorder
 from eplb.rounds.protocol import Work
 from eplb.worker.rounds import Clock
+from eplb.worker.wake import Wake
 from eplb.worker.worker import Worker
 
 _INTERVAL = 0.0005  # seconds between two looks at the device, while the main thread waits anyway
@@ -31,7 +31,7 @@ class InsideStep:
         config: EplbConfig,
         adopt: Callable[[], None],
         clock: Clock,
-        wake: threading.Event,
+        wake: Wake,
     ) -> None:
         self._worker = worker
         self._windows = windows

@@ -170,7 +170,7 @@ class Relocation:
         """The ranks agreed that the wave is filled everywhere: roll forward. May be called again if it raised."""
         fill = self.fill
         assert fill is not None and fill.version == agreed.version, "a rank votes only for what it has"
-        handoff = fill.stage()
+        handoff = fill.hand_over()
         fill.publish()
         self.handoff = handoff
         self.published = fill.version

@@ -5,6 +5,7 @@ import time
 
 from eplb.config import EplbConfig
 from eplb.streams import DeviceStreams
+from eplb.worker.wake import Wake
 from eplb.worker.worker import Worker
 
 _LONGEST = 5e-5  # seconds that a piece of work may hold the interpreter
@@ -14,7 +15,7 @@ _BREATH = 1e-4  # seconds that others have it for then: longer than a main threa
 class WorkerThread(threading.Thread):
     """Calls `tick()` until it is closed, whatever a tick raises."""
 
-    def __init__(self, worker: Worker, streams: DeviceStreams, wake: threading.Event, config: EplbConfig) -> None:
+    def __init__(self, worker: Worker, streams: DeviceStreams, wake: Wake, config: EplbConfig) -> None:
         super().__init__(name="eplb-worker", daemon=True)
         self._worker = worker
         self._streams = streams

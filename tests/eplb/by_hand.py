@@ -56,7 +56,7 @@ def filled(layer: ResidentExperts, expert: int) -> WaveFill:
 def published(layer: ResidentExperts, expert: int) -> tuple[WaveFill, Handoff]:
     """A wave whose version waits to be flipped, with its table uploaded."""
     fill = filled(layer, expert)
-    handoff = fill.stage()
+    handoff = fill.hand_over()
     fill.publish()
     if isinstance(layer.streams, SimStreams):
         while layer.streams.side.advance():

@@ -74,7 +74,7 @@ def test_i1_a_wave_buried_late_leaves_the_lane_to_the_wave_that_has_taken_it():
     newer.start()
     newer._batch.over = True
     assert newer.poll()
-    handoff = newer.stage()
+    handoff = newer.hand_over()
     newer.publish()
     assert (layer.current.number, layer.newest.number) == (0, 1)
     assert layer.newest.slots_S == (0, -1, 3, -1)
@@ -117,7 +117,7 @@ def test_i1_a_lane_that_an_ungraced_version_names_is_not_filled():
     first = WaveFill(wave, 1, (1, 0), [layer], LocalCommunicator(layer.streams), layer.streams)
     first.start()
     assert first.poll()
-    first.stage()
+    first.hand_over()
     first.publish()
     lanes_WS = after.lanes_WS.copy()
     lanes_WS[0, 2], lanes_WS[0, 1] = -1, 1  # back into the lane that version 0 names
@@ -134,7 +134,7 @@ def test_saving_keeps_the_slots_that_it_reads():
     fill = WaveFill(wave, 1, (1, 0), [layer], LocalCommunicator(layer.streams), layer.streams)
     fill.start()
     assert fill.poll()
-    handoff = fill.stage()
+    handoff = fill.hand_over()
     fill.publish()
     handoff.flip(layer.streams)
     with layer.reading() as (live, retiring):

@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 
 import eplb
+from eplb.relocation.events import CpuGpuEvent
 from eplb.relocation.handoff import Handoff, Inbox
 from tests.eplb.by_hand import is_graced_in_the_end, make_layer, published, sim_streams
 
@@ -154,6 +155,6 @@ def test_a_version_is_flipped_once():
 
 def test_a_version_must_be_flipped_before_the_next_is_posted():
     inbox = Inbox()
-    inbox.post(Handoff(1, []))
+    inbox.post(Handoff(1, [], CpuGpuEvent()))
     with pytest.raises(AssertionError, match="a version was skipped"):
-        inbox.post(Handoff(2, []))
+        inbox.post(Handoff(2, [], CpuGpuEvent()))

@@ -153,11 +153,11 @@ def test_a_step_that_flips_wakes_the_worker(by_hand):
     layer = controller._layers[0].resident
     controller._wake.clear()
     controller.step()
-    assert not controller._wake.is_set()
+    assert not controller._wake.wait(0)
     _, handoff = published(layer, 0)
     worker.inbox.post(handoff)
     controller.step()
-    assert handoff.flipped is not None and controller._wake.is_set()
+    assert handoff.flipped is not None and controller._wake.wait(0)
 
 
 # ---- what they say

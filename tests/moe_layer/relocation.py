@@ -49,7 +49,7 @@ class Relocator:
         return fill
 
     def publish(self, fill: WaveFill) -> Handoff:
-        handoff = fill.stage()
+        handoff = fill.hand_over()
         fill.publish()
         return handoff
 

@@ -206,7 +206,7 @@ def check_a_flip_meanwhile(rank, group, device):
         fill.start()
         while not fill.poll():
             pass
-        handoff = fill.stage()
+        handoff = fill.hand_over()
         fill.publish()
 
         def flip():
