@@ -22,7 +22,9 @@ class EventLike(Protocol):
 
 
 class StreamLike(Protocol):
-    def record_event(self) -> Any: ...
+    def record_event(self, event: Any = None) -> Any:
+        """Records `event`, a new one if None, and returns it."""
+        ...
 
     def wait_event(self, event: Any) -> None: ...
 
@@ -131,9 +133,13 @@ class Gate:
         self.ordered = {handle: stream}
         return stream, captured
 
-    def end_flip(self, stream: StreamLike) -> EventLike:
-        """After the flip was enqueued on `stream`: put all other streams behind it."""
-        flipped: EventLike = stream.record_event()
+    def end_flip(self, stream: StreamLike, event: EventLike | None = None) -> EventLike:
+        """After the flip was enqueued on `stream`: put all other streams behind it.
+
+        Returns:
+            What is recorded behind it: `event`, or a new one.
+        """
+        flipped: EventLike = stream.record_event(event)
         self._last_flip = flipped
         if len(self._seen) > 1:
             for handle, other in self._seen.items():

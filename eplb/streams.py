@@ -55,6 +55,10 @@ class DeviceStreams(Protocol):
         """
         ...
 
+    def make_event(self) -> EventLike | None:
+        """For `record_event()` to come: the device is asked for it now. None if there is nothing to ask for."""
+        ...
+
     def is_capturing(self, stream: StreamLike | None = None) -> bool:
         """Whether `stream`, or the calling thread's current one, is being captured into a CUDA graph."""
         ...
@@ -72,7 +76,8 @@ class _Done:
 class HostStream:
     """A CPU's only stream: work is done when the call returns."""
 
-    def record_event(self) -> _Done:
+    def record_event(self, event: EventLike | None = None) -> _Done:
+        del event
         return _Done()
 
     def wait_event(self, event: EventLike) -> None:
@@ -100,6 +105,9 @@ class HostStreams:
 
     def run_here(self, work: Callable[[], object]) -> None:
         work()
+
+    def make_event(self) -> None:
+        return None
 
     def is_capturing(self, stream: StreamLike | None = None) -> bool:
         return False
@@ -132,6 +140,10 @@ class CudaStreams:
 
     def run_here(self, work: Callable[[], object]) -> None:
         work()
+
+    def make_event(self) -> EventLike:
+        event: EventLike = self.side.record_event()  # the first record makes it
+        return event
 
     def is_capturing(self, stream: StreamLike | None = None) -> bool:
         if stream is not None and stream.cuda_stream != self.current_handle():  # type: ignore[attr-defined]

@@ -45,11 +45,10 @@ RELOCATION = (
     ),
     # The host goes on believing in the version before.
     Mutant(
-        "eplb/relocation/versions.py",
-        "self.current = version",
+        "eplb/relocation/handoff.py",
+        "versions.current = version",
         "pass",
         (f"{E}fill.py", f"{L}flips.py", SIMULATION),
-        inside="def flip(",
     ),
     # A pin of an older version is forgotten where the device still runs.
     Mutant(
@@ -76,7 +75,7 @@ RELOCATION = (
     # A flip is not ordered behind the other streams' forwards.
     Mutant(
         "eplb/gate.py",
-        "captured = self._join(stream)",
+        "captured = self._join(stream) if len(self._seen) > 1 else []",
         "captured = []",
         (f"{E}streams.py", f"{E}fill.py", SIMULATION),
         inside="def begin_flip(",
@@ -96,6 +95,20 @@ RELOCATION = (
         "if False:",
         (f"{E}streams.py", f"{E}fill.py", f"{L}flips.py", SIMULATION),
         inside="def note(",
+    ),
+    # A flip looks like a change of what autograd keeps.
+    Mutant(
+        "eplb/relocation/table_words.py",
+        "self.current_data = self.current.data",
+        "self.current_data = self.current",
+        (f"{E}table.py",),
+    ),
+    # Neighbours in memory are taken for one piece though there is a gap.
+    Mutant(
+        "eplb/relocation/table_words.py",
+        "if found and found[-1].chunk is part.chunk and found[-1].end == part.start:",
+        "if found and found[-1].chunk is part.chunk:",
+        (f"{E}table.py",),
     ),
     # A flip may happen while another thread chooses.
     Mutant(

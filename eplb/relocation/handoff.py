@@ -32,6 +32,7 @@ class Handoff:
         self._versions = [(layer.versions, version) for layer, version in layers]
         self.layers = [layer for layer, _ in layers]
         self._copy = prepared_flip([layer.table for layer in self.layers])
+        self._event = self.layers[0].streams.make_event() if self.layers else None
 
     def flip(self, streams: DeviceStreams) -> None:
         """Enqueue the flip on the calling thread's stream, between all forwards before and all after it.
@@ -50,7 +51,7 @@ class Handoff:
             stream, captured = gate.begin_flip()
             self.staged.wait(stream, timeout=0, consume=False)
             streams.run_here(self._copy)
-            flipped = gate.end_flip(stream)
+            flipped = gate.end_flip(stream, self._event)
             if captured:
                 for layer in self.layers:
                     layer.pins.used_on(layer.current.number, *captured)

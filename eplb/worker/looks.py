@@ -11,7 +11,8 @@ _PACED = 0.003
 class Looks:
     """Looks become rarer the longer something takes, so that it costs few of them and is seen at most an eighth late.
 
-    What takes about as long each time (a copy of a wave, a step of the model) is first looked at after seven eighths of that.
+    What takes about as long each time (a copy of a wave, a step of the model) is first looked at after seven eighths of that,
+    and then seen at most a 32nd late.
 
     Args:
         now: seconds.
@@ -40,5 +41,7 @@ class Looks:
         if self._awaited is Awaited.TURN:
             return min(longest, _SHORTEST)
         elapsed = now - self._changed_at
-        expected = self._took.get(self._awaited, 0.0) * 7 / 8
-        return min(longest, max(_SHORTEST, elapsed / 8, expected - elapsed))
+        took = self._took.get(self._awaited)
+        if took is None:
+            return min(longest, max(_SHORTEST, elapsed / 8))
+        return min(longest, max(_SHORTEST, elapsed / 32, took * 7 / 8 - elapsed))

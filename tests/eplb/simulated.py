@@ -43,8 +43,8 @@ class SimStream:
     def __init__(self) -> None:
         self.items: deque[Callable[[], bool]] = deque()
 
-    def record_event(self) -> SimEvent:
-        event = SimEvent()
+    def record_event(self, event: SimEvent | None = None) -> SimEvent:
+        event = event or SimEvent()
         self.enqueue(lambda: setattr(event, "happened", True))
         return event
 
@@ -89,6 +89,9 @@ class SimStreams:
 
     def run_here(self, work: Callable[[], object]) -> None:
         self.run(self.current(), work)
+
+    def make_event(self) -> SimEvent:
+        return SimEvent()
 
     def is_capturing(self, stream: SimStream | None = None) -> bool:
         return False

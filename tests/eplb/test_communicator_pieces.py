@@ -132,9 +132,12 @@ def test_a_larger_wave_gets_a_larger_buffer_which_is_kept():
 class ByHand:
     """Two ranks in this process whose streams go on when the test says so; each has one pool of four slots of 512 bytes."""
 
-    def __init__(self, rate: int | None = None) -> None:
+    def __init__(self, rate: int | None = None, slot_bytes: tuple[int, int] = (512, 512)) -> None:
         self.now = Now()
-        slabs_SB = [torch.arange(4, dtype=torch.uint8)[:, None] + torch.full((4, 512), 10 * r).byte() for r in (1, 2)]
+        slabs_SB = [
+            torch.arange(4, dtype=torch.uint8)[:, None] + torch.full((4, size), 10 * r).byte()
+            for r, size in enumerate(slot_bytes, start=1)
+        ]
         self.slabs_SB = slabs_SB
         boards = [Board(view) for view in virtual_peers(2, Board.num_bytes(2, 4), torch.device("cpu"))]
         self.streams = [Streams(), Streams()]
@@ -281,15 +284,62 @@ def test_slabs_of_another_size_or_place_are_refused():
     for slab in (pair.slabs_SB[0][1, :256], pair.slabs_SB[0].view(-1)[256:768], torch.zeros(512, dtype=torch.uint8)):
         with pytest.raises(ValueError, match="must be a slot of a pool"):
             pair.ranks[0].prepare([Transfer(slab, None, 1)])
-    sender = pair.ranks[0].prepare([Transfer(pair.slabs_SB[0][0], None, 1)])
-    reader = pair.ranks[1].prepare([Transfer(None, torch.zeros(256, dtype=torch.uint8), 0)])
+        with pytest.raises(ValueError, match="must be a slot of a pool"):
+            pair.ranks[0].prepare([Transfer(None, slab, 1)])
+    pair = ByHand(slot_bytes=(512, 256))
+    sender, reader = pair.prepare(0, 0)
     for batch in (sender, reader):
         batch.start()
     for streams in pair.streams:
         streams.drain()
     sender.poll()
-    with pytest.raises(ValueError, match="rank 0 offers 512 bytes for a slot of 256"):
+    with pytest.raises(ValueError, match="rank 0 offers 512 bytes for 256 in 1 slots"):
         reader.poll()
+
+
+def two_pools(ranks: list[list[int]]) -> tuple[list[list[torch.Tensor]], list[SymmMemCommunicator], Streams]:
+    """Ranks whose pools have as many slots of 256 bytes, each pool in memory of its own; slots count up over all of a rank."""
+    streams, num_ranks = Streams(), len(ranks)
+    boards = [Board(view) for view in virtual_peers(num_ranks, Board.num_bytes(num_ranks, 16), torch.device("cpu"))]
+    slabs_SB = []
+    for rank, counts in enumerate(ranks):
+        numbers = (torch.arange(sum(counts)) + 20 * rank).byte()[:, None].repeat(1, 256)
+        slabs_SB.append([part.clone() for part in numbers.split(counts)])
+    communicators = [SymmMemCommunicator(slabs_SB, board, streams, Pace(None, Now())) for board in boards]  # type: ignore[arg-type]
+    return slabs_SB, communicators, streams
+
+
+@pytest.mark.parametrize(
+    ("sources", "targets", "copies"),
+    [
+        ([0, 1, 2, 3, 4], [1, 2, 3, 4, 5], [768, 512]),  # no more than three
+        ([0, 1, 3], [0, 1, 2], [512, 256]),  # apart there
+        ([0, 1, 2], [0, 1, 3], [512, 256]),  # apart here
+        ([2, 1, 0], [2, 1, 0], [256, 256, 256]),  # not in this order
+        ([5, 6], [0, 1], [256, 256]),  # in two pools there
+        ([0, 1], [6, 7], [256, 256]),  # in two pools here
+    ],
+)
+def test_slabs_side_by_side_here_and_there_are_one_copy(monkeypatch, sources, targets, copies):
+    monkeypatch.setattr("eplb.relocation.communicator.pull._LONGEST_RUN", 3)
+    slabs_SB, (owner, reader), streams = two_pools([[6, 6], [7, 5]])
+    slots = [[slab for slab_SB in pools for slab in slab_SB] for pools in slabs_SB]
+    batches = [
+        owner.prepare([Transfer(slots[0][one], None, 1) for one in sources]),
+        reader.prepare([Transfer(None, slots[1][one], 0) for one in targets]),
+    ]
+    seen: list[int] = []
+    post = batches[1].copies.post
+    batches[1].copies.post = lambda pieces: (seen.extend(target.numel() for target, _ in pieces), post(pieces))[1]
+    for _ in range(4):
+        for batch in batches:
+            batch.start() if not batch._number else batch.poll()
+        streams.drain()
+    assert seen == copies
+    for source, target in zip(sources, targets, strict=True):
+        assert slots[1][target].unique().tolist() == [source]
+    others = set(range(12)) - set(targets)
+    assert all(slots[1][one].unique().tolist() == [20 + one] for one in others)
 
 
 def test_slabs_are_copied_in_the_order_of_the_plan_whoever_offers_first():

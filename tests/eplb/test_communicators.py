@@ -234,7 +234,7 @@ def check_pulling(
     for begun in (True, False):
         check_given_up(communicator, rank, num_ranks, device, begun, slabs)
     foreign = new_slabs(1, device)[0]
-    with pytest.raises(ValueError, match="a slab to send must be a slot of a pool"):
+    with pytest.raises(ValueError, match="a slab must be a slot of a pool"):
         communicator.prepare([Transfer(foreign, None, (rank + 1) % num_ranks)])
     check_moves(communicator, rank, num_ranks, device, [(2, 0), (0, 1), (1, 2)], slabs)
 

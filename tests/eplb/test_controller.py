@@ -375,7 +375,8 @@ class LoggedStream:
         self.recorded: list[LoggedEvent] = []
         self.waited: list[LoggedEvent] = []
 
-    def record_event(self) -> LoggedEvent:
+    def record_event(self, event: LoggedEvent | None = None) -> LoggedEvent:
+        del event
         self.recorded.append(LoggedEvent(self.num_writes))
         return self.recorded[-1]
 

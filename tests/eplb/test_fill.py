@@ -12,6 +12,7 @@ from eplb.relocation.fill import WaveFill
 from eplb.relocation.pool import NoFreeSlot, SlotPool, SlotState, TensorSpec
 from eplb.relocation.resident import ResidentExperts
 from eplb.streams import HostStreams
+from tests.eplb import by_hand
 
 
 class Slow(Communicator):
@@ -89,6 +90,16 @@ def test_i1_a_wave_buried_late_leaves_the_lane_to_the_wave_that_has_taken_it():
     newer.release()
     assert pool.state(1) is SlotState.FREE and len(layer.versions.ungraced) == 1
     assert np.array_equal(after.lanes_WS, [[0, -1, 1, -1]])
+
+
+def test_a_wave_is_filled_only_when_its_tables_are_on_the_device():
+    """A flip asks nothing of its stream, so by then they must be there."""
+    layer = by_hand.make_layer(by_hand.sim_streams())
+    handoff = by_hand.filled(layer, 0).hand_over()
+    handoff.flip(layer.streams)
+    while layer.streams.current().advance():
+        pass
+    assert layer.table.lanes_P.tolist() == [2, 1]
 
 
 def test_a_wave_that_finds_no_free_slot_says_so_and_holds_none():

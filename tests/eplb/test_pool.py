@@ -122,7 +122,7 @@ def test_i1_the_life_of_a_slot():
     assert pool.states() == [SlotState.RETIRING, SlotState.LIVE]
     with pytest.raises(AssertionError, match="version 0 is current"):
         layer.grace_before(1)
-    layer.flip(layer.newest)
+    layer.current = layer.newest
     assert pool.states() == [SlotState.RETIRING, SlotState.LIVE]
     layer.grace_before(1)
     assert pool.states() == [SlotState.FREE, SlotState.LIVE]
@@ -181,7 +181,7 @@ def test_i1_free_is_named_by_nobody_and_touched_by_nobody(seed):
                     owner.publish(moved(owner, random.randrange(2), slot))
                 hold.end()
             case 2:
-                layer.flip(layer.newest)
+                layer.current = layer.newest
             case 3:
                 layer.grace_before(layer.current.number)
         named = {slot for one in layers for version in one.ungraced for slot in version.slots_S}
@@ -235,7 +235,7 @@ def test_layers_share_the_free_slots():
     hold = pool.hold()  # one slot for whichever layer moves
     first.publish(moved(first, 0, hold.take()))
     hold.end()
-    first.flip(first.newest)
+    first.current = first.newest
     first.grace_before(1)
     assert pool.hold().take() == 0
 

@@ -88,7 +88,8 @@ def test_what_took_some_time_before_is_looked_at_shortly_before_that_is_over(awa
     assert looks.seconds(now, 0.003) == 0.003, "but no later than this rank must speak"
     now += 0.007
     looks.note("second", awaited, now)
-    assert looks.seconds(now, 1.0) == pytest.approx(0.007 / 8), "and then as everything else"
+    assert looks.seconds(now, 1.0) == 0.0005, "and then often"
+    assert looks.seconds(now + 0.313, 1.0) == pytest.approx(0.01)
     looks.note("over", None, now)
     looks.note("third", awaited, now := 0.2)
     assert looks.seconds(now, 1.0) == pytest.approx(0.007 * 7 / 8), "it may be quicker each time"

@@ -29,7 +29,7 @@ A handle that nobody refers to cancels its read."""
 
 @dataclass(frozen=True)
 class FarSlab:
-    """A part of a slot of another rank.
+    """Memory of another rank: slots side by side, or a part of them.
 
     Attributes:
         device: the number of its device there; 0 for a CPU.
@@ -154,7 +154,8 @@ class NixlCommunicator(PullCommunicator):
         streams: DeviceStreams,
         pace: Pace,
     ) -> None:
-        super().__init__(own_SB, notices, streams, pace)
+        num_slots_WP = [[pool.num_slots for pool in pools] for pools in far_pools]
+        super().__init__(own_SB, num_slots_WP, notices, streams, pace)
         self.agent = agent
         self.names = list(names)
         self.stream = copy_stream(streams)
@@ -165,10 +166,11 @@ class NixlCommunicator(PullCommunicator):
     def copies(self) -> "NixlCopies":
         return NixlCopies(self)
 
-    def slab_at(self, owner: int, place: int) -> FarSlab:
+    def slabs_at(self, owner: int, place: int, count: int) -> FarSlab:
         for pool in self._far_pools[owner]:
             if place < pool.num_slots:
-                return FarSlab(owner, pool.address + place * pool.slot_bytes, pool.slot_bytes, pool.device)
+                count = min(count, pool.num_slots - place)
+                return FarSlab(owner, pool.address + place * pool.slot_bytes, count * pool.slot_bytes, pool.device)
             place -= pool.num_slots
         raise ValueError(f"rank {owner} offers slot {place} beyond those that it has")
 

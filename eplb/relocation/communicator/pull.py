@@ -1,5 +1,6 @@
 """Rebalance, fill: the protocol by which each rank pulls slabs out of the slots of others, whatever carries the bytes."""
 
+import itertools
 import operator
 from abc import abstractmethod
 from collections import deque
@@ -15,6 +16,9 @@ from eplb.streams import DeviceStreams, EventLike
 
 _MOST_COPIES = 64
 """That a look begins: each takes some microseconds, of the driver's locks if not of the interpreter's."""
+_LONGEST_RUN = 8
+"""Slabs side by side that are one copy. A copy engine pauses for 2 µs between two copies, as long as 1 MB takes. No more than
+that, as with long runs all ranks would read from the same one at the same time."""
 
 
 class Notes(Protocol):
@@ -66,12 +70,22 @@ class PullCommunicator(Communicator):
 
     Args:
         own_SB: this rank's pools, uint8 ``[num_slots, slot_bytes]``.
+        num_slots_WP: of the pools of each rank.
         notes: between the same ranks.
         streams: of the device that the slots are on.
         pace: of all that this rank copies.
     """
 
-    def __init__(self, own_SB: Sequence[torch.Tensor], notes: Notes, streams: DeviceStreams, pace: Pace) -> None:
+    def __init__(
+        self,
+        own_SB: Sequence[torch.Tensor],
+        num_slots_WP: Sequence[Sequence[int]],
+        notes: Notes,
+        streams: DeviceStreams,
+        pace: Pace,
+    ) -> None:
+        # By rank: the places at which a pool begins, so that the slab before lies elsewhere.
+        self._firsts = [frozenset(itertools.accumulate(counts, initial=0)) for counts in num_slots_WP]
         self._places: dict[int, tuple[int, int]] = {}  # by address of an own slot: its number, its bytes
         for slab_SB in own_SB:
             (num_slots, slot_bytes), first = slab_SB.shape, slab_SB.data_ptr()
@@ -96,8 +110,8 @@ class PullCommunicator(Communicator):
         """For one batch."""
 
     @abstractmethod
-    def slab_at(self, owner: int, place: int) -> Source:
-        """A slot of another rank, by the number that it has there among those of all pools.
+    def slabs_at(self, owner: int, place: int, count: int) -> Source:
+        """As many slots of another rank side by side, by the number that the first has there among those of all pools.
 
         Raises:
             ValueError: there is no such slot.
@@ -128,8 +142,12 @@ class PullCommunicator(Communicator):
         """
         place, num_bytes = self._places.get(slab.data_ptr(), (0, 0))
         if slab.numel() != num_bytes:
-            raise ValueError("a slab to send must be a slot of a pool that the ranks opened when they connected")
+            raise ValueError("a slab must be a slot of a pool that the ranks opened when they connected")
         return place
+
+    def are_neighbours(self, rank: int, place: int, next_place: int) -> bool:
+        """Whether the second slot of a rank lies directly behind the first."""
+        return next_place == place + 1 and next_place not in self._firsts[rank]
 
 
 class PullBatch(TransferBatch):
@@ -144,8 +162,8 @@ class PullBatch(TransferBatch):
         self._notes = communicator.notes
         self.copies = communicator.copies()
         self._offers: dict[int, list[int]] = {}  # by reader: places of what it gets of this rank
-        # By owner: number in the batch, index among what it sends here, and target of what it has not offered yet.
-        self._awaited: dict[int, deque[tuple[int, int, torch.Tensor]]] = {}
+        # By owner: number in the batch, index among what it sends here, place and target of what it has not offered yet.
+        self._awaited: dict[int, deque[tuple[int, int, int, torch.Tensor]]] = {}
         # Number, target and source of what has not begun, the first one last.
         self._fetches: list[tuple[int, torch.Tensor, Source]] = []
         received = [0] * self._notes.size
@@ -154,7 +172,8 @@ class PullBatch(TransferBatch):
                 assert source is not None
                 self._offers.setdefault(peer, []).append(communicator.place_of(source))
             elif source is None:
-                self._awaited.setdefault(peer, deque()).append((number, received[peer], target))
+                awaited = number, received[peer], communicator.place_of(target), target
+                self._awaited.setdefault(peer, deque()).append(awaited)
                 received[peer] += 1
             else:
                 self._fetches.append((number, target, source))
@@ -224,21 +243,39 @@ class PullBatch(TransferBatch):
         return all(self._notes.finished(reader) >= self._number for reader in self._offers)
 
     def _look_for_offers(self) -> None:
+        communicator, rank = self._communicator, self._notes.rank
         for owner, awaited in list(self._awaited.items()):
+            run: list[tuple[int, int, int, torch.Tensor]] = []  # number, place there, place here, target
             while awaited:
-                number, index, target = awaited[0]
-                place = self._notes.offered(owner, index, self._number)
-                if place is None:
+                number, index, here, target = awaited[0]
+                there = self._notes.offered(owner, index, self._number)
+                if there is None:
                     break
-                source = self._communicator.slab_at(owner, place)
-                if source.numel() != target.numel():
-                    raise ValueError(f"rank {owner} offers {source.numel()} bytes for a slot of {target.numel()}")
-                self._fetches.append((number, target, source))
+                if run and not (
+                    len(run) < _LONGEST_RUN
+                    and communicator.are_neighbours(owner, run[-1][1], there)
+                    and communicator.are_neighbours(rank, run[-1][2], here)
+                ):
+                    self._add(owner, run)
+                    run = []
+                run.append((number, there, here, target))
                 awaited.popleft()
             else:
                 del self._awaited[owner]
+            if run:
+                self._add(owner, run)
         # In the order of the plan, which spreads them over the owners.
         self._fetches.sort(key=operator.itemgetter(0), reverse=True)
+
+    def _add(self, owner: int, run: list[tuple[int, int, int, torch.Tensor]]) -> None:
+        """Slabs that lie side by side, there and here, are one fetch."""
+        number, there, _, target = run[0]
+        if len(run) > 1:
+            target = target.as_strided((len(run) * target.numel(),), (1,))  # on into the slots behind
+        source = self._communicator.slabs_at(owner, there, len(run))
+        if source.numel() != target.numel():
+            raise ValueError(f"rank {owner} offers {source.numel()} bytes for {target.numel()} in {len(run)} slots")
+        self._fetches.append((number, target, source))
 
     def _fetch(self) -> None:
         """Begin what the bound, and whatever carries the bytes, allow now."""

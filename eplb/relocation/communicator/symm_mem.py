@@ -33,7 +33,8 @@ class SymmMemCommunicator(PullCommunicator):
     def __init__(
         self, slabs_SB: Sequence[Sequence[torch.Tensor]], board: Board, streams: DeviceStreams, pace: Pace
     ) -> None:
-        super().__init__(slabs_SB[board.rank], board, streams, pace)
+        num_slots_WP = [[len(slab_SB) for slab_SB in pools] for pools in slabs_SB]
+        super().__init__(slabs_SB[board.rank], num_slots_WP, board, streams, pace)
         self.slabs_SB = [list(pools) for pools in slabs_SB]
         # Made once, as each takes a microsecond of the interpreter.
         self._slabs = [[slab for slab_SB in pools for slab in slab_SB.unbind(0)] for pools in slabs_SB]
@@ -42,11 +43,12 @@ class SymmMemCommunicator(PullCommunicator):
     def copies(self) -> StreamCopies:
         return StreamCopies(self.streams, self.stream)
 
-    def slab_at(self, owner: int, place: int) -> torch.Tensor:
+    def slabs_at(self, owner: int, place: int, count: int) -> torch.Tensor:
         slabs = self._slabs[owner]
-        if place >= len(slabs):
-            raise ValueError(f"rank {owner} offers slot {place} beyond the {len(slabs)} that it has")
-        return slabs[place]
+        if place + count > len(slabs):
+            raise ValueError(f"rank {owner} offers slot {place + count - 1} beyond the {len(slabs)} that it has")
+        slab = slabs[place]
+        return slab if count == 1 else slab.as_strided((count * slab.numel(),), (1,))
 
     def let_go(self, copying: Sequence[Copies]) -> None:
         if copying:
