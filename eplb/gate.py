@@ -108,8 +108,6 @@ class Gate:
             RuntimeError: the calling thread is inside itself.
             TimeoutError: another thread did not leave in time.
         """
-        if not self.inside and not self.dropped:
-            return
         if not self._is_empty() and threading.get_ident() in self.inside.values():
             raise RuntimeError("step() was called inside a forward, between the choice of its experts and its end")
         self.is_closing += 1

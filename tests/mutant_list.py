@@ -129,8 +129,8 @@ RELOCATION = (
     # A rank votes "filled" although its transfers are not over.
     Mutant(
         "eplb/relocation/fill.py",
-        "if not self._batch.poll():",
-        "if self._batch.poll() is None:",
+        "if not is_over:",
+        "if False:",
         (f"{E}fill.py", SIMULATION),
         inside="def poll(",
     ),
@@ -316,8 +316,8 @@ WORKER = (
     # A long transfer is looked at every half millisecond.
     Mutant(
         "eplb/worker/looks.py",
-        "return min(longest, max(_SHORTEST, elapsed / 8, expected - elapsed))",
-        "return min(longest, max(_SHORTEST, expected - elapsed))",
+        "return min(longest, max(_SHORTEST, elapsed / 32, took * 7 / 8 - elapsed))",
+        "return min(longest, max(_SHORTEST, took * 7 / 8 - elapsed))",
         (f"{E}ticks.py",),
     ),
     # A wave is told the sums of another layer's table.

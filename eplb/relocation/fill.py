@@ -51,6 +51,7 @@ class WaveFill:
         self._streams = streams
         self._holds: dict[SlotPool, SlotHold] = {}
         self._finished: CpuGpuEvent | None = None
+        self._words: list[np.ndarray] | None = None
         self._agreed_to_start = False
         self._started = False
         self._abandoned = False
@@ -151,9 +152,6 @@ class WaveFill:
         """Begin the transfers."""
         self._started = True
         self._batch.start()
-        self._breathe()
-        # Before they are needed: `stage()` comes when every rank waits for the next table.
-        self._words = [self._words_of(update) for update in self.updates]
 
     @property
     def is_started(self) -> bool:
@@ -169,8 +167,13 @@ class WaveFill:
     def poll(self) -> bool:
         """Push the transfers on; True when this host has seen all of the wave's work on this rank complete, its tables too."""
         if self._finished is None:
-            if not self._batch.poll():
+            is_over = self._batch.poll()
+            if self._words is None and (is_over or self._batch.is_under_way):
+                # Beside the copies: behind them every rank waits for the next table.
+                self._words = [self._words_of(update) for update in self.updates]
+            if not is_over:
                 return False
+            assert self._words is not None
             # The new tables, beside the current ones: what was staged there before has been flipped, and graced by all ranks.
             stage([layer.table for layer, _ in self._versions], self._words, self._streams.side)
             self._finished = self._behind_all()

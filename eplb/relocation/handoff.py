@@ -45,7 +45,8 @@ class Handoff:
         """
         gate = streams.gate
         with gate.lock:
-            gate.wait_until_empty()
+            if gate.inside or gate.dropped:
+                gate.wait_until_empty()
             if self.flipped is not None:
                 return
             stream, captured = gate.begin_flip()
@@ -77,16 +78,13 @@ class Inbox:
 
         Notes the calling thread's stream as one that runs forwards, as it may replay graphs of them.
         """
-        gate = streams.gate
-        if gate.current_handle() not in gate.ordered:
-            with gate.lock:
-                gate.note(gate.current_handle())
-        if self.waiting is None:  # without the lock: every step asks, so a late answer costs one step
-            return False
         with self._lock:
             handoff = self.waiting
-            if handoff is None:
-                return False
-            handoff.flip(streams)
-            self.waiting = None
-            return True
+            if handoff is not None:
+                handoff.flip(streams)
+                self.waiting = None
+                return True
+        gate = streams.gate
+        with gate.lock:
+            gate.note(gate.current_handle())
+        return False

@@ -69,9 +69,11 @@ class TransferBatch(ABC):
 
     Attributes:
         awaits: what the last `poll()` found missing.
+        is_under_way: whether bytes are on their way, if it has been started: whoever polls has time for something else.
     """
 
     awaits = Awaited.STEP
+    is_under_way = True
 
     @abstractmethod
     def start(self) -> None:

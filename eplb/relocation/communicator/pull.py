@@ -145,6 +145,10 @@ class PullCommunicator(Communicator):
             raise ValueError("a slab must be a slot of a pool that the ranks opened when they connected")
         return place
 
+    def place_if_any(self, slab: torch.Tensor) -> int:
+        """As `place_of()`, but -1 for memory elsewhere, into which slabs may be copied, too."""
+        return self._places.get(slab.data_ptr(), (-1, 0))[0]
+
     def are_neighbours(self, rank: int, place: int, next_place: int) -> bool:
         """Whether the second slot of a rank lies directly behind the first."""
         return next_place == place + 1 and next_place not in self._firsts[rank]
@@ -172,7 +176,7 @@ class PullBatch(TransferBatch):
                 assert source is not None
                 self._offers.setdefault(peer, []).append(communicator.place_of(source))
             elif source is None:
-                awaited = number, received[peer], communicator.place_of(target), target
+                awaited = number, received[peer], communicator.place_if_any(target), target
                 self._awaited.setdefault(peer, deque()).append(awaited)
                 received[peer] += 1
             else:
@@ -182,6 +186,7 @@ class PullBatch(TransferBatch):
         if sent > self._notes.capacity:
             raise ValueError(f"a batch sends {sent} slabs to one rank, which has {self._notes.capacity} slots")
         self._number = 0
+        self.is_under_way = False
         self._began: EventLike | None = None
         self._offered = False
         self._given_up = False
@@ -298,4 +303,5 @@ class PullBatch(TransferBatch):
         if self._fetches and len(pieces) == _MOST_COPIES:
             self.awaits = Awaited.TURN
         if pieces:
+            self.is_under_way = True
             self.copies.post(pieces)
