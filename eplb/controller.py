@@ -94,17 +94,18 @@ class EplbController:
             layer.resident.controller = self
             layer.resident.quiesced = self.quiesced
         self._layers += found
+        if self._layers:
+            self._streams = self._layers[0].resident.streams
         return len(found)
 
     @property
     def _residents(self) -> list[ResidentExperts]:
         return [layer.resident for layer in self._layers]
 
-    def _start(self) -> Worker:
+    def _start(self, streams: DeviceStreams) -> Worker:
         """Begin to connect to the other ranks, at the first step."""
         config = self.config
         residents = self._residents
-        streams = self._streams = residents[0].streams
         backends = {layer.dispatch_backend for layer in self._layers}
         self._windows = recorders(residents, streams, config)
         earlier = streams.gate.events()
@@ -153,29 +154,22 @@ class EplbController:
         if self._closed:
             return
         # Few objects and calls: behind a forward nothing is in the interpreter's caches.
-        worker, streams = self._worker, self._streams
-        if worker is None or streams is None:
-            if not self._layers:
-                raise RuntimeError("step() without any MoE layer: register() a model that has one first")
-            streams = self._layers[0].resident.streams
-            if streams.is_capturing():
-                return
-            worker = self._start()
-        elif streams.is_capturing():
+        streams = self._streams
+        if streams is None:
+            raise RuntimeError("step() without any MoE layer: register() a model that has one first")
+        if streams.is_capturing():
             return
+        worker = self._worker or self._start(streams)
         if worker.inbox.waiting is not None or streams.current_handle() not in streams.gate.ordered:
             self._adopt(worker)
         self._steps += 1
         if self._steps >= self._next_due:
             self._record_load(worker)
         if self._inside_step is not None:
-            self._run_inside_step(self._inside_step, worker)
-
-    def _run_inside_step(self, inside_step: InsideStep, worker: Worker) -> None:
-        try:
-            inside_step.run(self._steps)
-        except Exception as error:  # not even what was met on the way could be reported
-            worker.note_failure("the step's relocation was given up", error)
+            try:
+                self._inside_step.run(self._steps)
+            except Exception as error:  # not even what was met on the way could be reported
+                worker.note_failure("the step's relocation was given up", error)
 
     def _record_load(self, worker: Worker) -> None:
         for recorder in self._windows.values():

@@ -253,8 +253,9 @@ def test_a_controller_that_failed_to_start_can_be_closed():
         def run(self, stream, work):
             raise OSError("no device")
 
-    controller = controller_of(StubLayer())
-    controller._layers[0].resident.streams = NoStreams()
+    layer = StubLayer()
+    layer.resident.streams = NoStreams()
+    controller = controller_of(layer)
     with pytest.raises(OSError, match="no device"):
         controller.step()
     controller.close()
