@@ -47,11 +47,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--tokens", nargs="+", type=int, default=list(TOKENS), help="of a rank")
     parser.add_argument("--ranks", type=int, default=torch.cuda.device_count())
     parser.add_argument("--zipf", action="store_true", help="skewed routing, exponent 1")
+    parser.add_argument("--seconds", type=float, default=1800.0, help="deadline of the run")
     parser.add_argument("--csv", type=Path, metavar="FILE")
     options = parser.parse_args(arguments)
     if not 2 <= options.ranks <= torch.cuda.device_count():
         parser.error(f"--ranks {options.ranks}: must be from 2 to the GPUs there are, {torch.cuda.device_count()}")
-    run_ranks(_rank, options.ranks, (options,))
+    run_ranks(_rank, options.ranks, (options,), options.seconds, "bench.ep_ranks")
     return 0
 
 

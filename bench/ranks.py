@@ -13,14 +13,15 @@ Result = TypeVar("Result")
 
 
 def run_ranks(
-    serve: Callable[..., Result], num_ranks: int, arguments: tuple[Any, ...] = (), seconds: float = 1800.0
+    serve: Callable[..., Result], num_ranks: int, arguments: tuple[Any, ...], seconds: float, what: str
 ) -> list[Result]:
     """What `serve` returns, by rank. A rank that fails ends the run with its traceback.
 
     Args:
         serve: a module's function, called in a new process with the rank, the path of a file for the ranks'
             `torch.distributed.FileStore`, and `arguments`.
-        seconds: deadline of all ranks together.
+        seconds: deadline of all ranks together, from the option ``--seconds`` of the script.
+        what: runs, for the error.
 
     Raises:
         TimeoutError: the ranks took longer, and were killed.
@@ -34,7 +35,9 @@ def run_ranks(
                     process.kill()
                 for process in processes.processes:
                     process.join()  # or one could still write while the folder is removed
-                raise TimeoutError(f"{num_ranks} ranks took more than {seconds} s")
+                raise TimeoutError(
+                    f"{what}: {num_ranks} ranks took more than {seconds:g} s, the limit that --seconds sets"
+                )
         return [torch.load(Path(folder) / f"{rank}.pt", weights_only=False) for rank in range(num_ranks)]
 
 

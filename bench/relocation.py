@@ -58,7 +58,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         found = forbidden_in_step(json.loads(options.trace.read_text()))
         print(f"trace: {found or 'no collective and no wait inside step()'}")
         failed += [f"trace: {name} inside step(), {count} times" for name, count in found.items()]
-    for target in targets(rows, is_bound=options.rate is not None):
+    for target in targets(rows):
         print(target)
     return exit_status([f"FAILED {text}" for text in failed])
 
@@ -133,7 +133,7 @@ def run(protocol: str, options: argparse.Namespace) -> list[Recording]:
         TimeoutError: the ranks took longer than `--seconds`.
     """
     options = argparse.Namespace(**vars(options) | {"protocol": protocol})
-    return run_ranks(serve, options.ranks, (options,), options.seconds)
+    return run_ranks(serve, options.ranks, (options,), options.seconds, f"protocol {protocol}")
 
 
 # ---- what came of it
@@ -152,7 +152,7 @@ def rebalances(recording: Recording, num_tables: int) -> list[tuple[int, int]]:
 
 
 def summary(recordings: Sequence[Recording], num_tables: int) -> dict[str, Any]:
-    """One row: times of all ranks together, in ms and µs."""
+    """One row: times of all ranks together, in ms and µs; `rate`: the bound that was kept, bytes per second, or "none"."""
     ms = np.concatenate([one.step_ms for one in recordings])
     us = np.concatenate([one.call_us for one in recordings])
     moving = np.concatenate([one.relocating for one in recordings]).astype(bool)
@@ -183,6 +183,7 @@ def summary(recordings: Sequence[Recording], num_tables: int) -> dict[str, Any]:
         "call_relocating_us": _quantile(us[moving & ~flipping], 0.5),
         "call_flip_us": _quantile(us[flipping], 0.5),
         "wrong": _wrong(recordings),
+        "rate": recordings[0].bytes_per_second or "none",
     }
 
 
@@ -206,7 +207,7 @@ def setup(options: argparse.Namespace) -> dict[str, Any]:
         **{name: getattr(options, name) for name in ("layers", "ranks", "tokens", "dtype", "steps", "interval")},
         **{
             name: getattr(options, name)
-            for name in ("free", "backend", "dispatcher", "communicator", "rate", "graph", "replay")
+            for name in ("free", "backend", "dispatcher", "communicator", "graph", "replay")
         },
     }
 
@@ -228,7 +229,7 @@ HEAD = (
 )
 
 
-def targets(rows: dict[str, dict[str, Any]], is_bound: bool = False) -> list[str]:
+def targets(rows: dict[str, dict[str, Any]]) -> list[str]:
     """What the GPU run is to reach, and whether this one did. Under a bound nobody counts the steps of a rebalance."""
     if "ours" not in rows:
         return []
@@ -239,6 +240,7 @@ def targets(rows: dict[str, dict[str, Any]], is_bound: bool = False) -> list[str
         ("step() idle, µs", ours["call_idle_us"], 5.0),
         ("step() with a flip, µs", ours["call_flip_us"], 30.0),
     ]
+    is_bound = ours["rate"] != "none"
     if "lockstep" in rows and not is_bound:
         ratio = ours["steps_to_relocate_all"] / rows["lockstep"]["steps_to_relocate_all"]
         wanted.append(("steps for all slots over lockstep's", ratio, 1 / 3))

@@ -18,7 +18,7 @@ from eplb import EplbConfig, EplbController
 from eplb.groups import peers_of
 from eplb.planning.placement import Placement
 from eplb.planning.shares import equal_shares
-from eplb.relocation.communicator import Transfer, choose_communicator, make_communicator
+from eplb.relocation.communicator import KEEP_A_BOUND, Transfer, choose_communicator, make_communicator
 from eplb.relocation.events import CpuGpuEvent
 from eplb.relocation.handoff import Handoff
 from eplb.relocation.resident import ResidentExperts
@@ -83,6 +83,14 @@ class Ours:
 
     def __exit__(self, *_: Any) -> None:
         self.controller.close()
+
+    @property
+    def bytes_per_second(self) -> int | None:
+        """The bound of what a rank copies, once the ranks are connected; None: there is none."""
+        worker = self.controller._worker
+        communicator = worker.rounds.communicator if worker else None
+        assert communicator is not None
+        return self.controller.config.bytes_per_second if communicator.name in KEEP_A_BOUND else None
 
     @property
     def is_relocating(self) -> bool:

@@ -38,6 +38,7 @@ class Recording:
         wave_bytes, wave_seconds: of each of ours' waves: what a rank received, and how long this one copied.
         wrong: outputs that were not the reference's, bit for bit.
         bytes_per_rebalance: that this rank receives.
+        bytes_per_second: the bound of what it copies to its slots; None: there is none.
     """
 
     step_ms: list[float] = field(default_factory=list)
@@ -49,6 +50,7 @@ class Recording:
     wave_seconds: list[float] = field(default_factory=list)
     wrong: int = 0
     bytes_per_rebalance: int = 0
+    bytes_per_second: int | None = None
     health: str = ""
 
 
@@ -254,6 +256,7 @@ def serve(rank: int, store: str, options: argparse.Namespace) -> Recording:
         dist.barrier(group)
         if options.protocol == "ours":
             recording.health = str(protocol.controller.health())
+            recording.bytes_per_second = protocol.bytes_per_second
     recording.wrong = serving.wrong
     dist.barrier(group)
     dist.destroy_process_group()

@@ -178,8 +178,12 @@ def serve(rank: int, store: str, options: Any) -> Served:
 
 
 def run(options: Any) -> list[dict[str, Any]]:
-    """A record of each way."""
-    found = run_ranks(serve, options.ranks, (options,))
+    """A record of each way.
+
+    Raises:
+        TimeoutError: the ranks took longer than `--seconds`.
+    """
+    found = run_ranks(serve, options.ranks, (options,), options.seconds, "bench.skew")
     half = options.steps // 2
     records = []
     for way in WAYS:
@@ -211,6 +215,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         parser.add_argument(f"--{name.replace('_', '-')}", type=int, help=f"default: {gpu}, on a CPU {cpu}")
     parser.add_argument("--drift", type=float, default=0.02, help="of the logarithm of a popularity, in a step")
     parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--seconds", type=float, default=1800.0, help="deadline of the run")
     parser.add_argument("--csv", type=Path, metavar="FILE")
     options = parser.parse_args(arguments)
     for name, of_device in SIZES.items():

@@ -6,13 +6,16 @@ import csv
 import importlib.util
 import json
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 
 from bench import relocation
+from bench.relocation_protocols import Ours
 from bench.relocation_rank import STEP_RANGE, Recording
 from bench.rotation import Rotation
+from eplb.config import QUIET_BYTES_PER_SECOND, EplbConfig
 from eplb.planning.policy import Topology
 
 TINY = ["--layers", "2", "--shape", "8:2:64:32", "--tokens", "4", "--device", "cpu", "--ranks", "2", "--dtype", "fp32"]
@@ -35,7 +38,7 @@ def test_three_protocols_serve_the_same_outputs(tmp_path, capsys, ranks_start_fa
         rows = {row["protocol"]: row for row in csv.DictReader(file)}
     assert list(rows) == ["pause", "lockstep", "ours"]
     for name, row in rows.items():
-        assert row["wrong"] == "0" and int(row["rebalances"]) >= 2, name
+        assert row["wrong"] == "0" and int(row["rebalances"]) >= 2 and row["rate"] == "none", name
         assert int(row["quiet_steps"]) > 0 and float(row["quiet_p99_ms"]) >= float(row["quiet_median_ms"]) > 0, name
         assert float(row["gb_per_s_per_receiver"]) > 0 and float(row["call_flip_us"]) > 0, name
     assert float(rows["ours"]["pull_gb_per_s"]) > 0 and rows["lockstep"]["pull_gb_per_s"] == "nan"
@@ -66,6 +69,24 @@ def test_without_forwards_a_step_is_the_wait_and_what_the_host_does(tmp_path, ra
         (row,) = csv.DictReader(file)
     assert 3.0 <= float(row["quiet_median_ms"]) < 30.0 and float(row["relocating_median_ms"]) >= 3.0
     assert int(row["rebalances"]) >= 2 and row["wrong"] == "0" and row["replay"] == "3.0"
+    assert row["rate"] == str(QUIET_BYTES_PER_SECOND)
+
+
+@pytest.mark.parametrize(
+    ("rate", "communicator", "kept"),
+    [
+        ("auto", "symm_mem", QUIET_BYTES_PER_SECOND),
+        ("auto", "torch_gloo", None),  # which cannot keep one
+        (7_000_000, "nixl", 7_000_000),
+        (None, "symm_mem", None),
+    ],
+)
+def test_the_rate_is_the_bound_that_was_kept(rate, communicator, kept):
+    worker = SimpleNamespace(rounds=SimpleNamespace(communicator=SimpleNamespace(name=communicator)))
+    ours = Ours.__new__(Ours)
+    ours.controller = SimpleNamespace(config=EplbConfig(max_bytes_per_second=rate), _worker=worker)
+    assert ours.bytes_per_second == kept
+    assert relocation.summary([recording(bytes_per_second=kept)], num_tables=3)["rate"] == (kept or "none")
 
 
 @pytest.mark.timeout(200)
@@ -151,8 +172,9 @@ def test_targets_say_what_was_reached():
     assert "reached step() idle, µs: 2.000 (≤ 5)" in said and "MISSED  step() with a flip, µs: 40.000 (≤ 30)" in said
     assert f"MISSED  steps for all slots over lockstep's: {3 / 7:.3f} (≤ 0.333)" in said
     assert "MISSED  GB/s while copying: 4 (≥ 330)" in said
-    assert not any("GB/s" in line for line in relocation.targets({"ours": row}, is_bound=True))
     assert relocation.targets({"pause": row}) == []
+    bound = relocation.targets({"lockstep": slow, "ours": row | {"rate": 12_000_000_000}})
+    assert len(bound) == 4 and not any("GB/s" in line or "lockstep" in line for line in bound)
 
 
 def test_wrong_outputs_fail_the_run(monkeypatch, capsys):
