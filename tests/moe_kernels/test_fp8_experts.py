@@ -130,12 +130,13 @@ def test_the_ring_is_for_a_gpu(make_experts):
 def test_one_token_of_large_fp8_experts(make_experts, monkeypatch, sizes, form):
     """The kernels of `one_token_fp8`, whatever the size, against those of small experts and float64."""
     arguments, logits = whole(make_experts, "fp8_block", 1, form, sizes=sizes)
-    found = []
+    found, plans, make_plan = [], [], one_token._make_plan
+    monkeypatch.setattr(one_token, "_make_plan", lambda *sizes: plans.append(make_plan(*sizes)) or plans[-1])
     for most in (1 << 62, 0):
         monkeypatch.setattr(one_token, "_MOST_TO_STREAM", most)
         monkeypatch.setattr(one_token, "_plans", {})
         found.append(run_whole(arguments, logits, "triton"))
-        assert [plan.is_fp8 for plan in one_token._plans.values()] in ([most == 0], [])  # unaligned ones are not kept
+    assert [plan.is_fp8 for plan in plans] == [False, True]
     expected = expected_whole(arguments, logits)
     for y in found:
         assert error(y, expected) <= 6e-3
