@@ -9,7 +9,7 @@ from __future__ import annotations
 import torch
 
 from moe_kernels.base.backend import has_tma, resolve_backend
-from moe_kernels.base.checks import FLOATS, check_tensor
+from moe_kernels.base.checks import FLOATS, check_kind, check_tensor
 from moe_kernels.gemms.combine import combine
 from moe_kernels.gemms.expert_down import expert_down
 from moe_kernels.gemms.expert_up import expert_up
@@ -59,10 +59,12 @@ def moe_experts(
     """
     check_tensor("x_TH", x_TH, (None, None), FLOATS)
     device, (num_tokens, hidden_size) = x_TH.device, x_TH.shape
+    check_kind("matrices", matrices, ExpertMatrices)
     matrices.check(hidden_size, x_TH.dtype, device)
     check_tensor("expert_ids_TK", expert_ids_TK, (num_tokens, None), _INTEGERS, device, contiguous=False)
     num_experts, intermediate = matrices.down_SHI.shape[0], matrices.intermediate_size
     top_k = expert_ids_TK.shape[1]
+    check_kind("expert_weights_TK", expert_weights_TK, torch.Tensor)
     if not expert_weights_TK.is_floating_point() or expert_weights_TK.shape != expert_ids_TK.shape:
         raise ValueError(
             f"expert_weights_TK has shape {tuple(expert_weights_TK.shape)} and dtype {expert_weights_TK.dtype}: must be "

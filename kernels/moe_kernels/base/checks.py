@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 
 from moe_kernels.base.backend import has_tma
@@ -18,7 +20,10 @@ def check_tensor(
     contiguous: bool = True,
 ) -> None:
     """`tensor` has this shape (None: any size), one of these dtypes, this device, and is contiguous."""
-    sizes = tensor.shape
+    try:
+        sizes = tensor.shape
+    except AttributeError:
+        raise ValueError(f"{name} is a {type(tensor).__name__}: must be a tensor") from None
     if len(sizes) != len(shape):
         raise ValueError(f"{name} has shape {tuple(sizes)}: must have {len(shape)} dimensions")
     for axis, (is_size, size) in enumerate(zip(sizes, shape, strict=True)):
@@ -31,6 +36,33 @@ def check_tensor(
         raise ValueError(f"{name} is on {tensor.device}: must be on {device}, as the other arguments are")
     if contiguous and not tensor.is_contiguous():
         raise ValueError(f"{name} has strides {tensor.stride()}: must be contiguous")
+
+
+def check_kind(name: str, value: Any, kind: type) -> None:
+    """`value` is one of our dataclasses."""
+    if not isinstance(value, kind):
+        raise ValueError(f"{name} is a {type(value).__name__}: must be a {kind.__name__}")
+
+
+def check_integer(name: str, value: Any) -> None:
+    """`value` is an integer; what range it must be in is the caller's."""
+    if not isinstance(value, (int, torch.SymInt)) or isinstance(value, bool):
+        raise ValueError(f"{name}={value!r}: must be an integer")
+
+
+def check_batch(
+    sizes: tuple[tuple[str, int], ...], dtype: torch.dtype, num_tokens: int, top_k: int, num_experts: int
+) -> None:
+    """Raises ValueError unless these are a layer and a batch; `sizes`: names and numbers of the matrices' rows and columns."""
+    for name, value in (*sizes, ("num_tokens", num_tokens), ("top_k", top_k), ("num_experts", num_experts)):
+        check_integer(name, value)
+        least = 0 if name == "num_tokens" else 1
+        if value < least:
+            raise ValueError(f"{name}={value}: must be at least {least}")
+    if num_experts < top_k:
+        raise ValueError(f"num_experts={num_experts}: must be at least top_k={top_k}")
+    if dtype not in FLOATS:
+        raise ValueError(f"dtype={dtype}: must be torch.float32, torch.float16 or torch.bfloat16")
 
 
 def check_rows(name: str, rows: torch.Tensor) -> None:

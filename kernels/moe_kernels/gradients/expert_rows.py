@@ -12,7 +12,7 @@ from typing import NamedTuple
 import torch
 
 from moe_kernels.base.backend import resolve_backend
-from moe_kernels.base.checks import FLOATS, check_rows, check_tensor, check_tma
+from moe_kernels.base.checks import FLOATS, check_integer, check_kind, check_rows, check_tensor, check_tma
 from moe_kernels.base.registered import registered_op
 from moe_kernels.gemms.expert_up import expert_up_torch
 from moe_kernels.gemms.expert_up_triton import pre_activation_triton
@@ -290,10 +290,15 @@ def expert_rows(
     Raises:
         ValueError: an argument breaks one of these rules.
     """
-    device, num_rows = x_RH.device, schedule.order_N.shape[0]
-    up, down = configs
     check_tensor("x_RH", x_RH, (None, None), FLOATS, contiguous=False)
     check_rows("x_RH", x_RH)
+    check_kind("matrices", matrices, ExpertMatrices)
+    check_kind("schedule", schedule, TileSchedule)
+    check_kind("configs", configs, tuple)
+    check_kind("gradient_configs", gradient_configs, GradientConfigs)
+    check_integer("fanout", fanout)
+    device, num_rows = x_RH.device, schedule.order_N.shape[0]
+    up, down = configs
     matrices.check(x_RH.shape[1], x_RH.dtype, device)
     matrices.check_plain("where a gradient is wanted: quantised experts have none (torch.no_grad() asks for none)")
     check_tensor("lane_to_slot_L", lane_to_slot_L, (schedule.offsets_L1.shape[0] - 1,), torch.int32, device)

@@ -6,6 +6,7 @@ from dataclasses import dataclass, replace
 
 import torch
 
+from moe_kernels.base.checks import check_batch
 from moe_kernels.base.integers import next_power_of_2
 from moe_kernels.operands.config import GemmConfig
 
@@ -102,7 +103,12 @@ def gradient_configs(
         num_experts: logical experts of the layer.
         tma: `has_tma(device)`: whether tiles may need as much shared memory as Hopper has, and use its accelerator, where
             sizes are divisible by 8.
+
+    Raises:
+        ValueError: a size that is not positive (`num_tokens` may be 0), or a dtype that is not supported.
     """
+    sizes = (("hidden_size", hidden_size), ("intermediate_size", intermediate_size))
+    check_batch(sizes, dtype, num_tokens, top_k, num_experts)
     rows_per_expert = next_power_of_2(num_tokens) * top_k // num_experts
     smaller = min(hidden_size, intermediate_size)
     fits_tma = hidden_size % 8 == intermediate_size % 8 == 0 and smaller >= _LEAST_TMA

@@ -34,7 +34,7 @@ def parse_activation(activation: str) -> ParsedActivation:
     Raises:
         ValueError: it is none that the kernels have.
     """
-    name, *parts = activation.split()
+    name, *parts = activation.split() if isinstance(activation, str) else [""]
     numbers = {"limit": 0.0, "alpha": 1.0, "up_offset": 0.0}
     is_gated = parts[-1:] != ["ungated"]
     parts = parts if is_gated else parts[:-1]

@@ -7,6 +7,7 @@ from dataclasses import dataclass, replace
 
 import torch
 
+from moe_kernels.base.checks import check_batch, check_integer
 from moe_kernels.base.integers import next_power_of_2
 from moe_kernels.operands.schemes import check_scheme
 
@@ -74,9 +75,11 @@ class GemmConfig:
         is_ring = self.quantised and self.tma and self.swap  # of 4-bit weights
         for name, least in (("block_m", 16), ("block_n", 32), ("block_k", 16), ("num_warps", 1)):
             value = getattr(self, name)
+            check_integer(name, value)
             if value < least or (value & (value - 1) and not (is_ring and name in ("block_n", "num_warps"))):
                 raise ValueError(f"{name}={value}: must be a power of two and at least {least}")
         for name, least in (("num_stages", 1), ("group_m", 1), ("programs_per_sm", 0)):
+            check_integer(name, getattr(self, name))
             if getattr(self, name) < least:
                 raise ValueError(f"{name}={getattr(self, name)}: must be at least {least}")
         if self.by_lane and (self.quantised or not self.tma):
@@ -279,13 +282,7 @@ def gemm_config(
     Raises:
         ValueError: a size that is not positive (`num_tokens` may be 0), or a dtype that is not supported.
     """
-    for name, value, least in (("n", n, 1), ("k", k, 1), ("num_tokens", num_tokens, 0), ("top_k", top_k, 1)):
-        if value < least:
-            raise ValueError(f"{name}={value}: must be at least {least}")
-    if num_experts < top_k:
-        raise ValueError(f"num_experts={num_experts}: must be at least top_k={top_k}")
-    if dtype not in (torch.float16, torch.bfloat16, torch.float32):
-        raise ValueError(f"dtype={dtype}: must be torch.float32, torch.float16 or torch.bfloat16")
+    check_batch((("n", n), ("k", k)), dtype, num_tokens, top_k, num_experts)
     check_scheme(scheme)
     bucket = next_power_of_2(num_tokens)
     rows_per_expert = bucket * top_k // num_experts
@@ -329,5 +326,9 @@ def gemm_configs(
 ) -> tuple[GemmConfig, GemmConfig]:
     """`gemm_config` of a layer's `expert_up` and `expert_down`, which share one schedule."""
     batch = (dtype, num_tokens, top_k, num_experts)
-    up = gemm_config(2 * intermediate_size, hidden_size, *batch, gated=True, tma=tma, scheme=scheme)
-    return up, gemm_config(hidden_size, intermediate_size, *batch, tma=tma, scheme=scheme)
+    try:
+        up = gemm_config(2 * intermediate_size, hidden_size, *batch, gated=True, tma=tma, scheme=scheme)
+        return up, gemm_config(hidden_size, intermediate_size, *batch, tma=tma, scheme=scheme)
+    except (TypeError, ValueError):  # by the names of these arguments; only now, as a forward waits for this
+        check_batch((("hidden_size", hidden_size), ("intermediate_size", intermediate_size)), *batch)
+        raise

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 
 import torch
 
-from moe_kernels.base.checks import check_rows, check_slots, check_tensor
+from moe_kernels.base.checks import check_kind, check_rows, check_slots, check_tensor
 from moe_kernels.base.integers import cdiv
 from moe_kernels.operands.activation import parse_activation
 from moe_kernels.operands.config import GemmConfig
@@ -52,7 +52,7 @@ class ExpertMatrices:
 
     @property
     def is_gated(self) -> bool:
-        return not self.activation.endswith("ungated")
+        return not str(self.activation).endswith("ungated")  # `parse_activation` refuses what is no string
 
     @property
     def hidden_size(self) -> int:
@@ -134,6 +134,8 @@ class ExpertMatrices:
     def _check_together(self) -> None:
         if not torch.compiler.is_compiling():  # which warns of its cache
             parse_activation(self.activation)
+        for name in ("gate_up_SNH", "down_SHI"):
+            check_kind(f"matrices.{name}", getattr(self, name), torch.Tensor)
         shape, rows_of_one = tuple(self.gate_up_SNH.shape), 2 if self.is_gated else 1
         if len(shape) != 3 or shape[1] % rows_of_one:
             what = "2 * I (gate, up)" if rows_of_one == 2 else "I"

@@ -19,9 +19,10 @@ from __future__ import annotations
 import torch
 import torch.nn.functional as F
 
+from moe_kernels.base.checks import check_integer, check_kind
 from moe_kernels.base.integers import cdiv
 from moe_kernels.operands.schemes import BLOCK, INT4_GROUPS, MXFP4_GROUP, check_scheme
-from moe_kernels.operands.words import pack_words, unpack_words
+from moe_kernels.operands.words import check_bytes, pack_words, unpack_words
 
 E4M3_MAX = 448.0
 E2M1 = (0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0)
@@ -30,17 +31,13 @@ E2M1 = (0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0)
 
 def pack_nibbles(codes: torch.Tensor) -> torch.Tensor:
     """Codes of 0 to 15, uint8 [..., K] (K even) → bytes [..., K / 2]: [1, 2, 15, 0] → [0x21, 0x0F]."""
-    if codes.dtype != torch.uint8 or codes.shape[-1] % 2:
-        raise ValueError(
-            f"codes has dtype {codes.dtype} and shape {tuple(codes.shape)}: must be uint8 with an even last dimension"
-        )
+    check_bytes("codes", codes, 2)
     return codes[..., ::2] | (codes[..., 1::2] << 4)
 
 
 def unpack_nibbles(packed: torch.Tensor) -> torch.Tensor:
     """The reverse of `pack_nibbles`: uint8 [..., K / 2] → [..., K]."""
-    if packed.dtype != torch.uint8:
-        raise ValueError(f"packed has dtype {packed.dtype}: must be uint8")
+    check_bytes("packed", packed, 1)
     return torch.stack((packed & 15, packed >> 4), dim=-1).flatten(-2)
 
 
@@ -61,9 +58,10 @@ def dequantise(
             projection of gated experts. None: N.
 
     Raises:
-        ValueError: shapes or dtypes that don't fit the scheme.
+        ValueError: shapes or dtypes that don't fit the scheme, or blocks that don't divide the rows.
     """
     check_scheme(scheme)
+    _check_stored(weight, scale, zero, scheme)
     if scheme == "plain":
         values = weight.float()
     elif scheme == "fp8_block":
@@ -80,6 +78,8 @@ def dequantise(
                 middle = _of_groups(zero.float(), group)
             units, factor = codes.float() - middle, scale.float()
         values = units * _of_groups(factor, group)
+    if columns is not None:
+        check_integer("columns", columns)
     if columns is not None and not 0 < columns <= values.shape[-1]:
         raise ValueError(f"columns={columns}: must be in [1, {values.shape[-1]}]")
     return values if columns is None else values[..., :columns]
@@ -113,6 +113,9 @@ def quantise_weights(
         raise ValueError(f"with_zero=True: must be False with scheme={scheme!r}")
     if scheme == "plain":
         return weight, None, None
+    check_kind("weight", weight, torch.Tensor)
+    if not weight.is_floating_point() or weight.dim() < 2:
+        raise ValueError(f"weight has dtype {weight.dtype} and shape {tuple(weight.shape)}: must be floats [..., N, K]")
     values = weight.float()
     if scheme == "fp8_block":
         scale = divided(_block_amax(values, blocks_of), E4M3_MAX)
@@ -183,6 +186,40 @@ def num_block_rows(rows: int, blocks_of: int | None = None) -> int:
     return rows // blocks_of * cdiv(blocks_of, BLOCK)
 
 
+_DTYPES = {  # of weights and scales
+    "fp8_block": (torch.float8_e4m3fn, torch.float32),
+    "mxfp4": (torch.uint8, torch.uint8),
+    "int4": (torch.uint8, torch.bfloat16),
+}
+
+
+def _check_stored(weight: torch.Tensor, scale: torch.Tensor | None, zero: torch.Tensor | None, scheme: str) -> None:
+    """Raises ValueError unless these are what the scheme has, but for their shapes."""
+    check_kind("weight", weight, torch.Tensor)
+    if weight.dim() < 2:
+        raise ValueError(f"weight has shape {tuple(weight.shape)}: must be [..., N, K]")
+    if scheme == "plain":
+        return
+    of_zero = torch.uint8 if scheme == "int4" else None
+    for name, part, dtype in zip(
+        ("weight", "scale", "zero"), (weight, scale, zero), (*_DTYPES[scheme], of_zero), strict=True
+    ):
+        if part is not None and getattr(part, "dtype", None) != dtype:
+            found = getattr(part, "dtype", type(part).__name__)
+            rule = "None" if dtype is None else str(dtype)
+            raise ValueError(f"{name} is of {found}: must be {rule} with scheme={scheme!r}")
+    if zero is not None and (scale is None or zero.shape != scale.shape):
+        raise ValueError(f"zero has shape {tuple(zero.shape)}: must be that of scale")
+
+
+def _check_blocks(rows: int, blocks_of: int | None) -> None:
+    if blocks_of is None:
+        return
+    check_integer("blocks_of", blocks_of)
+    if blocks_of < 1 or rows % blocks_of:
+        raise ValueError(f"blocks_of={blocks_of}: must be None or divide the {rows} rows of weight")
+
+
 def _groups(scheme: str) -> tuple[int, ...]:
     return (MXFP4_GROUP,) if scheme == "mxfp4" else INT4_GROUPS
 
@@ -200,6 +237,7 @@ def _of_groups(of_groups: torch.Tensor, group: int) -> torch.Tensor:
 def _of_blocks(scale: torch.Tensor | None, shape: torch.Size, blocks_of: int | None) -> torch.Tensor:
     """The scale of each element."""
     rows, columns = shape
+    _check_blocks(rows, blocks_of)
     wanted = (num_block_rows(rows, blocks_of), cdiv(columns, BLOCK))
     if scale is None or tuple(scale.shape[-2:]) != wanted:
         found = None if scale is None else tuple(scale.shape)
@@ -212,6 +250,7 @@ def _of_blocks(scale: torch.Tensor | None, shape: torch.Size, blocks_of: int | N
 
 def _block_amax(values: torch.Tensor, blocks_of: int | None) -> torch.Tensor:
     rows, columns = values.shape[-2:]
+    _check_blocks(rows, blocks_of)
     blocks_of = blocks_of or rows
     parts = values.abs().unflatten(-2, (rows // blocks_of, blocks_of))
     parts = F.pad(parts, (0, -columns % BLOCK, 0, -blocks_of % BLOCK))

@@ -13,6 +13,8 @@ from __future__ import annotations
 
 import torch
 
+from moe_kernels.base.checks import check_kind
+
 WORD = 8
 """Weights in a word."""
 GROUP = 32
@@ -25,17 +27,29 @@ PLACES = {
 }
 
 
+def check_bytes(name: str, values: torch.Tensor, multiple: int) -> None:
+    """Raises ValueError unless `values` is uint8 [..., n], n divisible by `multiple`."""
+    check_kind(name, values, torch.Tensor)
+    if values.dtype != torch.uint8 or values.dim() < 1 or values.shape[-1] % multiple:
+        raise ValueError(
+            f"{name} has dtype {values.dtype} and shape {tuple(values.shape)}: must be uint8 with a last dimension "
+            f"divisible by {multiple}"
+        )
+
+
+def _check_scheme(scheme: str) -> None:
+    if scheme not in PLACES:
+        raise ValueError(f"scheme={scheme!r}: must be one of {tuple(PLACES)}")
+
+
 def pack_words(codes: torch.Tensor, scheme: str) -> torch.Tensor:
     """Codes of 0 to 15, uint8 [..., K] (K divisible by 32) → the bytes of a record, uint8 [..., K / 2].
 
     Raises:
-        ValueError: another dtype, or columns that do not divide into groups.
+        ValueError: another dtype, columns that do not divide into groups, or a scheme that is none of 4 bits.
     """
-    if codes.dtype != torch.uint8 or codes.shape[-1] % GROUP:
-        raise ValueError(
-            f"codes has dtype {codes.dtype} and shape {tuple(codes.shape)}: must be uint8 with a last dimension divisible by "
-            f"{GROUP}"
-        )
+    check_bytes("codes", codes, GROUP)
+    _check_scheme(scheme)
     # [..., group, i, t, e] → [..., group, t, e, i]: a byte for each code, then two bytes for each half word.
     parts = codes.unflatten(-1, (-1, 4, 4, 2)).movedim(-3, -1)
     halves = torch.zeros(parts.shape[:-1], dtype=torch.int32, device=codes.device)
@@ -51,13 +65,10 @@ def unpack_words(packed: torch.Tensor, scheme: str) -> torch.Tensor:
     """The reverse of `pack_words`: uint8 [..., K / 2] → [..., K].
 
     Raises:
-        ValueError: another dtype, or bytes that are no whole groups.
+        ValueError: another dtype, bytes that are no whole groups, or a scheme that is none of 4 bits.
     """
-    if packed.dtype != torch.uint8 or packed.shape[-1] % (GROUP // 2):
-        raise ValueError(
-            f"packed has dtype {packed.dtype} and shape {tuple(packed.shape)}: must be uint8 with a last dimension divisible "
-            f"by {GROUP // 2}"
-        )
+    check_bytes("packed", packed, GROUP // 2)
+    _check_scheme(scheme)
     low, high = packed.unflatten(-1, (-1, 4, 2, 2)).int().unbind(-1)
     halves = low | (high << 8)  # [..., group, t, e]
     codes = [sum(((halves >> place) & 1) << bit for bit, place in enumerate(places)) for places in PLACES[scheme]]

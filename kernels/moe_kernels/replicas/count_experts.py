@@ -10,7 +10,7 @@ import triton
 import triton.language as tl
 
 from moe_kernels.base.backend import resolve_backend
-from moe_kernels.base.checks import check_tensor
+from moe_kernels.base.checks import check_integer, check_tensor
 from moe_kernels.base.launch import Launcher, gdc_launch_dependents, gdc_wait
 from moe_kernels.base.registered import registered_op
 from moe_kernels.base.scan import count_chunks, count_hits, first_index, load_bins, num_steps, scan_options
@@ -122,6 +122,7 @@ def count_experts(expert_ids_TK: torch.Tensor, num_experts: int, *, backend: str
         ValueError: an argument breaks one of these rules.
     """
     check_tensor("expert_ids_TK", expert_ids_TK, (None, None), torch.int32)
+    check_integer("num_experts", num_experts)
     if num_experts < 1:
         raise ValueError(f"num_experts={num_experts}: must be at least 1")
     return _count_experts(expert_ids_TK, num_experts, resolve_backend(backend, expert_ids_TK.device))

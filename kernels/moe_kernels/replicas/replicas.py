@@ -10,7 +10,7 @@ import threading
 import torch
 
 from moe_kernels.base.backend import resolve_backend
-from moe_kernels.base.checks import check_tensor
+from moe_kernels.base.checks import check_integer, check_kind, check_tensor
 from moe_kernels.base.registered import registered_op
 from moe_kernels.operands.load import LoadCounter
 from moe_kernels.operands.table import ReplicaTable
@@ -135,6 +135,7 @@ def select_replicas(
         ValueError: an argument breaks one of these rules.
     """
     check_selection(expert_ids_TK, table, load, num_lanes)
+    check_integer("rank_start", rank_start)
     if not 0 <= rank_start < SHARE_ONE:
         raise ValueError(f"rank_start={rank_start}: must be in [0, 2**{SHARE_BITS})")
     kernels = resolve_backend(backend, expert_ids_TK.device)
@@ -143,8 +144,11 @@ def select_replicas(
 
 def check_selection(expert_ids_TK: torch.Tensor, table: ReplicaTable, load: LoadCounter, num_lanes: int) -> None:
     """Raises ValueError if what every choice of replicas takes breaks its rules."""
-    device = expert_ids_TK.device
     check_tensor("expert_ids_TK", expert_ids_TK, (None, None), torch.int32)
+    check_kind("table", table, ReplicaTable)
+    check_kind("load", load, LoadCounter)
+    check_integer("num_lanes", num_lanes)
+    device = expert_ids_TK.device
     load.check(device)
     table.check(load.load_E.shape[0], device)
     if num_lanes < 1:

@@ -11,7 +11,7 @@ from copy import deepcopy
 import torch
 
 from moe_kernels.base.backend import resolve_backend
-from moe_kernels.base.checks import check_tensor
+from moe_kernels.base.checks import check_integer, check_kind, check_tensor
 from moe_kernels.base.registered import registered_op
 from moe_kernels.operands.table import ReplicaTable
 from moe_kernels.replicas.circle import SHARE_BITS, SHARE_ONE
@@ -173,7 +173,10 @@ def solve_shares(
         raise ValueError(
             f"counts_WE has shape {(num_ranks, num_experts)}: must have 1 to {MOST_RANKS} ranks and 1 to {MOST_EXPERTS} experts"
         )
+    check_kind("table", table, ReplicaTable)
     table.check(num_experts, counts_WE.device)
+    for name, value in (("lanes_per_rank", lanes_per_rank), ("rank", rank), ("expert_cost", expert_cost)):
+        check_integer(name, value)
     if lanes_per_rank < 1:
         raise ValueError(f"lanes_per_rank={lanes_per_rank}: must be at least 1")
     if not 0 <= rank < num_ranks:

@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 
 from moe_kernels.base.backend import resolve_backend
-from moe_kernels.base.checks import FLOATS, check_tensor
+from moe_kernels.base.checks import FLOATS, check_integer, check_kind, check_tensor
 from moe_kernels.base.registered import registered_op
 from moe_kernels.operands.rule import RoutingRule
 from moe_kernels.routing.routing_grad import topk_routing_grad_triton
@@ -71,8 +71,10 @@ def check_routing(
     device: torch.device,
 ) -> None:
     """Raises ValueError if an argument of a routing, beside the logits, is wrong."""
+    check_integer("top_k", top_k)
     if not 1 <= top_k <= num_experts:
         raise ValueError(f"top_k={top_k}: must be in [1, {num_experts}], the number of experts")
+    check_kind("rule", rule, RoutingRule)
     rule.check()
     rule.check_experts(num_experts, top_k)
     if bias_E is not None:

@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 
 from moe_kernels.base.backend import resolve_backend
-from moe_kernels.base.checks import check_tensor
+from moe_kernels.base.checks import check_integer, check_tensor
 from moe_kernels.base.registered import registered_op
 from moe_kernels.tiles.schedule_triton import build_schedule_triton
 from moe_kernels.tiles.tiles import TileSchedule, max_tiles
@@ -81,6 +81,8 @@ def build_schedule(
     check_tensor("counts_L", counts_L, (None,), torch.int32, lanes_N.device)
     if counts_L.shape[0] < 1:
         raise ValueError(f"counts_L has shape {tuple(counts_L.shape)}: there must be at least 1 lane")
+    check_integer("block_m", block_m)
+    check_integer("extra_m", extra_m)
     if block_m < 16 or block_m & (block_m - 1):
         raise ValueError(f"block_m={block_m}: must be a power of two and at least 16")
     if not 0 <= extra_m <= block_m:
