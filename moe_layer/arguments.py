@@ -1,10 +1,11 @@
 """Forward, check: each error names the argument that the user passed, its value and the rule."""
 
+import math
 from typing import Any
 
 import torch
 
-from moe_kernels.base.checks import FLOATS
+from moe_kernels.base.checks import FLOATS, check_kind
 
 
 def check_integer(name: str, value: Any, least: int) -> None:
@@ -23,6 +24,11 @@ def check_bool(name: str, value: Any) -> None:
     """Raises ValueError unless `value` is a bool."""
     if not isinstance(value, bool):
         raise ValueError(f"{name} must be True or False, got {value!r}")
+
+
+def is_number(value: Any) -> bool:
+    """Whether `value` is an integer or a finite float."""
+    return isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
 
 
 def check_trainable(trainable: Any, num_experts: int, num_ranks: int, *, pool: Any, quantisation: Any = None) -> None:
@@ -125,6 +131,8 @@ def is_autocast_enabled(x: torch.Tensor) -> bool:
 
 def check_x(x: torch.Tensor, hidden_size: int, dtype: torch.dtype, device: torch.device) -> None:
     """Raises ValueError unless `x` is ``[..., H]`` of the layer's dtype and on its device."""
+    if not isinstance(x, torch.Tensor):
+        check_kind("x", x, torch.Tensor)
     if x.dim() == 0 or x.shape[-1] != hidden_size:
         raise ValueError(f"x must have hidden_size={hidden_size} as its last dimension, got shape {tuple(x.shape)}")
     if x.device != device or x.is_meta:
@@ -139,6 +147,7 @@ def check_x(x: torch.Tensor, hidden_size: int, dtype: torch.dtype, device: torch
 
 def check_mask(token_mask: torch.Tensor, x: torch.Tensor) -> None:
     """Raises ValueError unless `token_mask` marks the tokens of `x`."""
+    check_kind("token_mask", token_mask, torch.Tensor)
     if token_mask.shape != x.shape[:-1] or token_mask.dtype != torch.bool:
         raise ValueError(
             f"token_mask must be bool of shape {tuple(x.shape[:-1])}, got {token_mask.dtype} {tuple(token_mask.shape)}"

@@ -3,7 +3,6 @@
 Legend: T tokens, E logical experts, K top-k, H hidden.
 """
 
-import math
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -14,7 +13,7 @@ from torch import nn
 from moe_kernels import RoutingRule, topk_routing
 from moe_kernels.base.checks import FLOATS
 from moe_kernels.operands.rule import GROUP_SCORES, SCORE_FUNCTIONS
-from moe_layer.arguments import check_choice, check_integer
+from moe_layer.arguments import check_choice, check_integer, is_number
 
 
 @dataclass(frozen=True)
@@ -56,8 +55,7 @@ class RouterRule:
                 raise ValueError(f"RouterRule.{name} must be True or False, got {getattr(self, name)!r}")
         for name in ("scale", "epsilon"):
             value = getattr(self, name)
-            is_number = isinstance(value, (int, float)) and not isinstance(value, bool)
-            if not is_number or not math.isfinite(value) or (name == "epsilon" and value < 0):
+            if not is_number(value) or (name == "epsilon" and value < 0):
                 rule = "a finite number" if name == "scale" else "a finite number of at least 0"
                 raise ValueError(f"RouterRule.{name} must be {rule}, got {value!r}")
         check_integer("RouterRule.num_groups", self.num_groups, 1)

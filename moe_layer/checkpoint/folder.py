@@ -1,6 +1,7 @@
 """Loading: a checkpoint as `save_pretrained()` writes it: one safetensors file, or several with an index, in a folder."""
 
 import json
+import os
 from collections import Counter
 from collections.abc import Collection, Mapping
 from contextlib import ExitStack
@@ -46,7 +47,7 @@ class Checkpoint:
             raise ImportError(
                 "load_experts_from() needs the package safetensors: pip install 'moe-layer[checkpoint]'"
             ) from error
-        self.folder = Path(folder)
+        self.folder = path_of(folder)
         if not self.folder.is_dir():
             raise CheckpointError(
                 f"folder must be a local folder, got {str(folder)!r}: download a checkpoint of the hub first, with "
@@ -143,15 +144,26 @@ class Checkpoint:
         return f"under {prefix!r} there are {_some(found)}"
 
 
+def path_of(folder: str | Path) -> Path:
+    """`folder` as a path, whether it exists or not.
+
+    Raises:
+        CheckpointError: it is none.
+    """
+    if not isinstance(folder, (str, os.PathLike)):
+        raise CheckpointError(f"folder must be a local folder, got {folder!r}")
+    return Path(folder)
+
+
 def config_in(folder: str | Path) -> Mapping[str, Any]:
     """The config.json of a checkpoint; empty if it has none.
 
     Raises:
         CheckpointError: no such folder.
     """
-    if not Path(folder).is_dir():
+    if not path_of(folder).is_dir():
         raise CheckpointError(f"folder must be a local folder, got {str(folder)!r}")
-    path = Path(folder) / CONFIG
+    path = path_of(folder) / CONFIG
     return json.loads(path.read_text()) if path.exists() else {}
 
 

@@ -6,6 +6,7 @@ from pathlib import Path
 import torch
 from torch import nn
 
+from moe_kernels.base.checks import check_kind
 from moe_layer.checkpoint.folder import Checkpoint, CheckpointError
 from moe_layer.checkpoint.names import Names, recipes_by_names
 from moe_layer.checkpoint.quantised import stored_for
@@ -67,6 +68,7 @@ def jobs_of(layers: Mapping[str, MoELayer], checkpoint: Checkpoint, names: Names
 
 def layers_of(model: nn.Module, function: str) -> dict[str, MoELayer]:
     """The layers of `model`, by name; ValueError if there are none."""
+    check_kind("model", model, nn.Module)
     layers = {name: layer for name, layer in model.named_modules() if isinstance(layer, MoELayer)}
     if not layers:
         raise ValueError(f"model must hold MoELayers, has none (a transformers model: moe_layer.hf.{function})")

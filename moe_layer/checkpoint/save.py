@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from moe_layer.checkpoint.folder import CONFIG, INDEX, Checkpoint, CheckpointError, config_in
+from moe_layer.checkpoint.folder import CONFIG, INDEX, Checkpoint, CheckpointError, config_in, path_of
 from moe_layer.checkpoint.load import jobs_of, layers_of
 from moe_layer.checkpoint.names import FUSED, PROJECTIONS, Names, recipes_of
 from moe_layer.checkpoint.recipe import Job, Recipe
@@ -96,7 +96,7 @@ def write(folder: str | Path, jobs: Sequence[Job], like: Checkpoint | None) -> i
         for name, recipe in job.recipes.items():
             if recipe.split is None:
                 raise CheckpointError(f"{job.layer}: {name} cannot be turned back into the checkpoint's tensors")
-    folder, index, written = Path(folder), {}, 0
+    folder, index, written = path_of(folder), {}, 0
     is_writer = all(job.experts.resident.rank == 0 for job in jobs)
     if is_writer:
         folder.mkdir(parents=True, exist_ok=True)

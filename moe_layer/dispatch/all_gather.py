@@ -64,6 +64,7 @@ class AllGatherDispatcher:
         combine: str = "exact",
         static: bool | None = None,
     ) -> None:
+        check_integer("num_lanes", num_lanes, 1)
         check_integer("max_tokens", max_tokens, 1)
         check_choice("combine", combine, ("exact", "partial"))
         if static is False and combine == "partial":

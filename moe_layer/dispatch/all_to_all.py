@@ -10,6 +10,7 @@ import torch.distributed as dist
 import torch.nn.functional as F
 
 from moe_kernels import TileSchedule, build_schedule, combine
+from moe_layer.arguments import check_integer
 from moe_layer.collectives import all_gather_rows, all_to_all_rows, backend_of
 from moe_layer.dispatch.base import Dispatched, Incoming
 from moe_layer.dispatch.gradients import check_gradients
@@ -35,6 +36,7 @@ class AllToAllDispatcher:
     takes_incoming = True
 
     def __init__(self, group: dist.ProcessGroup, num_lanes: int) -> None:
+        check_integer("num_lanes", num_lanes, 1)
         self._group = group
         self._num_ranks = dist.get_world_size(group)
         self._num_lanes = num_lanes

@@ -126,6 +126,8 @@ def rule_of_config(config: Any) -> RouterRule:
     Raises:
         ValueError: the model has no router whose rule our kernel has; says why.
     """
+    if not hasattr(config, "get_text_config"):
+        raise ValueError(f"config must be of a transformers model, got {config!r}")
     from transformers import AutoModelForCausalLM
 
     with torch.device("meta"):

@@ -14,6 +14,7 @@ from torch import nn
 from eplb.planning.make_plan import shares_in_lanes
 from eplb.planning.placement import Placement
 from eplb.planning.policy import Policy, Proposal, Topology, make_policy
+from moe_kernels.base.checks import check_kind
 from moe_layer.arguments import check_integer
 from moe_layer.collectives import all_gather_rows
 from moe_layer.trainable.trainable_experts import TrainableExperts
@@ -55,6 +56,7 @@ class TrainingBalancer:
         policy: str | Policy = "adaptive",
         **options: object,
     ) -> None:
+        check_kind("model", model, nn.Module)
         check_integer("interval", interval, 1)
         self.layers = [
             module

@@ -29,6 +29,7 @@ from torch.nn.parallel import DistributedDataParallel
 from torch.optim import Optimizer
 
 from eplb.planning.placement import Placement
+from moe_kernels.base.checks import check_kind
 from moe_layer.collectives import all_gather_rows
 from moe_layer.trainable.balance import TrainingBalancer
 from moe_layer.trainable.trainable_experts import TrainableExperts
@@ -86,8 +87,14 @@ class TrainingState(Stateful):
         optimizers: Optimizer | Sequence[Optimizer],
         balancer: TrainingBalancer | None = None,
     ) -> None:
+        check_kind("model", model, nn.Module)
         self.model, self.balancer = model, balancer
-        self.optimizers = [optimizers] if isinstance(optimizers, Optimizer) else list(optimizers)
+        self.optimizers = [optimizers] if isinstance(optimizers, Optimizer) else optimizers
+        check_kind("optimizers", self.optimizers, Sequence)
+        for one in self.optimizers:
+            check_kind("optimizers", one, Optimizer)
+        if balancer is not None:
+            check_kind("balancer", balancer, TrainingBalancer)
         known = {id(parameter) for parameter in model.parameters()}
         foreign = [tuple(one.shape) for one in self._optimized() if id(one) not in known]
         if foreign:

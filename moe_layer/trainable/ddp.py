@@ -13,6 +13,8 @@ from torch import nn
 from torch.distributed.device_mesh import DeviceMesh
 from torch.nn.parallel import DistributedDataParallel
 
+from moe_kernels.base.checks import check_kind
+from moe_layer.arguments import is_number
 from moe_layer.weights.experts import Experts
 
 
@@ -35,6 +37,7 @@ def ignore_in_ddp(model: nn.Module, *, gradient_divisor: float | None = None) ->
         ValueError: `gradient_divisor` is no number above 0.
     """
     _check_divisor(gradient_divisor)
+    check_kind("model", model, nn.Module)
     ignored = list(getattr(model, "_ddp_params_and_buffers_to_ignore", []))
     for name, module in model.named_modules():
         own = getattr(module, "_ddp_params_and_buffers_to_ignore", []) if module is not model else []
@@ -72,6 +75,8 @@ def ignore_in_fsdp(
             `gradient_divisor` is no number above 0.
     """
     _check_divisor(gradient_divisor)
+    if mesh is not None:
+        check_kind("mesh", mesh, DeviceMesh)
     found = [experts for _, experts in _spread_experts(model)]
     ranks = list(range(dist.get_world_size())) if mesh is None else mesh.mesh.flatten().tolist()
     for experts in found:
@@ -93,12 +98,13 @@ _COPIES = (
 
 
 def _check_divisor(gradient_divisor: float | None) -> None:
-    if gradient_divisor is not None and not 0 < gradient_divisor < float("inf"):
+    if gradient_divisor is not None and not (is_number(gradient_divisor) and gradient_divisor > 0):
         raise ValueError(f"gradient_divisor must be None or a number above 0, got {gradient_divisor!r}")
 
 
 def _spread_experts(model: nn.Module) -> Iterator[tuple[str, Experts]]:
     """Names and trainable experts that are spread over ranks: of our layers and of swapped models."""
+    check_kind("model", model, nn.Module)
     for name, module in model.named_modules():
         if isinstance(module, Experts) and module.trainable and module.resident.num_ranks > 1:
             yield name, module

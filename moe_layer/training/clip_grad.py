@@ -11,6 +11,8 @@ import torch.distributed as dist
 from torch import nn
 from torch.distributed.tensor import DTensor, Partial, Shard
 
+from eplb.groups import check_member
+from moe_kernels.base.checks import check_kind
 from moe_layer.collectives import all_gather_rows
 from moe_layer.trainable.trainable_experts import TrainableExperts
 
@@ -52,7 +54,10 @@ def clip_grad_norm(
         RuntimeError: the norm is not finite, with `error_if_nonfinite`: on all ranks, and no gradient is changed. Or gradients
             wait in `no_sync`.
     """
-    max_norm, norm_type = float(max_norm), float(norm_type)
+    try:
+        max_norm, norm_type = float(max_norm), float(norm_type)
+    except (TypeError, ValueError):
+        raise ValueError(f"max_norm and norm_type must be numbers, got {max_norm!r} and {norm_type!r}") from None
     if not max_norm >= 0:
         raise ValueError(f"max_norm must be a number of at least 0, got {max_norm!r}")
     if not norm_type > 0:
@@ -86,8 +91,11 @@ def _spread_parameters(
 ) -> Iterable[tuple[torch.Tensor, _Groups]]:
     """Each parameter that is trained, once, and what it is spread over; in the same order on all ranks."""
     if not isinstance(model, nn.Module):
+        check_kind("model", model, Iterable)
+        check_member(process_group)
         own: _Groups = () if process_group is None or process_group.size() == 1 else (process_group,)
         for parameter in model:
+            check_kind("a parameter", parameter, torch.Tensor)
             yield parameter, (*_sharded_over(parameter), *own)
         return
     if process_group is not None:

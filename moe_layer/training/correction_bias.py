@@ -7,6 +7,8 @@ import torch
 import torch.distributed as dist
 
 from eplb.groups import check_member
+from moe_kernels.base.checks import check_kind
+from moe_layer.arguments import is_number
 from moe_layer.collectives import all_gather_rows
 from moe_layer.layer import MoELayer
 
@@ -42,6 +44,8 @@ def update_correction_bias(
         bias_E = found
     else:
         bias_E = bias
+    check_kind("bias", bias_E, torch.Tensor)
+    check_kind("load", load, torch.Tensor)
     if bias_E.dtype != torch.float32 or bias_E.dim() != 1:
         raise ValueError(f"bias must be float32 [E], got {bias_E.dtype} {tuple(bias_E.shape)}")
     if load.shape != bias_E.shape or load.device != bias_E.device or load.is_complex() or load.dtype == torch.bool:
@@ -49,7 +53,7 @@ def update_correction_bias(
             f"load must be numbers [{len(bias_E)}] on {bias_E.device}, one for each expert, as bias has, got {load.dtype} "
             f"{tuple(load.shape)} on {load.device}"
         )
-    if not 0 <= rate < float("inf"):
+    if not is_number(rate) or rate < 0:
         raise ValueError(f"rate must be a finite number of at least 0, got {rate!r}")
     if group is not None:
         check_member(group)

@@ -8,7 +8,7 @@ import torch.distributed as dist
 
 from eplb.groups import check_member
 from moe_kernels import count_experts
-from moe_kernels.base.checks import FLOATS
+from moe_kernels.base.checks import FLOATS, check_kind
 from moe_layer.arguments import as_rows, check_choice
 from moe_layer.collectives import all_gather_rows
 
@@ -51,6 +51,7 @@ def load_balancing_loss(
     check_choice("score_function", score_function, _SCORES)
     logits_TE, mask_T = _rows(router_logits, mask)
     num_tokens, num_experts = logits_TE.shape
+    check_kind("expert_ids", expert_ids, torch.Tensor)
     integers = (torch.int32, torch.int64)
     if expert_ids.dtype not in integers or expert_ids.dim() != router_logits.dim():
         raise ValueError(
@@ -111,6 +112,7 @@ def _rows(router_logits: torch.Tensor, mask: torch.Tensor | None) -> tuple[torch
     Raises:
         ValueError: they do not fit.
     """
+    check_kind("router_logits", router_logits, torch.Tensor)
     if router_logits.dtype not in FLOATS or router_logits.dim() < 2:
         raise ValueError(
             f"router_logits must be [..., experts] in float32, float16 or bfloat16, got {router_logits.dtype} "
@@ -119,6 +121,7 @@ def _rows(router_logits: torch.Tensor, mask: torch.Tensor | None) -> tuple[torch
     logits_TE = as_rows(router_logits)
     if mask is None:
         return logits_TE, None
+    check_kind("mask", mask, torch.Tensor)
     if mask.shape != router_logits.shape[:-1] or mask.device != router_logits.device:
         raise ValueError(
             f"mask must be of the tokens of router_logits, {tuple(router_logits.shape[:-1])} on {router_logits.device}, got "

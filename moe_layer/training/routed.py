@@ -6,7 +6,9 @@ Legend: T tokens, H hidden, E logical experts, K top-k.
 from typing import NamedTuple
 
 import torch
+from torch import nn
 
+from moe_kernels.base.checks import check_kind
 from moe_layer.arguments import as_rows, check_mask, check_x, is_autocast_enabled
 from moe_layer.layer import MoELayer
 
@@ -40,6 +42,7 @@ def route(layer: MoELayer, x: torch.Tensor, token_mask: torch.Tensor | None = No
     Raises:
         ValueError: the layer has no router, or shape, dtype or device do not fit.
     """
+    check_kind("layer", layer, nn.Module)
     gate = layer.gate
     if gate is None:
         raise ValueError("layer must have a router of its own, but it was built with router=None")

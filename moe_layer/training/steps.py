@@ -7,6 +7,8 @@ from contextlib import contextmanager
 import torch.distributed as dist
 from torch import nn
 
+from moe_kernels.base.checks import check_kind
+from moe_layer.arguments import is_number
 from moe_layer.trainable.trainable_experts import TrainableExperts
 from moe_layer.weights.meeting import meet
 
@@ -63,8 +65,11 @@ def abandon_step(model: nn.Module, *, timeout: float = 60.0) -> None:
         timeout: seconds to wait for the other ranks.
 
     Raises:
+        ValueError: `timeout` is no number above 0.
         TimeoutError: ranks did not come; names them. Nothing has changed then.
     """
+    if not is_number(timeout) or timeout <= 0:
+        raise ValueError(f"timeout must be a finite number above 0, got {timeout!r}")
     layers = list(_spread(model))
     said: dict[dist.ProcessGroup, list[int]] = {}
     for experts in layers:
@@ -93,6 +98,7 @@ def abandon_step(model: nn.Module, *, timeout: float = 60.0) -> None:
 
 
 def _spread(model: nn.Module) -> Iterator[TrainableExperts]:
+    check_kind("model", model, nn.Module)
     for module in model.modules():
         if isinstance(module, TrainableExperts) and module.owned.num_ranks > 1:
             yield module

@@ -14,7 +14,7 @@ import torch
 from eplb.relocation.pool import TensorSpec
 from moe_kernels import ExpertMatrices
 from moe_kernels.operands.activation import ACTIVATIONS, parse_activation
-from moe_layer.arguments import check_choice, resolve_dtype
+from moe_layer.arguments import check_bool, check_choice, is_number, resolve_dtype
 from moe_layer.weights.quantisation import SCALE, ZERO, Quantisation
 
 
@@ -47,6 +47,9 @@ class Activation:
         limit: of the clamps, positive; None for no clamps. Only with a gate.
         alpha: of "silu".
         up_offset: 1 in GPT-OSS.
+
+    Raises:
+        ValueError: an unknown name, or a value of another type or out of range.
     """
 
     name: str
@@ -54,6 +57,15 @@ class Activation:
     limit: float | None = None
     alpha: float = 1.0
     up_offset: float = 0.0
+
+    def __post_init__(self) -> None:
+        check_choice("activation", self.name, ACTIVATIONS)
+        check_bool("Activation.gated", self.gated)
+        if self.limit is not None and not (is_number(self.limit) and self.limit > 0):
+            raise ValueError(f"Activation.limit must be a finite number above 0 or None, got {self.limit!r}")
+        for name in ("alpha", "up_offset"):
+            if not is_number(getattr(self, name)):
+                raise ValueError(f"Activation.{name} must be a finite number, got {getattr(self, name)!r}")
 
     @property
     def for_kernels(self) -> str:
@@ -241,7 +253,6 @@ def gated_format(
     Raises:
         ValueError: an unknown activation, a dtype that no kernel computes in, or sizes that cannot be quantised so.
     """
-    check_choice("activation", activation, ACTIVATIONS)
     sizes = (hidden_size, intermediate_size, dtype, Activation(activation))
     return expert_format(*sizes, quantisation=Quantisation.of(quantisation))
 

@@ -13,7 +13,7 @@ import torch
 
 from eplb.relocation.pool import TensorSpec
 from moe_kernels import dequantise, quantise_weights
-from moe_layer.arguments import check_choice
+from moe_layer.arguments import check_bool, check_choice
 
 _GROUPS = {"fp8_block": (128,), "mxfp4": (32,), "int4": (32, 128)}
 SCHEMES = tuple(_GROUPS)
@@ -46,6 +46,7 @@ class Quantisation:
         group = groups[0] if self.group is None else self.group
         if group not in groups:
             raise ValueError(f"group of {self.scheme} must be {' or '.join(map(str, groups))}, got {self.group!r}")
+        check_bool("zero_points", self.zero_points)
         if self.zero_points and self.scheme != "int4":
             raise ValueError(f"zero_points=True is of int4 alone: {self.scheme} has none")
         object.__setattr__(self, "group", group)

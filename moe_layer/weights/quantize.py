@@ -6,6 +6,7 @@ from dataclasses import dataclass
 import torch
 from torch import nn
 
+from moe_kernels.base.checks import check_kind
 from moe_layer.weights.experts import Experts
 from moe_layer.weights.quantisation import Quantisation
 from moe_layer.weights.saving_guard import refuse_saving
@@ -60,6 +61,7 @@ def quantize_experts(model: nn.Module, quantisation: str | Quantisation) -> Quan
     wanted = Quantisation.of(quantisation)
     if wanted is None:
         raise ValueError("quantisation must be a scheme or a Quantisation, got None")
+    check_kind("model", model, nn.Module)
     layers = {name: one for name, one in model.named_modules() if isinstance(one, Experts)}
     if not layers:
         raise ValueError("model must hold MoELayers or swapped experts, has none")

@@ -5,7 +5,7 @@ from typing import Any
 import torch
 
 from eplb.relocation.pool import SlotPool
-from moe_layer.arguments import check_integer, physical_per_rank, resolve_device, resolve_dtype
+from moe_layer.arguments import check_bool, check_integer, physical_per_rank, resolve_device, resolve_dtype
 from moe_layer.weights.expert_format import ExpertFormat, gated_format
 from moe_layer.weights.quantisation import Quantisation
 
@@ -33,10 +33,11 @@ def make_pool(
         shared: put a CPU's memory where other processes of the host can open it, as the communicator "symm_mem" needs it.
 
     Raises:
-        ValueError: a count that is not positive, or experts that do not divide by the ranks.
+        ValueError: an argument out of range, or experts that do not divide by the ranks.
     """
     for name, value in (("num_layers", num_layers), ("num_shadow_slots", num_shadow_slots), ("num_ranks", num_ranks)):
         check_integer(name, value, 1)
+    check_bool("shared", shared)
     num_physical = physical_per_rank(hidden_size, intermediate_size, num_experts, num_redundant_experts, num_ranks)
     format = gated_format(hidden_size, intermediate_size, resolve_dtype(dtype), "silu", quantisation)
     num_slots = num_layers * num_physical + num_shadow_slots

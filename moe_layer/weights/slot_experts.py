@@ -10,6 +10,7 @@ from eplb.relocation.pool import SlotPool, SlotState
 from eplb.relocation.resident import ResidentExperts
 from eplb.streams import streams_of
 from moe_kernels import ExpertMatrices
+from moe_kernels.base.checks import FLOATS, check_kind
 from moe_layer.arguments import home_of
 from moe_layer.weights.expert_format import ExpertFormat
 from moe_layer.weights.experts import Experts
@@ -103,6 +104,8 @@ class SlotExperts(Experts):
             unexpected_keys += [key for key in state_dict if key.startswith(prefix) and key not in names]
         given = {spec: state_dict[prefix + spec.name] for spec in specs if prefix + spec.name in state_dict}
         missing_keys += [prefix + spec.name for spec in specs if spec not in given]
+        for spec, value in given.items():
+            check_kind(prefix + spec.name, value, torch.Tensor)
         counts = {self.resident.num_experts, len(self.ranges()[self.resident.rank])}
         shapes = {spec: [(count, *spec.shape) for count in sorted(counts)] for spec in specs}
         wrong = [
@@ -117,6 +120,12 @@ class SlotExperts(Experts):
             "and is not cast"
             for spec, value in given.items()
             if spec.name in exact and value.dtype != spec.dtype
+        ]
+        wrong += [
+            f"dtype mismatch for {prefix}{spec.name}: {value.dtype} in the state dict, but it is {spec.dtype} in the layer, "
+            "and only floats of 16 bits or more are cast"
+            for spec, value in given.items()
+            if spec.name not in exact and value.dtype not in (*FLOATS, torch.float64)
         ]
         torn = self.format.torn({spec.name for spec in given})
         if torn is not None:
