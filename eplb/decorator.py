@@ -13,7 +13,14 @@ def step_eplb_after(method: Method | None = None, *, attribute: str = "eplb") ->
     Args:
         method: the method (when used without arguments).
         attribute: name of the runner's attribute that holds its `EplbController`, or None to step nothing.
+
+    Raises:
+        ValueError: `method` cannot be called, or `attribute` is no name.
     """
+    if method is not None and not callable(method):
+        raise ValueError(f"method must be a method, got {method!r}: give the name of an attribute as attribute=...")
+    if not isinstance(attribute, str):
+        raise ValueError(f"attribute must be the name of an attribute, got {attribute!r}")
 
     def decorate(method: Method) -> Method:
         @functools.wraps(method)

@@ -28,7 +28,13 @@ class RelocatableLayer(Protocol):
 
 
 def find_layers(model: nn.Module) -> list[RelocatableLayer]:
-    """The layers of `model` whose experts may move, each once: by what they hold, as a wrapper answers for the layer in it."""
+    """The layers of `model` whose experts may move, each once: by what they hold, as a wrapper answers for the layer in it.
+
+    Raises:
+        ValueError: `model` is no module.
+    """
+    if not isinstance(model, nn.Module):
+        raise ValueError(f"model must be a module, got {model!r}")
     layers = [module for module in model.modules() if isinstance(module, RelocatableLayer)]
     return list({id(layer.resident): layer for layer in layers}.values())
 

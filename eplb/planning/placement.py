@@ -9,7 +9,9 @@ are what a fill under way writes to.
 from __future__ import annotations
 
 import hashlib
+import numbers
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 
@@ -41,8 +43,7 @@ class Placement:
             raise ValueError(
                 f"lanes_WS has shape {lanes_WS.shape} and dtype {lanes_WS.dtype}: must be a non-empty integer array [W, S]"
             )
-        if int(self.num_experts) < 1:
-            raise ValueError(f"num_experts={self.num_experts}: must be at least 1")
+        _check_integer("num_experts", self.num_experts, 1)
         lanes_WS = np.array(lanes_WS, dtype=np.int64, order="C")  # a copy: nobody else can write it
         lanes_WS.flags.writeable = False
         object.__setattr__(self, "lanes_WS", lanes_WS)
@@ -64,12 +65,10 @@ class Placement:
         Raises:
             ValueError: one of these rules is broken.
         """
-        if num_experts < 1:
-            raise ValueError(f"num_experts={num_experts}: must be at least 1")
-        if num_redundant_experts < 0:
-            raise ValueError(f"num_redundant_experts={num_redundant_experts}: must not be negative")
-        if num_ranks < 1:
-            raise ValueError(f"num_ranks={num_ranks}: must be at least 1")
+        _check_integer("num_experts", num_experts, 1)
+        _check_integer("num_redundant_experts", num_redundant_experts, 0)
+        _check_integer("num_ranks", num_ranks, 1)
+        _check_integer("num_lanes", num_lanes, 1)
         num_physical = num_experts + num_redundant_experts
         if num_physical % num_ranks:
             raise ValueError(
@@ -149,6 +148,11 @@ class Placement:
 
     def __hash__(self) -> int:
         return self.digest()
+
+
+def _check_integer(name: str, value: Any, least: int) -> None:
+    if not isinstance(value, numbers.Integral) or value < least:
+        raise ValueError(f"{name}={value!r}: must be an integer of at least {least}")
 
 
 def count_experts(physical: np.ndarray, num_experts: int) -> np.ndarray:

@@ -58,9 +58,15 @@ def save_placements(
         shares: float64 [W, S] of each layer; None: equal shares.
 
     Raises:
-        ValueError: a placement or shares that break a rule, or not as many shares as placements.
+        ValueError: no path; a placement or shares that break a rule; or not as many shares as placements.
         OSError: the file cannot be written.
     """
+    path = _path_of(path)
+    if isinstance(placements, Placement) or not isinstance(placements, Sequence):
+        raise ValueError(f"placements must be a list of them, one of each layer, got {placements!r}")
+    for index, placement in enumerate(placements):
+        if not isinstance(placement, Placement):
+            raise ValueError(f"placements[{index}] must be a Placement, got {placement!r}")
     if shares is None:
         shares = [equal_shares(placement) for placement in placements]
     if len(shares) != len(placements):
@@ -79,7 +85,6 @@ def save_placements(
         layers.append(
             {"num_experts": placement.num_experts, "experts": physical_WP.tolist(), "shares": shares_WP.tolist()}
         )
-    path = Path(path)
     part = path.with_name(f"{path.name}.part")
     part.write_text(json.dumps({"format": FORMAT, "layers": layers}, separators=(",", ":")) + "\n")
     os.replace(part, path)
@@ -96,8 +101,9 @@ def load_placements(path: str | Path, num_lanes: int | Sequence[int] | None = No
             names the path and the layer.
         OSError: the file cannot be read.
     """
+    path = _path_of(path)
     where = f"path={str(path)!r}"
-    text = Path(path).read_text()
+    text = path.read_text()
     try:
         raw = json.loads(text)
     except json.JSONDecodeError as error:
@@ -111,6 +117,12 @@ def load_placements(path: str | Path, num_lanes: int | Sequence[int] | None = No
         _layer(layer, size, f"{where}: layer {index}")
         for index, (layer, size) in enumerate(zip(raw["layers"], lanes, strict=True))
     ]
+
+
+def _path_of(path: str | Path) -> Path:
+    if not isinstance(path, (str, os.PathLike)):
+        raise ValueError(f"path must be a file's, got {path!r}")
+    return Path(path)
 
 
 def _layer(raw: object, num_lanes: int | None, where: str) -> SavedLayer:

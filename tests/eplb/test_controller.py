@@ -43,6 +43,12 @@ def test_groups_that_do_not_divide_the_experts_of_a_layer():
     assert layer.resident.controller is None
 
 
+@pytest.mark.parametrize("model", [None, [StubLayer()]])
+def test_what_is_no_module_is_not_registered(model):
+    with pytest.raises(ValueError, match="model must be a module, got"):
+        EplbController().register(model)
+
+
 def test_a_layer_over_other_ranks() -> None:
     with pytest.raises(ValueError, match=r"process_group has .*\[\], but a layer .* \[0, 1\]"):
         EplbController().register(StubLayer(expert_ranks=(0, 1)))

@@ -68,3 +68,10 @@ def test_decorator_does_not_step_after_a_failure():
 def test_decorator_keeps_name_and_docstring():
     assert (Runner.run.__name__, Runner.run.__doc__) == ("run", "Runs.")
     assert (OtherRunner.run.__name__, OtherRunner.run.__doc__) == ("run", "Runs too.")
+
+
+def test_what_is_no_method_or_no_name_is_refused():
+    with pytest.raises(ValueError, match=r"method must be a method, got 'balancer': give the name .* as attribute="):
+        step_eplb_after("balancer")
+    with pytest.raises(ValueError, match="attribute must be the name of an attribute, got None"):
+        step_eplb_after(attribute=None)

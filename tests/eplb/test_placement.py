@@ -89,6 +89,8 @@ def test_digest_is_the_same_in_another_process():
         ((4, 0, 0, 4), "num_ranks=0"),
         ((4, 1, 2, 4), "num_redundant_experts=1.*divisible"),
         ((4, 0, 2, 1), "num_lanes=1"),
+        ((None, 0, 1, 1), "num_experts=None: must be an integer of at least 1"),
+        ((4, 0, 1, 4.0), r"num_lanes=4\.0: must be an integer of at least 1"),
     ],
 )
 def test_initial_refuses(sizes, name):
@@ -103,6 +105,9 @@ def test_bad_lanes_are_refused():
         Placement(np.zeros((2, 2)), 3)
     with pytest.raises(ValueError, match="num_experts=0"):
         Placement(np.zeros((1, 1), dtype=int), 0)
+    for wrong in (None, 1.5, "1"):
+        with pytest.raises(ValueError, match=f"num_experts={wrong!r}: must be an integer of at least 1"):
+            Placement(np.zeros((1, 1), dtype=int), wrong)
     with pytest.raises(ValueError, match="holds 5"):
         Placement(np.array([[5, 0]]), 1).validate()
     with pytest.raises(ValueError, match="holds -2"):

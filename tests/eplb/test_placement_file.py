@@ -35,6 +35,9 @@ def test_what_breaks_a_rule_is_not_saved(tmp_path):
         ([Placement(np.array([[0, 1], [0, -1]]), 2)], None, r"placements\[0\].*same number"),
         ([Placement(np.array([[0, 0]]), 2)], None, r"placements\[0\].*expert 1 has no replica"),
         (placements, [shares[0] * 2, shares[1]], r"placements\[0\].*sum to"),
+        (None, None, "placements must be a list of them, one of each layer, got None"),
+        (placements[0], None, "placements must be a list of them, one of each layer, got Placement"),
+        (["x"], None, r"placements\[0\] must be a Placement, got 'x'"),
     ]:
         with pytest.raises(ValueError, match=message):
             save_placements(path, bad_placements, bad_shares)
@@ -80,3 +83,11 @@ def test_other_files_are_refused_with_their_path(tmp_path):
         load_placements(path, [3, 3, 3])
     with pytest.raises(FileNotFoundError, match="nowhere"):
         load_placements(tmp_path / "nowhere.json", 3)
+
+
+def test_no_path_is_refused():
+    placements, _ = some_layers()
+    with pytest.raises(ValueError, match="path must be a file's, got None"):
+        save_placements(None, placements)
+    with pytest.raises(ValueError, match="path must be a file's, got 3"):
+        load_placements(3)

@@ -83,6 +83,11 @@ def test_i4_everything_of_an_expert_moves_with_its_slab():
         ((TensorSpec("w", (-1,), torch.float32),), 4, "specs must have positive sizes"),
         (SPECS, 0, "num_slots must be positive, got 0"),
         (SPECS, -2, "num_slots must be positive, got -2"),
+        (SPECS, None, "num_slots must be positive, got None"),
+        (SPECS, 1.5, r"num_slots must be positive, got 1\.5"),
+        (("weight",), 4, "specs must be TensorSpecs with a torch.dtype, got 'weight'"),
+        ((TensorSpec("w", (3,), "f"),), 4, "specs must be TensorSpecs with a torch.dtype, got .*'f'"),
+        ((TensorSpec("w", None, torch.int8),), 4, "specs must have shapes that are tuples of integers, got .*None"),
     ],
     ids=str,
 )
