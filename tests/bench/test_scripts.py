@@ -282,6 +282,6 @@ def test_skew(tmp_path):
     sizes = ["--ranks", "2", "--layers", "1", "--experts", "16", "--steps", "60", "--interval", "10"]
     assert skew.main(["--device", "cpu", *sizes, "--csv", str(path)]) == 0
     rows = {row["way"]: row for row in rows_of(path)}
-    assert list(rows) == ["none", "static", "window", "batch"]
+    assert list(rows) == ["even", "none", "static", "window", "batch"]
     assert float(rows["batch"]["max_over_mean"]) < float(rows["window"]["max_over_mean"])
     assert all(float(row["step_ms"]) > 0 for row in rows.values())
