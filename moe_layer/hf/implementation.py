@@ -34,11 +34,14 @@ def register_experts_implementation(model: nn.Module | None = None, *, recompute
 
     Raises:
         ImportError: transformers has no interface for experts (it is older than 5).
-        ValueError: a module of the model has experts that the kernels do not compute; says which and why. Nothing is set.
+        ValueError: no transformers model; or a module of it has experts that the kernels do not compute; says which and why.
+            Nothing is set.
 
     Warns:
         UserWarning: no module of the model asks for its implementation, so nothing would use ours. `swap_experts` says more.
     """
+    if model is not None and not hasattr(model, "set_experts_implementation"):
+        raise ValueError(f"model must be a transformers model or None, got a {type(model).__name__}")
     try:
         from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
     except ImportError as error:

@@ -16,6 +16,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from moe_kernels.base.checks import check_kind
 from moe_layer.checkpoint.exactly import exactly
 from moe_layer.checkpoint.folder import Checkpoint, CheckpointError
 from moe_layer.checkpoint.load import stream
@@ -78,6 +79,7 @@ def save_experts_to(model: nn.Module, folder: str | Path, like: str | Path) -> i
 
 
 def _swapped(model: nn.Module) -> dict[str, Swapped]:
+    check_kind("model", model, nn.Module)
     layers = {name: module for name, module in model.named_modules() if isinstance(module, Swapped)}
     if not layers:
         raise ValueError("model must have swapped experts, has none: swap_experts(model) comes first")

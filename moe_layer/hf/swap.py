@@ -14,8 +14,8 @@ from eplb.groups import check_member
 from eplb.planning.placement_file import SavedLayer
 from eplb.relocation.pool import SlotPool
 from moe_kernels import resolve_backend
-from moe_kernels.base.checks import FLOATS
-from moe_layer.arguments import check_choice, check_integer, physical_per_rank
+from moe_kernels.base.checks import FLOATS, check_kind
+from moe_layer.arguments import check_bool, check_choice, check_integer, physical_per_rank
 from moe_layer.dispatch import Dispatcher
 from moe_layer.hf.absence import check_generate, uncheck_generate
 from moe_layer.hf.fuse import find_routings, fuse, top_k_of, unfuse
@@ -126,6 +126,7 @@ def swap_experts(
         ValueError: an argument out of range; or, with `strict`, blocks that are not understood, or none at all. The model
             is unchanged then.
     """
+    check_kind("model", model, nn.Module)
     check_member(process_group)
     num_ranks, rank = 1, 0
     if process_group is not None:
@@ -134,6 +135,10 @@ def swap_experts(
         num_shadow_slots = _SHADOW_SLOTS if num_ranks > 1 and not trainable else 0
     check_integer("num_shadow_slots", num_shadow_slots, 0)
     check_choice("tokens", tokens, ("own", "replicated"))
+    for name, flag in (("trainable", trainable), ("strict", strict), ("count_padding", count_padding)):
+        check_bool(name, flag)
+    if placements is not None:
+        check_kind("placements", placements, Sequence)
     if max_tokens is not None:
         check_integer("max_tokens", max_tokens, 1)
     if fuse_routing not in (True, False, "auto"):
@@ -221,9 +226,11 @@ def unswap_experts(model: nn.Module) -> int:
         How many modules were put back.
 
     Raises:
+        ValueError: `model` is no module.
         RuntimeError: a module is registered with a controller: close that first; or it has no weights yet.
         TimeoutError: other ranks did not call it.
     """
+    check_kind("model", model, nn.Module)
     swapped = [module for module in model.modules() if isinstance(module, Swapped)]
     for module in swapped:
         module.check_loaded()

@@ -16,7 +16,7 @@ pytest.importorskip("transformers")
 
 from eplb import Placement, load_placements, save_placements
 from moe_layer import make_pool
-from moe_layer.hf import swap_experts, unswap_experts
+from moe_layer.hf import load_experts_from, register_experts_implementation, swap_experts, unswap_experts
 from moe_layer.hf.fuse import find_top_k
 from moe_layer.hf.inspect import is_on_interface
 from moe_layer.hf.layout import Layout
@@ -140,6 +140,19 @@ def test_a_module_is_judged_by_what_it_is(change, reason):
     assert len(report.swapped) == (0 if change is _tied else 1)
 
 
+def test_what_is_no_model_is_refused(tmp_path):
+    for call in (
+        lambda: swap_experts(None),
+        lambda: unswap_experts(None),
+        lambda: load_experts_from(None, tmp_path),
+        lambda: register_experts_implementation(nn.Linear(1, 1)),
+    ):
+        with pytest.raises(
+            ValueError, match=r"model is a NoneType: must be a Module|model must be a transformers model or None"
+        ):
+            call()
+
+
 def test_other_refusals(device):
     model = make_model("mixtral", device=device)
     wrong = {
@@ -147,6 +160,10 @@ def test_other_refusals(device):
         "num_shadow_slots": {"num_shadow_slots": -1},
         "num_redundant_experts": {"num_redundant_experts": 1},  # on one rank
         "fuse_routing": {"fuse_routing": "yes"},
+        "trainable must be True or False, got 1": {"trainable": 1},
+        "strict must be True or False, got 'no'": {"strict": "no"},
+        "count_padding must be True or False, got None": {"count_padding": None},
+        "placements is a int: must be a Sequence": {"placements": 3},
         "backend": {"backend": "cublas"},
         "num_shadow_slots does not go with trainable": {"trainable": True, "num_shadow_slots": 1},
     }
