@@ -1,4 +1,4 @@
-"""``python -m moe_layer.demo``: see `--help`."""
+"""``python -m moe_layer.demo``: a small model reads text on several ranks while its experts move; a table and a picture."""
 
 import argparse
 import json
@@ -54,7 +54,7 @@ def main() -> int:
 
 
 def _parse() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(prog="python -m moe_layer.demo", description=__doc__.splitlines()[0])
+    parser = argparse.ArgumentParser(prog="python -m moe_layer.demo", description=__doc__.partition("``: ")[2])
     parser.add_argument("--ranks", type=int, help="processes; as many as GPUs if there are several, else 4")
     parser.add_argument("--device", choices=("auto", "cpu", "cuda"), default="auto")
     parser.add_argument("--steps", type=int, default=300)
