@@ -7,6 +7,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import torch.distributed as dist
 from torch import nn
@@ -33,7 +34,7 @@ class EplbController:
     thread sums the load over ranks, plans, fills free slots and hands over new tables; `step()` flips them in.
 
     Args:
-        config: the knobs; defaults if None.
+        config: the knobs, also as a dictionary; defaults if None.
         process_group: the ranks that share the experts, the same as the layers'. None if all experts are on this rank.
         transport: another way to reach the ranks; over `process_group` if None.
         clock: seconds, for deadlines; only differences matter.
@@ -44,13 +45,13 @@ class EplbController:
 
     def __init__(
         self,
-        config: EplbConfig | None = None,
+        config: EplbConfig | dict[str, Any] | None = None,
         process_group: dist.ProcessGroup | None = None,
         *,
         transport: Transport | None = None,
         clock: Clock = time.monotonic,
     ) -> None:
-        self.config = config or EplbConfig()
+        self.config = EplbConfig.model_validate(config or {})
         self._transport = transport or TorchTransport(process_group)
         self._clock = clock
         self._policy = self.config.make_policy()

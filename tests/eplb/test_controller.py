@@ -428,3 +428,18 @@ def test_decorator_counts_the_steps_of_a_controller():
     for _ in range(6):
         runner.run()
     assert runner.eplb.metrics().windows == 3  # of two steps each
+
+
+# ---- the config
+
+
+def test_a_controller_takes_a_config_or_what_it_is_made_of():
+    config = EplbConfig(step_interval=7)
+    assert EplbController(config).config is config
+    assert EplbController({"step_interval": 7}).config == config and EplbController().config == EplbConfig()
+
+
+@pytest.mark.parametrize("config", ["async", {"step_interval": 0}, {"stepinterval": 7}, 3])
+def test_a_controller_refuses_what_is_no_config(config):
+    with pytest.raises(ValueError, match="EplbConfig"):
+        EplbController(config)
