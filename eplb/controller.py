@@ -70,8 +70,6 @@ class EplbController:
         self._warm_ups = 0
         self._closed = False
 
-    # ---- registering
-
     def register(self, model: nn.Module) -> int:
         """Register every MoE layer of `model`; returns how many it has, which may be none.
 
@@ -105,13 +103,11 @@ class EplbController:
 
     def _start(self, streams: DeviceStreams) -> Worker:
         """Begin to connect to the other ranks, at the first step."""
-        config = self.config
-        residents = self._residents
+        config, residents = self.config, self._residents
         backends = {layer.dispatch_backend for layer in self._layers}
         self._windows = recorders(residents, streams, config)
         earlier = streams.gate.events()
-        is_child_needed = self._plans_aside and residents[0].rank == 0
-        process = PlanProcess(self._policy, self._topology) if is_child_needed else None
+        process = PlanProcess(self._policy, self._topology) if self._plans_aside and not residents[0].rank else None
         planner = Planner(residents, self._policy, self._topology, config.max_bytes_in_flight, process)
         # Last, as the other ranks count on what has begun to connect.
         connection = self._transport.connect(config, streams, backends, planner.pools, self._wake.set)
@@ -145,8 +141,8 @@ class EplbController:
 
         The first call begins to connect the ranks: every rank makes it, and until all have, `health()` is "connecting". A call
         costs a counter and a poll: nothing is allocated, nobody is waited for. A new table that is ready is flipped in here.
-        While the stream is being captured into a CUDA graph it does nothing. With ``use_async=False`` a due rebalance runs in
-        here from end to end, and every call is collective: it waits for the other ranks, each time at most
+        While the stream is captured into a CUDA graph it does nothing but count. With ``use_async=False`` a due rebalance runs
+        in here from end to end, and every call is collective: it waits for the other ranks, each time at most
         `connect_timeout`, `peer_timeout` or `grace_timeout`.
 
         Raises:
@@ -154,13 +150,17 @@ class EplbController:
         """
         if self._closed:
             return
-        # Few objects and calls: behind a forward nothing is in the interpreter's caches.
-        streams = self._streams
+        streams, worker = self._streams, self._worker
         if streams is None:
             raise RuntimeError("step() without any MoE layer: register() a model that has one first")
+        # Few objects and calls: behind a forward nothing is in the interpreter's caches.
+        is_quiet = worker is not None and worker.inbox.waiting is None and self._steps + 1 < self._next_due
+        if is_quiet and self._inside_step is None and streams.current_handle() in streams.gate.ordered:
+            self._steps += 1
+            return
         if streams.is_capturing():
             return
-        worker = self._worker or self._start(streams)
+        worker = worker or self._start(streams)
         if worker.inbox.waiting is not None or streams.current_handle() not in streams.gate.ordered:
             self._adopt(worker)
         self._steps += 1

@@ -208,6 +208,24 @@ def test_nothing_happens_while_the_stream_is_captured():
     assert controller.metrics().windows == 2
 
 
+def test_a_captured_step_counts_but_what_is_due_waits_for_the_next_one():
+    layer = StubLayer()
+    with controller_of(layer, step_interval=4, window_size=2, window_samples=1) as controller:
+        controller.step()
+        layer.resident.streams.is_capturing = lambda stream=None: True
+        for _ in range(5):
+            controller.step()
+        assert controller._steps == 1, "a window begins with the second step"
+        layer.resident.streams.is_capturing = lambda stream=None: False
+        controller.step()
+        layer.resident.streams.is_capturing = lambda stream=None: True
+        controller.step()
+        assert controller._steps == 3, "nothing is due"
+        layer.resident.streams.is_capturing = lambda stream=None: False
+        controller.step()
+        eventually(lambda: controller.metrics().windows == 1, "the window is complete")
+
+
 def test_close_joins_the_thread_and_may_be_called_again():
     controller = controller_of()
     controller.step()
