@@ -13,7 +13,7 @@ from moe_kernels.base.integers import cdiv, next_power_of_2
 from moe_kernels.base.launch import Launcher, gdc_launch_dependents, gdc_wait
 from moe_kernels.base.numerics import narrow, widen
 from moe_kernels.operands.rule import RoutingRule
-from moe_kernels.routing.routing_triton import scored, tokens_per_program
+from moe_kernels.routing.routing_triton import scored, tokens_and_warps
 
 
 @Launcher
@@ -39,7 +39,7 @@ def _topk_routing_grad_kernel(
     TOKENS: tl.constexpr,
     BLOCK_E: tl.constexpr,
 ):
-    """TOKENS tokens, a warp for each. A token whose first id is -1 gets zeros.
+    """TOKENS tokens, each within a warp. A token whose first id is -1 gets zeros.
 
     Example: logits [0, 0], K = 1, softmax, not renormalized, id 0, gradient 1 of its weight 0.5 → [0.25, -0.25].
     """
@@ -82,7 +82,7 @@ def topk_routing_grad_triton(
     """The gradient of the logits, in their dtype, from that of the weights, float32. As of `_topk_routing_grad_torch`."""
     (num_tokens, num_experts), top_k = logits_TE.shape, ids_TK.shape[1]
     grad_TE = torch.empty_like(logits_TE)
-    tokens = tokens_per_program(num_experts)
+    tokens, warps = tokens_and_warps(num_experts)
     if num_tokens:
         _topk_routing_grad_kernel[(cdiv(num_tokens, tokens),)](
             logits_TE,
@@ -98,6 +98,6 @@ def topk_routing_grad_triton(
             RENORMALIZE=rule.renormalize,
             TOKENS=tokens,
             BLOCK_E=next_power_of_2(num_experts),
-            num_warps=tokens,
+            num_warps=warps,
         )
     return grad_TE

@@ -175,7 +175,7 @@ def _topk_routing_kernel(
     TOKENS: tl.constexpr,
     BLOCK_E: tl.constexpr,
 ):
-    """TOKENS tokens, a warp for each. As wide as the logits, the results need no exchange between threads.
+    """TOKENS tokens, each within a warp. As wide as the logits, the results need no exchange between threads.
 
     Example: logits [1, 3, 3, 2], K = 2, softmax, renormalized → ids [1, 2], weights [0.5, 0.5].
     """
@@ -211,13 +211,16 @@ def rule_constants(rule: RoutingRule) -> dict[str, Any]:
     }
 
 
-def tokens_per_program(num_experts: int) -> int:
-    """The same for any T, as the order of the sum over experts decides bits.
+def tokens_and_warps(num_experts: int) -> tuple[int, int]:
+    """Tokens and warps of a program. The same for any T, as the order of the sum over experts decides bits.
 
-    Programs of one warp leave half of a multiprocessor's warps unused. Triton gives each token a warp of its own if a
-    warp reads a row of float32 at once, 16 bytes a thread; else it would spread a token over several.
+    A program of one warp leaves half of a multiprocessor's warps unused. Up to 32 experts a thread has one logit, so the tokens
+    fill the warps. Of more, Triton gives each token a warp of its own if a warp reads a row of float32 at once, 16 bytes a
+    thread; else it would spread a token over several.
     """
-    return 4 if num_experts % 16 == 0 and num_experts <= 128 else 1
+    if num_experts <= 32:
+        return 4 * (32 // next_power_of_2(num_experts)), 4
+    return (4, 4) if num_experts % 16 == 0 and num_experts <= 128 else (1, 1)
 
 
 def topk_routing_triton(
@@ -230,7 +233,7 @@ def topk_routing_triton(
     num_tokens, num_experts = logits_TE.shape
     weights_TK = logits_TE.new_empty((num_tokens, top_k), dtype=torch.float32)
     ids_TK = logits_TE.new_empty((num_tokens, top_k), dtype=torch.int32)
-    tokens = tokens_per_program(num_experts)
+    tokens, warps = tokens_and_warps(num_experts)
     if num_tokens:
         _topk_routing_kernel[(cdiv(num_tokens, tokens),)](
             logits_TE,
@@ -246,6 +249,6 @@ def topk_routing_triton(
             **rule_constants(rule),
             TOKENS=tokens,
             BLOCK_E=next_power_of_2(num_experts),
-            num_warps=tokens,
+            num_warps=warps,
         )
     return weights_TK, ids_TK

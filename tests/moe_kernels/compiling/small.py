@@ -31,8 +31,8 @@ def compile_small(arch: int) -> None:
             (RoutingRule("softmax", num_groups=8, top_groups=3, group_score="max"), absent),
             (RoutingRule("sqrtsoftplus", round_to="bfloat16"), {}),
         ):
-            for experts in (16, 48, 64, 128, 256) if dtype == "bf16" and rule == RoutingRule() else (64,):
-                tokens = routing_triton.tokens_per_program(experts)
+            for experts in (8, 16, 48, 64, 128, 256) if dtype == "bf16" and rule == RoutingRule() else (64,):
+                tokens, num_warps = routing_triton.tokens_and_warps(experts)
                 compiled = compile_small_one(
                     "routing_triton",
                     "_topk_routing_kernel",
@@ -52,15 +52,15 @@ def compile_small(arch: int) -> None:
                     | {"TOKENS": tokens}
                     | bias,
                     arch,
-                    num_warps=tokens,
+                    num_warps=num_warps,
                 )
                 warps = set(re.findall(r"warpsPerCTA = \[(.*?)\]", compiled.asm["ttgir"]))
-                assert warps == {f"{tokens}, 1"}, f"a warp must have a token of its own: {warps}"
+                assert warps == {f"{num_warps}, 1"}, f"a token must be within a warp: {warps}"
             types = {"logits_ptr": f"*{dtype}", "grad_ptr": f"*{dtype}", "grad_weights_ptr": "*fp32"}
             constants = {"TOP_K": 8, "SCORE_FUNCTION": rule.score_function, "RENORMALIZE": rule.renormalize}
             constants |= {"TOKENS": tokens, "BLOCK_E": triton.next_power_of_2(experts)}
             types |= {"scale": "fp32", "epsilon": "fp32"}
-            compile_small_one("routing_grad", "_topk_routing_grad_kernel", types, constants, arch, num_warps=tokens)
+            compile_small_one("routing_grad", "_topk_routing_grad_kernel", types, constants, arch, num_warps=num_warps)
     one_replica_each = {"offsets_ptr": None, "cumulative_ptr": None}
     for num_keys in (512, 2048, 8192, MANY_KEYS):
         options, few = scan_options(num_keys), num_keys < MANY_KEYS
