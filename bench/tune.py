@@ -35,6 +35,7 @@ from moe_kernels import (
 from moe_kernels.quantised.quantise_rows import QuantisedRows, Rows
 
 NUM_WARPS = {(64, 128): 4, (64, 256): 4, (128, 128): 4, (128, 256): 8}
+PAIRS = (0, 1, 2048, 4096)  # those that are served, and always in step
 
 
 def candidates(op: str, rows_per_expert: float) -> Iterator[GemmConfig]:
@@ -53,16 +54,17 @@ def candidates(op: str, rows_per_expert: float) -> Iterator[GemmConfig]:
         tails = ((0, 0, 8), *product((64,), (0, 64), (4, 8))) if block_m == 128 else ((0, 0, 8),)
         for num_stages, (tail_m, extra_m, group_m) in product((3, 4), tails):
             sizes = (block_m, block_n, 64, num_warps, num_stages, group_m)
-            yield GemmConfig(*sizes, tma=True, tail_m=tail_m, extra_m=extra_m)
+            for pairs in PAIRS if tail_m else (0,):
+                yield GemmConfig(*sizes, tma=True, tail_m=tail_m, extra_m=extra_m, pairs=pairs)
         if block_m == 128:
-            for extra_m, group_m in product((0, 64), (8, 12, 20)):
+            for extra_m, group_m, pairs in product((0, 64), (8, 12, 20), PAIRS):
                 sizes = (block_m, block_n, 64, num_warps, 4, group_m)
-                yield GemmConfig(*sizes, tma=True, tail_m=64, extra_m=extra_m, by_lane=True)
+                yield GemmConfig(*sizes, tma=True, tail_m=64, extra_m=extra_m, by_lane=True, pairs=pairs)
         if op == "down":
             for num_stages, programs, group_m in product((3, 4), (1, 2), (8, 12, 16)):
                 sizes = (block_m, block_n, 64, num_warps, num_stages, group_m)
-                for by_lane in (False, True):
-                    yield GemmConfig(*sizes, tma=True, programs_per_sm=programs, by_lane=by_lane)
+                for by_lane, pairs in product((False, True), (0, 1) if programs == 1 else (0,)):
+                    yield GemmConfig(*sizes, tma=True, programs_per_sm=programs, by_lane=by_lane, pairs=pairs)
 
 
 def quantised_candidates(op: str, rows_per_expert: float, scheme: str) -> Iterator[GemmConfig]:
@@ -205,7 +207,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     with Report(options.csv, len(cases)) as report, torch.no_grad():
         report.line(
             "fields: block_m block_n block_k num_warps num_stages group_m tma swap tail_m programs_per_sm extra_m keep "
-            "quantised by_lane"
+            "quantised by_lane pairs"
         )
         for shape, of_shape in groupby(cases, key=lambda case: case.shape):
             weights = cache(partial(make_weights, shape, DTYPES[options.dtype], options.device))

@@ -83,6 +83,17 @@ def test_a_prepared_launch_is_the_compiled_kernels(compiled):
     assert ours == tritons
 
 
+def test_a_prepared_launch_of_pairs_is_one_of_clusters(compiled):
+    """Of 5 programs the last gets one beside it; Triton's launcher multiplies the grid by the size of the cluster."""
+    jit = Jit(compiled)
+    jit.arg_names = ("a", "b", "n", "count", "PAIRS", "PDL")
+    launch = PreparedLaunch(jit, {"PDL": False, "PAIRS": 4096})
+    for _ in range(2):
+        launch((5, 3, 1), 7, "a", "b", 5, 6)
+    ((grid, *_),) = jit.compilations
+    assert grid == (5, 3, 1) and compiled.launches == [(3, 3, 1, 7, "function", (1, 2, 0), "a", "b", 5, 6, 4096, False)]
+
+
 @pytest.mark.parametrize("in_chain", [True, False])
 @pytest.mark.parametrize("name", ["launch_enter_hook", "launch_exit_hook"])
 def test_a_prepared_launch_calls_hooks(compiled, monkeypatch, name, in_chain):

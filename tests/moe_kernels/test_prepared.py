@@ -29,7 +29,7 @@ from tests.moe_kernels import test_chain, test_local_forward, test_variants
 class Compiled:
     """A kernel as Triton compiles it; `launches`: of all kernels, their names."""
 
-    function = packed_metadata = None
+    function, packed_metadata = None, (4, 1, 0)
 
     def __init__(self, jit, launches):
         self.jit, self.launches = jit, launches
@@ -37,7 +37,9 @@ class Compiled:
     def run(self, x, y, z, stream, function, packed_metadata, metadata, enter, leave, *arguments):
         values = dict(zip(self.jit.arg_names, arguments, strict=True))
         assert values.get("PDL", True) is True
-        self.jit[x, y, z](**(values | ({"PDL": False} if "PDL" in values else {})))  # the interpreter has none
+        assert packed_metadata[1] == (2 if values.get("PAIRS") else 1)  # programs of a cluster
+        grid = (x * packed_metadata[1], y, z)
+        self.jit[grid](**(values | ({"PDL": False} if "PDL" in values else {})))  # the interpreter has none
         self.launches.append(self.jit.fn.__name__)
 
 

@@ -40,6 +40,9 @@ VARIANTS = {
     "128 rows and more": MERGED,
     "persistent": PERSISTENT,
     "by lane": BY_LANE,
+    "pairs": replace(MERGED, pairs=1),
+    "pairs by lane": replace(BY_LANE, pairs=4096),
+    "persistent pairs": replace(PERSISTENT, pairs=1),
     "persistent by lane": replace(PERSISTENT, group_m=2, by_lane=True),
     "portable": replace(MIDDLE, block_m=32, tma=False),
 }

@@ -113,11 +113,17 @@ class PreparedLaunch:
 
     The caller ensures that later arguments have the same specialisation: dtypes, numbers (but those of `do_not_specialize`),
     and whether addresses are multiples of 16 bytes (but those of `do_not_specialize_on_alignment`).
+
+    A kernel with the constant PAIRS is launched as clusters of two programs; of an odd number, the last gets one beside it
+    that has nothing to do. To the kernel they are programs like others: Triton compiles it without clusters. Triton's own
+    launches (the first, those with hooks, all with a version that is not tested) have none.
     """
 
     def __init__(self, jit: Any, constants: dict[str, Any]) -> None:
         self._jit, self._constants = jit, constants
+        self._cluster = 2 if constants.get("PAIRS") else 1
         self._compiled: Any = None
+        self._metadata: Any = None
         self._values: tuple[Any, ...] = ()
 
     def __call__(self, grid: tuple[int, ...], stream: int, *arguments: Any) -> None:
@@ -126,13 +132,16 @@ class PreparedLaunch:
             compiled = self._jit[grid](*arguments, **self._constants)
             if _prepares():
                 self._values = tuple(self._constants[name] for name in self._jit.arg_names[len(arguments) :])
+                warps, _, shared = compiled.packed_metadata
+                self._metadata = (warps, self._cluster, shared)
                 self._compiled = compiled
         elif _may_have_launch_hooks():
             compiled[grid](*arguments, *self._values, stream=stream)
         else:
             # The same call that `compiled[grid]` makes, without metadata and hooks.
-            handles = (compiled.function, compiled.packed_metadata, None, None, None)
-            compiled.run(*grid, stream, *handles, *arguments, *self._values)
+            x, y, z = grid
+            handles = (compiled.function, self._metadata, None, None, None)
+            compiled.run(-(-x // self._cluster), y, z, stream, *handles, *arguments, *self._values)
 
 
 def _prepares() -> bool:

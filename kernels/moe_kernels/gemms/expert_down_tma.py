@@ -15,6 +15,7 @@ from moe_kernels.base.checks import check_tma_address, slot_stride
 from moe_kernels.base.integers import cdiv
 from moe_kernels.base.launch import Launcher, gdc_launch_dependents, gdc_wait, num_multiprocessors
 from moe_kernels.base.numerics import dot, narrow, widen
+from moe_kernels.base.pairs import keep_in_step
 from moe_kernels.operands.config import GemmConfig
 from moe_kernels.operands.matrices import ExpertMatrices
 from moe_kernels.tiles.homes import RowHomes, row_at
@@ -113,6 +114,7 @@ def _down_tile(
     EXTRA_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
     BLOCK_K: tl.constexpr,
+    PAIRS: tl.constexpr,
 ):
     """With SWAP rows past the tile's end are read (the next lane's, of no lane, or zero past the tensor's end) and not stored.
 
@@ -130,6 +132,8 @@ def _down_tile(
         product = dot(weights, block.T, product) if SWAP else dot(block, weights.T, product)
         if EXTRA_M > 0:
             extra = dot(extra_block, weights.T, extra)
+        if PAIRS > 0 and INTERMEDIATE >= PAIRS:
+            keep_in_step()
     if SWAP:
         product = product.T
     if bias_ptr is not None:
@@ -180,12 +184,15 @@ def _expert_down_tma_kernel(
     BLOCK_K: tl.constexpr,
     GROUP_M: tl.constexpr,
     BY_LANE: tl.constexpr,
+    PAIRS: tl.constexpr,
 ):
     """One tile of rows, BLOCK_N columns of the output; if PERSISTENT, every num_programs-th such, and the loads of the
-    next begin before the last is stored. TAIL_M and EXTRA_M: see `_expert_up_tma_kernel`."""
+    next begin before the last is stored. TAIL_M, EXTRA_M and PAIRS: see `_expert_up_tma_kernel`."""
     if PDL:
         gdc_wait()
         gdc_launch_dependents()
+    if PAIRS > 0 and tl.program_id(0) >= num_programs:
+        return
     num_column_blocks: tl.constexpr = (HIDDEN_SIZE + BLOCK_N - 1) // BLOCK_N
     tiles = (offsets_ptr, tile_lane_ptr, tile_start_ptr, tile_end_ptr)
     if PERSISTENT:
@@ -198,7 +205,7 @@ def _expert_down_tma_kernel(
             _down_tile(
                 hidden, hidden_extra, down, row_weights_ptr, order_ptr, rows_ptr, row_boxes, homes_ptr, rows_per_home,
                 bias_ptr, stride_bias, start, end, slot, column_block,
-                HIDDEN_SIZE, INTERMEDIATE, EVICTION, SWAP, True, BLOCK_M, 0, BLOCK_N, BLOCK_K,
+                HIDDEN_SIZE, INTERMEDIATE, EVICTION, SWAP, True, BLOCK_M, 0, BLOCK_N, BLOCK_K, PAIRS,
             )  # fmt: skip
         return
     column_block, lane, start, end = choose_tile(
@@ -218,19 +225,19 @@ def _expert_down_tma_kernel(
         _down_tile(
             hidden_tail, hidden_extra, down, row_weights_ptr, order_ptr, rows_ptr, None, homes_ptr, rows_per_home,
                 bias_ptr, stride_bias, start, end, slot, column_block,
-            HIDDEN_SIZE, INTERMEDIATE, EVICTION, SWAP, False, TAIL_M if TAIL_M > 0 else BLOCK_M, 0, BLOCK_N, BLOCK_K,
+            HIDDEN_SIZE, INTERMEDIATE, EVICTION, SWAP, False, TAIL_M if TAIL_M > 0 else BLOCK_M, 0, BLOCK_N, BLOCK_K, PAIRS,
         )  # fmt: skip
     elif (EXTRA_M > 0) & (end - start > BLOCK_M):
         _down_tile(
             hidden, hidden_extra, down, row_weights_ptr, order_ptr, rows_ptr, None, homes_ptr, rows_per_home,
                 bias_ptr, stride_bias, start, end, slot, column_block,
-            HIDDEN_SIZE, INTERMEDIATE, EVICTION, SWAP, False, BLOCK_M, EXTRA_M, BLOCK_N, BLOCK_K,
+            HIDDEN_SIZE, INTERMEDIATE, EVICTION, SWAP, False, BLOCK_M, EXTRA_M, BLOCK_N, BLOCK_K, PAIRS,
         )  # fmt: skip
     else:
         _down_tile(
             hidden, hidden_extra, down, row_weights_ptr, order_ptr, rows_ptr, None, homes_ptr, rows_per_home,
                 bias_ptr, stride_bias, start, end, slot, column_block,
-            HIDDEN_SIZE, INTERMEDIATE, EVICTION, SWAP, False, BLOCK_M, 0, BLOCK_N, BLOCK_K,
+            HIDDEN_SIZE, INTERMEDIATE, EVICTION, SWAP, False, BLOCK_M, 0, BLOCK_N, BLOCK_K, PAIRS,
         )  # fmt: skip
 
 
@@ -307,6 +314,7 @@ def expert_down_tma(
         BLOCK_K=config.block_k,
         GROUP_M=config.group_m,
         BY_LANE=config.by_lane,
+        PAIRS=config.pairs,
         num_warps=config.num_warps,
         num_stages=config.num_stages,
     )

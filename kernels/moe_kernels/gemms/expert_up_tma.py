@@ -14,6 +14,7 @@ from moe_kernels.base.checks import check_tma_address, slot_stride
 from moe_kernels.base.integers import cdiv
 from moe_kernels.base.launch import Launcher, gdc_launch_dependents, gdc_wait
 from moe_kernels.base.numerics import dot, is_gated
+from moe_kernels.base.pairs import keep_in_step
 from moe_kernels.operands.config import GemmConfig
 from moe_kernels.operands.matrices import ExpertMatrices
 from moe_kernels.tiles.store_hidden import store_activated
@@ -110,6 +111,7 @@ def _wide_tile(
     EXTRA_M: tl.constexpr,
     BLOCK_I: tl.constexpr,
     BLOCK_K: tl.constexpr,
+    PAIRS: tl.constexpr,
 ):
     """Many rows: x on the M side. One product of gate and up rows, interleaved by eight, the columns that a thread of
     the tensor core's layout holds: so the activation stays within registers.
@@ -132,6 +134,8 @@ def _wide_tile(
         product = dot(x, weights.T, product)
         if EXTRA_M > 0:
             extra = dot(extra_x, weights.T, extra)
+        if PAIRS > 0 and HIDDEN_SIZE >= PAIRS:
+            keep_in_step()
     first_column = column_block * BLOCK_I
     _store_product(
         product, bias_ptr, hidden_ptr, pre_ptr, position, end, first_column,
@@ -218,20 +222,26 @@ def _expert_up_tma_kernel(
     BLOCK_K: tl.constexpr,
     GROUP_M: tl.constexpr,
     BY_LANE: tl.constexpr,
+    PAIRS: tl.constexpr,
 ):
     """One tile of rows, BLOCK_I columns of gate and of up.
 
     An expert's last rows are often few. A tile of at most TAIL_M rows is computed as one of TAIL_M; one of more than
     BLOCK_M rows (see `GemmConfig.extra_m`) has the weights in common for all of them.
+
+    With PAIRS there may be a program more than tiles and column blocks.
     """
     if PDL:
         gdc_wait()
         gdc_launch_dependents()
     num_column_blocks: tl.constexpr = (INTERMEDIATE + BLOCK_I - 1) // BLOCK_I
+    most_tiles = tl.num_programs(0) // num_column_blocks
+    if PAIRS > 0 and tl.program_id(0) >= most_tiles * num_column_blocks:
+        return
     tiles = (offsets_ptr, tile_lane_ptr, tile_start_ptr, tile_end_ptr)
     column_block, lane, start, end = choose_tile(
         tl.program_id(0),
-        tl.num_programs(0) // num_column_blocks,
+        most_tiles,
         num_column_blocks,
         *tiles,
         BLOCK_M,
@@ -252,17 +262,17 @@ def _expert_up_tma_kernel(
     elif (TAIL_M > 0) & (end - start <= TAIL_M):  # not `and`: without tails the compiler drops the branch
         _wide_tile(
             x_ptr, gate_up, bias_ptr, order_ptr, hidden_ptr, pre_ptr, start, end, slot, column_block, fanout, stride_row,
-            HIDDEN_SIZE, INTERMEDIATE, ACTIVATION, EVICTION, TAIL_M if TAIL_M > 0 else BLOCK_M, 0, BLOCK_I, BLOCK_K,
+            HIDDEN_SIZE, INTERMEDIATE, ACTIVATION, EVICTION, TAIL_M if TAIL_M > 0 else BLOCK_M, 0, BLOCK_I, BLOCK_K, PAIRS,
         )  # fmt: skip
     elif (EXTRA_M > 0) & (end - start > BLOCK_M):
         _wide_tile(
             x_ptr, gate_up, bias_ptr, order_ptr, hidden_ptr, pre_ptr, start, end, slot, column_block, fanout, stride_row,
-            HIDDEN_SIZE, INTERMEDIATE, ACTIVATION, EVICTION, BLOCK_M, EXTRA_M, BLOCK_I, BLOCK_K,
+            HIDDEN_SIZE, INTERMEDIATE, ACTIVATION, EVICTION, BLOCK_M, EXTRA_M, BLOCK_I, BLOCK_K, PAIRS,
         )  # fmt: skip
     else:
         _wide_tile(
             x_ptr, gate_up, bias_ptr, order_ptr, hidden_ptr, pre_ptr, start, end, slot, column_block, fanout, stride_row,
-            HIDDEN_SIZE, INTERMEDIATE, ACTIVATION, EVICTION, BLOCK_M, 0, BLOCK_I, BLOCK_K,
+            HIDDEN_SIZE, INTERMEDIATE, ACTIVATION, EVICTION, BLOCK_M, 0, BLOCK_I, BLOCK_K, PAIRS,
         )  # fmt: skip
 
 
@@ -320,6 +330,7 @@ def expert_up_tma(
         BLOCK_K=config.block_k,
         GROUP_M=config.group_m,
         BY_LANE=config.by_lane,
+        PAIRS=config.pairs,
         num_warps=config.num_warps,
         num_stages=config.num_stages,
     )

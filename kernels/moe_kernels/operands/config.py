@@ -43,6 +43,9 @@ class GemmConfig:
         by_lane: tiles share a column block with tiles of their own lane only, in groups of at most `group_m` and about equal
             size: so a lane's weights are read from memory once for each of its groups. Else most groups have tiles of two
             lanes, whose weights are read by two groups each.
+        pairs: if not 0, every two programs start together, as most of them load the same weights, and keep in step
+            (`keep_in_step`) if the inner dimension is at least so long: so the L2 is read less. For one program per
+            multiprocessor.
     """
 
     block_m: int
@@ -59,6 +62,7 @@ class GemmConfig:
     keep: bool = False
     quantised: bool = False
     by_lane: bool = False
+    pairs: int = 0
 
     @property
     def schedule_extra_m(self) -> int:
@@ -78,12 +82,14 @@ class GemmConfig:
             check_integer(name, value)
             if value < least or (value & (value - 1) and not (is_ring and name in ("block_n", "num_warps"))):
                 raise ValueError(f"{name}={value}: must be a power of two and at least {least}")
-        for name, least in (("num_stages", 1), ("group_m", 1), ("programs_per_sm", 0)):
+        for name, least in (("num_stages", 1), ("group_m", 1), ("programs_per_sm", 0), ("pairs", 0)):
             check_integer(name, getattr(self, name))
             if getattr(self, name) < least:
                 raise ValueError(f"{name}={getattr(self, name)}: must be at least {least}")
         if self.by_lane and (self.quantised or not self.tma):
             raise ValueError(f"{self}: by_lane needs tma=True and quantised=False")
+        if self.pairs and (self.quantised or not self.tma or self.swap or self.programs_per_sm > 1):
+            raise ValueError(f"{self}: pairs needs tma=True, quantised=False, swap=False and programs_per_sm of 0 or 1")
         others = self.tail_m or self.programs_per_sm or self.extra_m or self.keep
         if is_ring:
             self._check_four_bit_ring()
@@ -215,10 +221,15 @@ _MERGED = GemmConfig(
     block_m=128, block_n=256, block_k=64, num_warps=8, num_stages=4, group_m=4, tma=True, tail_m=64, extra_m=64
 )
 _PERSISTENT = GemmConfig(block_m=128, block_n=256, block_k=64, num_warps=8, num_stages=4, tma=True, programs_per_sm=1)
-_BY_LANE = replace(_WIDE, group_m=12, by_lane=True)
-_BY_LANE_LONG = replace(_WIDE, group_m=20, by_lane=True)  # 4,096 rows are 32 or 33 tiles: two groups
-_MERGED_BY_LANE = replace(_MERGED, group_m=12, by_lane=True)
-_PERSISTENT_BY_LANE = replace(_PERSISTENT, group_m=12, by_lane=True)
+# Pairs of many tiles of one expert keep in step even where the inner dimension is short; of unequal tiles one waits in vain.
+_PAIRS = replace(_WIDE, pairs=4096)
+_PAIRS_LONG = replace(_WIDE, pairs=2048)
+_MERGED_PAIRS = replace(_MERGED, pairs=4096)
+_BY_LANE = replace(_PAIRS, group_m=12, by_lane=True)
+_BY_LANE_LONG = replace(_PAIRS, group_m=20, by_lane=True)  # 4,096 rows are 32 or 33 tiles: two groups
+_MERGED_BY_LANE = replace(_MERGED_PAIRS, group_m=12, by_lane=True)
+_PERSISTENT_PAIRS = replace(_PERSISTENT, pairs=1)
+_PERSISTENT_BY_LANE = replace(_PERSISTENT_PAIRS, group_m=12, by_lane=True)
 # Where the inner dimension is short, loads and stores of a tile weigh more: two persistent programs take turns.
 _MIDDLE_SHORT = GemmConfig(block_m=64, block_n=128, block_k=64, num_warps=4, num_stages=3, tma=True, programs_per_sm=2)
 _WIDE_SHORT = GemmConfig(block_m=128, block_n=128, block_k=64, num_warps=4, num_stages=3, tma=True, programs_per_sm=2)
@@ -232,10 +243,10 @@ _TABLE_TMA: tuple[tuple[int, int, tuple[_Pair, _Pair, _Pair]], ...] = (
     (32, _ANY, ((_MIDDLE, _MIDDLE_SHORT), (_MIDDLE, _MIDDLE), (_MIDDLE, _MIDDLE))),
     (64, _ANY, ((_WIDE, _WIDE_SHORT), (_WIDE, _WIDE_DOWN), (_WIDE, _WIDE_DOWN))),
     (128, _ANY, 3 * ((_MERGED, _MERGED),)),
-    (256, _ANY, ((_WIDE, _PERSISTENT), (_MERGED, _MERGED), (_MERGED, _MERGED))),
-    (512, _ANY, ((_WIDE, _PERSISTENT), (_MERGED_BY_LANE, _MERGED_BY_LANE), (_WIDE, _WIDE))),
-    (1024, _ANY, ((_WIDE, _PERSISTENT), (_BY_LANE, _PERSISTENT_BY_LANE), (_BY_LANE, _BY_LANE))),
-    (_ANY, _ANY, ((_WIDE, _PERSISTENT), (_WIDE, _PERSISTENT), (_BY_LANE_LONG, _WIDE))),
+    (256, _ANY, ((_PAIRS, _PERSISTENT), (_MERGED_PAIRS, _MERGED_PAIRS), (_MERGED_PAIRS, _MERGED_PAIRS))),
+    (512, _ANY, ((_PAIRS, _PERSISTENT), (_MERGED_BY_LANE, _MERGED_BY_LANE), (_PAIRS, _PAIRS))),
+    (1024, _ANY, ((_PAIRS, _PERSISTENT_PAIRS), (_BY_LANE, _PERSISTENT_BY_LANE), (_BY_LANE, _BY_LANE))),
+    (_ANY, _ANY, ((_PAIRS_LONG, _PERSISTENT_PAIRS), (_BY_LANE_LONG, _PERSISTENT_PAIRS), (_BY_LANE_LONG, _PAIRS))),
 )
 # An output up to this size is worth keeping in L2 (50 to 60 MB on Hopper) for the kernel that reads it next; larger ones gain
 # nothing. (Measured on an H200. Weights come by TMA, for which Triton has no such policy, so they can't be told to go.)

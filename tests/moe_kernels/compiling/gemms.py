@@ -55,7 +55,7 @@ def compile_tma_gemms(
         sizes = {"HIDDEN_SIZE": hidden_size, "INTERMEDIATE": intermediate, "PDL": True, "SWAP": config.swap}
         sizes["EVICTION"] = "evict_last" if config.keep else ""
         tiles = {"TAIL_M": config.tail_m, "BLOCK_M": config.block_m, "EXTRA_M": config.extra_m}
-        tiles |= {"BLOCK_K": k, "GROUP_M": config.group_m, "BY_LANE": config.by_lane}
+        tiles |= {"BLOCK_K": k, "GROUP_M": config.group_m, "BY_LANE": config.by_lane, "PAIRS": config.pairs}
         if module == "expert_up_tma":
             is_plain = config.swap or "ungated" in activation
             box = f"1,{n // 2},{k}" if is_plain else f"1,{n // 16},2,8,{k}"
@@ -95,4 +95,6 @@ def compile_tma_gemms(
                 assert "cp.async.bulk.tensor.4d.global.shared" in ptx and "st.global" not in ptx, (
                     "rows must be stored by TMA"
                 )
+            inner = hidden_size if module == "expert_up_tma" else intermediate
+            assert ("barrier.cluster" in ptx) == (0 < config.pairs <= inner), "pairs must keep in step in long products"
             check_hopper(compiled)
