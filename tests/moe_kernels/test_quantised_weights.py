@@ -29,9 +29,10 @@ def test_words_by_hand(device):
     codes[0, [0, 1, 2, 8, 31]] = torch.tensor([1, 2, 15, 4, 9], dtype=torch.uint8, device=device)
     words = pack_words(codes, "int4").view(torch.int32)
     assert words.tolist() == [[0x00020041, 0x0000000F, 0, 0x90000000 - 2**32]]
-    # Mantissa, exponent and sign of the code 9 (-0.5) at i = 3: the places 13, 10, 11 and 14 of the upper half.
+    # Mantissa, exponent and sign of the code 9 (-0.5) at i = 3, e = 1: the places 20, 29, 30, and going round 5. That of the
+    # code 4 (2.0) at i = 1 has its exponent at 11 and 12.
     words = pack_words(codes, "mxfp4").view(torch.int32)
-    assert words.tolist() == [[0x0080_0040 | 0x20, 0x81C0, 0, 0x6000_0000]]
+    assert words.tolist() == [[0x0080_0040 | 0x1000, 0x81C0, 0, 0x0010_0020]]
 
 
 @pytest.mark.parametrize("scheme", ["mxfp4", "int4"])

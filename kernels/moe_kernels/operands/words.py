@@ -1,15 +1,17 @@
 """Formats of 4-bit experts: how a slot's record holds the codes of weights, so that a kernel unpacks two by one instruction.
 
 A group of 32 columns is four words of 32 bits. Word t holds the columns 8i + 2t + e, for i of 0 to 3 and e of 0 and 1: what a
-thread of a tensor core's operand needs of the group (PTX ISA, "Matrix Fragments for wgmma.mma_async.m64nNk16"). Its lower 16
-bits hold e = 0, the upper ones e = 1. `PLACES` says where in such a half the four bits of each i are.
+thread of a tensor core's operand needs of the group (PTX ISA, "Matrix Fragments for wgmma.mma_async.m64nNk16"). `PLACES` says
+where the four bits of each i are for e = 0; those of e = 1 are 16 places further, going round.
 
 - int4: one nibble after the other, lowest first.
-- mxfp4: shifted by 0, 3 and 6 bits, those of i = 0, 1 and 2 are a bfloat16's sign, last two bits of exponent and first bit of
-  mantissa. The last four bits have what is left over.
+- mxfp4: rotated right by 0, 4 and 26 places, those of i = 0, 1 and 2 are where a bfloat16 has its sign, the last two bits of
+  its exponent and the first bit of its mantissa. So are those of i = 3 rotated by 6, but for the mantissa, which takes 30.
 """
 
 from __future__ import annotations
+
+from collections.abc import Iterator
 
 import torch
 
@@ -20,10 +22,10 @@ WORD = 8
 GROUP = 32
 """Columns whose words lie together."""
 
-# Of a half word, for each i: the places of a code's bits, lowest first. An e2m1 code is, from there, mantissa, exponent, sign.
+# For each i: the places of a code's bits where e is 0, lowest first. An e2m1 code is, from there, mantissa, exponent, sign.
 PLACES = {
     "int4": ((0, 1, 2, 3), (4, 5, 6, 7), (8, 9, 10, 11), (12, 13, 14, 15)),
-    "mxfp4": ((6, 7, 8, 15), (3, 4, 5, 12), (0, 1, 2, 9), (13, 10, 11, 14)),
+    "mxfp4": ((6, 7, 8, 15), (10, 11, 12, 19), (0, 1, 2, 9), (4, 13, 14, 21)),
 }
 
 
@@ -42,6 +44,14 @@ def _check_scheme(scheme: str) -> None:
         raise ValueError(f"scheme={scheme!r}: must be one of {tuple(PLACES)}")
 
 
+def _bits(scheme: str) -> Iterator[tuple[int, int, int, int]]:
+    """Of each bit of a word: the i and e of its code, its number there, and its place."""
+    for i, places in enumerate(PLACES[scheme]):
+        for bit, place in enumerate(places):
+            for e in (0, 1):
+                yield i, e, bit, (place + 16 * e) % 32
+
+
 def pack_words(codes: torch.Tensor, scheme: str) -> torch.Tensor:
     """Codes of 0 to 15, uint8 [..., K] (K divisible by 32) → the bytes of a record, uint8 [..., K / 2].
 
@@ -50,15 +60,11 @@ def pack_words(codes: torch.Tensor, scheme: str) -> torch.Tensor:
     """
     check_bytes("codes", codes, GROUP)
     _check_scheme(scheme)
-    # [..., group, i, t, e] → [..., group, t, e, i]: a byte for each code, then two bytes for each half word.
-    parts = codes.unflatten(-1, (-1, 4, 4, 2)).movedim(-3, -1)
-    halves = torch.zeros(parts.shape[:-1], dtype=torch.int32, device=codes.device)
-    for i, places in enumerate(PLACES[scheme]):
-        code = parts[..., i].int()
-        for bit, place in enumerate(places):
-            halves |= ((code >> bit) & 1) << place
-    halves = torch.stack((halves & 0xFF, halves >> 8), dim=-1).to(torch.uint8)
-    return halves.flatten(-4)
+    parts = codes.unflatten(-1, (-1, 4, 4, 2))  # [..., group, i, t, e]
+    words = torch.zeros(parts[..., 0, :, 0].shape, dtype=torch.int32, device=codes.device)
+    for i, e, bit, place in _bits(scheme):
+        words |= ((parts[..., i, :, e].int() >> bit) & 1) << place
+    return torch.stack([(words >> shift) & 0xFF for shift in (0, 8, 16, 24)], dim=-1).to(torch.uint8).flatten(-3)
 
 
 def unpack_words(packed: torch.Tensor, scheme: str) -> torch.Tensor:
@@ -69,7 +75,8 @@ def unpack_words(packed: torch.Tensor, scheme: str) -> torch.Tensor:
     """
     check_bytes("packed", packed, GROUP // 2)
     _check_scheme(scheme)
-    low, high = packed.unflatten(-1, (-1, 4, 2, 2)).int().unbind(-1)
-    halves = low | (high << 8)  # [..., group, t, e]
-    codes = [sum(((halves >> place) & 1) << bit for bit, place in enumerate(places)) for places in PLACES[scheme]]
-    return torch.stack(codes, dim=-3).to(torch.uint8).flatten(-4)  # [..., group, i, t, e]
+    parts = packed.unflatten(-1, (-1, 4, 4))  # [..., group, t, byte]
+    codes = packed.new_zeros((*parts.shape[:-2], 4, 4, 2))  # [..., group, i, t, e]
+    for i, e, bit, place in _bits(scheme):
+        codes[..., i, :, e] |= ((parts[..., place // 8] >> (place % 8)) & 1) << bit
+    return codes.flatten(-4)

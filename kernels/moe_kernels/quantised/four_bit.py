@@ -19,15 +19,13 @@ _SUMS_UNDONE = tl.constexpr(2.0**78)
 # Of a bfloat16, twice: its sign, the last two bits of its exponent and the first bit of its mantissa.
 _FOUR_OF_MXFP4 = """
     and.b32 a, $8, 0x81C081C0;
-    shl.b32 b, $8, 3;
+    shf.r.wrap.b32 b, $8, $8, 4;
     and.b32 b, b, 0x81C081C0;
     shl.b32 c, $8, 6;
     and.b32 c, c, 0x81C081C0;
-    shl.b32 d, $8, 1;
-    and.b32 d, d, 0x80008000;
-    shr.b32 e, $8, 3;
-    lop3.b32 d, e, 0x01800180, d, 0xEA;
-    shr.b32 e, $8, 7;
+    shf.r.wrap.b32 d, $8, $8, 6;
+    and.b32 d, d, 0x81808180;
+    shl.b32 e, $8, 2;
     lop3.b32 d, e, 0x00400040, d, 0xEA;
 """
 # 128 plus the code: 0x4300 is 128, whose mantissa ends with the digit of 1.
@@ -122,11 +120,11 @@ def weights_of_words(
             is_special = (scale == 0) | (scale == 255)  # 2 ** -127, which is subnormal, and NaN
             factor = (scale.to(tl.uint32) << 23) | tl.where(is_special, 0x400000, 0).to(tl.uint32)
             factor = _of_words(factor.to(tl.float32, bitcast=True), WORDS)
-            a, b = _pair_of_mxfp4(bits, factor, DTYPE)
-            c, d = _pair_of_mxfp4(bits << 3, factor, DTYPE)
-            e, f = _pair_of_mxfp4(bits << 6, factor, DTYPE)
-            rest = ((bits << 1) & 0x80008000) | ((bits >> 3) & 0x01800180) | ((bits >> 7) & 0x00400040)
-            g, h = _pair_of_mxfp4(rest, factor, DTYPE)
+            first, second, third, fourth = _pairs_of_mxfp4(bits)
+            a, b = _pair_of_mxfp4(first, factor, DTYPE)
+            c, d = _pair_of_mxfp4(second, factor, DTYPE)
+            e, f = _pair_of_mxfp4(third, factor, DTYPE)
+            g, h = _pair_of_mxfp4(fourth, factor, DTYPE)
         else:
             factor = _of_words(widen(scale), WORDS)
             middle = 8.0
@@ -157,6 +155,13 @@ def _of_words(of_groups, WORDS: tl.constexpr):
 
 
 @triton.jit
+def _pairs_of_mxfp4(bits):
+    """A word's four pairs, each where a bfloat16 has these bits, twice; other bits are not masked."""
+    fourth = (((bits >> 6) | (bits << 26)) & 0x81808180) | ((bits << 2) & 0x00400040)
+    return bits, (bits >> 4) | (bits << 28), bits << 6, fourth
+
+
+@triton.jit
 def _pair_of_mxfp4(bits, factor, DTYPE: tl.constexpr):
     """A bfloat16's bits are the upper half of a float32's."""
     low = ((bits << 16) & 0x81C00000).to(tl.float32, bitcast=True) * _E2M1_FACTOR * factor
@@ -184,10 +189,11 @@ def sums_of_words(words, x, scale, zero, SCHEME: tl.constexpr):
     """
     bits = words.to(tl.uint32, bitcast=True)
     if SCHEME == "mxfp4":
-        a, b = _raw_of_mxfp4(bits)
-        c, d = _raw_of_mxfp4(bits << 3)
-        e, f = _raw_of_mxfp4(bits << 6)
-        g, h = _raw_of_mxfp4(((bits << 1) & 0x80008000) | ((bits >> 3) & 0x01800180) | ((bits >> 7) & 0x00400040))
+        first, second, third, fourth = _pairs_of_mxfp4(bits)
+        a, b = _raw_of_mxfp4(first)
+        c, d = _raw_of_mxfp4(second)
+        e, f = _raw_of_mxfp4(third)
+        g, h = _raw_of_mxfp4(fourth)
     else:
         middle = 136.0
         if zero is not None:
