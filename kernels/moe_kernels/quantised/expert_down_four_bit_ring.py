@@ -305,7 +305,7 @@ def expert_down_four_bit_ring(
     if not num_tiles:
         return rows_NH
     *descriptors, group = ring_descriptors(
-        "down", matrices.down_SHI, matrices.down_scale, matrices.down_zero, matrices.scheme, config.block_k
+        "down", matrices.down_SHI, matrices.down_scale, matrices.down_zero, matrices.scheme, config
     )
     grid = (ring_programs(hidden_NI.device, config, num_tiles),)
     _expert_down_four_bit_ring_kernel[grid](

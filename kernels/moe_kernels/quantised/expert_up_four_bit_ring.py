@@ -275,7 +275,7 @@ def expert_up_four_bit_ring(
         return hidden_NI
     bias_SN = matrices.gate_up_bias_SN
     *descriptors, group = ring_descriptors(
-        "gate_up", matrices.gate_up_SNH, matrices.gate_up_scale, matrices.gate_up_zero, matrices.scheme, config.block_k,
+        "gate_up", matrices.gate_up_SNH, matrices.gate_up_scale, matrices.gate_up_zero, matrices.scheme, config,
         interleaved=matrices.is_gated,
     )  # fmt: skip
     grid = (ring_programs(x_RH.device, config, num_tiles),)

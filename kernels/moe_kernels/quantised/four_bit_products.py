@@ -15,7 +15,7 @@ from triton.experimental.gluon.language.nvidia.hopper import (
 )
 
 from moe_kernels.quantised.four_bit import LOWERED_UNDONE, factor_of_scale, factor_of_zero, weights_of_words
-from moe_kernels.quantised.four_bit_ring import SIDE, groups_of, mma_layout, phase_of, places_of_groups
+from moe_kernels.quantised.four_bit_ring import SIDE, groups_of, hands_of_box, mma_layout, phase_of, places_of_groups
 
 
 @gluon.constexpr_function
@@ -37,18 +37,22 @@ def all_words(words):
 
 
 @gluon.constexpr_function
+def _lanes_by_groups(groups):
+    """Each thread of a quad has other groups: what four need of a scale is computed once, then they exchange it."""
+    return [[1 if groups > 1 else 0, 0], [2 if groups > 2 else 0, 0], [0, 1], [0, 2], [0, 4]]
+
+
+@gluon.constexpr_function
 def half_groups(groups):
     """Scales or zeros [groups, 32] of the gate or up rows among a group of warps' 64."""
-    registers = [[i, 0] for i in (1, 2, 4) if i < groups]
-    lanes = [[0, 0], [0, 0], [0, 1], [0, 2], [0, 4]]
+    registers, lanes = [[4, 0]] * (groups > 4), _lanes_by_groups(groups)
     return gl.DistributedLinearLayout(registers, lanes, [[0, 8], [0, 16]], [], [groups, 32])
 
 
 @gluon.constexpr_function
 def whole_groups(groups):
     """Scales or zeros [groups, 64] of a group of warps' rows."""
-    registers = [[0, 8]] + [[i, 0] for i in (1, 2, 4) if i < groups]
-    lanes = [[0, 0], [0, 0], [0, 1], [0, 2], [0, 4]]
+    registers, lanes = [[0, 8]] + [[4, 0]] * (groups > 4), _lanes_by_groups(groups)
     return gl.DistributedLinearLayout(registers, lanes, [[0, 16], [0, 32]], [], [groups, 64])
 
 
@@ -59,7 +63,16 @@ def is_lowered(scheme, dtype):
 
 
 @gluon.jit
-def _load_groups(buffers, place, PARTS: gl.constexpr, LAYOUT: gl.constexpr):
+def _load_box(buffers, place, HAND: gl.constexpr, HANDS: gl.constexpr, LAYOUT: gl.constexpr):
+    """Scales or zeros in a box, of the rows of one of the groups of warps that share it."""
+    SHAPE: gl.constexpr = buffers.shape
+    ROWS: gl.constexpr = SHAPE[3] // HANDS
+    box = buffers.index(places_of_groups(SHAPE[2] * SHAPE[3], buffers.dtype) * place).reshape((SHAPE[2], SHAPE[3]))
+    return box.slice(HAND % HANDS * ROWS, ROWS, 1).load(LAYOUT)
+
+
+@gluon.jit
+def _load_groups(buffers, stage, HAND: gl.constexpr, PARTS: gl.constexpr, GROUPS: gl.constexpr):
     """Scales or zeros [64, groups] of a group of warps.
 
     Transposed in registers, as Triton 3.6 loads a transposed view of shared memory without a swizzle as if it were not
@@ -67,14 +80,14 @@ def _load_groups(buffers, place, PARTS: gl.constexpr, LAYOUT: gl.constexpr):
     """
     SHAPE: gl.constexpr = buffers.shape
     N: gl.constexpr = SHAPE[2]
-    EACH: gl.constexpr = places_of_groups(SHAPE[2] * SHAPE[3], buffers.dtype)
+    HANDS: gl.constexpr = hands_of_box(GROUPS)
+    place = PARTS * (GROUPS // HANDS * stage + HAND // HANDS)
     if PARTS == 2:
-        gate = buffers.index(EACH * 2 * place).reshape((N, 32)).load(half_groups(N))
-        up = buffers.index(EACH * (2 * place + 1)).reshape((N, 32)).load(half_groups(N))
-        both = gl.join(gate, up).reshape(N, 4, 8, 2).permute(1, 3, 2, 0).reshape(SIDE, N)
+        gate = _load_box(buffers, place, HAND, HANDS, half_groups(N))
+        up = _load_box(buffers, place + 1, HAND, HANDS, half_groups(N))
+        return gl.join(gate, up).reshape(N, 4, 8, 2).permute(1, 3, 2, 0).reshape(SIDE, N)
     else:
-        both = buffers.index(EACH * place).reshape((N, SIDE)).load(whole_groups(N)).permute((1, 0))
-    return gl.convert_layout(both, LAYOUT)
+        return _load_box(buffers, place, HAND, HANDS, whole_groups(N)).permute((1, 0))
 
 
 @gluon.jit
@@ -90,14 +103,15 @@ def _load_stage(
     stage = count & (STAGES - 1)
     mbarrier.wait(filled.index(stage), phase_of(count, STAGES))
     place = GROUPS * stage + HAND
-    scale = _load_groups(scales, place, PARTS, LAYOUT)
+    scale = _load_groups(scales, stage, HAND, PARTS, GROUPS)
     zero = scale
     if ZEROS:
-        zero = _load_groups(zeros, place, PARTS, LAYOUT)
+        zero = _load_groups(zeros, stage, HAND, PARTS, GROUPS)
     if gl.bfloat16 == DTYPE:
         scale = factor_of_scale(scale, SCHEME)
         if ZEROS:
             zero = factor_of_zero(zero)
+    scale, zero = gl.convert_layout(scale, LAYOUT), gl.convert_layout(zero, LAYOUT)
     return words.index(place).reshape((SIDE, W)).load(all_words(W)), scale, zero
 
 

@@ -53,6 +53,12 @@ def groups_of(columns, group):
 
 
 @gluon.constexpr_function
+def hands_of_box(groups):
+    """Groups of warps that share a box of scales or zeros: a box has a power of two of rows."""
+    return 2 if groups == 2 else 1
+
+
+@gluon.constexpr_function
 def places_of_groups(elements, dtype):
     """Of boxes of scales or zeros, how many take 128 bytes: TMA writes to multiples of these only."""
     return max(128 * 8 // (elements * dtype.primitive_bitwidth), 1)
@@ -79,7 +85,7 @@ def new_ring(
         extra = gl.allocate_shared_memory(DTYPE, [CHUNKS * STAGES, EXTRA_M, SIDE], rows_layout())
     words_shape: gl.constexpr = [GROUPS * STAGES] + words_desc.block_shape  # noqa: RUF005 – Triton has no stars
     words = gl.allocate_shared_memory(gl.int32, words_shape, words_desc.layout)
-    BOXES: gl.constexpr = PARTS * GROUPS * STAGES
+    BOXES: gl.constexpr = PARTS * (GROUPS // hands_of_box(GROUPS)) * STAGES
     scales = _new_groups(scale_desc, BOXES)
     zeros = scales
     if zero_desc is not None:
@@ -135,9 +141,11 @@ def fill_tile(
     rows, extra, words, scales, zeros, filled, emptied = ring
     CHUNKS: gl.constexpr = BLOCK_K // SIDE
     ROWS: gl.constexpr = SIDE // PARTS
-    BYTES: gl.constexpr = words_desc.block_type.nbytes + PARTS * scale_desc.block_type.nbytes
-    ZERO_BYTES: gl.constexpr = 0 if zero_desc is None else PARTS * zero_desc.block_type.nbytes
-    OF_ALL: gl.constexpr = GROUPS * (BYTES + ZERO_BYTES) + CHUNKS * rows_desc.block_type.nbytes
+    HANDS: gl.constexpr = hands_of_box(GROUPS)
+    ZERO_BYTES: gl.constexpr = 0 if zero_desc is None else zero_desc.block_type.nbytes
+    OF_GROUPS: gl.constexpr = PARTS * (GROUPS // HANDS) * (scale_desc.block_type.nbytes + ZERO_BYTES)
+    OF_WORDS: gl.constexpr = GROUPS * words_desc.block_type.nbytes
+    OF_ALL: gl.constexpr = OF_WORDS + OF_GROUPS + CHUNKS * rows_desc.block_type.nbytes
     OF_EXTRA: gl.constexpr = 0 if extra_desc is None else CHUNKS * extra_desc.block_type.nbytes
     for step in range((SIZE + BLOCK_K - 1) // BLOCK_K):
         stage = count & (STAGES - 1)
@@ -158,11 +166,13 @@ def fill_tile(
                 tma.async_copy_global_to_shared(
                     words_desc, [slot, row, step * (BLOCK_K // 8)], filled.index(stage), words.index(place)
                 )
-            for part in gl.static_range(PARTS):
-                at_groups = [slot, step * BLOCK_K // GROUP, part * INTERMEDIATE + row]
-                _copy_groups(scale_desc, at_groups, filled.index(stage), scales, PARTS * place + part)
-                if zero_desc is not None:
-                    _copy_groups(zero_desc, at_groups, filled.index(stage), zeros, PARTS * place + part)
+            if group % HANDS == 0:
+                for part in gl.static_range(PARTS):
+                    box = PARTS * (place // HANDS) + part
+                    at_groups = [slot, step * BLOCK_K // GROUP, part * INTERMEDIATE + row]
+                    _copy_groups(scale_desc, at_groups, filled.index(stage), scales, box)
+                    if zero_desc is not None:
+                        _copy_groups(zero_desc, at_groups, filled.index(stage), zeros, box)
         for chunk in gl.static_range(CHUNKS):
             first = step * BLOCK_K + chunk * SIDE
             place = CHUNKS * stage + chunk
@@ -182,10 +192,10 @@ def ring_descriptors(
     scale: torch.Tensor | None,
     zero: torch.Tensor | None,
     scheme: str,
-    block_k: int,
+    config: GemmConfig,
     interleaved: bool = False,
 ) -> tuple[TensorDescriptor, TensorDescriptor, TensorDescriptor | None, int]:
-    """Descriptors of the words of matrices [S, N, K / 2] and of their scales and zeros, for one group of warps, and the group.
+    """Descriptors of the words of matrices [S, N, K / 2] and of their scales and zeros, and the group.
 
     Raises:
         ValueError: TMA cannot read them, or they are not on a GPU.
@@ -203,7 +213,7 @@ def ring_descriptors(
         if tensor is not None:
             check_tma_address(f"matrices.{which}_{name}", tensor)
     slots, rows, inner = weights.shape
-    inner, stride_slot = inner // 4, slot_stride(weights) // 4
+    inner, stride_slot, block_k = inner // 4, slot_stride(weights) // 4, config.block_k
     shape, strides, block = [slots, rows, inner], [stride_slot, inner, 1], [1, SIDE.value, block_k // 8]
     if interleaved:  # in an order that is not that of the strides: see `expert_up_tma`
         shape, strides = [slots, rows // 16, 2, 8, inner], [stride_slot, 8 * inner, rows // 2 * inner, inner, 1]
@@ -211,7 +221,8 @@ def ring_descriptors(
     words = TensorDescriptor(weights.view(torch.int32), shape, strides, block, words_layout(block_k, len(block)))
 
     def of_groups(tensor: torch.Tensor) -> TensorDescriptor:
-        block = [1, max(block_k // group, 1), 32 if interleaved else SIDE.value]
+        rows_of_box = (32 if interleaved else SIDE.value) * hands_of_box(config.block_n // SIDE.value)
+        block = [1, max(block_k // group, 1), rows_of_box]
         layout = groups_layout(8 * tensor.element_size())
         return TensorDescriptor(tensor, list(tensor.shape), [slot_stride(tensor), rows, 1], block, layout)
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 
 from moe_kernels import GemmConfig
-from moe_kernels.quantised.four_bit_ring import groups_layout, ring_constants, rows_layout, words_layout
+from moe_kernels.quantised.four_bit_ring import groups_layout, hands_of_box, ring_constants, rows_layout, words_layout
 from tests.moe_kernels.compiling.kernel import check_hopper, compile_kernel
 
 
@@ -15,7 +15,8 @@ def compile_four_bit_ring(
 ) -> None:  # fmt: skip
     """Likewise, by a ring of operands."""
     is_interleaved = is_up and "ungated" not in activation
-    k, box = config.block_k, [1, max(config.block_k // group, 1), 32 if is_interleaved else 64]
+    k, rows_of_box = config.block_k, (32 if is_interleaved else 64) * hands_of_box(config.block_n // 64)
+    box = [1, max(config.block_k // group, 1), rows_of_box]
     words = [1, 4, 2, 8, k // 8] if is_interleaved else [1, 64, k // 8]
     kind, bits = ("u8", 8) if scheme == "mxfp4" else ("bf16", 16)
     types = {"gate_up" if is_up else "down": f"tensordesc<i32{words},{words_layout(k, len(words))!r}>"}
