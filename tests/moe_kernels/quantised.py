@@ -237,14 +237,16 @@ def whole(make_experts, kind, num_tokens, form="silu", num_experts=4, sizes=None
     return arguments, logits.to(device)
 
 
-def run_whole(arguments, logits, backend):
-    return local_forward(**arguments, logits_TE=logits, top_k=2, rule=RoutingRule(), backend=backend)
+def run_whole(arguments, logits, backend, top_k=2, token_mask_T=None):
+    return local_forward(
+        **arguments, logits_TE=logits, top_k=top_k, rule=RoutingRule(), backend=backend, token_mask_T=token_mask_T
+    )
 
 
-def expected_whole(arguments, logits):
+def expected_whole(arguments, logits, top_k=2):
     """[T, H] in float64, of rows that are not quantised."""
     matrices, table, x = arguments["matrices"], arguments["table"], arguments["x_TH"].double()
-    best, ids = logits.topk(2)
+    best, ids = logits.topk(top_k)
     weights, y = torch.softmax(best, -1).double(), torch.zeros_like(x)
     biases = matrices.gate_up_bias_SN, matrices.down_bias_SH
     for token in range(x.shape[0]):

@@ -108,12 +108,15 @@ def test_four_bits_have_the_ring_on_hopper():
     for scheme, tokens, gated in itertools.product(("mxfp4", "int4"), (16, 256, 512, 2048, 65536), (False, True)):
         config = gemm_config(**sizes, num_tokens=tokens, scheme=scheme, gated=gated)
         assert config.tma and config.swap and config.quantised and config.programs_per_sm > 0
+        assert (config.block_m == 8) == (tokens == 16)
     assert not gemm_config(**(sizes | {"tma": False}), num_tokens=16, scheme="mxfp4").tma
 
 
 def test_the_ring_of_four_bits_has_its_rules():
     ring = GemmConfig(32, 128, 256, 8, 4, tma=True, swap=True, quantised=True, programs_per_sm=1, tail_m=16, extra_m=32)
     replace(ring, block_n=192, num_warps=12, programs_per_sm=2)
+    with pytest.raises(ValueError, match="block_m=8: must be a power of two and at least 16"):
+        GemmConfig(8, 128, 64, 4, 3)
     for wrong, rule in (
         ({"block_n": 256, "num_warps": 16}, "block_n=128"),
         ({"num_warps": 4}, "num_warps=8"),

@@ -42,6 +42,7 @@ FOUR_BIT_RINGS = (
     (128, 192, 128, 4, 1, 64, 32),
     (256, 128, 64, 4, 1, 64, 0),
     (64, 192, 128, 4, 1, 0, 32),
+    (8, 128, 256, 4, 2, 0, 0),
 )
 
 
@@ -55,10 +56,10 @@ def four_bit_ring(block_m, block_n, block_k, num_stages, programs, tail_m, extra
 FOUR_BIT_CASES = (
     # kind, form, dtype, sources, (H, I), places of rings: to compile all of them for all takes long
     ("mxfp4", "gpt-oss", torch.bfloat16, 700, (640, 384), (0, 4, 5)),  # lanes with several tiles of each size
-    ("mxfp4", "gpt-oss", torch.bfloat16, 300, (96, 160), (1, 3, 6)),
+    ("mxfp4", "gpt-oss", torch.bfloat16, 300, (96, 160), (1, 3, 6, 7)),
     ("mxfp4", "relu2 ungated", torch.bfloat16, 77, (96, 160), (0, 2, 4)),
     ("int4 zeros", "gpt-oss", torch.bfloat16, 300, (640, 384), (1, 3, 4)),
-    ("int4 g128", "silu", torch.bfloat16, 41, (640, 256), (0, 2, 6)),
+    ("int4 g128", "silu", torch.bfloat16, 41, (640, 256), (0, 2, 6, 7)),
     ("int4 g32", "silu", torch.float16, 95, (96, 160), (0, 3, 5)),
     ("mxfp4", "silu", torch.float16, 95, (640, 384), (1, 4)),
     ("mxfp4", "silu", torch.bfloat16, 0, (96, 160), (2, 4)),
@@ -191,28 +192,31 @@ def test_a_scale_of_255_is_nan(make_experts, tma):
 
 @pytest.mark.gpu
 @pytest.mark.parametrize(
-    ("kind", "form", "sizes"),
+    ("kind", "form", "sizes", "top_k"),
     [
-        ("mxfp4", "gpt-oss", (2880, 2880)),
-        ("mxfp4", "silu", (96, 160)),  # less than a step
-        ("mxfp4", "silu", (640, 384)),
-        ("int4 g128", "silu", (2048, 768)),
-        ("int4 zeros", "gpt-oss", (640, 384)),
+        ("mxfp4", "gpt-oss", (2880, 2880), 4),
+        ("mxfp4", "silu", (96, 160), 2),  # less than a step
+        ("mxfp4", "silu", (640, 384), 1),
+        ("mxfp4", "gpt-oss", (640, 384), 3),
+        ("int4 g128", "silu", (2048, 768), 8),
+        ("int4 zeros", "gpt-oss", (640, 384), 2),
     ],
 )
-def test_one_token_by_tensor_cores(make_experts, monkeypatch, kind, form, sizes):
-    """As exact as the kernels without, whose sums are in another order."""
+def test_one_token_by_tensor_cores(make_experts, monkeypatch, kind, form, sizes, top_k):
+    """As exact as the kernels without, whose sums are in another order. Of a token that does not count, zeros."""
     if not has_tma(torch.device("cuda")):
         pytest.skip("needs Hopper")
-    arguments, logits = whole(make_experts, kind, 1, form, sizes=sizes)
-    expected, found = expected_whole(arguments, logits), []
+    arguments, logits = whole(make_experts, kind, 1, form, num_experts=9, sizes=sizes)
+    expected, found = expected_whole(arguments, logits, top_k), []
     can_use_mma, answers = one_token._can_use_mma, []
     for is_used in (True, False):
         monkeypatch.setattr(
             one_token, "_can_use_mma", lambda *of, wanted=is_used: answers.append(can_use_mma(*of)) or wanted
         )
         monkeypatch.setattr(one_token, "_plans", {})
-        found.append(run_whole(arguments, logits, "triton"))
+        found.append(run_whole(arguments, logits, "triton", top_k))
         assert error(found[-1], expected) <= 4e-3
+        nobody = torch.zeros(1, dtype=torch.bool, device="cuda")
+        assert not run_whole(arguments, logits, "triton", top_k, nobody).any()
     assert error(found[0], found[1].double()) <= 4e-3
     assert answers and all(answers)

@@ -19,7 +19,8 @@ class GemmConfig:
     On one machine only `tma` and `block_k` can decide bits; `tests/moe_kernels/test_variants.py` holds the rest to it.
 
     Attributes:
-        block_m: rows of a tile; a power of two, at least 16. The tile schedule must have been built with it.
+        block_m: rows of a tile; a power of two, at least 16, or 8 by the ring for 4-bit weights. The tile schedule must have
+            been built with it.
         block_n: columns of the product per tile; a power of two, at least 32. `expert_up` computes block_n / 2
             columns of the gate and block_n / 2 of the up projection.
         block_k: how much of the inner dimension is multiplied at once; a power of two, at least 16.
@@ -77,7 +78,7 @@ class GemmConfig:
 
     def __post_init__(self) -> None:
         is_ring = self.quantised and self.tma and self.swap  # of 4-bit weights
-        for name, least in (("block_m", 16), ("block_n", 32), ("block_k", 16), ("num_warps", 1)):
+        for name, least in (("block_m", 8 if is_ring else 16), ("block_n", 32), ("block_k", 16), ("num_warps", 1)):
             value = getattr(self, name)
             check_integer(name, value)
             if value < least or (value & (value - 1) and not (is_ring and name in ("block_n", "num_warps"))):
@@ -205,6 +206,7 @@ _RING_MANY: _QuantisedTable = (
     (_ANY, *2 * (replace(_RING, block_m=128, block_k=128, tail_m=64, extra_m=32),)),
 )
 _TABLE_4_BIT_HOPPER: _QuantisedTable = (
+    (2, *2 * (replace(_RINGS, block_m=8),)),
     (8, *2 * (_RINGS,)),
     (16, *2 * (replace(_RINGS, block_m=32, block_k=128),)),
     (32, *2 * (replace(_RINGS, block_m=32, block_k=128, tail_m=16, extra_m=16),)),

@@ -70,7 +70,7 @@ def build_schedule(
         lanes_N: [N] int32, contiguous; the lane of each flat row, -1 for a row that is not computed.
         counts_L: [L] int32, contiguous, L at least 1; how many rows each lane has. With wrong counts the schedule is
             undefined.
-        block_m: M, a power of two, at least 16; the `GemmConfig.block_m` of the GEMMs that use the schedule.
+        block_m: M, a power of two, at least 8; the `GemmConfig.block_m` of the GEMMs that use the schedule.
         extra_m: in [0, M]; their `GemmConfig.schedule_extra_m`.
         backend: see `resolve_backend`.
 
@@ -83,8 +83,8 @@ def build_schedule(
         raise ValueError(f"counts_L has shape {tuple(counts_L.shape)}: there must be at least 1 lane")
     check_integer("block_m", block_m)
     check_integer("extra_m", extra_m)
-    if block_m < 16 or block_m & (block_m - 1):
-        raise ValueError(f"block_m={block_m}: must be a power of two and at least 16")
+    if block_m < 8 or block_m & (block_m - 1):
+        raise ValueError(f"block_m={block_m}: must be a power of two and at least 8")
     if not 0 <= extra_m <= block_m:
         raise ValueError(f"extra_m={extra_m}: must be in [0, {block_m}], block_m")
     order_N, offsets_L1, tile_lane, tile_start, tile_end, num_tiles = _build_schedule(
