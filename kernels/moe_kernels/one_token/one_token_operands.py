@@ -17,7 +17,7 @@ from triton.experimental.gluon import language as gl
 
 from moe_kernels.quantised.four_bit import RAW_INT4, RAW_MXFP4, SUMS_FACTOR
 
-_OUTPUTS = gl.constexpr("=h,=h,=h,=h,=h,=h,=h,=h,r,r")
+_OUTPUTS = gl.constexpr("=r,=r,=r,=r,=r,=r,=r,=r,r,r,r,r")
 
 
 @gluon.constexpr_function
@@ -75,17 +75,18 @@ def weights_operand(words, zero, SCHEME: gl.constexpr, LAYOUT: gl.constexpr):
     """
     P: gl.constexpr = words.shape[0]
     R: gl.constexpr = words.shape[1]
+    # Two words at once: a register that has two weights of one of them counts as one of each, so ptxas moves none.
     if SCHEME == "mxfp4":
         a, b, c, d, e, f, g, h = gl.inline_asm_elementwise(
-            RAW_MXFP4, _OUTPUTS, [words, words], dtype=(gl.bfloat16,) * 8, is_pure=True, pack=1
+            RAW_MXFP4, _OUTPUTS, [words, words], dtype=(gl.bfloat16,) * 8, is_pure=True, pack=2
         )
     else:
         a, b, c, d, e, f, g, h = gl.inline_asm_elementwise(
-            RAW_INT4, _OUTPUTS, [words, zero], dtype=(gl.bfloat16,) * 8, is_pure=True, pack=1
+            RAW_INT4, _OUTPUTS, [words, zero], dtype=(gl.bfloat16,) * 8, is_pure=True, pack=2
         )
-    even = gl.join(gl.join(a, b), gl.join(c, d))  # [P, R, T, word, e, l], where i = 2j + l
+    even = gl.join(gl.join(a, b), gl.join(c, d))  # [P, R, T, 2v + e, w, l], of word 2v + w, where i = 2j + l
     odd = gl.join(gl.join(e, f), gl.join(g, h))
-    parts = gl.join(even, odd).permute(0, 1, 3, 6, 5, 2, 4)
+    parts = gl.join(even, odd).reshape(P, R, 4, 2, 2, 2, 2, 2).permute(0, 1, 3, 5, 7, 6, 2, 4)
     return gl.convert_layout(parts.reshape(P, R, 128), gl.DotOperandLayout(0, LAYOUT, 2), assert_trivial=True)
 
 

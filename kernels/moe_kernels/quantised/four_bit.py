@@ -54,9 +54,21 @@ _MXFP4 = _assembly(_FOUR_OF_MXFP4, ("mul.bf16x2 {0}, {0}, $9;",))
 _INT4 = _assembly(_FOUR_OF_INT4, ("sub.bf16x2 {0}, {0}, $10;", "mul.bf16x2 {0}, {0}, $9;"))
 _EIGHT = tl.constexpr("=h,=h,=h,=h,=h,=h,=h,=h,r,r,r")
 LOWERED_UNDONE = tl.constexpr(2.0**64)
-# Not multiplied: of e2m1 times 2 ** -126, of int4 minus $9, which stands for 0.
-RAW_MXFP4 = _assembly(_FOUR_OF_MXFP4, ())
-RAW_INT4 = _assembly(_FOUR_OF_INT4, ("sub.bf16x2 {0}, {0}, $9;",))
+
+
+def _two_words(four: str, steps: tuple[str, ...]) -> tl.constexpr:
+    """PTX of two words $8 and $9, with what stands for 0 in $10 and $11 → outputs, of which 2i + w is pair i of word w."""
+    lines = ["{", "    .reg .b32 a, b, c, d, e;"]
+    for word in (0, 1):
+        lines += [four.strip("\n").replace("$8", f"${8 + word}")]
+        lines += [f"    {step.format(pair, 10 + word)}" for step in steps for pair in "abcd"]
+        lines += [f"    mov.b32 ${2 * i + word}, {pair};" for i, pair in enumerate("abcd")]
+    return tl.constexpr("\n".join([*lines, "}"]))
+
+
+# Not multiplied: of e2m1 times 2 ** -126, of int4 minus what stands for 0.
+RAW_MXFP4 = _two_words(_FOUR_OF_MXFP4, ())
+RAW_INT4 = _two_words(_FOUR_OF_INT4, ("sub.bf16x2 {0}, {0}, ${1};",))
 NO_ZERO = tl.constexpr(0x43084308)  # 136, where there are no zeros
 # A scale's exponent plus 62 as a bfloat16, twice. From 2 ** 66 on it is infinity, then NaN, which 255 stands for.
 _EXPONENT = tl.constexpr("""{
