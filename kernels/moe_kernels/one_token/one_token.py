@@ -91,7 +91,12 @@ def _make_plan(
             maxnreg=_UP_MMA_REGISTERS,
         )
         down = _down_mma_kernel.prepare(
-            device_index, **(of_both | of_down), TOP_K=top_k, PAIRS=pairs, P=_DOWN_MMA_WARPS, num_warps=_DOWN_MMA_WARPS
+            device_index,
+            **(of_both | of_down),
+            TOP_K=top_k,
+            EXPERT_PAIRS=pairs,
+            P=_DOWN_MMA_WARPS,
+            num_warps=_DOWN_MMA_WARPS,
         )
         num_programs = num_multiprocessors(x_1H.device)
         up_grid = min(top_k * intermediate // 8, _UP_MMA_PROGRAMS * num_programs), 1, 1

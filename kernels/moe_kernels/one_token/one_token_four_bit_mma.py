@@ -187,21 +187,21 @@ def _down_mma_kernel(
     EVICTION: gl.constexpr,
     PDL: gl.constexpr,
     # tunables
-    PAIRS: gl.constexpr,
+    EXPERT_PAIRS: gl.constexpr,
     P: gl.constexpr,
 ):
     """Every num_programs-th eight elements of y, each the sum over all experts in a fixed order, in float32.
 
     Eight of a warp's 16 rows are one expert's and eight another's, whose hidden rows are in columns 0 to 3 and 4 to 7 of the
-    product. Half of the sums are of one's weights and the other's hidden row: nobody needs them. There are PAIRS of experts,
-    a power of two, which P / PAIRS warps share.
+    product. Half of the sums are of one's weights and the other's hidden row: nobody needs them. There are EXPERT_PAIRS
+    (not PAIRS, which would mean clusters: see `PreparedLaunch`), a power of two, and P / EXPERT_PAIRS warps share one.
 
     With PDL the choice and the first words are read before the wait: see `one_token_triton`.
     """
     MMA: gl.constexpr = mma_layout(P)
     WORDS: gl.constexpr = words_layout(P)
     X: gl.constexpr = x_layout(P)
-    SHARE: gl.constexpr = P // PAIRS
+    SHARE: gl.constexpr = P // EXPERT_PAIRS
     STEPS: gl.constexpr = (INTERMEDIATE + 128 * SHARE - 1) // (128 * SHARE)
     first_tile, num_programs = gl.program_id(0), gl.num_programs(0)
     choice_ptr = choice_in(scratch_ptr, SCRATCH)
@@ -239,7 +239,7 @@ def _down_mma_kernel(
         x = gl.load(x_at + step * 128 * SHARE, mask=has_x, other=0.0)
         columns += (x_operand(x, SCHEME, MMA),)
     LAYOUT: gl.constexpr = gl.BlockedLayout([1, 1], [4, 8], [P, 1], [1, 0])
-    k = gl.arange(0, 2 * PAIRS, gl.SliceLayout(1, LAYOUT))
+    k = gl.arange(0, 2 * EXPERT_PAIRS, gl.SliceLayout(1, LAYOUT))
     bias_slot = gl.load(choice_ptr + k, mask=k < TOP_K, other=-1, cache_modifier=".cg").to(gl.int64)
     expert_weights = gl.load(choice_ptr + TOP_K + k, mask=k < TOP_K, other=0, cache_modifier=".cg").to(
         gl.float32, bitcast=True
@@ -268,8 +268,8 @@ def _down_mma_kernel(
             weights = weights_operand(words[step], zero, SCHEME, MMA)
             sums = mma_v2(weights, columns[step], gl.zeros((P, 16, 8), gl.float32, MMA))
             total += gl.where(needed, scaled(sums, scales[step], SCHEME), 0.0)
-        rows = gl.sum(gl.sum(total, axis=2).reshape(PAIRS, SHARE, 2, 8), axis=1)
-        rows = gl.convert_layout(rows.reshape(2 * PAIRS, 8), LAYOUT) + bias
+        rows = gl.sum(gl.sum(total, axis=2).reshape(EXPERT_PAIRS, SHARE, 2, 8), axis=1)
+        rows = gl.convert_layout(rows.reshape(2 * EXPERT_PAIRS, 8), LAYOUT) + bias
         y = gl.sum(rows * expert_weights[:, None], axis=0)
         gl.store(y_ptr + column, narrow(y, y_ptr.dtype.element_ty))
         words, scales = new_words, new_scales

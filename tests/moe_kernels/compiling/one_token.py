@@ -91,7 +91,7 @@ def compile_one_token_mma(types: dict[str, str], sizes: dict[str, object]) -> No
     """4-bit weights by tensor cores."""
     for name, num_warps, constants in (
         ("_up_mma_kernel", 4, {"ACTIVATION": "silu"}),
-        ("_down_mma_kernel", 8, {"PAIRS": 4}),
+        ("_down_mma_kernel", 8, {"EXPERT_PAIRS": 4}),
     ):
         options = {"num_warps": num_warps, "launch_pdl": True}
         constants = sizes | constants | {"P": num_warps}
