@@ -86,8 +86,8 @@ def test_a_prepared_launch_is_the_compiled_kernels(compiled):
 def test_a_prepared_launch_of_pairs_is_one_of_clusters(compiled):
     """Of 5 programs the last gets one beside it; Triton's launcher multiplies the grid by the size of the cluster."""
     jit = Jit(compiled)
-    jit.arg_names = ("a", "b", "n", "count", "PAIRS", "PDL")
-    launch = PreparedLaunch(jit, {"PDL": False, "PAIRS": 4096})
+    jit.arg_names = ("a", "b", "n", "count", "CLUSTERS", "PDL")
+    launch = PreparedLaunch(jit, {"PDL": False, "CLUSTERS": 4096})
     for _ in range(2):
         launch((5, 3, 1), 7, "a", "b", 5, 6)
     ((grid, *_),) = jit.compilations

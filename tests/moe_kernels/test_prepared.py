@@ -37,7 +37,7 @@ class Compiled:
     def run(self, x, y, z, stream, function, packed_metadata, metadata, enter, leave, *arguments):
         values = dict(zip(self.jit.arg_names, arguments, strict=True))
         assert values.get("PDL", True) is True
-        assert packed_metadata[1] == (2 if values.get("PAIRS") else 1)  # programs of a cluster
+        assert packed_metadata[1] == (2 if values.get("CLUSTERS") else 1)  # programs of a cluster
         grid = (x * packed_metadata[1], y, z)
         self.jit[grid](**(values | ({"PDL": False} if "PDL" in values else {})))  # the interpreter has none
         self.launches.append(self.jit.fn.__name__)

@@ -114,14 +114,14 @@ class PreparedLaunch:
     The caller ensures that later arguments have the same specialisation: dtypes, numbers (but those of `do_not_specialize`),
     and whether addresses are multiples of 16 bytes (but those of `do_not_specialize_on_alignment`).
 
-    A kernel with the constant PAIRS is launched as clusters of two programs; of an odd number, the last gets one beside it
+    A kernel with the constant CLUSTERS is launched as clusters of two programs; of an odd number, the last gets one beside it
     that has nothing to do. To the kernel they are programs like others: Triton compiles it without clusters. Triton's own
     launches (the first, those with hooks, all with a version that is not tested) have none.
     """
 
     def __init__(self, jit: Any, constants: dict[str, Any]) -> None:
         self._jit, self._constants = jit, constants
-        self._cluster = 2 if constants.get("PAIRS") else 1
+        self._cluster = 2 if constants.get("CLUSTERS") else 1
         self._compiled: Any = None
         self._metadata: Any = None
         self._values: tuple[Any, ...] = ()

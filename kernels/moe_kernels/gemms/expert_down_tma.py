@@ -114,7 +114,7 @@ def _down_tile(
     EXTRA_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
     BLOCK_K: tl.constexpr,
-    PAIRS: tl.constexpr,
+    CLUSTERS: tl.constexpr,
 ):
     """With SWAP rows past the tile's end are read (the next lane's, of no lane, or zero past the tensor's end) and not stored.
 
@@ -132,7 +132,7 @@ def _down_tile(
         product = dot(weights, block.T, product) if SWAP else dot(block, weights.T, product)
         if EXTRA_M > 0:
             extra = dot(extra_block, weights.T, extra)
-        if PAIRS > 0 and INTERMEDIATE >= PAIRS:
+        if CLUSTERS > 0 and INTERMEDIATE >= CLUSTERS:
             keep_in_step()
     if SWAP:
         product = product.T
@@ -184,14 +184,14 @@ def _expert_down_tma_kernel(
     BLOCK_K: tl.constexpr,
     GROUP_M: tl.constexpr,
     BY_LANE: tl.constexpr,
-    PAIRS: tl.constexpr,
+    CLUSTERS: tl.constexpr,
 ):
     """One tile of rows, BLOCK_N columns of the output; if PERSISTENT, every num_programs-th such, and the loads of the
-    next begin before the last is stored. TAIL_M, EXTRA_M and PAIRS: see `_expert_up_tma_kernel`."""
+    next begin before the last is stored. TAIL_M, EXTRA_M and CLUSTERS: see `_expert_up_tma_kernel`."""
     if PDL:
         gdc_wait()
         gdc_launch_dependents()
-    if PAIRS > 0 and tl.program_id(0) >= num_programs:
+    if CLUSTERS > 0 and tl.program_id(0) >= num_programs:
         return
     num_column_blocks: tl.constexpr = (HIDDEN_SIZE + BLOCK_N - 1) // BLOCK_N
     tiles = (offsets_ptr, tile_lane_ptr, tile_start_ptr, tile_end_ptr)
@@ -205,7 +205,7 @@ def _expert_down_tma_kernel(
             _down_tile(
                 hidden, hidden_extra, down, row_weights_ptr, order_ptr, rows_ptr, row_boxes, homes_ptr, rows_per_home,
                 bias_ptr, stride_bias, start, end, slot, column_block,
-                HIDDEN_SIZE, INTERMEDIATE, EVICTION, SWAP, True, BLOCK_M, 0, BLOCK_N, BLOCK_K, PAIRS,
+                HIDDEN_SIZE, INTERMEDIATE, EVICTION, SWAP, True, BLOCK_M, 0, BLOCK_N, BLOCK_K, CLUSTERS,
             )  # fmt: skip
         return
     column_block, lane, start, end = choose_tile(
@@ -225,19 +225,19 @@ def _expert_down_tma_kernel(
         _down_tile(
             hidden_tail, hidden_extra, down, row_weights_ptr, order_ptr, rows_ptr, None, homes_ptr, rows_per_home,
                 bias_ptr, stride_bias, start, end, slot, column_block,
-            HIDDEN_SIZE, INTERMEDIATE, EVICTION, SWAP, False, TAIL_M if TAIL_M > 0 else BLOCK_M, 0, BLOCK_N, BLOCK_K, PAIRS,
+            HIDDEN_SIZE, INTERMEDIATE, EVICTION, SWAP, False, TAIL_M if TAIL_M > 0 else BLOCK_M, 0, BLOCK_N, BLOCK_K, CLUSTERS,
         )  # fmt: skip
     elif (EXTRA_M > 0) & (end - start > BLOCK_M):
         _down_tile(
             hidden, hidden_extra, down, row_weights_ptr, order_ptr, rows_ptr, None, homes_ptr, rows_per_home,
                 bias_ptr, stride_bias, start, end, slot, column_block,
-            HIDDEN_SIZE, INTERMEDIATE, EVICTION, SWAP, False, BLOCK_M, EXTRA_M, BLOCK_N, BLOCK_K, PAIRS,
+            HIDDEN_SIZE, INTERMEDIATE, EVICTION, SWAP, False, BLOCK_M, EXTRA_M, BLOCK_N, BLOCK_K, CLUSTERS,
         )  # fmt: skip
     else:
         _down_tile(
             hidden, hidden_extra, down, row_weights_ptr, order_ptr, rows_ptr, None, homes_ptr, rows_per_home,
                 bias_ptr, stride_bias, start, end, slot, column_block,
-            HIDDEN_SIZE, INTERMEDIATE, EVICTION, SWAP, False, BLOCK_M, 0, BLOCK_N, BLOCK_K, PAIRS,
+            HIDDEN_SIZE, INTERMEDIATE, EVICTION, SWAP, False, BLOCK_M, 0, BLOCK_N, BLOCK_K, CLUSTERS,
         )  # fmt: skip
 
 
@@ -314,7 +314,7 @@ def expert_down_tma(
         BLOCK_K=config.block_k,
         GROUP_M=config.group_m,
         BY_LANE=config.by_lane,
-        PAIRS=config.pairs,
+        CLUSTERS=config.pairs,
         num_warps=config.num_warps,
         num_stages=config.num_stages,
     )

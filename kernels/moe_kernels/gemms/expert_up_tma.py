@@ -111,7 +111,7 @@ def _wide_tile(
     EXTRA_M: tl.constexpr,
     BLOCK_I: tl.constexpr,
     BLOCK_K: tl.constexpr,
-    PAIRS: tl.constexpr,
+    CLUSTERS: tl.constexpr,
 ):
     """Many rows: x on the M side. One product of gate and up rows, interleaved by eight, the columns that a thread of
     the tensor core's layout holds: so the activation stays within registers.
@@ -134,7 +134,7 @@ def _wide_tile(
         product = dot(x, weights.T, product)
         if EXTRA_M > 0:
             extra = dot(extra_x, weights.T, extra)
-        if PAIRS > 0 and HIDDEN_SIZE >= PAIRS:
+        if CLUSTERS > 0 and HIDDEN_SIZE >= CLUSTERS:
             keep_in_step()
     first_column = column_block * BLOCK_I
     _store_product(
@@ -222,21 +222,21 @@ def _expert_up_tma_kernel(
     BLOCK_K: tl.constexpr,
     GROUP_M: tl.constexpr,
     BY_LANE: tl.constexpr,
-    PAIRS: tl.constexpr,
+    CLUSTERS: tl.constexpr,
 ):
     """One tile of rows, BLOCK_I columns of gate and of up.
 
     An expert's last rows are often few. A tile of at most TAIL_M rows is computed as one of TAIL_M; one of more than
     BLOCK_M rows (see `GemmConfig.extra_m`) has the weights in common for all of them.
 
-    With PAIRS there may be a program more than tiles and column blocks.
+    With CLUSTERS there may be a program more than tiles and column blocks.
     """
     if PDL:
         gdc_wait()
         gdc_launch_dependents()
     num_column_blocks: tl.constexpr = (INTERMEDIATE + BLOCK_I - 1) // BLOCK_I
     most_tiles = tl.num_programs(0) // num_column_blocks
-    if PAIRS > 0 and tl.program_id(0) >= most_tiles * num_column_blocks:
+    if CLUSTERS > 0 and tl.program_id(0) >= most_tiles * num_column_blocks:
         return
     tiles = (offsets_ptr, tile_lane_ptr, tile_start_ptr, tile_end_ptr)
     column_block, lane, start, end = choose_tile(
@@ -262,17 +262,17 @@ def _expert_up_tma_kernel(
     elif (TAIL_M > 0) & (end - start <= TAIL_M):  # not `and`: without tails the compiler drops the branch
         _wide_tile(
             x_ptr, gate_up, bias_ptr, order_ptr, hidden_ptr, pre_ptr, start, end, slot, column_block, fanout, stride_row,
-            HIDDEN_SIZE, INTERMEDIATE, ACTIVATION, EVICTION, TAIL_M if TAIL_M > 0 else BLOCK_M, 0, BLOCK_I, BLOCK_K, PAIRS,
+            HIDDEN_SIZE, INTERMEDIATE, ACTIVATION, EVICTION, TAIL_M if TAIL_M > 0 else BLOCK_M, 0, BLOCK_I, BLOCK_K, CLUSTERS,
         )  # fmt: skip
     elif (EXTRA_M > 0) & (end - start > BLOCK_M):
         _wide_tile(
             x_ptr, gate_up, bias_ptr, order_ptr, hidden_ptr, pre_ptr, start, end, slot, column_block, fanout, stride_row,
-            HIDDEN_SIZE, INTERMEDIATE, ACTIVATION, EVICTION, BLOCK_M, EXTRA_M, BLOCK_I, BLOCK_K, PAIRS,
+            HIDDEN_SIZE, INTERMEDIATE, ACTIVATION, EVICTION, BLOCK_M, EXTRA_M, BLOCK_I, BLOCK_K, CLUSTERS,
         )  # fmt: skip
     else:
         _wide_tile(
             x_ptr, gate_up, bias_ptr, order_ptr, hidden_ptr, pre_ptr, start, end, slot, column_block, fanout, stride_row,
-            HIDDEN_SIZE, INTERMEDIATE, ACTIVATION, EVICTION, BLOCK_M, 0, BLOCK_I, BLOCK_K, PAIRS,
+            HIDDEN_SIZE, INTERMEDIATE, ACTIVATION, EVICTION, BLOCK_M, 0, BLOCK_I, BLOCK_K, CLUSTERS,
         )  # fmt: skip
 
 
@@ -330,7 +330,7 @@ def expert_up_tma(
         BLOCK_K=config.block_k,
         GROUP_M=config.group_m,
         BY_LANE=config.by_lane,
-        PAIRS=config.pairs,
+        CLUSTERS=config.pairs,
         num_warps=config.num_warps,
         num_stages=config.num_stages,
     )

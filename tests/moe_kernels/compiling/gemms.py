@@ -55,7 +55,7 @@ def compile_tma_gemms(
         sizes = {"HIDDEN_SIZE": hidden_size, "INTERMEDIATE": intermediate, "PDL": True, "SWAP": config.swap}
         sizes["EVICTION"] = "evict_last" if config.keep else ""
         tiles = {"TAIL_M": config.tail_m, "BLOCK_M": config.block_m, "EXTRA_M": config.extra_m}
-        tiles |= {"BLOCK_K": k, "GROUP_M": config.group_m, "BY_LANE": config.by_lane, "PAIRS": config.pairs}
+        tiles |= {"BLOCK_K": k, "GROUP_M": config.group_m, "BY_LANE": config.by_lane, "CLUSTERS": config.pairs}
         if module == "expert_up_tma":
             is_plain = config.swap or "ungated" in activation
             box = f"1,{n // 2},{k}" if is_plain else f"1,{n // 16},2,8,{k}"
