@@ -97,7 +97,12 @@ def test_fp8_block_has_the_ring_on_hopper_where_tma_can_read_its_weights():
     assert not gemm_config(**(sizes | {"tma": False})).tma
     assert not gemm_config(**(sizes | {"k": 776})).tma and not gemm_config(**(sizes | {"n": 2056})).tma
     assert not gemm_config(**(sizes | {"n": 1552, "k": 2048}), gated=True).tma  # 776 columns of each
-    assert gemm_config(**(sizes | {"num_tokens": 16})).swap
+    for num_tokens, rows in ((16, 16), (256, 32)):
+        few = gemm_config(**(sizes | {"num_tokens": num_tokens}))
+        assert few.tma and few.swap and few.block_m == rows
+        assert not gemm_config(**(sizes | {"n": 1536, "k": 2048, "num_tokens": num_tokens}), gated=True).tma
+    with pytest.raises(ValueError, match="quantised with tma"):
+        replace(few, block_m=64)
     for wrong in ({"block_m": 64}, {"num_warps": 8}, {"tail_m": 64}, {"keep": True}):
         with pytest.raises(ValueError, match="quantised with tma"):
             replace(ring, **wrong)

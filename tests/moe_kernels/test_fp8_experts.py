@@ -78,6 +78,42 @@ def test_the_ring_has_the_bits_of_the_plain_kernels(
 
 
 @pytest.mark.gpu
+@pytest.mark.parametrize("rows", [16, 32])
+@pytest.mark.parametrize(
+    ("hidden_size", "intermediate", "num_sources", "form", "dtype"),
+    [
+        (512, 256, 200, "silu", torch.bfloat16),  # whole blocks, and lanes with several tiles
+        (400, 144, 90, "gpt-oss", torch.float16),  # parts of blocks
+        (144, 1040, 30, "silu", torch.float32),  # more steps than stages, and no second half of the weights
+        (128, 128, 0, "silu", torch.bfloat16),
+    ],
+)
+def test_few_rows_have_the_bits_of_the_plain_kernels(
+    make_experts, hidden_size, intermediate, num_sources, form, dtype, rows
+):
+    """The down projection of fp8_block on Hopper, to homes as well."""
+    if not has_tma(torch.device("cuda")):
+        pytest.skip("needs Hopper")
+    experts = make_experts(max(num_sources, 9), 2, 5, hidden_size, intermediate, dtype)
+    if num_sources == 0:
+        experts.lanes_N.fill_(-1)
+    matrices, num_rows = quantised(experts, "fp8_block", form, dtype), experts.lanes_N.numel()
+    here = experts.lanes_N >= 0
+    up = GemmConfig(rows, 256, 128, 4, 3, swap=True, quantised=True)
+    plain, few = GemmConfig(rows, 128, 128, 4, 4, quantised=True), replace(RING, block_m=rows, num_stages=5, swap=True)
+    found = []
+    for down in (plain, few):
+        case = Case(experts, matrices, (up, down))
+        hidden = case.up("triton")
+        found.append(case.down("triton", hidden)[here])
+        homes = torch.zeros(2, num_rows // 2, hidden_size, dtype=dtype, device="cuda")
+        case.down_home(hidden, homes)
+        assert torch.equal(homes.flatten(0, 1)[here], found[-1])
+        assert (homes.flatten(0, 1)[~here] == 0).all(), "rows of no expert are not written"
+    assert torch.equal(*found)
+
+
+@pytest.mark.gpu
 @pytest.mark.parametrize("form", ["relu2 ungated", "silu"])
 def test_the_ring_quantises_what_a_fast_division_could_not(make_experts, form):
     """Rows whose scales are at the ends of float32's range, infinite or NaN: the bits of a division."""
@@ -112,6 +148,9 @@ def test_the_ring_is_for_a_gpu(make_experts):
         case.up("triton")
     with pytest.raises(ValueError, match=r"down_SHI is on cpu: with fp8_block config\.tma needs a GPU"):
         case.down("triton", hidden)
+    few = replace(RING, block_m=16, swap=True)
+    with pytest.raises(ValueError, match=r"config\.swap=True: with config\.tma it must be False in `expert_up`"):
+        Case(experts, matrices, (few, few)).up("torch")
     with pytest.raises(ValueError, match="columns divisible by 16"):
         small = make_experts(5, 2, 2, 200, 128, torch.bfloat16)
         Case(small, quantised(small, "fp8_block"), (RING, RING)).up("torch")

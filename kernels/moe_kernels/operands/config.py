@@ -38,9 +38,9 @@ class GemmConfig:
             4-bit weights by the ring.
         keep: write the output so that L2 rather lets other things go, weights that stream by above all.
         quantised: for experts of a scheme other than "plain", which may `swap`. With `tma`, on Hopper: of fp8_block the kernels
-            of `fp8_ring.py`, whose tiles are 128 x 256 x 128, with `num_stages` in the ring; of 4-bit weights, which always
-            `swap`, those of `four_bit_ring.py`, with `programs_per_sm`, four warps for each 64 of `block_n`, and `tail_m` and
-            `extra_m` of 16 at least.
+            of `fp8_ring.py`, whose tiles are 128 x 256 x 128, with `num_stages` in the ring, or, if `expert_down` is to `swap`,
+            that of `expert_down_fp8_few.py`, with 16 or 32; of 4-bit weights, which always `swap`, those of `four_bit_ring.py`,
+            with `programs_per_sm`, four warps for each 64 of `block_n`, and `tail_m` and `extra_m` of 16 at least.
         by_lane: tiles share a column block with tiles of their own lane only, in groups of at most `group_m` and about equal
             size: so a lane's weights are read from memory once for each of its groups. Else most groups have tiles of two
             lanes, whose weights are read by two groups each.
@@ -77,7 +77,8 @@ class GemmConfig:
         return self.tma and self.programs_per_sm == 1 and not self.quantised and not self.keep
 
     def __post_init__(self) -> None:
-        is_ring = self.quantised and self.tma and self.swap  # of 4-bit weights
+        is_few_fp8 = self.swap and (self.block_n, self.num_warps) == (256, 4)
+        is_ring = self.quantised and self.tma and self.swap and not is_few_fp8  # of 4-bit weights
         for name, least in (("block_m", 8 if is_ring else 16), ("block_n", 32), ("block_k", 16), ("num_warps", 1)):
             value = getattr(self, name)
             check_integer(name, value)
@@ -96,12 +97,11 @@ class GemmConfig:
             self._check_four_bit_ring()
             return
         if self.quantised and self.tma:
-            if (self.block_m, self.block_n, self.block_k, self.num_warps) != (128, 256, 128, 4):
-                raise ValueError(f"{self}: quantised with tma needs tiles of 128 x 256 x 128 and num_warps=4")
+            rows = [16, 32] if is_few_fp8 else [128]
+            if self.block_m not in rows or (self.block_n, self.block_k, self.num_warps) != (256, 128, 4):
+                raise ValueError(f"{self}: quantised with tma needs tiles of {rows} x 256 x 128 and num_warps=4")
             if others:
-                raise ValueError(
-                    f"{self}: tail_m, programs_per_sm, extra_m and keep are not for quantised with tma but no swap"
-                )
+                raise ValueError(f"{self}: quantised with tma has no tail_m, programs_per_sm, extra_m or keep")
         if not self.tma and (others or (self.swap and not self.quantised)):
             raise ValueError(
                 f"{self}: swap, tail_m, programs_per_sm, extra_m and keep need tma=True; swap, or quantised=True"
@@ -180,7 +180,11 @@ _FEW_FP8: _QuantisedTable = (
         replace(_FP8_DOWN, block_m=32, num_stages=3, swap=True),
     ),
 )
-_TABLE_FP8_RING: _QuantisedTable = (*_FEW_FP8, (_ANY, _FP8_RING, _FP8_RING))
+_FEW_RING: _QuantisedTable = (
+    (8, _FEW_FP8[0][1], replace(_FP8_RING, block_m=16, num_stages=6, swap=True)),
+    (16, _FEW_FP8[1][1], replace(_FP8_RING, block_m=32, num_stages=5, swap=True)),
+)
+_TABLE_FP8_RING: _QuantisedTable = (*_FEW_RING, (_ANY, _FP8_RING, _FP8_RING))
 _TABLE_FP8_HOPPER: _QuantisedTable = (
     *_FEW_FP8,
     (32, *_FEW_FP8[-1][1:]),

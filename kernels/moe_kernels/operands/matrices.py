@@ -97,10 +97,13 @@ class ExpertMatrices:
             raise ValueError(
                 f"config.quantised={config.quantised}: must be {self.scheme != 'plain'} with matrices.scheme={self.scheme!r}"
             )
-        if self.scheme != "plain" and config.tma and config.swap != (self.scheme != "fp8_block"):
-            raise ValueError(
-                f"config.swap={config.swap}: with config.tma it must be {not config.swap} with matrices.scheme={self.scheme!r}"
-            )
+        if self.scheme != "plain" and config.tma:
+            swaps = (True,) if self.scheme != "fp8_block" else (False,) if which == "up" else (False, True)
+            if config.swap not in swaps:
+                raise ValueError(
+                    f"config.swap={config.swap}: with config.tma it must be {not config.swap} in `expert_{which}` with "
+                    f"matrices.scheme={self.scheme!r}"
+                )
         if self.scheme == "fp8_block":
             if config.block_k != BLOCK:
                 raise ValueError(f"config.block_k={config.block_k}: must be {BLOCK} with matrices.scheme='fp8_block'")
@@ -112,6 +115,8 @@ class ExpertMatrices:
                 raise ValueError(
                     f"config.block_n={config.block_n}: must be {rule} in `expert_{which}` with matrices.scheme='fp8_block'"
                 )
+        elif self.scheme != "plain" and config.tma and config.block_n > 192:
+            raise ValueError(f"config.block_n={config.block_n}: must be 128 or 192 with config.tma and 4-bit weights")
         elif self.scheme != "plain" and config.block_k < MXFP4_GROUP:
             raise ValueError(f"config.block_k={config.block_k}: must be at least {MXFP4_GROUP} with 4-bit weights")
 

@@ -15,6 +15,7 @@ from moe_kernels.operands.config import GemmConfig
 from moe_kernels.operands.matrices import ExpertMatrices
 from moe_kernels.operands.schemes import BLOCK
 from moe_kernels.quantised.expert_down_fp8 import expert_down_fp8
+from moe_kernels.quantised.expert_down_fp8_few import expert_down_fp8_few
 from moe_kernels.quantised.fp8 import e4m3_argument, operand
 from moe_kernels.quantised.quantise_rows import QuantisedRows, Rows, values_of
 from moe_kernels.quantised.weight_tiles import add_product, load_weights, new_accumulator
@@ -148,7 +149,8 @@ def expert_down_quantised(
     rows_NH = values.new_empty(shape, dtype=dtype) if homes is None else homes.own
     if config.tma:
         assert isinstance(hidden_NI, QuantisedRows)
-        expert_down_fp8(hidden_NI, matrices, lane_to_slot_L, schedule, row_weights_N, config, homes, rows_NH)
+        down = expert_down_fp8_few if config.swap else expert_down_fp8
+        down(hidden_NI, matrices, lane_to_slot_L, schedule, row_weights_N, config, homes, rows_NH)
         return rows_NH
     grid = (schedule.tile_lane.shape[0] * cdiv(hidden_size, config.block_n),)
     if grid[0]:

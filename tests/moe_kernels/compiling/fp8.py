@@ -9,6 +9,37 @@ from moe_kernels.quantised.fp8_ring import ROW_LAYOUT, WEIGHT_LAYOUT
 from tests.moe_kernels.compiling.kernel import check_hopper, compile_kernel
 
 
+def compile_few(
+    config: GemmConfig, dtype: str = "bf16", sizes: tuple[int, int] = (2048, 768), biased: bool = False
+) -> None:
+    """The down projection of few rows."""
+    fp8, fp32 = "*fp8e4nv", "*fp32"
+    types = {
+        "hidden_ptr": fp8,
+        "down": f"tensordesc<{fp8[1:]}[1, 128, 128],{WEIGHT_LAYOUT.value!r}>",
+        "homes_ptr": "*i64",
+    }
+    types |= dict.fromkeys(("bias_ptr", "rows_ptr"), f"*{dtype}")
+    types |= dict.fromkeys(("hidden_scale_ptr", "scale_ptr", "row_weights_ptr"), fp32)
+    constants = {"PDL": True, "M": config.block_m, "STAGES": config.num_stages, "GROUP_M": config.group_m}
+    constants |= {"HIDDEN_SIZE": sizes[0], "INTERMEDIATE": sizes[1]} | ({} if biased else {"bias_ptr": None})
+    for more in ({"homes_ptr": None}, {}):
+        compiled = compile_kernel(
+            "expert_down_fp8_few",
+            "_expert_down_fp8_few_kernel",
+            types,
+            constants | more,
+            90,
+            num_warps=4,
+            launch_pdl=True,
+        )
+        ptx = compiled.asm["ptx"]
+        check_hopper(compiled)
+        weights, wait = ptx.find("cp.async.bulk.tensor"), ptx.find("griddepcontrol.wait")
+        assert weights != -1 and wait < ptx.find("st.global"), "must have waited when it stores"
+        assert re.search(r"st\.global\S*v4\.b32", ptx), "rows must be stored 16 bytes at a time"
+
+
 def compile_ring(config: GemmConfig, dtype: str = "bf16", activation: str = "silu", biased: bool = False) -> None:
     """Both products with fp8_block experts on Hopper."""
     fp8 = "*fp8e4nv"
