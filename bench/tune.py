@@ -92,10 +92,14 @@ def quantised_candidates(op: str, rows_per_expert: float, scheme: str) -> Iterat
 def four_bit_rings(rows_per_expert: float) -> Iterator[GemmConfig]:
     """Of 4-bit weights by the ring."""
     for block_m, (block_n, programs), (block_k, num_stages) in product(
-        (16, 32, 64, 128), ((128, 2), (192, 1)), ((256, 4), (128, 4))
+        (8, 16, 32, 64, 128), ((128, 2), (192, 1)), ((256, 4), (128, 4))
     ):
         is_wide = block_m > 32
-        if (block_m > 16 and rows_per_expert < block_m / 4) or (is_wide and (programs > 1 or block_k > 128)):
+        if (
+            (block_m > 16 and rows_per_expert < block_m / 4)
+            or (block_m == 8 and rows_per_expert > 4)
+            or (is_wide and (programs > 1 or block_k > 128))
+        ):
             continue
         for tail_m, extra_m in ((0, 0), (0, 16), (32, 32), (64, 32)):
             if tail_m < block_m and extra_m <= block_m and (extra_m < 32 or is_wide):

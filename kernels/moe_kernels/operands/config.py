@@ -103,9 +103,7 @@ class GemmConfig:
             if others:
                 raise ValueError(f"{self}: quantised with tma has no tail_m, programs_per_sm, extra_m or keep")
         if not self.tma and (others or (self.swap and not self.quantised)):
-            raise ValueError(
-                f"{self}: swap, tail_m, programs_per_sm, extra_m and keep need tma=True; swap, or quantised=True"
-            )
+            raise ValueError(f"{self}: tail_m, programs_per_sm, extra_m, keep and (not quantised) swap need tma=True")
         for name in ("tail_m", "extra_m"):
             value = getattr(self, name)
             # Fewer rows would be multiplied by mma.sync, whose bits are not those of wgmma.
