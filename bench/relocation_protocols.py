@@ -89,7 +89,8 @@ class Ours:
         """The bound of what a rank copies, once the ranks are connected; None: there is none."""
         worker = self.controller._worker
         communicator = worker.rounds.communicator if worker else None
-        assert communicator is not None
+        if communicator is None:  # the ranks never connected, or lost each other
+            return None
         return self.controller.config.bytes_per_second if communicator.name in KEEP_A_BOUND else None
 
     @property

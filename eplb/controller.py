@@ -141,7 +141,7 @@ class EplbController:
 
         The first call begins to connect the ranks: every rank makes it, and until all have, `health()` is "connecting". A call
         costs a counter and a poll: nothing is allocated, nobody is waited for. A new table that is ready is flipped in here.
-        While the stream is captured into a CUDA graph it does nothing but count. With ``use_async=False`` a due rebalance runs
+        While the stream is captured into a CUDA graph it does no more than count. With ``use_async=False`` a due rebalance runs
         in here from end to end, and every call is collective: it waits for the other ranks, each time at most
         `connect_timeout`, `peer_timeout` or `grace_timeout`.
 

@@ -3,6 +3,7 @@
 import math
 from typing import Any
 
+import numpy as np
 import torch
 
 from moe_kernels.base.checks import FLOATS, check_kind
@@ -27,8 +28,12 @@ def check_bool(name: str, value: Any) -> None:
 
 
 def is_number(value: Any) -> bool:
-    """Whether `value` is an integer or a finite float."""
-    return isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
+    """Whether `value` is a finite real number; NumPy's are."""
+    try:
+        kinds = (int, float, np.integer, np.floating)
+        return isinstance(value, kinds) and not isinstance(value, bool) and math.isfinite(value)
+    except OverflowError:  # an integer beyond all floats
+        return False
 
 
 def check_trainable(trainable: Any, num_experts: int, num_ranks: int, *, pool: Any, quantisation: Any = None) -> None:

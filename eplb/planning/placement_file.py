@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -62,8 +62,9 @@ def save_placements(
         OSError: the file cannot be written.
     """
     path = _path_of(path)
-    if isinstance(placements, Placement) or not isinstance(placements, Sequence):
+    if isinstance(placements, Placement) or not isinstance(placements, Iterable):
         raise ValueError(f"placements must be a list of them, one of each layer, got {placements!r}")
+    placements = list(placements)
     for index, placement in enumerate(placements):
         if not isinstance(placement, Placement):
             raise ValueError(f"placements[{index}] must be a Placement, got {placement!r}")

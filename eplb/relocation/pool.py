@@ -139,16 +139,18 @@ class SlotPool:
         for spec in specs:
             if not isinstance(spec, TensorSpec) or not isinstance(spec.dtype, torch.dtype):
                 raise ValueError(f"specs must be TensorSpecs with a torch.dtype, got {spec!r}")
-            if not isinstance(spec.shape, tuple) or not all(isinstance(size, int) for size in spec.shape):
+            if not isinstance(spec.shape, (tuple, list)) or not all(
+                isinstance(one, (int, np.integer)) for one in spec.shape
+            ):
                 raise ValueError(f"specs must have shapes that are tuples of integers, got {spec!r}")
         if len({spec.name for spec in specs}) != len(specs):
             raise ValueError(f"specs must have distinct names, got {[spec.name for spec in specs]}")
         if any(size <= 0 for spec in specs for size in spec.shape):
             raise ValueError(f"specs must have positive sizes, got {[(spec.name, spec.shape) for spec in specs]}")
-        if not isinstance(num_slots, int) or num_slots <= 0:
+        if not isinstance(num_slots, (int, np.integer)) or num_slots <= 0:
             raise ValueError(f"num_slots must be positive, got {num_slots!r}")
         self.specs = tuple(specs)
-        self.num_slots = num_slots
+        self.num_slots = int(num_slots)
         self.slot_bytes = sum(_aligned(spec.num_bytes) for spec in specs)
         on_host = torch.device(device).type == "cpu"
         self.host_memory = HostMemory(num_slots * self.slot_bytes) if shared and on_host else None

@@ -65,7 +65,9 @@ class ResidentExperts:
         self.pool = pool
         self.streams = streams
         shares_WS = equal_shares(placement) if shares_WS is None else shares_WS
-        self.table = ExpertTable(placement, shares_WS, streams, pool.table_words)
+        # Other layers of the pool have as many experts each, as far as this one knows.
+        num_tables = pool.num_slots // max(1, num_physical)
+        self.table = ExpertTable(placement, shares_WS, streams, pool.table_words, num_tables)
         self.load_E = torch.zeros(num_experts, dtype=torch.int64, device=streams.device)
         self.load_increment_1 = torch.ones(1, dtype=torch.int64, device=streams.device)
         self.versions = pool.place(placement, shares_WS, rank)

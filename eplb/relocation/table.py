@@ -22,6 +22,10 @@ class ExpertTable:
     expert e are entries ``offsets_E1[e] … offsets_E1[e + 1]`` of `lanes_P` (global lane ids: rank · S + lane) and of
     `cumulative_P` (running share in units of 2⁻³⁰, the last one of each expert exactly 2³⁰).
 
+    Args:
+        memory: of tables that flip together; its own if None.
+        num_tables: how many as this one may come to lie there, at most.
+
     Attributes:
         lane_to_slot_S: int32 ``[S]``, for rows that this rank *receives*: the pool's slot of each of its own lanes. An
             entry is written at the fill, before any table names the lane, and so never while a kernel can read it.
@@ -29,14 +33,19 @@ class ExpertTable:
     """
 
     def __init__(
-        self, placement: Placement, shares_WS: np.ndarray, streams: DeviceStreams, memory: TableWords | None = None
+        self,
+        placement: Placement,
+        shares_WS: np.ndarray,
+        streams: DeviceStreams,
+        memory: TableWords | None = None,
+        num_tables: int = 1,
     ) -> None:
         self.num_experts = placement.num_experts
         self.num_physical = int((placement.lanes_WS >= 0).sum())
         size = self.num_experts + 1 + 2 * self.num_physical
         device = streams.device
         self._streams = streams
-        self.words = (memory or TableWords(device)).take(size)
+        self.words = (memory or TableWords(device)).take(size, num_tables)
         self._host_words = self.words.host.numpy()[:size]
         ends = (self.num_experts + 1, self.num_experts + 1 + self.num_physical, size)
         with torch.inference_mode(False):  # else no backward could keep them
@@ -136,6 +145,8 @@ def prepared_flip(tables: list[ExpertTable]) -> Callable[[], object]:
     One copy where they lie side by side, as those of a pool do if all of them are flipped.
     """
     parts = runs([table.words for table in tables])
+    if not parts:
+        return lambda: None
     current, staged = [part.current_data for part in parts], [part.staged for part in parts]
     if len(parts) == 1:
         return functools.partial(current[0].copy_, staged[0])

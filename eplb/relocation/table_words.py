@@ -6,7 +6,7 @@ from typing import NamedTuple
 import torch
 
 _CHUNK = 1 << 16
-"""Words that are allocated at once: the tables of some hundred layers of 128 experts, of about 80 of 256 with replicas."""
+"""Words that are allocated at once, at most: the tables of some hundred layers of 128 experts, of 80 of 256 with replicas."""
 _ALIGNED = 4
 """Words: each table begins at 16 bytes, as memory of its own would, which Triton compiles for."""
 
@@ -28,6 +28,8 @@ class Chunk:
             self.current_data = self.current.data
             self.staged = torch.zeros_like(self.current)
             self.host = torch.zeros(size, dtype=torch.int32, device="cpu", pin_memory=device.type == "cuda")
+        if device.type == "cuda":  # another thread's stream may be the first to write
+            torch.cuda.current_stream(device).synchronize()
         self.num_taken = 0
 
 
@@ -67,12 +69,16 @@ class TableWords:
         self._lock = threading.Lock()
         self._chunk: Chunk | None = None
 
-    def take(self, size: int) -> Words:
-        """`size` words, and as many more as align the next ones."""
+    def take(self, size: int, num_tables: int = 1) -> Words:
+        """`size` words, and as many more as align the next ones.
+
+        Args:
+            num_tables: how many of this size may come, this one included; they lie side by side, if they are not too many.
+        """
         with self._lock:
             size = -(-size // _ALIGNED) * _ALIGNED
             if self._chunk is None or self._chunk.num_taken + size > len(self._chunk.current):
-                self._chunk = Chunk(max(size, _CHUNK), self._device)
+                self._chunk = Chunk(max(size, min(num_tables * size, _CHUNK)), self._device)
             start = self._chunk.num_taken
             self._chunk.num_taken = start + size
             return Words(self._chunk, start, start + size)

@@ -25,7 +25,7 @@ class Wake:
 
     def wait(self, seconds: float) -> bool:
         """Whether it is set, at the latest after `seconds`. It stays set."""
-        is_set = self._unset.acquire(timeout=seconds)
+        is_set = self._unset.acquire(timeout=min(max(0.0, seconds), threading.TIMEOUT_MAX))
         if is_set:
             self.set()
         return is_set

@@ -72,7 +72,7 @@ def local_experts_triton(
         with_places=down.sorts_rows,
     )
     hidden_NI = expert_up_triton(x_TH, matrices, slots, schedule, top_k, up)
-    rows_NH = expert_down_triton(hidden_NI, matrices, slots, schedule, expert_weights_TK.view(-1), down)
+    rows_NH = expert_down_triton(hidden_NI, matrices, slots, schedule, expert_weights_TK.view(-1), down, behind_up=True)
     del hidden_NI  # so much less memory at the peak
     return combine_triton(rows_NH, lanes_TK, schedule.places_N)
 

@@ -89,8 +89,8 @@ class TrainingState(Stateful):
     ) -> None:
         check_kind("model", model, nn.Module)
         self.model, self.balancer = model, balancer
-        self.optimizers = [optimizers] if isinstance(optimizers, Optimizer) else optimizers
-        check_kind("optimizers", self.optimizers, Sequence)
+        check_kind("optimizers", optimizers, (Optimizer, Iterable))
+        self.optimizers = [optimizers] if isinstance(optimizers, Optimizer) else list(optimizers)
         for one in self.optimizers:
             check_kind("optimizers", one, Optimizer)
         if balancer is not None:

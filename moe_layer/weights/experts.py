@@ -147,7 +147,7 @@ class Experts(nn.Module):
                 raise ValueError(
                     f"weights must be of experts 0 to {self.resident.num_experts - 1}, got the expert {expert!r}"
                 )
-            check_kind(f"weights of expert {expert}", tensors, Mapping)
+            check_kind(f"weights of expert {expert}", tensors, (Mapping, torch.nn.ParameterDict))
             for name, value in tensors.items():
                 if name not in known:
                     raise ValueError(f"weights of expert {expert} must be among {sorted(known)}, got {name!r}")

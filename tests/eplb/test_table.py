@@ -6,6 +6,8 @@ import torch
 
 from eplb.planning.placement import Placement
 from eplb.planning.shares import equal_shares, table_words
+from eplb.relocation.pool import SlotPool, TensorSpec
+from eplb.relocation.resident import ResidentExperts
 from eplb.relocation.table import ExpertTable, flip, map_lanes, prepared_flip, stage
 from eplb.relocation.table_words import TableWords, Words, runs
 from eplb.streams import HostStreams, streams_of
@@ -95,6 +97,10 @@ def test_restaging_before_the_flip_replaces_what_was_staged():
     assert numbers(table) == AFTER_NUMBERS
 
 
+def test_no_tables_flip_at_once():
+    prepared_flip([])()
+
+
 def test_several_tables_flip_together_and_others_stay():
     tables = [make_table() for _ in range(3)]
     stream = tables[0]._streams.current()
@@ -108,7 +114,7 @@ def test_several_tables_flip_together_and_others_stay():
 
 def test_tables_of_one_memory_lie_side_by_side_and_flip_as_one_piece():
     streams, memory = HostStreams(), TableWords(torch.device("cpu"))
-    tables = [ExpertTable(BEFORE, BEFORE_SHARES, streams, memory) for _ in range(4)]
+    tables = [ExpertTable(BEFORE, BEFORE_SHARES, streams, memory, num_tables=4) for _ in range(4)]
     assert [table.words.start % 4 for table in tables] == [0] * 4, "each begins at 16 bytes"
     parts = [table.words for table in tables]
     chunk, size = parts[0].chunk, parts[0].end
@@ -120,10 +126,30 @@ def test_tables_of_one_memory_lie_side_by_side_and_flip_as_one_piece():
     assert [numbers(table) == AFTER_NUMBERS for table in tables] == [True, True, False, True]
 
 
+def test_tables_of_a_pool_lie_side_by_side_and_a_layer_with_a_pool_of_its_own_takes_no_more_than_it_needs():
+    def layer(pool: SlotPool) -> ResidentExperts:
+        return ResidentExperts(
+            num_experts=4,
+            num_redundant_experts=0,
+            num_shadow_slots=1,
+            rank=0,
+            num_ranks=1,
+            pool=pool,
+            streams=HostStreams(),
+        )
+
+    pool = SlotPool([TensorSpec("weight", (4,), torch.int32)], 3 * 4 + 1)
+    words = [one.table.words for one in [layer(pool) for _ in range(3)]]
+    assert len(runs(words)) == 1
+    alone = layer(SlotPool([TensorSpec("weight", (4,), torch.int32)], 5)).table.words
+    assert len(alone.chunk.current) == alone.end - alone.start == 16
+
+
 def test_a_table_too_large_for_a_chunk_has_one_of_its_own(monkeypatch):
     monkeypatch.setattr("eplb.relocation.table_words._CHUNK", 16)
     streams, memory = HostStreams(), TableWords(torch.device("cpu"))
-    tables = [ExpertTable(BEFORE, BEFORE_SHARES, streams, memory) for _ in range(2)]  # 12 words each
+    tables = [ExpertTable(BEFORE, BEFORE_SHARES, streams, memory, num_tables=9) for _ in range(2)]  # 12 words each
+    assert len(tables[0].words.chunk.current) == 16
     assert tables[0].words.chunk is not tables[1].words.chunk
     monkeypatch.setattr("eplb.relocation.table_words._CHUNK", 4)
     large = ExpertTable(BEFORE, BEFORE_SHARES, streams, memory)

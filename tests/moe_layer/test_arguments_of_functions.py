@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import numpy as np
 import pytest
 import torch
 from torch import nn
@@ -21,6 +22,7 @@ from moe_layer import (
     quantize_experts,
     save_experts_to,
 )
+from moe_layer.arguments import is_number
 from moe_layer.training import (
     abandon_step,
     clip_grad_norm,
@@ -69,7 +71,7 @@ REFUSED = {
     "folder": (lambda: quantisation_of(3), "folder must be a local folder, got 3"),
     "TrainingBalancer": (lambda: TrainingBalancer(None, None), f"model {NO_MODULE}"),
     "TrainingState": (lambda: TrainingState(None, []), f"model {NO_MODULE}"),
-    "optimizers": (lambda: TrainingState(trained(), None), "optimizers is a NoneType: must be a Sequence"),
+    "optimizers": (lambda: TrainingState(trained(), None), "optimizers is a NoneType: must be a Optimizer or Iterable"),
     "an optimizer": (lambda: TrainingState(trained(), [1]), "optimizers is a int: must be a Optimizer"),
     "balancer": (lambda: TrainingState(trained(), [], "x"), "balancer is a str: must be a TrainingBalancer"),
     "ignore_in_ddp": (lambda: ignore_in_ddp(None), f"model {NO_MODULE}"),
@@ -121,3 +123,12 @@ def test_a_state_dict_of_quantised_weights_alone_is_refused(dtype):
 def test_a_state_dict_of_no_tensors_is_refused():
     with pytest.raises(ValueError, match=r"experts\.down_proj is a NoneType: must be a Tensor"):
         make().load_state_dict({"experts.down_proj": None}, strict=False)
+
+
+def test_numbers_of_numpy_and_what_can_be_gone_through_are_taken():
+    model = trained()
+    optimizer = torch.optim.SGD(model.parameters())
+    given = [optimizer]
+    state = TrainingState(model, {"all": optimizer}.values())
+    assert state.optimizers == given and TrainingState(model, given).optimizers is not given
+    assert is_number(np.float32(7)) and is_number(np.int64(2)) and not is_number(10**400) and not is_number(True)

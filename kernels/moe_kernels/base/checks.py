@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
+import numpy as np
 import torch
 
 from moe_kernels.base.backend import has_tma
@@ -38,15 +39,18 @@ def check_tensor(
         raise ValueError(f"{name} has strides {tensor.stride()}: must be contiguous")
 
 
-def check_kind(name: str, value: Any, kind: type) -> None:
-    """`value` is one of our dataclasses."""
+def check_kind(name: str, value: Any, kind: type | tuple[type, ...]) -> None:
+    """`value` is one of our dataclasses, or of another class."""
     if not isinstance(value, kind):
-        raise ValueError(f"{name} is a {type(value).__name__}: must be a {kind.__name__}")
+        kinds = kind if isinstance(kind, tuple) else (kind,)
+        raise ValueError(f"{name} is a {type(value).__name__}: must be a {' or '.join(one.__name__ for one in kinds)}")
 
 
 def check_integer(name: str, value: Any) -> None:
     """`value` is an integer; what range it must be in is the caller's."""
-    if not isinstance(value, (int, torch.SymInt)) or isinstance(value, bool):
+    if type(value) is int:  # as nearly always, and eager forwards check many
+        return
+    if not isinstance(value, (int, torch.SymInt, np.integer)) or isinstance(value, bool):
         raise ValueError(f"{name}={value!r}: must be an integer")
 
 

@@ -116,7 +116,7 @@ def expert_down(
             fp8_block it is `QuantisedRows`.
         matrices: of the same dtype, or quantised; the down projection is used.
         lane_to_slot_L: [L] int32, contiguous; read on the device. Entries of lanes without rows are not used.
-        schedule: of the N flat rows; it and `lane_to_slot_L` were there before `expert_up` was launched.
+        schedule: of the N flat rows.
         row_weights_N: [N] float32, contiguous, in flat order.
         config: tile sizes; `config.block_m` and `config.schedule_extra_m` must be the schedule's.
         backend: see `resolve_backend`.

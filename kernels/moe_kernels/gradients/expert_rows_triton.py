@@ -34,7 +34,8 @@ def expert_rows_triton(
     pre_NJ: torch.Tensor | None = None,
 ) -> torch.Tensor:
     hidden_NI = expert_up_triton(x_RH, matrices, lane_to_slot_L, schedule, fanout, up, pre_NJ)
-    rows_NH = expert_down_triton(hidden_NI, matrices, lane_to_slot_L, schedule, row_weights_N, down)
+    arguments = (hidden_NI, matrices, lane_to_slot_L, schedule, row_weights_N, down)
+    rows_NH = expert_down_triton(*arguments, behind_up=True)
     del hidden_NI  # so much less memory at the peak
     return rows_NH if lanes_TK is None else combine_triton(rows_NH, lanes_TK)
 

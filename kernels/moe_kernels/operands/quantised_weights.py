@@ -186,10 +186,11 @@ def num_block_rows(rows: int, blocks_of: int | None = None) -> int:
     return rows // blocks_of * cdiv(blocks_of, BLOCK)
 
 
+_FLOATS = (torch.bfloat16, torch.float16, torch.float32)
 _DTYPES = {  # of weights and scales
-    "fp8_block": (torch.float8_e4m3fn, torch.float32),
-    "mxfp4": (torch.uint8, torch.uint8),
-    "int4": (torch.uint8, torch.bfloat16),
+    "fp8_block": ((torch.float8_e4m3fn,), _FLOATS),
+    "mxfp4": ((torch.uint8,), (torch.uint8,)),
+    "int4": ((torch.uint8,), _FLOATS),
 }
 
 
@@ -200,13 +201,13 @@ def _check_stored(weight: torch.Tensor, scale: torch.Tensor | None, zero: torch.
         raise ValueError(f"weight has shape {tuple(weight.shape)}: must be [..., N, K]")
     if scheme == "plain":
         return
-    of_zero = torch.uint8 if scheme == "int4" else None
-    for name, part, dtype in zip(
+    of_zero = (torch.uint8,) if scheme == "int4" else ()
+    for name, part, dtypes in zip(
         ("weight", "scale", "zero"), (weight, scale, zero), (*_DTYPES[scheme], of_zero), strict=True
     ):
-        if part is not None and getattr(part, "dtype", None) != dtype:
+        if part is not None and getattr(part, "dtype", None) not in dtypes:
             found = getattr(part, "dtype", type(part).__name__)
-            rule = "None" if dtype is None else str(dtype)
+            rule = " or ".join(map(str, dtypes)) or "None"
             raise ValueError(f"{name} is of {found}: must be {rule} with scheme={scheme!r}")
     if zero is not None and (scale is None or zero.shape != scale.shape):
         raise ValueError(f"zero has shape {tuple(zero.shape)}: must be that of scale")

@@ -97,8 +97,8 @@ def _fill(
 ):  # fmt: skip
     """Four warps: load all steps of all tiles, each as soon as its stage is empty.
 
-    The tiles and slots are older than `expert_up`, all of whose programs have waited: so they, and weights, are read before
-    the wait.
+    With BEHIND_UP the tiles and slots are older than `expert_up`, all of whose programs have waited: so they, and weights, are
+    read before the wait.
     """
     rows, _, scales, filled, emptied = ring
     STEPS: gl.constexpr = (INTERMEDIATE + SIDE - 1) // SIDE
@@ -248,12 +248,15 @@ def _expert_down_fp8_few_kernel(
     INTERMEDIATE: gl.constexpr,
     # constants
     PDL: gl.constexpr,
+    BEHIND_UP: gl.constexpr,
     # tunables
     M: gl.constexpr,
     STAGES: gl.constexpr,
     GROUP_M: gl.constexpr,
 ):
     """Every num_programs-th of: a tile of rows, 256 columns of the output. Waits where its warps part: see `_fill`."""
+    if PDL and not BEHIND_UP:
+        gdc_wait()  # the schedule may be what the kernel before makes
     ring = _new_ring(M, STAGES)
     tiles = (tile_lane_ptr, tile_start_ptr, tile_end_ptr, gl.load(num_tiles_ptr, cache_modifier=".cg"))
     outputs = (rows_ptr, homes_ptr, rows_per_home)
@@ -282,10 +285,13 @@ def expert_down_fp8_few(
     config: GemmConfig,
     homes: RowHomes | None,
     rows_NH: torch.Tensor,
+    *,
+    behind_up: bool,
 ) -> None:
     """Launches the kernel; arguments as `expert_down`'s and `expert_down_home`'s, and where to write without homes.
 
-    `schedule` and `lane_to_slot_L` must be older than the kernel launched last, as they are if that is `expert_up`.
+    With `behind_up`, `schedule` and `lane_to_slot_L` must be older than the kernel launched last, as they are if that is
+    `expert_up`: they, and weights, are read while it runs.
     """
     down_SHI, scale, bias_SH = matrices.down_SHI, matrices.down_scale, matrices.down_bias_SH
     assert scale is not None
@@ -313,6 +319,7 @@ def expert_down_fp8_few(
         0 if bias_SH is None else bias_SH.stride(0),
         HIDDEN_SIZE=hidden_size,
         INTERMEDIATE=values.shape[1],
+        BEHIND_UP=behind_up,
         M=config.block_m,
         STAGES=config.num_stages,
         GROUP_M=config.group_m,

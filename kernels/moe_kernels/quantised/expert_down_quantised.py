@@ -135,6 +135,8 @@ def expert_down_quantised(
     row_weights_N: torch.Tensor,
     config: GemmConfig,
     homes: RowHomes | None = None,
+    *,
+    behind_up: bool = False,
 ) -> torch.Tensor:
     bias_SH, scale, zero = matrices.down_bias_SH, matrices.down_scale, matrices.down_zero
     assert scale is not None
@@ -149,8 +151,11 @@ def expert_down_quantised(
     rows_NH = values.new_empty(shape, dtype=dtype) if homes is None else homes.own
     if config.tma:
         assert isinstance(hidden_NI, QuantisedRows)
-        down = expert_down_fp8_few if config.swap else expert_down_fp8
-        down(hidden_NI, matrices, lane_to_slot_L, schedule, row_weights_N, config, homes, rows_NH)
+        arguments = (hidden_NI, matrices, lane_to_slot_L, schedule, row_weights_N, config, homes, rows_NH)
+        if config.swap:
+            expert_down_fp8_few(*arguments, behind_up=behind_up)
+        else:
+            expert_down_fp8(*arguments)
         return rows_NH
     grid = (schedule.tile_lane.shape[0] * cdiv(hidden_size, config.block_n),)
     if grid[0]:

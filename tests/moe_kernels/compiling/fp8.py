@@ -23,7 +23,7 @@ def compile_few(
     types |= dict.fromkeys(("hidden_scale_ptr", "scale_ptr", "row_weights_ptr"), fp32)
     constants = {"PDL": True, "M": config.block_m, "STAGES": config.num_stages, "GROUP_M": config.group_m}
     constants |= {"HIDDEN_SIZE": sizes[0], "INTERMEDIATE": sizes[1]} | ({} if biased else {"bias_ptr": None})
-    for more in ({"homes_ptr": None}, {}):
+    for more in ({"homes_ptr": None, "BEHIND_UP": True}, {"BEHIND_UP": False}):
         compiled = compile_kernel(
             "expert_down_fp8_few",
             "_expert_down_fp8_few_kernel",
@@ -37,6 +37,8 @@ def compile_few(
         check_hopper(compiled)
         weights, wait = ptx.find("cp.async.bulk.tensor"), ptx.find("griddepcontrol.wait")
         assert weights != -1 and wait < ptx.find("st.global"), "must have waited when it stores"
+        if not more["BEHIND_UP"]:
+            assert wait < min(weights, ptx.find("ld.global")), "the schedule may be what the kernel before makes"
         assert re.search(r"st\.global\S*v4\.b32", ptx), "rows must be stored 16 bytes at a time"
 
 
