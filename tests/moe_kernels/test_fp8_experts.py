@@ -100,7 +100,10 @@ def test_few_rows_have_the_bits_of_the_plain_kernels(
     matrices, num_rows = quantised(experts, "fp8_block", form, dtype), experts.lanes_N.numel()
     here = experts.lanes_N >= 0
     up = GemmConfig(rows, 256, 128, 4, 3, swap=True, quantised=True)
-    plain, few = GemmConfig(rows, 128, 128, 4, 4, quantised=True), replace(RING, block_m=rows, num_stages=5, swap=True)
+    plain, few = (
+        GemmConfig(rows, 128, 128, 4, 4, swap=True, quantised=True),
+        replace(RING, block_m=rows, num_stages=5, swap=True),
+    )
     found = []
     for down in (plain, few):
         case = Case(experts, matrices, (up, down))
