@@ -60,7 +60,7 @@ def test_without_forwards_a_step_is_the_wait_and_what_the_host_does(tmp_path, ra
         "--replay",
         "3",
         "--steps",
-        "150",
+        "300",
         "--interval",
         "60",
     ]
