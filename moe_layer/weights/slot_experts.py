@@ -35,6 +35,7 @@ class SlotExperts(Experts):
     """
 
     trainable = False
+    _version = 2  # that PyTorch notes in a state dict; 1: mxfp4's codes lay in another order
 
     def __init__(
         self,
@@ -127,6 +128,8 @@ class SlotExperts(Experts):
             for spec, value in given.items()
             if spec.name not in exact and value.dtype not in (*FLOATS, torch.float64)
         ]
+        if given and self.format.scheme == "mxfp4" and local_metadata.get("version", 2) < 2:
+            wrong.append(f"{prefix[:-1]} was saved with another order of mxfp4's codes: load the checkpoint instead")
         torn = self.format.torn({spec.name for spec in given})
         if torn is not None:
             wrong.append(f"{prefix}{torn[0]} must come with {prefix}{torn[1]}: apart they mean nothing")

@@ -17,6 +17,7 @@ from moe_kernels import (
     gemm_configs,
     has_tma,
 )
+from moe_kernels.gemms import expert_up_tma
 from moe_kernels.gemms.combine import combine_triton
 from moe_kernels.gemms.expert_down_triton import expert_down_triton
 from moe_kernels.operands.config import _TABLE_TMA
@@ -59,6 +60,15 @@ def routed(experts, name, lanes_N):
 
 
 def run(experts, config, backend="triton", activation="silu"):
+    """Rows by a configuration; of pairs by a second launch, as the first of a kernel has no clusters."""
+    if config.pairs and torch.cuda.is_available():
+        first, second = (run_once(experts, config, backend, activation) for _ in range(2))
+        assert all(map(torch.equal, first, second))
+        return second
+    return run_once(experts, config, backend, activation)
+
+
+def run_once(experts, config, backend, activation):
     schedule = build_schedule(
         experts.lanes_N, experts.counts_L, block_m=config.block_m, extra_m=config.schedule_extra_m, backend=backend
     )
@@ -280,3 +290,26 @@ def test_tma_refuses_what_it_cannot_load(make_experts):
     )
     with pytest.raises(ValueError, match=r"gate_up_SNH has strides .* multiples of 16 bytes"):
         run(experts, NARROW)
+
+
+@pytest.mark.parametrize(("intermediate", "clusters"), [(64, 0), (72, 1)])
+def test_pairs_of_up_need_two_column_blocks(make_experts, monkeypatch, intermediate, clusters):
+    """The kernel counts tiles by its programs: with one column block, the program beside an odd last would pass for a tile."""
+    experts = make_experts(90, 2, 3, 64, intermediate, torch.bfloat16)
+    schedule = build_schedule(experts.lanes_N, experts.counts_L, block_m=128, extra_m=64)
+    kernel, seen = expert_up_tma._expert_up_tma_kernel, []
+
+    class Noting:
+        def __getitem__(self, grid):
+            return lambda *arguments, **constants: (
+                seen.append(constants["CLUSTERS"]),
+                kernel[grid](*arguments, **constants),
+            )
+
+    monkeypatch.setattr(expert_up_tma, "_expert_up_tma_kernel", Noting())
+    config, inputs = replace(MERGED, pairs=1), (experts.x_RH, experts.matrices, experts.lane_to_slot_L, schedule)
+    for _ in range(2):
+        hidden = expert_up(*inputs, fanout=experts.fanout, config=config, backend="triton")
+    num_rows = int(schedule.offsets_L1[-1])
+    without = expert_up(*inputs, fanout=experts.fanout, config=MERGED, backend="triton")
+    assert torch.equal(hidden[:num_rows], without[:num_rows]) and seen == [clusters, clusters, 0]

@@ -126,6 +126,22 @@ def test_state_dicts_bit_for_bit(scheme, device):
 
 
 @every_scheme
+def test_a_state_dict_of_another_order_of_codes_is_refused(scheme):
+    layer, other = make_quantised(scheme, "cpu"), make_quantised(scheme, "cpu", seed=1)
+    saved, before = layer.state_dict(), other.state_dict()
+    assert saved._metadata["experts"] == {"version": 2}
+    saved._metadata["experts"]["version"] = 1
+    if scheme == "mxfp4":
+        with pytest.raises(RuntimeError, match="experts was saved with another order of mxfp4's codes"):
+            other.load_state_dict(saved)
+        assert all(same_bytes(value, before[name]) for name, value in other.state_dict().items())
+    else:
+        other.load_state_dict(saved)
+    other.load_state_dict(dict(layer.state_dict()))  # whoever drops the version is believed
+    assert all(same_bytes(value, layer.state_dict()[name]) for name, value in other.state_dict().items())
+
+
+@every_scheme
 def test_single_experts(scheme, device):
     layer, other = make_quantised(scheme, device), make_quantised(scheme, device, seed=1)
     new = records(other)

@@ -291,7 +291,8 @@ def expert_up_tma(
     check_tma_address("matrices.gate_up_SNH", gate_up_SNH)
     slots, num_rows, hidden_size = gate_up_SNH.shape
     intermediate, block_i, stride_slot = matrices.down_SHI.shape[2], config.block_n // 2, slot_stride(gate_up_SNH)
-    grid = (schedule.tile_lane.shape[0] * cdiv(intermediate, block_i),)
+    column_blocks = cdiv(intermediate, block_i)
+    grid = (schedule.tile_lane.shape[0] * column_blocks,)
     if not grid[0]:
         return
     if config.swap or not matrices.is_gated:
@@ -330,7 +331,8 @@ def expert_up_tma(
         BLOCK_K=config.block_k,
         GROUP_M=config.group_m,
         BY_LANE=config.by_lane,
-        CLUSTERS=config.pairs,
+        # The kernel counts tiles by its programs: with one column block, the one beside an odd last would pass for a tile.
+        CLUSTERS=config.pairs if column_blocks > 1 else 0,
         num_warps=config.num_warps,
         num_stages=config.num_stages,
     )
