@@ -51,7 +51,7 @@ class EplbController:
         transport: Transport | None = None,
         clock: Clock = time.monotonic,
     ) -> None:
-        self.config = EplbConfig.model_validate(config or {})
+        self.config = EplbConfig.model_validate({} if config is None else config)
         self._transport = transport or TorchTransport(process_group)
         self._clock = clock
         self._policy = self.config.make_policy()

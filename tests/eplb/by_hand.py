@@ -20,9 +20,11 @@ def sim_streams(num_computes: int = 2) -> SimStreams:
     return SimStreams(Faults(random.Random(0)), num_computes)
 
 
-def make_layer(streams: DeviceStreams, num_experts: int = 2, num_shadow_slots: int = 1) -> ResidentExperts:
-    """Expert e's weights are 100 + e."""
-    pool = SlotPool([TensorSpec("weight", (4,), torch.int32)], num_experts + num_shadow_slots)
+def make_layer(
+    streams: DeviceStreams, num_experts: int = 2, num_shadow_slots: int = 1, pool: SlotPool | None = None
+) -> ResidentExperts:
+    """Expert e's weights are 100 + e; in a pool of its own if none is given."""
+    pool = pool or SlotPool([TensorSpec("weight", (4,), torch.int32)], num_experts + num_shadow_slots)
     layer = ResidentExperts(
         num_experts=num_experts,
         num_redundant_experts=0,

@@ -457,7 +457,7 @@ def test_a_controller_takes_a_config_or_what_it_is_made_of():
     assert EplbController({"step_interval": 7}).config == config and EplbController().config == EplbConfig()
 
 
-@pytest.mark.parametrize("config", ["async", {"step_interval": 0}, {"stepinterval": 7}, 3])
+@pytest.mark.parametrize("config", ["async", {"step_interval": 0}, {"stepinterval": 7}, 3, 0, "", False])
 def test_a_controller_refuses_what_is_no_config(config):
     with pytest.raises(ValueError, match="EplbConfig"):
         EplbController(config)

@@ -7,10 +7,10 @@ import torch
 from eplb.planning.placement import Placement
 from eplb.planning.shares import equal_shares, table_words
 from eplb.relocation.pool import SlotPool, TensorSpec
-from eplb.relocation.resident import ResidentExperts
 from eplb.relocation.table import ExpertTable, flip, map_lanes, prepared_flip, stage
 from eplb.relocation.table_words import TableWords, Words, runs
 from eplb.streams import HostStreams, streams_of
+from tests.eplb.by_hand import make_layer
 
 ONE = 1 << 30
 
@@ -127,21 +127,10 @@ def test_tables_of_one_memory_lie_side_by_side_and_flip_as_one_piece():
 
 
 def test_tables_of_a_pool_lie_side_by_side_and_a_layer_with_a_pool_of_its_own_takes_no_more_than_it_needs():
-    def layer(pool: SlotPool) -> ResidentExperts:
-        return ResidentExperts(
-            num_experts=4,
-            num_redundant_experts=0,
-            num_shadow_slots=1,
-            rank=0,
-            num_ranks=1,
-            pool=pool,
-            streams=HostStreams(),
-        )
-
     pool = SlotPool([TensorSpec("weight", (4,), torch.int32)], 3 * 4 + 1)
-    words = [one.table.words for one in [layer(pool) for _ in range(3)]]
+    words = [one.table.words for one in [make_layer(HostStreams(), 4, pool=pool) for _ in range(3)]]
     assert len(runs(words)) == 1
-    alone = layer(SlotPool([TensorSpec("weight", (4,), torch.int32)], 5)).table.words
+    alone = make_layer(HostStreams(), 4).table.words
     assert len(alone.chunk.current) == alone.end - alone.start == 16
 
 
