@@ -125,8 +125,7 @@ class EplbController:
         if config.use_async:
             self._run_in_background(worker, streams)
         else:
-            adopt = functools.partial(self._adopt, worker)
-            self._inside_step = InsideStep(worker, self._windows, config, adopt, self._clock, self._wake)
+            self._inside_step = InsideStep(worker, self._windows, config, self._clock, self._wake)
         atexit.register(self.close)
         return worker
 
@@ -154,15 +153,16 @@ class EplbController:
         if streams is None:
             raise RuntimeError("step() without any MoE layer: register() a model that has one first")
         # Few objects and calls: behind a forward nothing is in the interpreter's caches.
-        is_quiet = worker is not None and worker.inbox.waiting is None and self._steps + 1 < self._next_due
-        if is_quiet and self._inside_step is None and streams.current_handle() in streams.gate.ordered:
+        posted = worker and worker.inbox.posted
+        adopts = (posted and posted.flipped is None) or streams.current_handle() not in streams.gate.ordered
+        if not adopts and self._steps + 1 < self._next_due and self._inside_step is None:
             self._steps += 1
             return
         if streams.is_capturing():
             return
         worker = worker or self._start(streams)
-        if worker.inbox.waiting is not None or streams.current_handle() not in streams.gate.ordered:
-            self._adopt(worker)
+        if adopts:
+            worker.inbox.adopt()
         self._steps += 1
         if self._steps >= self._next_due:
             self._record_load(worker)
@@ -179,16 +179,6 @@ class EplbController:
             except Exception as error:
                 worker.note_failure("the load could not be recorded; its window is lost", error)
         self._next_due = min(recorder.next_due(self._steps) for recorder in self._windows.values())
-
-    def _adopt(self, worker: Worker) -> None:
-        """Flip a published version in, if there is one."""
-        assert self._streams is not None
-        try:
-            if worker.inbox.flip(self._streams):
-                self._wake.set()  # grace has begun here; nothing else tells the worker
-        except Exception as error:
-            # The old tables stay in force, the slots that they name too, and the next step tries again (I6).
-            worker.note_failure("a flip could not be enqueued", error)
 
     @contextmanager
     def quiesced(self) -> Iterator[None]:
@@ -214,13 +204,13 @@ class EplbController:
                 if worker.is_lost:
                     raise RuntimeError(f"the ranks cannot agree that relocations have come to rest: {self.health()}")
                 if worker.is_over and worker.is_published:
-                    self._adopt(worker)  # a rank left: all ranks heard the same, so all have the same tables then
+                    worker.inbox.adopt()  # a rank left: all ranks heard the same, so all have the same tables then
                     break
                 self._wake.set()
                 if self._thread is None:
                     worker.tick(lambda: not worker.mailbox.is_held)
                 time.sleep(self.config.round_interval / 10)
-                self._adopt(worker)
+                worker.inbox.adopt()
                 if time.monotonic() > deadline:
                     raise TimeoutError(
                         f"relocations did not come to rest within quiesce_timeout={self.config.quiesce_timeout} s: "
@@ -337,7 +327,7 @@ class EplbController:
                 self._thread.close(self.config.close_timeout)
             elif self._inside_step is not None:
                 self._inside_step.close(self.config.close_timeout)
-            self._adopt(self._worker)
+            self._worker.inbox.adopt()
         if self.is_over:
             for layer in self._layers:
                 layer.resident.controller = None

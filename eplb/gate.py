@@ -36,7 +36,9 @@ class CurrentStreams(Protocol):
 
     def current_handle(self) -> int: ...
 
-    def is_capturing(self, stream: StreamLike | None = None) -> bool: ...
+    def is_capturing(self) -> bool: ...
+
+    def is_captured(self, stream: StreamLike) -> bool: ...
 
 
 class Gate:
@@ -48,7 +50,9 @@ class Gate:
         keys: a new one for each pin.
         inside: the pins that choose now, by key, and the thread of each. The same thread may enter again.
         is_closing: how many flips wait.
-        ordered: the streams that ran forwards and are behind the last flip, by handle.
+        seen: the streams that ran forwards, by handle.
+        ordered: those of them that are behind the last flip.
+        last_flip: the event behind it.
         dropped: keys of pins that were freed inside, as by a KeyboardInterrupt. A deque, because a finalizer may run
             while its own thread holds the lock, and appending needs none.
     """
@@ -61,11 +65,11 @@ class Gate:
         self.ordered: dict[int, StreamLike] = {}
         self.dropped: deque[int] = deque()
         self.current_handle = streams.current_handle
-        self.is_captured = streams.is_capturing
+        self.is_captured = streams.is_captured
+        self.seen: dict[int, StreamLike] = {}
+        self.last_flip: EventLike | None = None
         self._streams = streams
         self._changed = threading.Condition(self.lock)
-        self._seen: dict[int, StreamLike] = {}
-        self._last_flip: EventLike | None = None
 
     # ---- with the lock held
 
@@ -91,12 +95,12 @@ class Gate:
         """
         stream = self.ordered.get(handle)
         if stream is None and not self._streams.is_capturing():
-            stream = self._seen.get(handle)
+            stream = self.seen.get(handle)
             if stream is None:
                 stream = self._streams.current()
-            if self._last_flip is not None:
-                stream.wait_event(self._last_flip)
-            self._seen[handle] = self.ordered[handle] = stream
+            if self.last_flip is not None:
+                stream.wait_event(self.last_flip)
+            self.seen[handle] = self.ordered[handle] = stream
         return stream
 
     # ---- flips
@@ -118,35 +122,29 @@ class Gate:
             self.is_closing -= 1
             self._changed.notify_all()
 
-    def begin_flip(self) -> tuple[StreamLike, list[StreamLike]]:
-        """Behind `wait_until_empty()`: make the calling thread's stream wait for every stream that ran a forward.
+    def order_before(self, handle: int, stream: StreamLike) -> list[StreamLike]:
+        """Of the calling thread, which flips on it: make it wait for every other stream that ran a forward.
 
         Returns:
-            The calling thread's stream, and those that it cannot wait for because they are being captured.
+            The streams that it cannot wait for because they are being captured.
         """
-        handle = self.current_handle()
-        stream = self.ordered.get(handle) or self.note(handle)
-        assert stream is not None, "no flip while the stream is captured"
-        captured = self._join(stream) if len(self._seen) > 1 else []
+        captured = self._join(stream)
         self.ordered = {handle: stream}
-        return stream, captured
+        return captured
 
-    def end_flip(self, stream: StreamLike, event: EventLike | None = None) -> EventLike:
-        """After the flip was enqueued on `stream`: put all other streams behind it.
+    def order_after(self, flipped: EventLike) -> None:
+        """Put all other streams behind the flip that was enqueued."""
+        for handle, other in self.seen.items():
+            if handle not in self.ordered and not self.is_captured(other):
+                other.wait_event(flipped)
+                self.ordered[handle] = other
 
-        Returns:
-            What is recorded behind it: `event`, or a new one.
-        """
-        flipped: EventLike = stream.record_event(event)
-        self._last_flip = flipped
-        if len(self._seen) > 1:
-            for handle, other in self._seen.items():
-                if handle not in self.ordered and not self._streams.is_capturing(other):
-                    other.wait_event(flipped)
-                    self.ordered[handle] = other
-        return flipped
+    # ---- others
 
-    # ---- others who need to be behind all forwards
+    def enter(self) -> None:
+        """Note the calling thread's stream as one that runs forwards, as it may replay graphs of them."""
+        with self.lock:
+            self.note(self.current_handle())
 
     def join(self, stream: StreamLike) -> None:
         """Make `stream` wait for all forwards enqueued so far, on whichever stream."""
@@ -157,15 +155,15 @@ class Gate:
         """One behind all forwards enqueued so far, for each stream."""
         stream = self._streams.current()
         with self.lock:
-            others = [other for other in self._seen.values() if other != stream]
-            return [one.record_event() for one in (stream, *others) if not self._streams.is_capturing(one)]
+            others = [other for other in self.seen.values() if other != stream]
+            return [one.record_event() for one in (stream, *others) if not self.is_captured(one)]
 
     def _join(self, stream: StreamLike) -> list[StreamLike]:
         captured = []
-        for other in self._seen.values():
+        for other in self.seen.values():
             if other == stream:
                 continue
-            if self._streams.is_capturing(other):
+            if self.is_captured(other):
                 captured.append(other)
             else:
                 stream.wait_event(other.record_event())

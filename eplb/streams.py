@@ -55,12 +55,16 @@ class DeviceStreams(Protocol):
         """
         ...
 
-    def make_event(self) -> EventLike | None:
-        """For `record_event()` to come: the device is asked for it now. None if there is nothing to ask for."""
+    def make_event(self) -> tuple[EventLike, Callable[[StreamLike], object]]:
+        """An event for which the device is asked now, and what records it on a stream, which then takes little time."""
         ...
 
-    def is_capturing(self, stream: StreamLike | None = None) -> bool:
-        """Whether `stream`, or the calling thread's current one, is being captured into a CUDA graph."""
+    def is_capturing(self) -> bool:
+        """Whether the calling thread's current stream is being captured into a CUDA graph."""
+        ...
+
+    def is_captured(self, stream: StreamLike) -> bool:
+        """Whether `stream` is being captured into a CUDA graph."""
         ...
 
     def adopt_thread(self) -> None:
@@ -106,10 +110,13 @@ class HostStreams:
     def run_here(self, work: Callable[[], object]) -> None:
         work()
 
-    def make_event(self) -> None:
-        return None
+    def make_event(self) -> tuple[EventLike, Callable[[StreamLike], object]]:
+        return _Done(), lambda _: None
 
-    def is_capturing(self, stream: StreamLike | None = None) -> bool:
+    def is_capturing(self) -> bool:
+        return False
+
+    def is_captured(self, stream: StreamLike) -> bool:
         return False
 
     def adopt_thread(self) -> None:
@@ -125,6 +132,7 @@ class CudaStreams:
         self.side: StreamLike = torch.cuda.Stream(device, priority=-1)
         # No function of Python's between: each step asks, and finds nothing in the caches.
         self.current_handle: Callable[[], int] = functools.partial(torch._C._cuda_getCurrentRawStream, device.index)
+        self._current_device, self._is_capturing = torch._C._cuda_getDevice, torch._C._cuda_isCurrentStreamCapturing
         self.gate = Gate(self)
 
     def current(self) -> StreamLike:
@@ -141,18 +149,20 @@ class CudaStreams:
     def run_here(self, work: Callable[[], object]) -> None:
         work()
 
-    def make_event(self) -> EventLike:
-        event: EventLike = self.side.record_event()  # the first record makes it
-        return event
+    def make_event(self) -> tuple[EventLike, Callable[[StreamLike], object]]:
+        event: torch.cuda.Event = self.side.record_event()  # the first record makes it
+        # The method of C, without Python's around it.
+        return event, super(torch.cuda.Event, event).record  # type: ignore[return-value]
 
-    def is_capturing(self, stream: StreamLike | None = None) -> bool:
-        if stream is not None and stream.cuda_stream != self.current_handle():  # type: ignore[attr-defined]
-            with torch.cuda.stream(stream):  # type: ignore[arg-type]
-                return torch.cuda.is_current_stream_capturing()
-        if torch._C._cuda_getDevice() == self.device.index:  # as nearly always; the context costs 2 µs
-            return torch._C._cuda_isCurrentStreamCapturing()
+    def is_capturing(self) -> bool:
+        if self._current_device() == self.device.index:  # as nearly always; the context costs 2 µs
+            return self._is_capturing()
         with torch.cuda.device(self.device):
-            return torch.cuda.is_current_stream_capturing()
+            return self._is_capturing()
+
+    def is_captured(self, stream: StreamLike) -> bool:
+        with torch.cuda.stream(stream):  # type: ignore[arg-type]
+            return self._is_capturing()
 
     def adopt_thread(self) -> None:
         """Select the device, and take this thread out of the way of graph captures on other threads.

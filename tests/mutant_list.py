@@ -75,10 +75,10 @@ RELOCATION = (
     # A flip is not ordered behind the other streams' forwards.
     Mutant(
         "eplb/gate.py",
-        "captured = self._join(stream) if len(self._seen) > 1 else []",
+        "captured = self._join(stream)",
         "captured = []",
         (f"{E}streams.py", f"{E}fill.py", SIMULATION),
-        inside="def begin_flip(",
+        inside="def order_before(",
     ),
     # Other streams are not ordered behind a flip.
     Mutant(
@@ -86,12 +86,12 @@ RELOCATION = (
         "other.wait_event(flipped)",
         "pass",
         (f"{E}streams.py", f"{E}fill.py", SIMULATION),
-        inside="def end_flip(",
+        inside="def order_after(",
     ),
     # A stream that runs its first forward after a flip is ordered behind nothing.
     Mutant(
         "eplb/gate.py",
-        "if self._last_flip is not None:",
+        "if self.last_flip is not None:",
         "if False:",
         (f"{E}streams.py", f"{E}fill.py", f"{L}flips.py", SIMULATION),
         inside="def note(",
@@ -109,6 +109,20 @@ RELOCATION = (
         "if found and found[-1].chunk is part.chunk and found[-1].end == part.start:",
         "if found and found[-1].chunk is part.chunk:",
         (f"{E}table.py",),
+    ),
+    # A second stream that ran forwards is forgotten by a flip.
+    Mutant(
+        "eplb/relocation/handoff.py",
+        "others = len(gate.seen) > 1",
+        "others = False",
+        (f"{E}gate.py", f"{E}handoff.py", SIMULATION),
+    ),
+    # A flip does not wait for the upload of its tables.
+    Mutant(
+        "eplb/relocation/handoff.py",
+        "self._staged = None if staged.query() else staged",
+        "self._staged = None",
+        (f"{E}handoff.py", f"{E}gate.py", f"{E}fill.py", SIMULATION),
     ),
     # A flip may happen while another thread chooses.
     Mutant(
@@ -433,8 +447,8 @@ CONTROLLER = (
     # A flip that could not be enqueued is lost.
     Mutant(
         "eplb/relocation/handoff.py",
-        "handoff.flip(streams)",
-        "self.waiting = None; handoff.flip(streams)",
+        "streams.run_here(self._copy)",
+        "self.flipped = self._event; streams.run_here(self._copy)",
         (f"{E}handoff.py",),
     ),
     # Loading weights does not wait for relocations under way.

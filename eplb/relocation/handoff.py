@@ -1,7 +1,6 @@
 """Rebalance, publish → flip: `Handoff`, a version on its way to the main thread; `Inbox`, where it waits for a flip."""
 
-import threading
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 from eplb.gate import EventLike
 from eplb.relocation.events import CpuGpuEvent
@@ -26,19 +25,22 @@ class Handoff:
 
     def __init__(self, version: int, layers: Sequence[tuple[ResidentExperts, Version]], staged: CpuGpuEvent) -> None:
         self.version = version
-        self.staged = staged
         self.flipped: EventLike | None = None
         # Prepared here, by the worker: the thread that flips has a forward to run, and nothing of this in its caches.
+        self._staged = None if staged.query() else staged
         self._versions = [(layer.versions, version) for layer, version in layers]
         self.layers = [layer for layer, _ in layers]
         self._copy = prepared_flip([layer.table for layer in self.layers])
-        self._event = self.layers[0].streams.make_event() if self.layers else None
+        self._event, self._record = layers[0][0].streams.make_event()
 
-    def flip(self, streams: DeviceStreams) -> None:
+    def flip(self, streams: DeviceStreams) -> bool:
         """Enqueue the flip on the calling thread's stream, between all forwards before and all after it.
 
         Once it has succeeded, another call does nothing. One that raised, at whatever point, is made again: until then the
         old versions stay in force, and their slots too (I6).
+
+        Returns:
+            Whether this call has done it.
 
         Raises:
             RuntimeError, TimeoutError: of `Gate.wait_until_empty()`.
@@ -48,43 +50,60 @@ class Handoff:
             if gate.inside or gate.dropped:
                 gate.wait_until_empty()
             if self.flipped is not None:
-                return
-            stream, captured = gate.begin_flip()
-            self.staged.wait(stream, timeout=0, consume=False)
+                return False
+            # One function, and nothing that need not be called: behind a forward each takes a microsecond or two.
+            handle = gate.current_handle()
+            stream = gate.ordered.get(handle) or gate.note(handle)
+            assert stream is not None, "no flip while the stream is captured"
+            others = len(gate.seen) > 1
+            captured = gate.order_before(handle, stream) if others else ()
+            if self._staged is not None:
+                self._staged.wait(stream, timeout=0, consume=False)
             streams.run_here(self._copy)
-            flipped = gate.end_flip(stream, self._event)
+            self._record(stream)
+            gate.last_flip = self._event
+            if others:
+                gate.order_after(self._event)
             if captured:
                 for layer in self.layers:
                     layer.pins.used_on(layer.current.number, *captured)
             for versions, version in self._versions:
                 versions.current = version
-            self.flipped = flipped  # last: it is what grace asks for
+            self.flipped = self._event  # last: it is what grace asks for
+            return True
 
 
 class Inbox:
-    """Holds at most one handoff. The worker posts it; a thread that steps flips it."""
+    """The worker posts a handoff; a thread that steps flips it. The next one is posted when it was.
 
-    def __init__(self) -> None:
-        self._lock = threading.Lock()
-        self.waiting: Handoff | None = None
+    Args:
+        notify: called when a step has flipped: grace has begun here, and nothing else tells the worker.
+        note_failure: called with what failed, and the error.
+
+    Attributes:
+        posted: the last one; it waits while `flipped` is None.
+    """
+
+    def __init__(
+        self, streams: DeviceStreams, notify: Callable[[], None], note_failure: Callable[[str, BaseException], None]
+    ) -> None:
+        self.posted: Handoff | None = None
+        self._streams = streams
+        self._notify = notify
+        self._note_failure = note_failure
 
     def post(self, handoff: Handoff) -> None:
-        with self._lock:
-            assert self.waiting is None or self.waiting.flipped is not None, "a version was skipped"
-            self.waiting = handoff
+        assert self.posted is None or self.posted.flipped is not None, "a version was skipped"
+        self.posted = handoff
 
-    def flip(self, streams: DeviceStreams) -> bool:
-        """Flip the handoff that waits, if there is one; whether there was. It stays there until it was flipped.
-
-        Notes the calling thread's stream as one that runs forwards, as it may replay graphs of them.
-        """
-        with self._lock:
-            handoff = self.waiting
-            if handoff is not None:
-                handoff.flip(streams)
-                self.waiting = None
-                return True
-        gate = streams.gate
-        with gate.lock:
-            gate.note(gate.current_handle())
-        return False
+    def adopt(self) -> None:
+        """Flip what waits. The calling thread's stream counts as one that runs forwards, as it may replay graphs of them."""
+        posted = self.posted
+        try:
+            if posted is None or posted.flipped is not None:
+                self._streams.gate.enter()
+            elif posted.flip(self._streams):
+                self._notify()
+        except Exception as error:
+            # The old tables stay in force, the slots that they name too, and the next step tries again (I6).
+            self._note_failure("a flip could not be enqueued", error)

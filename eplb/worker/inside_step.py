@@ -1,7 +1,6 @@
 """Rebalance, worker: `InsideStep` lets it tick on the main thread, inside `step()` (``use_async=False``)."""
 
 import time
-from collections.abc import Callable
 
 from eplb.config import EplbConfig
 from eplb.load_window import LoadWindowRecorder
@@ -20,7 +19,6 @@ class InsideStep:
     counts as no load; nobody waits for it.
 
     Args:
-        adopt: flips a published version in, if there is one.
         wake: set when there is something to tick for.
     """
 
@@ -29,14 +27,12 @@ class InsideStep:
         worker: Worker,
         windows: dict[Work, LoadWindowRecorder],
         config: EplbConfig,
-        adopt: Callable[[], None],
         clock: Clock,
         wake: Wake,
     ) -> None:
         self._worker = worker
         self._windows = windows
         self._config = config
-        self._adopt = adopt
         self._clock = clock
         self._wake = wake
         self._num_due = 0
@@ -62,7 +58,7 @@ class InsideStep:
         while self._is_unfinished():
             self._wake.clear()
             worker.tick(self._is_unfinished)
-            self._adopt()
+            worker.inbox.adopt()
             if worker.is_stuck or not self._is_unfinished():
                 return True
             # Time counts from where this step began: ranks come here together, and none is to go on at once because it

@@ -67,12 +67,11 @@ class Worker:
         # Python's hash of integers is the same in every process.
         self._models = hash((version, *recorded, *planner.fingerprint()))
         self.mailbox = Mailbox()
-        self.inbox = Inbox()
         self.report = Report(rank)
+        self.inbox = Inbox(streams, notify, self.report.note_failure)
         self.rounds = Rounds(connection, config, version, clock, notify)
         self.planning = Planning(rank, planner, windows, config, clock, notify)
         self.relocation = Relocation(layers, planner, streams, earlier, config, version, clock)
-        self._posted: Handoff | None = None
         self._error = False
         self._stuck_at: Place | None = None
         self._retry_at = 0.0
@@ -233,7 +232,7 @@ class Worker:
             if self._clock() < self._retry_at:
                 return
             relocation.publish(agreed)
-        if relocation.handoff is not self._posted:
+        if relocation.handoff is not None and relocation.handoff is not self.inbox.posted:
             self._post(relocation.handoff)
         relocation.collect_grace(agreed, self.rounds.models_differ)
         if self.is_lost:
@@ -249,11 +248,9 @@ class Worker:
         else:
             self.planning.act(agreed)
 
-    def _post(self, handoff: Handoff | None) -> None:
-        if handoff is not None:
-            self._publish_health()  # before the main thread can flip: no table is ahead of what health says
-            self.inbox.post(handoff)
-        self._posted = handoff
+    def _post(self, handoff: Handoff) -> None:
+        self._publish_health()  # before the main thread can flip: no table is ahead of what health says
+        self.inbox.post(handoff)
 
     def _prepare(self, agreed: Agreed) -> None:
         if self.relocation.fill is None:

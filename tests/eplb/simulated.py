@@ -90,10 +90,14 @@ class SimStreams:
     def run_here(self, work: Callable[[], object]) -> None:
         self.run(self.current(), work)
 
-    def make_event(self) -> SimEvent:
-        return SimEvent()
+    def make_event(self) -> tuple[SimEvent, Callable[[SimStream], object]]:
+        event = SimEvent()
+        return event, lambda stream: stream.record_event(event)
 
-    def is_capturing(self, stream: SimStream | None = None) -> bool:
+    def is_capturing(self) -> bool:
+        return False
+
+    def is_captured(self, stream: SimStream) -> bool:
         return False
 
     def adopt_thread(self) -> None:
@@ -345,8 +349,8 @@ class SimLock:
         pass
 
     def __exit__(self, *exception: object) -> None:
-        waiting = self._worker.inbox.waiting
-        assert waiting is None or self._worker.health.version >= waiting.version, "tables could be ahead of health()"
+        posted = self._worker.inbox.posted
+        assert posted is None or self._worker.health.version >= posted.version, "tables could be ahead of health()"
 
 
 class SimController(EplbController):

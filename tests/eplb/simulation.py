@@ -189,7 +189,7 @@ class World:
             for rank in self.rng.sample(self.ranks, self.num_ranks):
                 rank.controller.worker.tick()
                 if rank is not stalled:
-                    rank.controller._adopt(rank.controller.worker)
+                    rank.controller.worker.inbox.adopt()
                 rank.streams.drain()
                 self.bus.deliver()
                 self.bus.carry()

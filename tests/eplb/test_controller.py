@@ -194,7 +194,7 @@ def test_nothing_happens_while_the_stream_is_captured():
     controller = controller_of(layer, use_async=False)
 
     def step(times: int, captured: bool) -> None:
-        layer.resident.streams.is_capturing = lambda stream=None: captured
+        layer.resident.streams.is_capturing = lambda: captured
         for _ in range(times):
             controller.step()
 
@@ -212,16 +212,16 @@ def test_a_captured_step_counts_but_what_is_due_waits_for_the_next_one():
     layer = StubLayer()
     with controller_of(layer, step_interval=4, window_size=2, window_samples=1) as controller:
         controller.step()
-        layer.resident.streams.is_capturing = lambda stream=None: True
+        layer.resident.streams.is_capturing = lambda: True
         for _ in range(5):
             controller.step()
         assert controller._steps == 1, "a window begins with the second step"
-        layer.resident.streams.is_capturing = lambda stream=None: False
+        layer.resident.streams.is_capturing = lambda: False
         controller.step()
-        layer.resident.streams.is_capturing = lambda stream=None: True
+        layer.resident.streams.is_capturing = lambda: True
         controller.step()
         assert controller._steps == 3, "nothing is due"
-        layer.resident.streams.is_capturing = lambda stream=None: False
+        layer.resident.streams.is_capturing = lambda: False
         controller.step()
         eventually(lambda: controller.metrics().windows == 1, "the window is complete")
 

@@ -103,15 +103,13 @@ def test_a_stream_that_only_steps_is_ordered_too():
     """It replays graphs of forwards, which go through no choice."""
     streams = sim_streams()
     layer = make_layer(streams)
-    inbox = Inbox()
     streams.now = 1
-    assert not inbox.flip(streams)
+    streams.gate.enter()
     log: list[str] = []
     streams.computes[1].enqueue(lambda: log.append("replay"))
     _, handoff = published(layer, 0)
-    inbox.post(handoff)
     streams.now = 0
-    assert inbox.flip(streams)
+    assert handoff.flip(streams)
     drain(streams.computes[0])
     assert not handoff.flipped.query()
     drain(streams.computes[1])
@@ -125,8 +123,8 @@ def test_nothing_is_recorded_on_a_stream_that_is_captured():
     layer = make_layer(streams)
     main, second = streams.computes
     captured = [False]
-    streams.is_capturing = lambda stream=None: captured[0] and (stream or streams.current()) is second
-    layer.streams.gate.is_captured = streams.is_capturing
+    streams.is_capturing = lambda: captured[0] and streams.current() is second
+    streams.gate.is_captured = lambda stream: captured[0] and stream is second
     streams.now = 1
     read(layer, 0)  # runs, and is still on its way when the capture begins
     captured[0] = True
@@ -260,7 +258,8 @@ def test_a_choice_that_was_left_without_exit_does_not_stop_flips():
 def test_i8_i3_choices_flips_and_pins_from_several_threads(switch_often):
     """On a CPU a forward runs where it is enqueued: what it chose must be in its slot until it lets go."""
     layer = make_layer(HostStreams(), num_experts=3, num_shadow_slots=2)
-    inbox, stop = Inbox(), threading.Event()
+    errors: list[BaseException] = []
+    inbox, stop = Inbox(layer.streams, lambda: None, lambda _, error: errors.append(error)), threading.Event()
     weights, table = layer.pool.tensors["weight"], layer.table
 
     def forwards(seed: int) -> None:
@@ -287,9 +286,9 @@ def test_i8_i3_choices_flips_and_pins_from_several_threads(switch_often):
 
     def steps() -> None:
         while not stop.is_set():
-            inbox.flip(layer.streams)
+            inbox.adopt()
 
-    threads = [Thread(lambda seed=seed: forwards(seed)) for seed in range(3)] + [Thread(steps)]
+    threads = [Thread(lambda seed=seed: forwards(seed)) for seed in range(3)] + [Thread(steps), Thread(steps)]
     try:
         deadline = time.monotonic() + 60
         for number in range(40):
@@ -303,4 +302,4 @@ def test_i8_i3_choices_flips_and_pins_from_several_threads(switch_often):
         stop.set()
         for thread in threads:
             thread.end()
-    assert layer.held_by(1000) == {} and layer.current.number == 40
+    assert not errors and layer.held_by(1000) == {} and layer.current.number == 40

@@ -7,8 +7,7 @@ from pathlib import Path
 import pytest
 
 import eplb
-from eplb.relocation.events import CpuGpuEvent
-from eplb.relocation.handoff import Handoff, Inbox
+from eplb.relocation.handoff import Inbox
 from tests.eplb.by_hand import is_graced_in_the_end, make_layer, published, sim_streams
 
 ROOT = str(Path(eplb.__file__).parent)
@@ -60,20 +59,17 @@ def test_an_interrupt_at_any_point_of_a_flip_loses_no_version():
         streams.now = 1
         layer.pin()
         fill, handoff = published(layer, 0)
-        inbox = Inbox()
-        inbox.post(handoff)
-        interrupter.run(lambda: inbox.flip(streams))
+        interrupter.run(lambda: handoff.flip(streams))
         streams.now = 0
-        inbox.flip(streams)  # the next step, on another stream
-        assert inbox.waiting is None and not inbox.flip(streams)
+        handoff.flip(streams)  # the next step, on another stream
+        assert handoff.flipped is not None and not handoff.flip(streams)
         assert is_graced_in_the_end(fill, handoff, streams)
         assert layer.current is layer.newest and layer.current.number == 1
         assert layer.table.lanes_P.tolist() == [2, 1]
         _, handoff = published(layer, 1)  # and on it goes
-        inbox.post(handoff)
-        assert inbox.flip(streams)
+        assert handoff.flip(streams)
 
-    assert at_every_point(check) > 10
+    assert at_every_point(check) > 8
 
 
 def test_an_interrupt_at_any_point_of_a_choice_leaves_nothing_behind():
@@ -104,8 +100,6 @@ def test_a_flip_that_fails_at_any_point_is_tried_again():
         streams.now = 1
         layer.pin()
         fill, handoff = published(layer, 0)
-        inbox = Inbox()
-        inbox.post(handoff)
         calls = 0
 
         def fail(work, at: int = failing):
@@ -123,16 +117,16 @@ def test_a_flip_that_fails_at_any_point_is_tried_again():
         for owner, name, work in undo:
             setattr(owner, name, fail(work))
         try:
-            inbox.flip(streams)
+            handoff.flip(streams)
         except OSError:
-            assert inbox.waiting is handoff and handoff.flipped is None and layer.current.number == 0
+            assert handoff.flipped is None and layer.current.number == 0
         has_failed = calls == failing
         for owner, name, work in undo:
             setattr(owner, name, work)
         streams.now = 0
         waits = len(streams.computes[0].items)
         if has_failed:
-            assert inbox.flip(streams) and len(streams.computes[0].items) > waits
+            assert handoff.flip(streams) and len(streams.computes[0].items) > waits
         assert is_graced_in_the_end(fill, handoff, streams) and layer.table.lanes_P.tolist() == [2, 1]
         if not has_failed:
             assert failing > 5, "the points of failure were not reached"
@@ -153,8 +147,29 @@ def test_a_version_is_flipped_once():
     assert handoff.flipped is flipped and len(streams.current().items) == items
 
 
+def test_a_step_tells_the_worker_what_it_flipped_and_what_it_could_not():
+    streams = sim_streams()
+    layer = make_layer(streams)
+    said: list[str] = []
+    inbox = Inbox(streams, lambda: said.append("flipped"), lambda what, error: said.append(f"{what}: {error}"))
+    inbox.adopt()
+    assert said == [] and streams.gate.seen  # what steps is known, before anything is flipped
+    _, handoff = published(layer, 0)
+    inbox.post(handoff)
+    with layer.choice():
+        inbox.adopt()
+    assert said.pop().startswith("a flip could not be enqueued: step() was called inside a forward")
+    assert handoff.flipped is None
+    inbox.adopt()
+    inbox.adopt()
+    assert said == ["flipped"] and handoff.flipped is not None
+
+
 def test_a_version_must_be_flipped_before_the_next_is_posted():
-    inbox = Inbox()
-    inbox.post(Handoff(1, [], CpuGpuEvent()))
+    streams = sim_streams()
+    inbox = Inbox(streams, lambda: None, lambda *_: None)
+    layer = make_layer(streams)
+    _, handoff = published(layer, 0)
+    inbox.post(handoff)
     with pytest.raises(AssertionError, match="a version was skipped"):
-        inbox.post(Handoff(2, [], CpuGpuEvent()))
+        inbox.post(handoff)
