@@ -315,10 +315,10 @@ WORKER = (
     ),
     # Nothing tells the worker of a flip.
     Mutant(
-        "eplb/controller.py",
-        "self._wake.set()  # grace has begun here; nothing else tells the worker",
+        "eplb/relocation/handoff.py",
+        "self._notify()",
         "pass",
-        (f"{E}ticks.py",),
+        (f"{E}ticks.py", f"{E}handoff.py"),
     ),
     # A worker that a round wakes finds it not over yet, and sleeps on.
     Mutant(
