@@ -19,7 +19,6 @@ from eplb.groups import peers_of
 from eplb.planning.placement import Placement
 from eplb.planning.shares import equal_shares
 from eplb.relocation.communicator import KEEP_A_BOUND, Transfer, choose_communicator, make_communicator
-from eplb.relocation.events import CpuGpuEvent
 from eplb.relocation.handoff import Handoff
 from eplb.relocation.resident import ResidentExperts
 from eplb.relocation.versions import Version
@@ -164,9 +163,7 @@ class _WithBuffer:
         compute = self.streams.current()
         layer.table.stage(placement, version.shares_WS, compute)
         layer.versions.publish(version)
-        staged = CpuGpuEvent()
-        staged.record(compute)
-        Handoff(version.number, [(layer, version)], staged).flip(self.streams)
+        Handoff(version.number, [(layer, version)]).flip(self.streams)
         self.wait()
         layer.versions.grace_before(version.number)
         self.num_flips += 1

@@ -28,7 +28,6 @@ from bench.report import Report, add_device
 from bench.timing import Timing, synchronize
 from eplb import EplbConfig, EplbController, SlotPool, TensorSpec
 from eplb.planning.shares import equal_shares
-from eplb.relocation.events import CpuGpuEvent
 from eplb.relocation.handoff import Handoff
 from eplb.relocation.resident import ResidentExperts
 from eplb.relocation.versions import Version
@@ -165,11 +164,10 @@ def _staged(layers: list[ResidentExperts], number: int) -> Handoff:
         layer.table.stage(version.placement, version.shares_WS, side)
         layer.versions.publish(version)
         published.append((layer, version))
-    staged = CpuGpuEvent()
-    staged.record(side)
+    staged = side.record_event()
     while not staged.query():  # as the worker, before it publishes
         pass
-    return Handoff(number, published, staged)
+    return Handoff(number, published)
 
 
 def _timed(call: Callable[[], object]) -> float:

@@ -117,13 +117,6 @@ RELOCATION = (
         "others = False",
         (f"{E}gate.py", f"{E}handoff.py", SIMULATION),
     ),
-    # A flip does not wait for the upload of its tables.
-    Mutant(
-        "eplb/relocation/handoff.py",
-        "self._staged = None if staged.query() else staged",
-        "self._staged = None",
-        (f"{E}handoff.py", f"{E}gate.py", f"{E}fill.py", SIMULATION),
-    ),
     # A flip may happen while another thread chooses.
     Mutant(
         "eplb/gate.py",

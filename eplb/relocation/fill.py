@@ -185,7 +185,7 @@ class WaveFill:
     def hand_over(self) -> Handoff:
         """The new tables, which are on the device."""
         assert self._finished is not None and self.is_filled
-        return Handoff(self.version, self._versions, self._finished)
+        return Handoff(self.version, self._versions)
 
     def publish(self) -> None:
         """From now on the layers' newest versions name the wave's slots; the transfers are over."""

@@ -3,7 +3,6 @@
 from collections.abc import Callable, Sequence
 
 from eplb.gate import EventLike
-from eplb.relocation.events import CpuGpuEvent
 from eplb.relocation.resident import ResidentExperts
 from eplb.relocation.table import prepared_flip
 from eplb.relocation.versions import Version
@@ -11,23 +10,21 @@ from eplb.streams import DeviceStreams
 
 
 class Handoff:
-    """One wave's new tables, staged on the device and published on the host.
+    """One wave's new tables, staged on the device, where they are by now, and published on the host.
 
     Args:
         version: its number.
         layers: whose tables to flip, and to which version each.
-        staged: recorded on the side stream behind the upload of the tables.
 
     Attributes:
         layers: those above, without their versions.
         flipped: the compute stream's event behind the flip, once a thread has enqueued it.
     """
 
-    def __init__(self, version: int, layers: Sequence[tuple[ResidentExperts, Version]], staged: CpuGpuEvent) -> None:
+    def __init__(self, version: int, layers: Sequence[tuple[ResidentExperts, Version]]) -> None:
         self.version = version
         self.flipped: EventLike | None = None
         # Prepared here, by the worker: the thread that flips has a forward to run, and nothing of this in its caches.
-        self._staged = None if staged.query() else staged
         self._versions = [(layer.versions, version) for layer, version in layers]
         self.layers = [layer for layer, _ in layers]
         self._copy = prepared_flip([layer.table for layer in self.layers])
@@ -57,8 +54,6 @@ class Handoff:
             assert stream is not None, "no flip while the stream is captured"
             others = len(gate.seen) > 1
             captured = gate.order_before(handle, stream) if others else ()
-            if self._staged is not None:
-                self._staged.wait(stream, timeout=0, consume=False)
             streams.run_here(self._copy)
             self._record(stream)
             gate.last_flip = self._event

@@ -92,7 +92,6 @@ def test_an_interrupt_at_any_point_of_a_choice_leaves_nothing_behind():
 
 
 def test_a_flip_that_fails_at_any_point_is_tried_again():
-    """The wait for the upload too is made again, on another stream."""
     for failing in range(1, 100):
         streams = sim_streams()
         layer = make_layer(streams)
