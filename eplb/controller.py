@@ -153,15 +153,18 @@ class EplbController:
         if streams is None:
             raise RuntimeError("step() without any MoE layer: register() a model that has one first")
         # Few objects and calls: behind a forward nothing is in the interpreter's caches.
-        posted = worker and worker.inbox.posted
-        adopts = (posted and posted.flipped is None) or streams.current_handle() not in streams.gate.ordered
-        if not adopts and self._steps + 1 < self._next_due and self._inside_step is None:
+        posted = worker.inbox.posted if worker is not None else None
+        waits = posted is not None and posted.flipped is None
+        is_known = streams.current_handle() in streams.gate.ordered
+        if is_known and not waits and self._steps + 1 < self._next_due and self._inside_step is None:
             self._steps += 1
             return
         if streams.is_capturing():
             return
         worker = worker or self._start(streams)
-        if adopts:
+        if posted is not None and waits:
+            posted.flip(streams)
+        elif not is_known:
             worker.inbox.adopt()
         self._steps += 1
         if self._steps >= self._next_due:

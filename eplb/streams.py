@@ -48,10 +48,10 @@ class DeviceStreams(Protocol):
         """
         ...
 
-    def run_here(self, work: Callable[[], object]) -> None:
-        """As `run()` on the calling thread's compute stream, but in the mode that the thread is in, which takes no time.
+    def prepared(self, work: Callable[[], object]) -> Callable[[], object]:
+        """What enqueues `work` on the compute stream of the thread that calls it, in the mode that this thread is in.
 
-        For tensors that may be written in any.
+        For tensors that may be written in any mode; nothing stands between the call and the work.
         """
         ...
 
@@ -107,8 +107,8 @@ class HostStreams:
         with torch.inference_mode():
             work()
 
-    def run_here(self, work: Callable[[], object]) -> None:
-        work()
+    def prepared(self, work: Callable[[], object]) -> Callable[[], object]:
+        return work
 
     def make_event(self) -> tuple[EventLike, Callable[[StreamLike], object]]:
         return _Done(), lambda _: None
@@ -146,8 +146,8 @@ class CudaStreams:
         with torch.inference_mode(), torch.cuda.stream(stream):  # type: ignore[arg-type]
             work()
 
-    def run_here(self, work: Callable[[], object]) -> None:
-        work()
+    def prepared(self, work: Callable[[], object]) -> Callable[[], object]:
+        return work
 
     def make_event(self) -> tuple[EventLike, Callable[[StreamLike], object]]:
         event: torch.cuda.Event = self.side.record_event()  # the first record makes it

@@ -1,5 +1,7 @@
 """Rebalance, worker: `Wake`, by which other threads tell it that there is something to tick for."""
 
+import functools
+import queue
 import threading
 
 
@@ -7,25 +9,22 @@ class Wake:
     """A flag that one thread waits for and others set.
 
     As `threading.Event`, but `set()` is a single call of C: the main thread makes it behind a forward, when nothing of Python's
-    own classes is in its caches.
+    own functions is in its caches.
     """
 
     def __init__(self) -> None:
-        self._unset = threading.Lock()
-        self._unset.acquire()
-
-    def set(self) -> None:
-        try:  # noqa: SIM105 - a context manager is what is to be avoided
-            self._unset.release()
-        except RuntimeError:  # it is set
-            pass
+        self._queue: queue.SimpleQueue[None] = queue.SimpleQueue()
+        self.set = functools.partial(self._queue.put, None)
 
     def clear(self) -> None:
-        self._unset.acquire(blocking=False)
+        while not self._queue.empty():
+            self._queue.get()
 
     def wait(self, seconds: float) -> bool:
         """Whether it is set, at the latest after `seconds`. It stays set."""
-        is_set = self._unset.acquire(timeout=min(max(0.0, seconds), threading.TIMEOUT_MAX))
-        if is_set:
-            self.set()
-        return is_set
+        try:
+            self._queue.get(timeout=min(max(0.0, seconds), threading.TIMEOUT_MAX))
+        except queue.Empty:
+            return False
+        self.set()
+        return True

@@ -87,8 +87,8 @@ class SimStreams:
         self._faults.maybe("streams.run")
         stream.enqueue(work)
 
-    def run_here(self, work: Callable[[], object]) -> None:
-        self.run(self.current(), work)
+    def prepared(self, work: Callable[[], object]) -> Callable[[], object]:
+        return lambda: self.run(self.current(), work)
 
     def make_event(self) -> tuple[SimEvent, Callable[[SimStream], object]]:
         event = SimEvent()
