@@ -11,12 +11,11 @@ import triton
 import triton.language as tl
 
 from moe_kernels.base import scan
-from moe_kernels.base.integers import next_power_of_2
+from moe_kernels.base.integers import cdiv, next_power_of_2
 from moe_kernels.base.launch import Launcher, gdc_launch_dependents, gdc_wait
 from moe_kernels.base.scan import (
     MOST_SORTED_BINS,
     chunk_options,
-    count_chunks,
     count_hits,
     first_index,
     load_bins,
@@ -148,55 +147,77 @@ def _schedule_few_kernel(
 
 
 @Launcher
+@triton.jit(do_not_specialize=["num_rows"])  # as above
+def _count_lanes_kernel(
+    # inputs
+    ids_ptr,
+    table_lanes_ptr,
+    # outputs
+    lanes_ptr,
+    chunks_ptr,
+    # shapes
+    num_rows,
+    num_experts,
+    num_lanes,
+    # constants
+    PDL: tl.constexpr,
+    # tunables
+    CHUNK: tl.constexpr,
+    BLOCK_B: tl.constexpr,
+):
+    """The lanes of a chunk's rows, and how many of them are in each lane (and in none, which is the last).
+
+    Example (CHUNK 4): ids [0, 1, 7, 0], lanes of experts [1, 0] → lanes [1, 0, -1, 1], chunks [[1], [2], [1]].
+    """
+    if PDL:  # see `Launcher`
+        gdc_wait()
+        gdc_launch_dependents()
+    chunk, num_chunks = tl.program_id(0), tl.num_programs(0)
+    row, ids = load_chunk(ids_ptr, chunk, num_rows, num_experts, CHUNK)
+    lanes = tl.load(table_lanes_ptr + ids, mask=ids < num_experts, other=num_lanes)
+    tl.store(lanes_ptr + row, tl.where(lanes < num_lanes, lanes, -1), mask=row < num_rows)
+    for first in range(0, num_lanes + 1, BLOCK_B):
+        counts = tl.histogram(lanes - first, BLOCK_B, mask=(lanes >= first) & (lanes < first + BLOCK_B))
+        lane = first + tl.arange(0, BLOCK_B)
+        tl.store(chunks_ptr + lane.to(tl.int64) * num_chunks + chunk, counts, mask=lane <= num_lanes)
+
+
+@Launcher
 @triton.jit(do_not_specialize=["num_chunks"])  # as above
 def _add_up_chunks_kernel(
     # input and output
-    chunks_ptr,  # of `count_chunks`, and what `start_chunks` makes of it
-    # inputs
-    increment_ptr,  # None: nothing is recorded
+    chunks_ptr,  # of `_count_lanes_kernel`, and what `start_chunks` makes of it
     # outputs
-    load_ptr,  # added to
     counts_ptr,
     # shapes
     num_chunks,
-    num_experts,
     # constants
     PDL: tl.constexpr,
     # tunables
     BLOCK: tl.constexpr,
 ):
-    """The rows of one expert; the last program: of no expert.
+    """The rows of one lane; the last program: of none.
 
-    Example: two experts, chunks [[1, 1], [1, 0], [0, 1]] → chunks [[0, 1], [0, 1], [0, 0]], counts [2, 1, 1].
+    Example: two lanes, chunks [[1, 1], [1, 0], [0, 1]] → chunks [[0, 1], [0, 1], [0, 0]], counts [2, 1, 1].
     """
     if PDL:  # see `Launcher`
         gdc_wait()
         gdc_launch_dependents()
-    expert = tl.program_id(0)
-    count = start_chunks(chunks_ptr, expert, num_chunks, BLOCK)
-    tl.store(counts_ptr + expert, count)
-    _record(load_ptr, increment_ptr, expert, num_experts, count)
-
-
-@triton.jit
-def _rows_before(lanes, first, table_lanes_ptr, counts_ptr, num_experts, num_lanes, EXPERTS: tl.constexpr):
-    """Of EXPERTS experts from `first` on, the rows in lanes before each of `lanes`."""
-    experts = first + tl.arange(0, EXPERTS)
-    table_lanes = tl.load(table_lanes_ptr + experts, mask=experts < num_experts, other=num_lanes)
-    counts = tl.load(counts_ptr + experts, mask=experts < num_experts, other=0)
-    return tl.sum(tl.where(table_lanes[None, :] < lanes[:, None], counts[None, :], 0), axis=1)
+    lane = tl.program_id(0)
+    tl.store(counts_ptr + lane, start_chunks(chunks_ptr, lane, num_chunks, BLOCK))
 
 
 @Launcher
 @triton.jit(do_not_specialize=["num_rows", "max_tiles"])  # as above
 def _schedule_many_kernel(
     # inputs
-    ids_ptr,
+    lanes_ptr,
     table_lanes_ptr,
+    increment_ptr,  # None: nothing is recorded
     counts_ptr,
     starts_ptr,
     # outputs
-    lanes_ptr,
+    load_ptr,  # added to
     order_ptr,
     places_ptr,  # None: not wanted
     offsets_ptr,
@@ -216,41 +237,36 @@ def _schedule_many_kernel(
     # tunables
     CHUNK: tl.constexpr,
     BLOCK: tl.constexpr,
-    BLOCK_E: tl.constexpr,
+    BLOCK_L: tl.constexpr,
 ):
-    """The rows of one chunk; the first programs instead: the tiles of one expert, the last of them the unused tiles.
+    """The rows of one chunk; the first programs instead: the tiles of one lane and the load of one expert, the last of them
+    the unused tiles.
 
-    Example: as of `_schedule_few_kernel`, with counts [2, 1] and starts [[0], [0], [0]].
+    Example: as of `_schedule_few_kernel`, with lanes as they are there, counts [1, 2] and starts [[0], [0], [0]].
     """
     if PDL:  # see `Launcher`
         gdc_wait()
         gdc_launch_dependents()
-    expert, num_programs = tl.program_id(0), num_experts + 1
-    if expert < num_programs:
-        experts = tl.arange(0, BLOCK_E)
-        table_lanes = tl.load(table_lanes_ptr + experts, mask=experts < num_experts, other=num_lanes)
-        counts = tl.load(counts_ptr + experts, mask=experts < num_experts, other=0)
-        _write_lanes(
-            counts, table_lanes, expert, num_experts, num_lanes, max_tiles, offsets_ptr, tile_lane_ptr, tile_start_ptr,
-            tile_end_ptr, num_tiles_ptr, BLOCK_M, EXTRA_M, BLOCK,
+    lane, num_programs = tl.program_id(0), num_lanes + 1
+    lanes = tl.arange(0, BLOCK_L)
+    counts = tl.load(counts_ptr + lanes, mask=lanes < num_lanes, other=0)
+    if lane < num_programs:
+        count = tl.load(counts_ptr + lane, mask=lane < num_lanes, other=0)
+        write_tiles(
+            counts, lanes, count, lane, num_lanes, max_tiles, offsets_ptr, tile_lane_ptr, tile_start_ptr, tile_end_ptr,
+            num_tiles_ptr, BLOCK_M, EXTRA_M, BLOCK,
         )  # fmt: skip
+        expert = lane  # there are at least as many lanes
+        own = tl.load(table_lanes_ptr + expert, mask=expert < num_experts, other=num_lanes)
+        _record(load_ptr, increment_ptr, expert, num_experts, tl.load(counts_ptr + own))
         return
-    chunk, num_chunks = expert - num_programs, tl.num_programs(0) - num_programs
-    _, ids = load_chunk(ids_ptr, chunk, num_rows, num_experts, CHUNK)
-    ids, place, rank = sort_chunk(ids, CHUNK)
+    chunk, num_chunks = lane - num_programs, tl.num_programs(0) - num_programs
+    _, bins = load_chunk(lanes_ptr, chunk, num_rows, num_lanes, CHUNK)
+    bins, place, rank = sort_chunk(bins, CHUNK)
+    start = tl.load(starts_ptr + bins.to(tl.int64) * num_chunks + chunk)
+    position = tl.gather(tl.cumsum(counts, axis=0) - counts, bins, axis=0) + start + rank
     row = chunk * CHUNK + place
-    lanes = tl.load(table_lanes_ptr + ids, mask=ids < num_experts, other=num_lanes)
-    position = tl.load(starts_ptr + ids.to(tl.int64) * num_chunks + chunk) + rank
-    of_experts = (table_lanes_ptr, counts_ptr, num_experts, num_lanes)
-    EXPERTS: tl.constexpr = min(BLOCK_E, 32)  # that rows are compared with at once, each thread its own rows
-    if BLOCK_E <= 512:  # more would take seconds to compile
-        for first in tl.static_range(0, BLOCK_E, EXPERTS):
-            position += _rows_before(lanes, first, *of_experts, EXPERTS)
-    else:
-        for first in tl.range(0, BLOCK_E, EXPERTS):
-            position += _rows_before(lanes, first, *of_experts, EXPERTS)
     inside = row < num_rows
-    tl.store(lanes_ptr + row, tl.where(lanes < num_lanes, lanes, -1), mask=inside)
     tl.store(order_ptr + position, row, mask=inside)
     if places_ptr is not None:
         tl.store(places_ptr + row, position, mask=inside)
@@ -268,10 +284,8 @@ def local_schedule_triton(
 ) -> tuple[torch.Tensor, TileSchedule]:
     """lanes_TK and the schedule, as `select_replicas` and `build_schedule` make them. `table`: one replica an expert."""
     num_rows, num_experts = expert_ids_TK.numel(), load.load_E.numel()
-    chunks_BC = None
-    if num_experts <= MOST_SORTED_BINS:
-        chunks_BC = count_chunks(expert_ids_TK, num_experts, MANY_ROWS, is_sorted=True)
-    if chunks_BC is None and num_rows > FEW_ROWS:  # each of the two scans the rows with a program for each expert
+    is_many = num_rows >= min(MANY_ROWS, scan.MANY_KEYS) and num_lanes <= MOST_SORTED_BINS
+    if not is_many and num_rows > FEW_ROWS:  # each of the two scans the rows with a program for each expert
         lanes_TK, counts_L = select_replicas_triton(expert_ids_TK, table, load, 0, num_lanes=num_lanes)
         return lanes_TK, build_schedule_triton(
             lanes_TK.view(-1), counts_L, block_m=block_m, extra_m=extra_m, with_places=with_places
@@ -279,25 +293,39 @@ def local_schedule_triton(
     lanes_TK = torch.empty_like(expert_ids_TK)
     schedule = new_schedule(lanes_TK, num_rows, num_lanes, block_m, extra_m, with_places)
     written = (
-        *(lanes_TK, schedule.order_N, schedule.places_N, schedule.offsets_L1),
+        *(schedule.order_N, schedule.places_N, schedule.offsets_L1),
         *(schedule.tile_lane, schedule.tile_start, schedule.tile_end, schedule.num_tiles),
     )
     sizes = (num_rows, num_experts, num_lanes, schedule.tile_lane.shape[0])
-    tunables = {"BLOCK_M": block_m, "EXTRA_M": extra_m, "BLOCK_E": max(16, next_power_of_2(num_experts))}
-    if chunks_BC is None:
-        options = scan_options(num_rows)
+    tunables = {"BLOCK_M": block_m, "EXTRA_M": extra_m}
+    if not is_many:
         _schedule_few_kernel[(num_experts + 1,)](
-            *(expert_ids_TK, table.lanes_P, load.increment_1, load.load_E), *written, *sizes, **tunables, **options
+            *(expert_ids_TK, table.lanes_P, load.increment_1, load.load_E, lanes_TK),
+            *written,
+            *sizes,
+            **tunables,
+            **scan_options(num_rows),
+            BLOCK_E=max(16, next_power_of_2(num_experts)),
         )
         return lanes_TK, schedule
-    counts_B, num_chunks = expert_ids_TK.new_empty(num_experts + 1), chunks_BC.shape[1]
-    _add_up_chunks_kernel[(num_experts + 1,)](
-        *(chunks_BC, load.increment_1, load.load_E, counts_B, num_chunks, num_experts),
-        BLOCK=scan.BLOCK_C,
-        num_warps=max(1, scan.BLOCK_C // 256),
+    options = chunk_options(is_sorted=True)
+    counts_B, num_chunks = expert_ids_TK.new_empty(num_lanes + 1), cdiv(num_rows, options["CHUNK"])
+    chunks_BC, block = counts_B.new_empty((num_lanes + 1, num_chunks)), next_power_of_2(num_lanes + 1)
+    _count_lanes_kernel[(num_chunks,)](
+        *(expert_ids_TK, table.lanes_P, lanes_TK, chunks_BC, *sizes[:3]),
+        BLOCK_B=min(block, scan.LARGEST_BLOCK_B),
+        **options,
     )
-    many = {"BLOCK": 512, **chunk_options(is_sorted=True)}
-    _schedule_many_kernel[(num_experts + 1 + num_chunks,)](
-        *(expert_ids_TK, table.lanes_P, counts_B, chunks_BC), *written, *sizes, **tunables, **many
+    _add_up_chunks_kernel[(num_lanes + 1,)](
+        chunks_BC, counts_B, num_chunks, BLOCK=scan.BLOCK_C, num_warps=max(1, scan.BLOCK_C // 256)
+    )
+    _schedule_many_kernel[(num_lanes + 1 + num_chunks,)](
+        *(lanes_TK, table.lanes_P, load.increment_1, counts_B, chunks_BC, load.load_E),
+        *written,
+        *sizes,
+        **tunables,
+        **options,
+        BLOCK=512,
+        BLOCK_L=max(16, block),
     )
     return lanes_TK, schedule

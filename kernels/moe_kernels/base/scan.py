@@ -128,15 +128,10 @@ def chunk_options(is_sorted: bool = False) -> dict[str, int]:
     return {"CHUNK": SORTED_CHUNK, "num_warps": 4} if is_sorted else {"CHUNK": CHUNK, "num_warps": max(1, CHUNK // 32)}
 
 
-def count_chunks(
-    keys: torch.Tensor, num_bins: int, many: int | None = None, is_sorted: bool = False
-) -> torch.Tensor | None:
-    """How many keys of each chunk are in each bin (see `load_bins`), int32 [num_bins + 1, chunks].
-
-    None for fewer keys than `many`, or than `MANY_KEYS`, which is also the most that `many` can be.
-    """
-    options = chunk_options(is_sorted)
-    if keys.numel() < (MANY_KEYS if many is None else min(many, MANY_KEYS)):
+def count_chunks(keys: torch.Tensor, num_bins: int) -> torch.Tensor | None:
+    """How many keys of each chunk are in each bin (see `load_bins`), int32 [num_bins + 1, chunks]; None for few keys."""
+    options = chunk_options()
+    if keys.numel() < MANY_KEYS:
         return None
     counts_BC = keys.new_empty((num_bins + 1, cdiv(keys.numel(), options["CHUNK"])))
     block = min(next_power_of_2(num_bins + 1), LARGEST_BLOCK_B)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import re
-from itertools import product
 
 import triton
 
@@ -55,7 +54,7 @@ def compile_small(arch: int) -> None:
                     num_warps=num_warps,
                 )
                 warps = set(re.findall(r"warpsPerCTA = \[(.*?)\]", compiled.asm["ttgir"]))
-                assert warps == {f"{num_warps}, 1"}, f"a token must be within a warp: {warps}"
+                assert warps <= {f"{num_warps}, 1", f"{num_warps}, 1, 1"}, f"a token must be within a warp: {warps}"
             types = {"logits_ptr": f"*{dtype}", "grad_ptr": f"*{dtype}", "grad_weights_ptr": "*fp32"}
             constants = {"TOP_K": 8, "SCORE_FUNCTION": rule.score_function, "RENORMALIZE": rule.renormalize}
             constants |= {"TOKENS": tokens, "BLOCK_E": triton.next_power_of_2(experts)}
@@ -96,22 +95,23 @@ def compile_small(arch: int) -> None:
             compile_small_one(
                 "schedule_triton", "_build_schedule_kernel", {}, block | rows | tiles, arch, options["num_warps"]
             )
-    for extra, experts in ((0, 16), (64, 512)):
-        local = {"BLOCK_M": 128, "EXTRA_M": extra, "BLOCK_E": experts} | ({"places_ptr": None} if extra else {})
-        types = {"load_ptr": "*i64", "increment_ptr": "*i64"}
+    types = {"load_ptr": "*i64", "increment_ptr": "*i64"}
+    for extra, experts, absent in ((0, 16, {}), (64, 512, {"increment_ptr": None})):
+        tiles = {"BLOCK_M": 128, "EXTRA_M": extra} | ({"places_ptr": None} if extra else {}) | absent
         options = scan_options(FEW_ROWS)
-        few = local | {"BLOCK": options["BLOCK"], "ROWS": options["ROWS"]}
+        few = tiles | {"BLOCK": options["BLOCK"], "ROWS": options["ROWS"], "BLOCK_E": experts}
         compile_small_one("local_schedule", "_schedule_few_kernel", types, few, arch, options["num_warps"])
         options = chunk_options(is_sorted=True)
-        many = local | {"CHUNK": options["CHUNK"], "BLOCK": 512}
-        compile_small_one("local_schedule", "_schedule_many_kernel", {}, many, arch, options["num_warps"])
-    for absent in ({}, {"increment_ptr": None}):
-        options = scan_options(MANY_KEYS)
-        types = {"load_ptr": "*i64", "increment_ptr": "*i64"}
-        block = {"BLOCK": options["BLOCK"]} | absent
-        compile_small_one("local_schedule", "_add_up_chunks_kernel", types, block, arch, options["num_warps"])
-    for is_sorted, block in product((False, True), (2, 128, 512)):
-        options = chunk_options(is_sorted)
+        many = tiles | {"CHUNK": options["CHUNK"], "BLOCK": 512, "BLOCK_L": experts}
+        compile_small_one("local_schedule", "_schedule_many_kernel", types, many, arch, options["num_warps"])
+        count = {"CHUNK": options["CHUNK"], "BLOCK_B": experts}
+        compile_small_one("local_schedule", "_count_lanes_kernel", {}, count, arch, options["num_warps"])
+    options = scan_options(MANY_KEYS)
+    compile_small_one(
+        "local_schedule", "_add_up_chunks_kernel", {}, {"BLOCK": options["BLOCK"]}, arch, options["num_warps"]
+    )
+    options = chunk_options()
+    for block in (2, 128, 512):
         count = {"CHUNK": options["CHUNK"], "BLOCK_B": block}
         compile_small_one("scan", "_count_chunks_kernel", {}, count, arch, options["num_warps"])
     options = chunk_options()
