@@ -25,9 +25,8 @@ def _ordered(value):
 
     A warp reduces 32-bit integers in one instruction, but floats in five rounds of shuffles.
     """
-    value = tl.where(value == value, value, float("-inf"))
-    bits = value.to(tl.int32, bitcast=True)
-    return tl.where(value == 0.0, 0, tl.where(bits < 0, bits ^ 0x7FFFFFFF, bits))
+    bits = tl.where(value == value, value + 0.0, float("-inf")).to(tl.int32, bitcast=True)  # -0 + 0 is 0
+    return tl.where(bits < 0, bits ^ 0x7FFFFFFF, bits)
 
 
 @triton.jit
@@ -79,6 +78,20 @@ def _in_kept_groups(
 
 
 @triton.jit
+def _logit_of(key):
+    """The float32 logit of a key of 31 bits; -inf of a NaN."""
+    bits = ((key << 1) & 0xFFFF0000).to(tl.int32, bitcast=True) ^ _TAKEN
+    return tl.where(bits < 0, bits ^ 0x7FFF0000, bits).to(tl.float32, bitcast=True)
+
+
+@triton.jit
+def _the_one(where, value):
+    """The value of each token at the one place where it is; [TOKENS, 1] float32."""
+    bits = tl.sum(tl.where(where, value.to(tl.int32, bitcast=True), 0), axis=1, keep_dims=True)
+    return bits.to(tl.float32, bitcast=True)
+
+
+@triton.jit
 def choose_experts(
     logits_ptr,
     bias_ptr,
@@ -96,12 +109,14 @@ def choose_experts(
     TOKENS: tl.constexpr,
     BLOCK_E: tl.constexpr,
     BLOCK_K: tl.constexpr,
+    STRIDE: tl.constexpr = 1,
 ):
-    """Weights and ids [TOKENS, BLOCK_K] of the tokens whose logits begin at `logits_ptr`; zeros from TOP_K on.
+    """Weights and ids [TOKENS, BLOCK_K] of the tokens whose logits begin at `logits_ptr`, in every STRIDE-th column; zeros
+    elsewhere.
 
-    The choice takes K rounds of three integer reductions; of two if bfloat16 logits decide, as an id fits beside such a key.
-    (To count, for every expert, those before it would take no rounds, but E * E comparisons: as long for one token, and
-    several times as long for many.)
+    The choice takes K rounds of three integer reductions; of one if bfloat16 logits decide, as an id fits beside such a key,
+    and K more for the sum of the weights, which such keys tell. (To count, for every expert, those before it would take no
+    rounds, but E * E comparisons: as long for one token, and several times as long for many.)
     """
     token, expert = tl.arange(0, TOKENS)[:, None], tl.arange(0, BLOCK_E)[None, :]
     exists = expert < num_experts
@@ -116,27 +131,45 @@ def choose_experts(
     if GROUPS > 1:
         choice = scores if bias_ptr is None else key
         is_choice = _in_kept_groups(choice, exists, expert, num_experts // GROUPS, GROUPS, TOP_GROUPS, GROUP_SUM)
-    PACKS: tl.constexpr = (bias_ptr is None) and logits_ptr.dtype.element_ty == tl.bfloat16 and BLOCK_E <= 65536
-    ordered = _ordered(key)
-    if PACKS:  # of a bfloat16, the upper half says all
-        ordered = (ordered & -0x10000) | (0xFFFF - expert)
-    key = tl.where(is_choice, ordered, _TAKEN)
-    score_bits = scores.to(tl.int32, bitcast=True)
+    PACKS: tl.constexpr = (bias_ptr is None) and logits_ptr.dtype.element_ty == tl.bfloat16 and BLOCK_E <= 32768
+    TELLS: tl.constexpr = PACKS and SCORE_FUNCTION == "softmax"  # not of a NaN; but then all weights are NaN
+    key = tl.where(is_choice, _ordered(key), _TAKEN)
+    if PACKS:  # into 31 bits: of a bfloat16, the upper half says all
+        key = ((key ^ _TAKEN).to(tl.uint32, bitcast=True) >> 1) & 0x7FFF8000 | (0x7FFF - expert).to(tl.uint32)
+        best = tl.full((TOKENS, 1), 1 << 31, dtype=tl.uint32)
 
     slot = tl.arange(0, BLOCK_K)[None, :]
     weights = tl.zeros((TOKENS, BLOCK_K), dtype=tl.float32)
-    ids = tl.zeros((TOKENS, BLOCK_K), dtype=tl.int32)
+    ids = tl.zeros(
+        (TOKENS, BLOCK_K), dtype=tl.uint32 if TELLS else tl.int32
+    )  # with TELLS the keys, until all are chosen
     total = tl.zeros((TOKENS, 1), dtype=tl.float32)
     for k in range(TOP_K):
-        best = tl.max(key, axis=1, keep_dims=True)
-        equal = tl.where(key == best, expert, BLOCK_E)
-        chosen = 0xFFFF - (best & 0xFFFF) if PACKS else tl.min(equal, axis=1, keep_dims=True)
-        key = tl.where(expert == chosen, _TAKEN, key)
-        weight_bits = tl.sum(tl.where(expert == chosen, score_bits, 0), axis=1, keep_dims=True)
-        weight = weight_bits.to(tl.float32, bitcast=True)
-        total += weight
-        weights = tl.where(slot == k, weight, weights)
-        ids = tl.where(slot == k, chosen, ids)
+        if PACKS:  # the largest that is smaller: of those that are not, the difference is smaller, as it is unsigned
+            best += tl.max(key - best, axis=1, keep_dims=True)
+            chosen = 0x7FFF - (best & 0x7FFF).to(tl.int32)
+        else:
+            best = tl.max(key, axis=1, keep_dims=True)
+            chosen = tl.min(tl.where(key == best, expert, BLOCK_E), axis=1, keep_dims=True)
+            key = tl.where(expert == chosen, _TAKEN, key)
+        if TELLS:
+            ids = tl.where(slot == k * STRIDE, best, ids)
+        else:
+            ids = tl.where(slot == k * STRIDE, chosen, ids)
+            weight = _the_one(expert == chosen, scores)
+            weights = tl.where(slot == k * STRIDE, weight, weights)
+            total += weight
+    if STRIDE > 1:  # the others are zeros
+        ids = tl.sum(tl.reshape(ids, (TOKENS, BLOCK_K // STRIDE, STRIDE)), axis=2)
+        weights = tl.sum(tl.reshape(weights, (TOKENS, BLOCK_K // STRIDE, STRIDE)), axis=2)
+    if TELLS:
+        slot = tl.arange(0, BLOCK_K // STRIDE)[None, :]
+        largest = tl.max(logits, axis=1, keep_dims=True)
+        sum = tl.sum(tl.exp(logits - largest), axis=1, keep_dims=True)
+        weights = tl.where(slot < TOP_K, tl.exp(_logit_of(ids) - largest) / sum, 0.0)  # the bits of `scored`
+        ids = tl.where(slot < TOP_K, 0x7FFF - (ids & 0x7FFF).to(tl.int32), 0)
+        for k in range(TOP_K if RENORMALIZE else 0):
+            total += _the_one(slot == k, weights)
     if RENORMALIZE:
         weights = weights / (total + epsilon)
     weights = weights * scale
@@ -182,14 +215,15 @@ def _topk_routing_kernel(
     if PDL:  # see `Launcher`
         gdc_wait()
         gdc_launch_dependents()
+    STRIDE: tl.constexpr = max(1, BLOCK_E // 32) if TOP_K <= 32 else 1  # so that a thread has one result
     first = tl.program_id(0).to(tl.int64) * TOKENS
     logits_ptr += first * num_experts
     weights, ids = choose_experts(
         *(logits_ptr, bias_ptr, num_tokens - first, num_experts, scale, epsilon),
         *(TOP_K, SCORE_FUNCTION, RENORMALIZE, GROUPS, TOP_GROUPS, GROUP_SUM, ROUND_TO),
-        *(TOKENS, BLOCK_E, BLOCK_E),
+        *(TOKENS, BLOCK_E, BLOCK_E, STRIDE),
     )
-    token, slot = first + tl.arange(0, TOKENS)[:, None], tl.arange(0, BLOCK_E)[None, :]
+    token, slot = first + tl.arange(0, TOKENS)[:, None], tl.arange(0, BLOCK_E // STRIDE)[None, :]
     if mask_ptr is not None:
         counts = tl.load(mask_ptr + token, mask=token < num_tokens, other=0) != 0
         weights = tl.where(counts, weights, 0.0)
