@@ -316,9 +316,8 @@ def local_schedule_triton(
         BLOCK_B=min(block, scan.LARGEST_BLOCK_B),
         **options,
     )
-    _add_up_chunks_kernel[(num_lanes + 1,)](
-        chunks_BC, counts_B, num_chunks, BLOCK=scan.BLOCK_C, num_warps=max(1, scan.BLOCK_C // 256)
-    )
+    block_c = min(scan.BLOCK_C, 512)  # so many chunks have 131,072 rows
+    _add_up_chunks_kernel[(num_lanes + 1,)](chunks_BC, counts_B, num_chunks, BLOCK=block_c, num_warps=2)
     _schedule_many_kernel[(num_lanes + 1 + num_chunks,)](
         *(lanes_TK, table.lanes_P, load.increment_1, counts_B, chunks_BC, load.load_E),
         *written,

@@ -124,8 +124,9 @@ def rank_hits(mine, ends):
 
 
 def chunk_options(is_sorted: bool = False) -> dict[str, int]:
-    """Launch options of a program for each chunk: a key for each thread; two if it sorts them."""
-    return {"CHUNK": SORTED_CHUNK, "num_warps": 4} if is_sorted else {"CHUNK": CHUNK, "num_warps": max(1, CHUNK // 32)}
+    """Launch options of a program for each chunk: a key for each thread."""
+    chunk = SORTED_CHUNK if is_sorted else CHUNK
+    return {"CHUNK": chunk, "num_warps": max(1, chunk // 32)}
 
 
 def count_chunks(keys: torch.Tensor, num_bins: int) -> torch.Tensor | None:
