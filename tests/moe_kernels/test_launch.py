@@ -226,6 +226,17 @@ def test_a_kernel_is_launched_on_the_device_of_its_first_argument(compiled, monk
     assert [arguments[3] for arguments in compiled.launches] == [(1, (*entered[:4], 1)), (-1, (*entered[:6], -1))]
 
 
+def test_a_launch_may_wait_for_the_kernel_before(compiled, monkeypatch):
+    monkeypatch.setattr(launch, "has_pdl", lambda device_index: True)
+    jit = Jit(compiled)
+    kernel = Launcher(jit)
+    kernel[1,](A, B, 5, 6, BLOCK=16)
+    kernel[1,](A, B, 5, 6, BLOCK=16, PDL=False)
+    kernel[1,](A, B, 5, 6, BLOCK=16, PDL=True)
+    early = {"BLOCK": 16, "PDL": True, "launch_pdl": True}
+    assert [constants for *_, constants in jit.compilations] == [early, {"BLOCK": 16, "PDL": False}, early]
+
+
 @pytest.mark.parametrize("argument", ["b", True])
 def test_what_can_not_be_an_argument_is_refused(compiled, argument):
     with pytest.raises(TypeError, match=f"kernel: a {type(argument).__name__} can't be an argument, got {argument!r}"):

@@ -50,7 +50,7 @@ class Launcher:
     predecessor's writes are visible. *Every* program begins with that wait, even one that reads nothing new. A wait covers
     one predecessor only, so the writes of an older kernel are visible only if the predecessor itself has waited.
     (`one_token.py` and `send_rows.py` have an exception each, and its reason.) After the wait, `gdc_launch_dependents()` lets
-    the GPU set up the next kernel.
+    the GPU set up the next kernel. A launch with the constant PDL=False is not set up early.
     """
 
     def __init__(self, jit: Any) -> None:
@@ -64,7 +64,7 @@ class Launcher:
     def prepare(self, device_index: int, **constants: Any) -> PreparedLaunch:
         """A launch without a key, for a caller that itself knows when the specialisation changes (`one_token.py`)."""
         if self._has_pdl_parameter:
-            constants["PDL"] = has_pdl(device_index)
+            constants["PDL"] = constants.get("PDL", True) and has_pdl(device_index)
             if constants["PDL"]:
                 constants["launch_pdl"] = True  # an option that not every backend of Triton has
         return PreparedLaunch(self.jit, constants)

@@ -16,6 +16,10 @@ from moe_kernels.base.launch import Launcher, gdc_launch_dependents, gdc_wait
 from moe_kernels.base.numerics import narrow, widen
 from moe_kernels.base.registered import registered_op
 
+# Up to so many bytes of rows the sum is set up while the kernel before still runs (measured on an H200, docs/log.md). Beside
+# it, a multiprocessor is divided as that kernel needs it, nearly all shared memory, and seems to stay so: loads want L1.
+_MOST_BESIDE = 64 << 20
+
 
 @Launcher
 @triton.jit
@@ -76,7 +80,10 @@ def _sum_rows(
     if y_TH.numel():
         block = min(1024, next_power_of_2(hidden_size))
         grid = (num_tokens, cdiv(hidden_size, block))
-        _combine_kernel[grid](rows_NH, lanes_TK, places_N, y_TH, hidden_size, TOP_K=top_k, BLOCK_H=block)
+        # By the bucket of tokens, as other kernels are compiled for it.
+        is_beside = next_power_of_2(num_tokens) * top_k * hidden_size * rows_NH.element_size() <= _MOST_BESIDE
+        constants = {"TOP_K": top_k, "PDL": is_beside, "BLOCK_H": block}
+        _combine_kernel[grid](rows_NH, lanes_TK, places_N, y_TH, hidden_size, **constants)
     return y_TH
 
 
