@@ -92,6 +92,14 @@ def _the_one(where, value):
 
 
 @triton.jit
+def _pack(values, STRIDE: tl.constexpr):
+    """Every STRIDE-th column; the others are zeros."""
+    if STRIDE > 1:
+        values = tl.sum(tl.reshape(values, (values.shape[0], values.shape[1] // STRIDE, STRIDE)), axis=2)
+    return values
+
+
+@triton.jit
 def choose_experts(
     logits_ptr,
     bias_ptr,
@@ -111,12 +119,14 @@ def choose_experts(
     BLOCK_K: tl.constexpr,
     STRIDE: tl.constexpr = 1,
 ):
-    """Weights and ids [TOKENS, BLOCK_K] of the tokens whose logits begin at `logits_ptr`, in every STRIDE-th column; zeros
-    elsewhere.
+    """Weights and ids [TOKENS, BLOCK_K // STRIDE] of the tokens whose logits begin at `logits_ptr`; zeros from TOP_K on.
 
-    The choice takes K rounds of three integer reductions; of one if bfloat16 logits decide, as an id fits beside such a key,
-    and K more for the sum of the weights, which such keys tell. (To count, for every expert, those before it would take no
-    rounds, but E * E comparisons: as long for one token, and several times as long for many.)
+    The choice takes K rounds of three integer reductions. Keys of bfloat16 logits have the id beside the logit: then a round
+    takes two, and with the softmax one, as the weight follows from the key; K more add the weights up. (To count, for every
+    expert, those before it would take no rounds, but E * E comparisons: as long for one token, and several times as long for
+    many.)
+
+    Results are collected in every STRIDE-th of BLOCK_K columns: a thread with STRIDE experts has one to look after.
     """
     token, expert = tl.arange(0, TOKENS)[:, None], tl.arange(0, BLOCK_E)[None, :]
     exists = expert < num_experts
@@ -132,7 +142,8 @@ def choose_experts(
         choice = scores if bias_ptr is None else key
         is_choice = _in_kept_groups(choice, exists, expert, num_experts // GROUPS, GROUPS, TOP_GROUPS, GROUP_SUM)
     PACKS: tl.constexpr = (bias_ptr is None) and logits_ptr.dtype.element_ty == tl.bfloat16 and BLOCK_E <= 32768
-    TELLS: tl.constexpr = PACKS and SCORE_FUNCTION == "softmax"  # not of a NaN; but then all weights are NaN
+    # A key tells the weight; but that of a NaN, with which all of the token's weights are NaN.
+    TELLS: tl.constexpr = PACKS and SCORE_FUNCTION == "softmax"
     key = tl.where(is_choice, _ordered(key), _TAKEN)
     if PACKS:  # into 31 bits: of a bfloat16, the upper half says all
         key = ((key ^ _TAKEN).to(tl.uint32, bitcast=True) >> 1) & 0x7FFF8000 | (0x7FFF - expert).to(tl.uint32)
@@ -140,12 +151,11 @@ def choose_experts(
 
     slot = tl.arange(0, BLOCK_K)[None, :]
     weights = tl.zeros((TOKENS, BLOCK_K), dtype=tl.float32)
-    ids = tl.zeros(
-        (TOKENS, BLOCK_K), dtype=tl.uint32 if TELLS else tl.int32
-    )  # with TELLS the keys, until all are chosen
+    ids = tl.zeros((TOKENS, BLOCK_K), dtype=tl.int32)
+    chosen_keys = tl.zeros((TOKENS, BLOCK_K), dtype=tl.uint32)
     total = tl.zeros((TOKENS, 1), dtype=tl.float32)
     for k in range(TOP_K):
-        if PACKS:  # the largest that is smaller: of those that are not, the difference is smaller, as it is unsigned
+        if PACKS:  # the largest of the smaller ones: minus `best`, unsigned, these are larger than all others
             best += tl.max(key - best, axis=1, keep_dims=True)
             chosen = 0x7FFF - (best & 0x7FFF).to(tl.int32)
         else:
@@ -153,21 +163,19 @@ def choose_experts(
             chosen = tl.min(tl.where(key == best, expert, BLOCK_E), axis=1, keep_dims=True)
             key = tl.where(expert == chosen, _TAKEN, key)
         if TELLS:
-            ids = tl.where(slot == k * STRIDE, best, ids)
+            chosen_keys = tl.where(slot == k * STRIDE, best, chosen_keys)
         else:
             ids = tl.where(slot == k * STRIDE, chosen, ids)
             weight = _the_one(expert == chosen, scores)
             weights = tl.where(slot == k * STRIDE, weight, weights)
             total += weight
-    if STRIDE > 1:  # the others are zeros
-        ids = tl.sum(tl.reshape(ids, (TOKENS, BLOCK_K // STRIDE, STRIDE)), axis=2)
-        weights = tl.sum(tl.reshape(weights, (TOKENS, BLOCK_K // STRIDE, STRIDE)), axis=2)
+    weights, ids, chosen_keys = _pack(weights, STRIDE), _pack(ids, STRIDE), _pack(chosen_keys, STRIDE)
     if TELLS:
         slot = tl.arange(0, BLOCK_K // STRIDE)[None, :]
         largest = tl.max(logits, axis=1, keep_dims=True)
         sum = tl.sum(tl.exp(logits - largest), axis=1, keep_dims=True)
-        weights = tl.where(slot < TOP_K, tl.exp(_logit_of(ids) - largest) / sum, 0.0)  # the bits of `scored`
-        ids = tl.where(slot < TOP_K, 0x7FFF - (ids & 0x7FFF).to(tl.int32), 0)
+        weights = tl.where(slot < TOP_K, tl.exp(_logit_of(chosen_keys) - largest) / sum, 0.0)  # the bits of `scored`
+        ids = tl.where(slot < TOP_K, 0x7FFF - (chosen_keys & 0x7FFF).to(tl.int32), 0)
         for k in range(TOP_K if RENORMALIZE else 0):
             total += _the_one(slot == k, weights)
     if RENORMALIZE:
