@@ -22,6 +22,7 @@ SHAPES = [
     (1, 1, 1),  # one expert
     (3, 5, 5),  # all experts, not a power of two
     (7, 128, 8),
+    (3, 64, 40),  # more than a warp has threads
     (4, 257, 3),  # just above a power of two
 ]
 
