@@ -223,7 +223,8 @@ def _topk_routing_kernel(
     if PDL:  # see `Launcher`
         gdc_wait()
         gdc_launch_dependents()
-    STRIDE: tl.constexpr = max(1, BLOCK_E // 32) if TOP_K <= 32 else 1  # so that a thread has one result
+    # So that a thread has one result; where a warp reads a row at once (`tokens_and_warps`), as it may not change the layout.
+    STRIDE: tl.constexpr = max(1, BLOCK_E // 32) if TOKENS > 1 and TOP_K <= 32 else 1
     first = tl.program_id(0).to(tl.int64) * TOKENS
     logits_ptr += first * num_experts
     weights, ids = choose_experts(
