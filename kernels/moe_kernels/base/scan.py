@@ -9,9 +9,9 @@ each other once, however many keys there are. The second walk goes backwards: of
 are still in registers (so few keys are read only once), and of those next to it in the cache.
 
 Many keys: three launches, which read each key twice, however many bins there are. The keys are cut into chunks of CHUNK.
-First `count_chunks`, or the op, counts the keys of each chunk in each bin; then the op's program of a bin adds up what the chunks have
-of it (`start_chunks`); last, a program for each chunk ranks its keys (`load_chunk`, `rank_in_bins`), or sorts them
-(`sort_chunk`): of larger chunks, so that there are fewer counts.
+First `count_chunks`, or the op, counts the keys of each chunk in each bin; then the op's program of a bin adds up what the
+chunks have of it (`start_chunks`); last, a program for each chunk ranks its keys (`load_chunk`, `rank_in_bins`), or sorts
+them (`sort_chunk`): of larger chunks, so that there are fewer counts.
 """
 
 from __future__ import annotations
