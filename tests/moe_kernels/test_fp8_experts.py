@@ -9,6 +9,7 @@ import torch
 
 from moe_kernels import (
     GemmConfig,
+    ReplicaTable,
     has_tma,
     quantise_rows,
 )
@@ -19,6 +20,7 @@ from tests.moe_kernels.quantised import (
     expected_whole,
     make_case,
     quantised,
+    reordered,
     run_whole,
     whole,
 )
@@ -174,6 +176,7 @@ def test_one_token_of_large_fp8_experts(make_experts, monkeypatch, sizes, form):
     arguments, logits = whole(make_experts, "fp8_block", 1, form, sizes=sizes)
     found, plans, make_plan = [], [], one_token._make_plan
     monkeypatch.setattr(one_token, "_make_plan", lambda *sizes: plans.append(make_plan(*sizes)) or plans[-1])
+    monkeypatch.setattr(one_token, "_can_use_fp8_mma", lambda *_: False)
     for most in (1 << 62, 0):
         monkeypatch.setattr(one_token, "_MOST_TO_STREAM", most)
         monkeypatch.setattr(one_token, "_plans", {})
@@ -183,3 +186,47 @@ def test_one_token_of_large_fp8_experts(make_experts, monkeypatch, sizes, form):
     for y in found:
         assert error(y, expected) <= 6e-3
     assert torch.equal(run_whole(arguments, logits, "triton"), found[1])
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize(
+    ("sizes", "form", "top_k"),
+    [
+        ((2048, 768), "silu", 8),
+        ((640, 384), "gpt-oss", 3),  # fewer groups of 128 columns than the warps have places for
+        ((2176, 128), "silu", 1),
+        ((4096, 1536), "gpt-oss", 3),
+    ],
+)
+def test_one_token_by_tensor_cores(make_experts, monkeypatch, sizes, form, top_k):
+    """As exact as the kernels without, whose sums are in another order, also with values that float16 does not have."""
+    if not has_tma(torch.device("cuda")):
+        pytest.skip("needs Hopper")
+    arguments, logits = whole(make_experts, "fp8_block", 1, form, num_experts=9, sizes=sizes)
+    can_use_mma, answers = one_token._can_use_fp8_mma, []
+    x = arguments["x_TH"]
+    for factor in (1.0, 2.0**40, 2.0**-40):
+        arguments["x_TH"] = x * factor
+        arguments["x_TH"][0, 1] = 300 * factor
+        expected, found = expected_whole(arguments, logits, top_k), []
+        for is_used in (True, False):
+            monkeypatch.setattr(
+                one_token, "_can_use_fp8_mma", lambda *of, wanted=is_used: answers.append(can_use_mma(*of)) or wanted
+            )
+            monkeypatch.setattr(one_token, "_plans", {})
+            found.append(run_whole(arguments, logits, "triton", top_k))
+            assert error(found[-1], expected) <= 4e-3
+            nobody = torch.zeros(1, dtype=torch.bool, device="cuda")
+            assert not run_whole(arguments, logits, "triton", top_k, nobody).any()
+        assert error(found[0], found[1].double()) <= 4e-3
+    assert answers and all(answers)
+    monkeypatch.setattr(one_token, "_can_use_fp8_mma", can_use_mma)
+    monkeypatch.setattr(one_token, "_plans", {})
+    before, matrices, table = run_whole(arguments, logits, "triton", top_k), arguments["matrices"], arguments["table"]
+    order = torch.randperm(matrices.down_SHI.shape[0], generator=torch.Generator().manual_seed(5)).to("cuda")
+    names = ("gate_up_SNH", "down_SHI", "gate_up_scale", "down_scale", "gate_up_bias_SN", "down_bias_SH")
+    parts = {name: getattr(matrices, name) for name in names if getattr(matrices, name) is not None}
+    arguments["matrices"] = replace(matrices, **{name: reordered(part, order) for name, part in parts.items()})
+    slots = order.argsort()[table.lane_to_slot_L.long()].to(torch.int32)
+    arguments["table"] = ReplicaTable(table.lanes_P, slots)
+    assert torch.equal(run_whole(arguments, logits, "triton", top_k), before)

@@ -21,6 +21,9 @@ from moe_kernels.one_token.one_token_operands import (
     load_groups,
     load_step,
     mma_layout,
+    out_layout,
+    slot_of,
+    sums_layout,
     weights_operand,
     words_layout,
     x_layout,
@@ -28,24 +31,6 @@ from moe_kernels.one_token.one_token_operands import (
 )
 from moe_kernels.one_token.one_token_triton import choice_in
 from moe_kernels.quantised.four_bit import NO_ZERO, factor_of_zero, scaled
-
-
-@gluon.constexpr_function
-def _sums_layout(warps):
-    """Sums [16]: a thread has one of gate and the one of up."""
-    return gl.DistributedLinearLayout([[8]], [[1], [2], [4], [0], [0]], [[0]] * (warps.bit_length() - 1), [], [16])
-
-
-@gluon.constexpr_function
-def _out_layout(warps):
-    """Eight elements of hidden."""
-    lanes = [[1], [2], [4], [0], [0]]
-    return gl.DistributedLinearLayout([], lanes, [[0]] * (warps.bit_length() - 1), [], [8])
-
-
-@gluon.jit
-def _slot_of(choice_ptr, k, TOP_K: gl.constexpr):
-    return gl.load(choice_ptr + gl.minimum(k, TOP_K - 1), cache_modifier=".cg").to(gl.int64)
 
 
 @Launcher
@@ -93,8 +78,8 @@ def _up_mma_kernel(
     STEPS: gl.constexpr = (HIDDEN_SIZE + 256 * P - 1) // (256 * P)
     choice_ptr = choice_in(scratch_ptr, SCRATCH)
     first_tile, num_programs = gl.program_id(0), gl.num_programs(0)
-    slot = _slot_of(choice_ptr, first_tile // NUM_BLOCKS, TOP_K)
-    next_slot = _slot_of(choice_ptr, (first_tile + num_programs) // NUM_BLOCKS, TOP_K)
+    slot = slot_of(choice_ptr, first_tile // NUM_BLOCKS, TOP_K)
+    next_slot = slot_of(choice_ptr, (first_tile + num_programs) // NUM_BLOCKS, TOP_K)
     # Of step s, warp p has the groups from 8 * (s * P + p) on: two for each thread of a row.
     r, sum_r = along_4(1, 16, WORDS), along_3(1, 16, MMA)
     row = r % 8 + r // 8 * INTERMEDIATE
@@ -124,8 +109,8 @@ def _up_mma_kernel(
         first, next_tile = tile % NUM_BLOCKS * 8, tile + num_programs
         next_first = next_tile % NUM_BLOCKS * 8
         will = (next_slot >= 0) & (next_tile < TOP_K * NUM_BLOCKS)
-        later_slot = _slot_of(choice_ptr, (next_tile + num_programs) // NUM_BLOCKS, TOP_K)
-        column = first + gl.arange(0, 8, _out_layout(P))
+        later_slot = slot_of(choice_ptr, (next_tile + num_programs) // NUM_BLOCKS, TOP_K)
+        column = first + gl.arange(0, 8, out_layout(P))
         exists = slot >= 0
         gate_bias = 0.0
         up_bias = 0.0
@@ -152,9 +137,9 @@ def _up_mma_kernel(
                 weights = weights_operand(words[2 * step + half], zero, SCHEME, MMA)
                 sums += (mma_v2(weights, columns[step], gl.zeros((P, 16, 8), gl.float32, MMA)),)
             total += scaled(gl.where(sum_n < 4, sums[0], sums[1]), scales[step], SCHEME)
-        both = gl.convert_layout(gl.sum(gl.sum(total, axis=2), axis=0), _sums_layout(P))
+        both = gl.convert_layout(gl.sum(gl.sum(total, axis=2), axis=0), sums_layout(P))
         gate, up = both.reshape(2, 8).permute(1, 0).split()
-        gate, up = gl.convert_layout(gate, _out_layout(P)), gl.convert_layout(up, _out_layout(P))
+        gate, up = gl.convert_layout(gate, out_layout(P)), gl.convert_layout(up, out_layout(P))
         hidden = activated(gate + gate_bias, up + up_bias, ACTIVATION)
         hidden_at = scratch_ptr + tile // NUM_BLOCKS * INTERMEDIATE + column
         gl.store(hidden_at, narrow(hidden, scratch_ptr.dtype.element_ty), mask=exists)

@@ -2,7 +2,8 @@
 
 A product has 16 rows of weights and 8 columns, of which a token needs one. So each column takes the x of another group of 32
 columns of the matrix, and zeros elsewhere: it sums up that group alone, and the scales multiply sums instead of weights. A
-thread unpacks the words that it loads, 16 bytes of a row, and sends no other thread anything.
+thread unpacks the words that it loads, 16 bytes of a row, and sends no other thread anything. (What does not depend on the
+format serves `one_token_fp8_mma`, too.)
 
 P: warps, each with groups of its own. R: 16 rows. T: groups whose words the four threads of a row load at once.
 """
@@ -21,7 +22,7 @@ _OUTPUTS = gl.constexpr("=r,=r,=r,=r,=r,=r,=r,=r,r,r,r,r")
 
 
 @gluon.constexpr_function
-def _warps(warps, rank):
+def warp_bases(warps, rank):
     """Bases of the first dimension."""
     return [[1 << i, *([0] * (rank - 1))] for i in range(warps.bit_length() - 1)]
 
@@ -31,7 +32,7 @@ def words_layout(warps):
     """Words [P, R, T, 4]: a thread has the 16 bytes of a group, of two rows."""
     registers = [[0, 0, 0, 1], [0, 0, 0, 2], [0, 8, 0, 0]]
     lanes = [[0, 0, 1, 0], [0, 0, 2, 0], [0, 1, 0, 0], [0, 2, 0, 0], [0, 4, 0, 0]]
-    return gl.DistributedLinearLayout(registers, lanes, _warps(warps, 4), [], [warps, 16, 4, 4])
+    return gl.DistributedLinearLayout(registers, lanes, warp_bases(warps, 4), [], [warps, 16, 4, 4])
 
 
 @gluon.constexpr_function
@@ -39,12 +40,25 @@ def x_layout(warps):
     """x [P, 8, 4, 32], column of the product by T: a thread has a group."""
     registers = [[0, 0, 0, i] for i in (1, 2, 4, 8, 16)]
     lanes = [[0, 0, 1, 0], [0, 0, 2, 0], [0, 1, 0, 0], [0, 2, 0, 0], [0, 4, 0, 0]]
-    return gl.DistributedLinearLayout(registers, lanes, _warps(warps, 4), [], [warps, 8, 4, 32])
+    return gl.DistributedLinearLayout(registers, lanes, warp_bases(warps, 4), [], [warps, 8, 4, 32])
 
 
 @gluon.constexpr_function
 def mma_layout(warps):
     return gl.NVMMADistributedLayout([2, 0], [warps, 1, 1], [1, 16, 8])
+
+
+@gluon.constexpr_function
+def sums_layout(warps):
+    """Sums [16]: a thread has one of gate and the one of up."""
+    return gl.DistributedLinearLayout([[8]], [[1], [2], [4], [0], [0]], [[0]] * (warps.bit_length() - 1), [], [16])
+
+
+@gluon.constexpr_function
+def out_layout(warps):
+    """Eight elements of hidden."""
+    lanes = [[1], [2], [4], [0], [0]]
+    return gl.DistributedLinearLayout([], lanes, [[0]] * (warps.bit_length() - 1), [], [8])
 
 
 @gluon.jit
@@ -65,6 +79,12 @@ def along_4(PLACE: gl.constexpr, SIZE: gl.constexpr, LAYOUT: gl.constexpr):
         return gl.arange(0, SIZE, gl.SliceLayout(0, gl.SliceLayout(1, gl.SliceLayout(2, LAYOUT))))[None, None, None, :]
     else:
         return along_3(PLACE, SIZE, gl.SliceLayout(3, LAYOUT))[:, :, :, None]
+
+
+@gluon.jit
+def slot_of(choice_ptr, k, TOP_K: gl.constexpr):
+    """Of the k-th chosen expert; of the last one, if there are fewer."""
+    return gl.load(choice_ptr + gl.minimum(k, TOP_K - 1), cache_modifier=".cg").to(gl.int64)
 
 
 @gluon.jit

@@ -7,6 +7,7 @@ import re
 import torch
 
 from moe_kernels import RoutingRule
+from moe_kernels.one_token import one_token
 from moe_kernels.routing import routing_triton
 from tests.moe_kernels.compiling.kernel import DTYPES, QUANTISED, check_recording, compile_kernel
 
@@ -83,7 +84,9 @@ def compile_one_quantised_token(arch: int, scheme: str, dtype: str, zeros: bool 
         assert re.search(r"ld\.global\.\S*evict_first\S*cache_hint\S*v4", compiled.asm["ptx"]), (
             "weights must be loaded 16 bytes at a time, and not stay in L2"
         )
-    if arch == 90 and scheme != "fp8_block" and dtype == "bf16":
+    if arch == 90 and scheme == "fp8_block":
+        compile_one_fp8_token_mma(types, sizes | {"TOP_K": 8})
+    elif arch == 90 and dtype == "bf16":
         compile_one_token_mma(types, sizes | {"TOP_K": 8})
 
 
@@ -97,3 +100,17 @@ def compile_one_token_mma(types: dict[str, str], sizes: dict[str, object]) -> No
         constants = sizes | constants | {"P": num_warps}
         ptx = compile_kernel("one_token_four_bit_mma", name, types, constants, 90, **options).asm["ptx"]
         assert "mma.sync" in ptx and re.search(r"ld\.global\.\S*evict_first\S*cache_hint\S*v4", ptx)
+
+
+def compile_one_fp8_token_mma(types: dict[str, str], sizes: dict[str, object]) -> None:
+    """fp8_block by tensor cores."""
+    warps = one_token._FP8_MMA_WARPS
+    for name, registers, constants in (
+        ("_up_fp8_mma_kernel", one_token._UP_FP8_MMA_REGISTERS, {"ACTIVATION": "silu", "G": 2}),
+        ("_down_fp8_mma_kernel", one_token._DOWN_FP8_MMA_REGISTERS, {"SHARE": 1, "G": 6}),
+    ):
+        constants = sizes | constants | {"P": warps}
+        options = {"num_warps": warps, "launch_pdl": True, "maxnreg": registers}
+        ptx = compile_kernel("one_token_fp8_mma", name, types, constants, 90, **options).asm["ptx"]
+        assert "mma.sync" in ptx and re.search(r"ld\.global\.\S*evict_first\S*cache_hint\S*v4", ptx)
+        assert "cvt.rn.f16x2.e4m3x2" in ptx
