@@ -12,7 +12,7 @@ import functools
 import torch
 
 from moe_kernels.base.backend import has_tma, resolve_backend
-from moe_kernels.base.checks import FLOATS, check_tensor
+from moe_kernels.base.checks import FLOATS, check_kind, check_tensor
 from moe_kernels.base.integers import next_power_of_2
 from moe_kernels.base.registered import registered_op
 from moe_kernels.gemms.combine import combine_torch, combine_triton
@@ -99,6 +99,9 @@ def _local_experts_fake(x_TH, *_):
 
 def check_local(x_TH: torch.Tensor, matrices: ExpertMatrices, table: ReplicaTable, load: LoadCounter) -> None:
     check_tensor("x_TH", x_TH, (None, None), FLOATS)
+    check_kind("matrices", matrices, ExpertMatrices)
+    check_kind("table", table, ReplicaTable)
+    check_kind("load", load, LoadCounter)
     matrices.check(x_TH.shape[1], x_TH.dtype, x_TH.device)
     load.check(x_TH.device)
     table.check_local(load.load_E.shape[0], x_TH.device)

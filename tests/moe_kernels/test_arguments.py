@@ -17,10 +17,13 @@ from moe_kernels import (
     combine,
     count_experts,
     dequantise,
+    expert_down,
     expert_rows,
+    expert_up,
     gemm_config,
     gemm_configs,
     gradient_configs,
+    local_experts,
     local_forward,
     moe_experts,
     pack_nibbles,
@@ -44,6 +47,7 @@ COUNTS_E = torch.tensor([2, 2, 1, 1], dtype=torch.int32)
 SIZES = {"num_tokens": T, "top_k": K, "num_experts": E, "dtype": torch.float32}
 LAYER = {"hidden_size": H, "intermediate_size": I} | SIZES
 UP, DOWN = gemm_configs(**LAYER)
+SCHEDULE = build_schedule(IDS_TK.view(-1), COUNTS_E, block_m=UP.block_m, extra_m=UP.schedule_extra_m, backend="torch")
 INT4, INT4_SCALE, _ = quantise_weights(torch.ones(E, 2 * I, H), "int4")
 FP8, FP8_SCALE, _ = quantise_weights(torch.ones(E, 2 * I, H), "fp8_block")
 
@@ -73,15 +77,35 @@ OPS: dict[str, tuple[Any, dict[str, Any]]] = {
     ),
     "build_schedule": (build_schedule, {"lanes_N": IDS_TK.view(-1), "counts_L": COUNTS_E, "block_m": 16}),
     "combine": (combine, {"rows_NH": torch.ones(T * K, H), "lanes_TK": IDS_TK}),
+    "expert_up": (
+        expert_up,
+        {
+            "x_RH": X_TH,
+            "matrices": MATRICES,
+            "lane_to_slot_L": LANES,
+            "schedule": SCHEDULE,
+            "fanout": K,
+            "config": UP,
+        },
+    ),
+    "expert_down": (
+        expert_down,
+        {
+            "hidden_NI": torch.ones(T * K, I),
+            "matrices": MATRICES,
+            "lane_to_slot_L": LANES,
+            "schedule": SCHEDULE,
+            "row_weights_N": torch.ones(T * K),
+            "config": DOWN,
+        },
+    ),
     "expert_rows": (
         expert_rows,
         {
             "x_RH": X_TH,
             "matrices": MATRICES,
             "lane_to_slot_L": LANES,
-            "schedule": build_schedule(
-                IDS_TK.view(-1), COUNTS_E, block_m=UP.block_m, extra_m=UP.schedule_extra_m, backend="torch"
-            ),
+            "schedule": SCHEDULE,
             "row_weights_N": torch.ones(T * K),
             "fanout": K,
             "configs": (UP, DOWN),
@@ -98,6 +122,17 @@ OPS: dict[str, tuple[Any, dict[str, Any]]] = {
             "load": load(),
             "top_k": K,
             "rule": RoutingRule(),
+        },
+    ),
+    "local_experts": (
+        local_experts,
+        {
+            "x_TH": X_TH,
+            "expert_ids_TK": IDS_TK,
+            "expert_weights_TK": torch.ones(T, K),
+            "matrices": MATRICES,
+            "table": TABLE,
+            "load": load(),
         },
     ),
     "moe_experts": (
@@ -163,7 +198,19 @@ def test_what_is_no_integer_is_refused(name, argument, value):
     ("name", "argument", "kind"),
     [
         ("topk_routing", "rule", "RoutingRule"),
+        ("expert_up", "matrices", "ExpertMatrices"),
+        ("expert_up", "schedule", "TileSchedule"),
+        ("expert_up", "config", "GemmConfig"),
+        ("expert_down", "matrices", "ExpertMatrices"),
+        ("expert_down", "schedule", "TileSchedule"),
+        ("expert_down", "config", "GemmConfig"),
+        ("local_forward", "matrices", "ExpertMatrices"),
+        ("local_forward", "table", "ReplicaTable"),
+        ("local_forward", "load", "LoadCounter"),
         ("local_forward", "rule", "RoutingRule"),
+        ("local_experts", "matrices", "ExpertMatrices"),
+        ("local_experts", "table", "ReplicaTable"),
+        ("local_experts", "load", "LoadCounter"),
         ("select_replicas", "table", "ReplicaTable"),
         ("select_replicas", "load", "LoadCounter"),
         ("select_by_quota", "load", "LoadCounter"),

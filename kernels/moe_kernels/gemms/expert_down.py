@@ -11,12 +11,12 @@ import torch
 import torch.nn.functional as F
 
 from moe_kernels.base.backend import resolve_backend
-from moe_kernels.base.checks import FLOATS, check_rows, check_tensor, check_tma
+from moe_kernels.base.checks import check_kind, check_tensor, check_tma
 from moe_kernels.base.registered import registered_op
 from moe_kernels.gemms.expert_down_triton import expert_down_triton
 from moe_kernels.operands.config import GemmConfig
 from moe_kernels.operands.matrices import ExpertMatrices
-from moe_kernels.quantised.quantise_rows import QuantisedRows, Rows, as_rows, values_of
+from moe_kernels.quantised.quantise_rows import QuantisedRows, Rows, as_rows, check_values, values_of
 from moe_kernels.tiles.homes import RowHomes
 from moe_kernels.tiles.row_blocks import padded_rows, row_blocks, without_autocast
 from moe_kernels.tiles.tiles import TileSchedule
@@ -75,18 +75,16 @@ def _check(
     row_weights_N: torch.Tensor,
     config: GemmConfig,
 ) -> None:
-    values = values_of(hidden_NI)
+    check_kind("matrices", matrices, ExpertMatrices)
+    check_kind("schedule", schedule, TileSchedule)
+    check_kind("config", config, GemmConfig)
+    values = check_values("hidden_NI", hidden_NI)
     device = values.device
     if isinstance(hidden_NI, QuantisedRows) != (matrices.scheme == "fp8_block"):
         raise ValueError(
             f"hidden_NI is a {type(hidden_NI).__name__}: must be QuantisedRows with matrices.scheme='fp8_block', a tensor "
             f"else, not with {matrices.scheme!r}"
         )
-    if isinstance(hidden_NI, QuantisedRows):
-        hidden_NI.check("hidden_NI", values.shape[1], device)
-    else:
-        check_tensor("hidden_NI", values, (None, None), FLOATS, contiguous=False)
-        check_rows("hidden_NI", values)
     matrices.check_down(values.shape[1], hidden_NI.dtype, device)
     check_tensor("lane_to_slot_L", lane_to_slot_L, (schedule.offsets_L1.shape[0] - 1,), torch.int32, device)
     check_tensor("schedule.order_N", schedule.order_N, (values.shape[0],), torch.int32, device)

@@ -11,7 +11,7 @@ import torch
 import torch.nn.functional as F
 
 from moe_kernels.base.backend import resolve_backend
-from moe_kernels.base.checks import FLOATS, check_rows, check_tensor, check_tma
+from moe_kernels.base.checks import check_integer, check_kind, check_tensor, check_tma
 from moe_kernels.base.registered import registered_op
 from moe_kernels.gemms.expert_up_triton import expert_up_triton
 from moe_kernels.operands.activation import gated, ungated
@@ -21,10 +21,10 @@ from moe_kernels.quantised.quantise_rows import (
     QuantisedRows,
     Rows,
     as_rows,
+    check_values,
     new_quantised_rows,
     quantise_rows,
     quantise_rows_torch,
-    values_of,
 )
 from moe_kernels.tiles.row_blocks import RowBlock, elementwise, padded_rows, row_blocks, without_autocast
 from moe_kernels.tiles.tiles import TileSchedule
@@ -133,15 +133,14 @@ def expert_up(
     Raises:
         ValueError: an argument breaks one of these rules.
     """
-    values = values_of(x_RH)
+    check_kind("matrices", matrices, ExpertMatrices)
+    check_kind("schedule", schedule, TileSchedule)
+    check_kind("config", config, GemmConfig)
+    check_integer("fanout", fanout)
+    values = check_values("x_RH", x_RH)
     device, num_rows = values.device, values.shape[0]
-    if isinstance(x_RH, QuantisedRows):
-        if matrices.scheme != "fp8_block":
-            raise ValueError(f"x_RH is quantised: matrices.scheme must be 'fp8_block', not {matrices.scheme!r}")
-        x_RH.check("x_RH", values.shape[1], device)
-    else:
-        check_tensor("x_RH", values, (None, None), FLOATS, contiguous=False)
-        check_rows("x_RH", values)
+    if isinstance(x_RH, QuantisedRows) and matrices.scheme != "fp8_block":
+        raise ValueError(f"x_RH is quantised: matrices.scheme must be 'fp8_block', not {matrices.scheme!r}")
     matrices.check_up(values.shape[1], x_RH.dtype, device)
     check_tensor("lane_to_slot_L", lane_to_slot_L, (schedule.offsets_L1.shape[0] - 1,), torch.int32, device)
     if fanout < 1:

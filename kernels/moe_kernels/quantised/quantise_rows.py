@@ -45,11 +45,12 @@ class QuantisedRows(NamedTuple):
         scale_RH = self.scale_RG.repeat_interleave(BLOCK, dim=1)[:, : self.values_RH.shape[1]]
         return self.values_RH.float() * scale_RH
 
-    def check(self, name: str, hidden_size: int, device: torch.device) -> None:
-        """Raises ValueError unless these are rows of so many channels."""
-        check_tensor(f"{name}.values_RH", self.values_RH, (None, hidden_size), torch.float8_e4m3fn, device)
-        shape = (self.values_RH.shape[0], cdiv(hidden_size, BLOCK))
-        check_tensor(f"{name}.scale_RG", self.scale_RG, shape, torch.float32, device)
+    def check(self, name: str) -> None:
+        """Raises ValueError if shapes, dtypes or devices are wrong."""
+        check_tensor(f"{name}.values_RH", self.values_RH, (None, None), torch.float8_e4m3fn)
+        num_rows, hidden_size = self.values_RH.shape
+        shape = (num_rows, cdiv(hidden_size, BLOCK))
+        check_tensor(f"{name}.scale_RG", self.scale_RG, shape, torch.float32, self.device)
 
 
 Rows = torch.Tensor | QuantisedRows
@@ -59,6 +60,16 @@ Rows = torch.Tensor | QuantisedRows
 def values_of(rows: Rows) -> torch.Tensor:
     """The tensor of the rows' sizes and device."""
     return rows.values_RH if isinstance(rows, QuantisedRows) else rows
+
+
+def check_values(name: str, rows: Rows) -> torch.Tensor:
+    """`values_of`; raises ValueError unless the grouped GEMMs take such rows."""
+    if isinstance(rows, QuantisedRows):
+        rows.check(name)
+        return rows.values_RH
+    check_tensor(name, rows, (None, None), FLOATS, contiguous=False)
+    check_rows(name, rows)
+    return rows
 
 
 def as_rows(values: torch.Tensor, scale: torch.Tensor | None, dtype: torch.dtype) -> Rows:
