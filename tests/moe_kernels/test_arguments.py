@@ -270,7 +270,7 @@ FP8_PARTS = {"weight": FP8, "scale": FP8_SCALE, "scheme": "fp8_block"}
         ("quantise_weights", {"blocks_of": 7}, "blocks_of=7: must be None or divide the 32 rows"),
         ("quantise_weights", {"blocks_of": -1}, "blocks_of=-1: must be None or divide the 32 rows"),
         ("dequantise", {"weight": FP8}, "weight is of torch.float8_e4m3fn: must be torch.uint8 with scheme='int4'"),
-        ("dequantise", {"scale": INT4_SCALE.view(torch.int16)}, "scale is of torch.int16: must be torch.bfloat16 or"),
+        ("dequantise", {"scale": INT4_SCALE.view(torch.int16)}, "scale is of torch.int16: must be torch.float32 or"),
         ("dequantise", {"zero": INT4_SCALE}, "zero is of torch.bfloat16: must be torch.uint8"),
         ("dequantise", {"zero": INT4[:, :1, :1]}, "zero has shape (4, 1, 1): must be that of scale"),
         ("dequantise", {"columns": 2.5}, "columns=2.5: must be an integer"),

@@ -111,6 +111,23 @@ def test_the_ring_of_four_bits_is_for_a_gpu(make_experts):
         case.down("triton", hidden)
 
 
+@pytest.mark.parametrize("scheme", ["mxfp4", "int4 zeros"])
+def test_four_bits_do_not_take_the_tile_of_few_fp8_rows(make_experts, scheme):
+    """Of 256 columns, by four warps: the kernels of the ring would read it as their own."""
+    case = make_case(make_experts, scheme)
+    few = GemmConfig(16, 256, 128, 4, 5, tma=True, swap=True, quantised=True)
+    rule = r"config\.block_n=256: must be 128 or 192 with config\.tma and 4-bit weights"
+    for which in ("up", "down"):
+        with pytest.raises(ValueError, match=rule):
+            case.matrices.check_config(few, which)
+        for block_n in (128, 192):
+            case.matrices.check_config(four_bit_ring(16, block_n, 128, 8, 1, 0, 0), which)
+    fp8 = make_case(make_experts, "fp8_block")
+    fp8.matrices.check_config(few, "down")
+    with pytest.raises(ValueError, match=r"config\.block_n=192: must be 256 in `expert_down`"):
+        fp8.matrices.check_config(four_bit_ring(16, 192, 128, 8, 1, 0, 0), "down")
+
+
 @pytest.mark.gpu
 def test_the_ring_of_mxfp4_has_a_range(make_experts):
     """Exact for scales of 2 ** -62 to 2 ** 65; from 2 ** 67 on (194) NaN, as of 255, and weights below are rounded to 0."""

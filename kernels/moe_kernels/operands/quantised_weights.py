@@ -19,7 +19,7 @@ from __future__ import annotations
 import torch
 import torch.nn.functional as F
 
-from moe_kernels.base.checks import check_integer, check_kind
+from moe_kernels.base.checks import FLOATS, check_integer, check_kind
 from moe_kernels.base.integers import cdiv
 from moe_kernels.operands.schemes import BLOCK, INT4_GROUPS, MXFP4_GROUP, check_scheme
 from moe_kernels.operands.words import check_bytes, pack_words, unpack_words
@@ -186,11 +186,10 @@ def num_block_rows(rows: int, blocks_of: int | None = None) -> int:
     return rows // blocks_of * cdiv(blocks_of, BLOCK)
 
 
-_FLOATS = (torch.bfloat16, torch.float16, torch.float32)
 _DTYPES = {  # of weights and scales
-    "fp8_block": ((torch.float8_e4m3fn,), _FLOATS),
+    "fp8_block": ((torch.float8_e4m3fn,), FLOATS),
     "mxfp4": ((torch.uint8,), (torch.uint8,)),
-    "int4": ((torch.uint8,), _FLOATS),
+    "int4": ((torch.uint8,), FLOATS),
 }
 
 
