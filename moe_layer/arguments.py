@@ -6,13 +6,14 @@ from typing import Any
 import numpy as np
 import torch
 
-from moe_kernels.base.checks import FLOATS, check_kind
+from moe_kernels.base.checks import FLOATS, check_kind, is_integer
 
 
-def check_integer(name: str, value: Any, least: int) -> None:
-    """Raises ValueError unless `value` is an integer of at least `least`."""
-    if not isinstance(value, int) or isinstance(value, bool) or value < least:
+def check_integer(name: str, value: Any, least: int) -> int:
+    """`value` as an int; raises ValueError unless it is an integer, NumPy's are, of at least `least`."""
+    if not is_integer(value) or value < least:
         raise ValueError(f"{name} must be an integer of at least {least}, got {value!r}")
+    return value if type(value) is int else int(value)
 
 
 def check_choice(name: str, value: Any, choices: tuple[str, ...], otherwise: str = "") -> None:
@@ -61,7 +62,7 @@ def check_tokens(num_tokens: int, bound: Any, default: int | None) -> int:
         assert default is not None
         bound = default
     else:
-        check_integer("max_tokens", bound, 1)
+        bound = check_integer("max_tokens", bound, 1)
     if num_tokens > bound:
         raise ValueError(
             f"x has {num_tokens} tokens, more than max_tokens={bound}: give the forward a larger max_tokens, equal on all "
@@ -70,18 +71,20 @@ def check_tokens(num_tokens: int, bound: Any, default: int | None) -> int:
     return bound
 
 
-def physical_per_rank(
-    hidden_size: Any, intermediate_size: Any, num_experts: Any, num_redundant_experts: Any, num_ranks: int
-) -> int:
-    """Physical experts of a rank.
+def check_sizes(
+    hidden_size: Any, intermediate_size: Any, num_experts: Any, num_redundant_experts: Any
+) -> tuple[int, int, int, int]:
+    """These as ints; raises ValueError unless they are integers in their range."""
+    return (
+        check_integer("hidden_size", hidden_size, 1),
+        check_integer("intermediate_size", intermediate_size, 1),
+        check_integer("num_experts", num_experts, 1),
+        check_integer("num_redundant_experts", num_redundant_experts, 0),
+    )
 
-    Raises:
-        ValueError: a size out of range, or physical experts that do not divide by the ranks or that no rank has use for.
-    """
-    check_integer("hidden_size", hidden_size, 1)
-    check_integer("intermediate_size", intermediate_size, 1)
-    check_integer("num_experts", num_experts, 1)
-    check_integer("num_redundant_experts", num_redundant_experts, 0)
+
+def physical_per_rank(num_experts: int, num_redundant_experts: int, num_ranks: int) -> int:
+    """Physical experts of a rank; ValueError if they do not divide by the ranks or if no rank has use for them."""
     num_physical = num_experts + num_redundant_experts
     if num_physical % num_ranks:
         raise ValueError(

@@ -26,6 +26,7 @@ from moe_layer.arguments import (
     check_integer,
     check_mask,
     check_per_token,
+    check_sizes,
     check_tokens,
     check_trainable,
     check_x,
@@ -132,15 +133,16 @@ class MoELayer(Relocatable, nn.Module):
         num_ranks, rank = 1, 0
         if process_group is not None:
             num_ranks, rank = dist.get_world_size(process_group), dist.get_rank(process_group)
-        num_physical = physical_per_rank(hidden_size, intermediate_size, num_experts, num_redundant_experts, num_ranks)
-        check_integer("top_k", top_k, 1)
-        check_integer("num_shadow_slots", num_shadow_slots, 0)
+        sizes = (hidden_size, intermediate_size, num_experts, num_redundant_experts)
+        hidden_size, intermediate_size, num_experts, num_redundant_experts = check_sizes(*sizes)
+        num_physical = physical_per_rank(num_experts, num_redundant_experts, num_ranks)
+        top_k = check_integer("top_k", top_k, 1)
+        num_shadow_slots = check_integer("num_shadow_slots", num_shadow_slots, 0)
         if top_k > num_experts:
             raise ValueError(f"top_k must be at most num_experts={num_experts}, got {top_k}")
         check_bool("recompute", recompute)
         check_trainable(trainable, num_experts, num_ranks, pool=pool, quantisation=quantisation)
-        if max_tokens is not None:
-            check_integer("max_tokens", max_tokens, 1)
+        max_tokens = None if max_tokens is None else check_integer("max_tokens", max_tokens, 1)
         device, dtype = resolve_device(device), resolve_dtype(dtype)
         router_dtype = None if router_dtype is None else resolve_dtype(router_dtype, "router_dtype")
         format = gated_format(hidden_size, intermediate_size, dtype, activation, quantisation)
@@ -167,9 +169,7 @@ class MoELayer(Relocatable, nn.Module):
         self.max_tokens = max_tokens
         self.backend = backend
         self.process_group = process_group
-        self.executor: Executor = LocalExecutor()
-        if sender is not None:
-            self.executor = ExpertParallelExecutor(sender, batch_shares)
+        self.executor: Executor = LocalExecutor() if sender is None else ExpertParallelExecutor(sender, batch_shares)
         routed = (hidden_size, num_experts, top_k)
         options: dict[str, Any] = {"device": device, "layer_dtype": dtype, "dtype": router_dtype}
         gate = None if router is None else Router(*routed, router, backend, trainable=trainable, **options)

@@ -58,9 +58,9 @@ class RouterRule:
             if not is_number(value) or (name == "epsilon" and value < 0):
                 rule = "a finite number" if name == "scale" else "a finite number of at least 0"
                 raise ValueError(f"RouterRule.{name} must be {rule}, got {value!r}")
-        check_integer("RouterRule.num_groups", self.num_groups, 1)
-        check_integer("RouterRule.top_groups", self.top_groups, 1)
-        if self.top_groups > self.num_groups:
+        num_groups = check_integer("RouterRule.num_groups", self.num_groups, 1)
+        top_groups = check_integer("RouterRule.top_groups", self.top_groups, 1)
+        if top_groups > num_groups:
             raise ValueError(
                 f"RouterRule.top_groups must be at most num_groups={self.num_groups}, got {self.top_groups}"
             )
@@ -73,8 +73,8 @@ class RouterRule:
             self.renormalize,
             float(self.scale),
             float(self.epsilon),
-            self.num_groups,
-            self.top_groups,
+            num_groups,
+            top_groups,
             self.group_score,
             str(self.weights_dtype or torch.float32).removeprefix("torch."),
         )

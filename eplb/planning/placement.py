@@ -151,7 +151,7 @@ class Placement:
 
 
 def _check_integer(name: str, value: Any, least: int) -> None:
-    if not isinstance(value, numbers.Integral) or value < least:
+    if not isinstance(value, numbers.Integral) or isinstance(value, bool) or value < least:
         raise ValueError(f"{name}={value!r}: must be an integer of at least {least}")
 
 

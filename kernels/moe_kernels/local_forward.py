@@ -117,6 +117,6 @@ def local_forward(
         check_local(x_TH, matrices, table, load)
         num_tokens, num_experts, device = x_TH.shape[0], load.load_E.shape[0], x_TH.device
         check_tensor("logits_TE", logits_TE, (num_tokens, num_experts), FLOATS, device)
-        check_routing(top_k, rule, num_tokens, num_experts, bias_E, token_mask_T, device)
+        top_k = check_routing(top_k, rule, num_tokens, num_experts, bias_E, token_mask_T, device)
         backend = resolve_backend(backend, device)
     return _local_forward(x_TH, logits_TE, matrices, table, load, top_k, rule, bias_E, token_mask_T, backend)

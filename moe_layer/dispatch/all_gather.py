@@ -64,8 +64,8 @@ class AllGatherDispatcher:
         combine: str = "exact",
         static: bool | None = None,
     ) -> None:
-        check_integer("num_lanes", num_lanes, 1)
-        check_integer("max_tokens", max_tokens, 1)
+        num_lanes = check_integer("num_lanes", num_lanes, 1)
+        max_tokens = check_integer("max_tokens", max_tokens, 1)
         check_choice("combine", combine, ("exact", "partial"))
         if static is False and combine == "partial":
             raise ValueError("static=False does not go with combine='partial', whose shapes are static")

@@ -36,7 +36,7 @@ class AllToAllDispatcher:
     takes_incoming = True
 
     def __init__(self, group: dist.ProcessGroup, num_lanes: int) -> None:
-        check_integer("num_lanes", num_lanes, 1)
+        num_lanes = check_integer("num_lanes", num_lanes, 1)
         self._group = group
         self._num_ranks = dist.get_world_size(group)
         self._num_lanes = num_lanes

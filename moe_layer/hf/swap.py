@@ -133,14 +133,15 @@ def swap_experts(
         num_ranks, rank = dist.get_world_size(process_group), dist.get_rank(process_group)
     if num_shadow_slots is None:
         num_shadow_slots = _SHADOW_SLOTS if num_ranks > 1 and not trainable else 0
-    check_integer("num_shadow_slots", num_shadow_slots, 0)
+    num_shadow_slots = check_integer("num_shadow_slots", num_shadow_slots, 0)
+    num_redundant_experts = check_integer("num_redundant_experts", num_redundant_experts, 0)
     check_choice("tokens", tokens, ("own", "replicated"))
     for name, flag in (("trainable", trainable), ("strict", strict), ("count_padding", count_padding)):
         check_bool(name, flag)
     if placements is not None:
         check_kind("placements", placements, Sequence)
     if max_tokens is not None:
-        check_integer("max_tokens", max_tokens, 1)
+        max_tokens = check_integer("max_tokens", max_tokens, 1)
     if fuse_routing not in (True, False, "auto"):
         raise ValueError(f"fuse_routing must be True, False or 'auto', got {fuse_routing!r}")
     if not isinstance(pool, SlotPool):
@@ -167,7 +168,7 @@ def swap_experts(
             f"({SUPPORTED}. strict=False leaves other blocks alone.)"
         )
     for one in understood.values():
-        physical_per_rank(one.format.hidden_size, 1, one.num_experts, num_redundant_experts, num_ranks)
+        physical_per_rank(one.num_experts, num_redundant_experts, num_ranks)
         resolve_backend(backend, one.device)
     if placements is not None and len(placements) != len(understood):
         raise ValueError(f"placements has {len(placements)} layers: the model has {len(understood)} blocks to swap")

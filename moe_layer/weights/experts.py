@@ -13,7 +13,7 @@ from torch import nn
 
 from eplb.relocation.resident import ResidentExperts
 from moe_kernels import GOLDEN, SHARE_BITS, ExpertMatrices, LoadCounter, ReplicaTable, has_tma, resolve_backend
-from moe_kernels.base.checks import FLOATS, check_kind
+from moe_kernels.base.checks import FLOATS, check_kind, is_integer
 from moe_layer.arguments import resolve_device
 from moe_layer.weights.expert_format import ExpertFormat
 from moe_layer.weights.owned import OwnedExperts
@@ -143,7 +143,7 @@ class Experts(nn.Module):
         check_kind("weights", weights, Mapping)
         known = {tensor.name: tensor for tensor in self.format.tensors}
         for expert, tensors in weights.items():
-            if not isinstance(expert, int) or isinstance(expert, bool) or not 0 <= expert < self.resident.num_experts:
+            if not is_integer(expert) or not 0 <= expert < self.resident.num_experts:
                 raise ValueError(
                     f"weights must be of experts 0 to {self.resident.num_experts - 1}, got the expert {expert!r}"
                 )

@@ -5,7 +5,7 @@ from typing import Any
 import torch
 
 from eplb.relocation.pool import SlotPool
-from moe_layer.arguments import check_bool, check_integer, physical_per_rank, resolve_device, resolve_dtype
+from moe_layer.arguments import check_bool, check_integer, check_sizes, physical_per_rank, resolve_device, resolve_dtype
 from moe_layer.weights.expert_format import ExpertFormat, gated_format
 from moe_layer.weights.quantisation import Quantisation
 
@@ -35,11 +35,12 @@ def make_pool(
     Raises:
         ValueError: an argument out of range, or experts that do not divide by the ranks.
     """
-    for name, value in (("num_layers", num_layers), ("num_shadow_slots", num_shadow_slots), ("num_ranks", num_ranks)):
-        check_integer(name, value, 1)
+    num_layers, num_ranks = check_integer("num_layers", num_layers, 1), check_integer("num_ranks", num_ranks, 1)
+    num_shadow_slots = check_integer("num_shadow_slots", num_shadow_slots, 1)
     check_bool("shared", shared)
-    num_physical = physical_per_rank(hidden_size, intermediate_size, num_experts, num_redundant_experts, num_ranks)
-    format = gated_format(hidden_size, intermediate_size, resolve_dtype(dtype), "silu", quantisation)
+    sizes = check_sizes(hidden_size, intermediate_size, num_experts, num_redundant_experts)
+    num_physical = physical_per_rank(*sizes[2:], num_ranks)
+    format = gated_format(*sizes[:2], resolve_dtype(dtype), "silu", quantisation)
     num_slots = num_layers * num_physical + num_shadow_slots
     return SlotPool(format.specs, num_slots, resolve_device(device), shared=shared)
 

@@ -105,7 +105,7 @@ def test_bad_lanes_are_refused():
         Placement(np.zeros((2, 2)), 3)
     with pytest.raises(ValueError, match="num_experts=0"):
         Placement(np.zeros((1, 1), dtype=int), 0)
-    for wrong in (None, 1.5, "1"):
+    for wrong in (None, 1.5, "1", True):
         with pytest.raises(ValueError, match=f"num_experts={wrong!r}: must be an integer of at least 1"):
             Placement(np.zeros((1, 1), dtype=int), wrong)
     with pytest.raises(ValueError, match="holds 5"):

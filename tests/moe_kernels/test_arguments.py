@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import inspect
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 
@@ -180,18 +182,30 @@ def test_what_is_no_tensor_is_refused(name, argument, value):
     assert_refused(name, {argument: value}, f"{argument} is a {type(value).__name__}: must be a")
 
 
+INTEGERS = [
+    (name, argument)
+    for name, (_, arguments) in OPS.items()
+    for argument, value in arguments.items()
+    if isinstance(value, int)
+]
+
+
 @pytest.mark.parametrize("value", [None, 2.0, "2", True])
-@pytest.mark.parametrize(
-    ("name", "argument"),
-    [
-        (name, argument)
-        for name, (_, arguments) in OPS.items()
-        for argument, value in arguments.items()
-        if isinstance(value, int)
-    ],
-)
+@pytest.mark.parametrize(("name", "argument"), INTEGERS)
 def test_what_is_no_integer_is_refused(name, argument, value):
     assert_refused(name, {argument: value}, f"{argument}={value!r}: must be an integer")
+
+
+@pytest.mark.parametrize(("name", "argument"), INTEGERS)
+def test_integers_of_numpy_are_taken(name, argument):
+    """By the kernels too: what they get are ints."""
+    op, arguments = OPS[name]
+    given = arguments | {argument: np.uint8(arguments[argument])}
+    if "backend" not in inspect.signature(op).parameters:
+        assert repr(op(**given)) == repr(op(**arguments))
+        return
+    for backend in ("torch", "triton"):
+        op(**given, backend=backend)
 
 
 @pytest.mark.parametrize(

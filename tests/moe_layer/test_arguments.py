@@ -1,7 +1,9 @@
 """What bad input gets: a `ValueError` that names the argument, its value and the rule."""
 
 import re
+from dataclasses import replace
 
+import numpy as np
 import pytest
 import torch
 
@@ -72,6 +74,23 @@ def test_constructor_names_argument_value_and_rule(case, device):
         MoELayer(**{"device": device, **SIZES, **arguments})
     for part in named:
         assert part in str(refusal.value)
+
+
+def test_integers_of_numpy_are_taken_as_ints(device):
+    """Narrow ones too, whose products would overflow."""
+    sizes = {name: np.uint8(value) for name, value in SIZES.items()}
+    others = {"num_redundant_experts": np.int64(0), "num_shadow_slots": np.uint8(1), "max_tokens": np.uint8(255)}
+    rule = RouterRule(score_function="sigmoid", num_groups=np.int64(2), top_groups=np.int8(1))
+    layer = MoELayer(**sizes, **others, router=rule, backend="triton", device=device)
+    plain = MoELayer(**SIZES, router=replace(rule, num_groups=2, top_groups=1), device=device)
+    plain.load_state_dict(layer.state_dict())
+    x = torch.randn(255, 16, device=device)
+    torch.testing.assert_close(layer(x, max_tokens=np.int16(255)), plain(x))
+    kept = (layer.hidden_size, layer.intermediate_size, layer.top_k, layer.max_tokens, layer.resident.num_experts)
+    assert all(type(one) is int for one in kept)
+    tensors = {name: tensor[3] for name, tensor in layer.experts.state_dict().items()}
+    layer.load_experts({np.int64(3): tensors})
+    assert make_pool(np.uint8(200), *map(np.uint8, (16, 8, 4))).num_slots == 801
 
 
 def test_triton_on_a_cpu_without_its_interpreter(monkeypatch):

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
+import numbers
 from typing import Any
 
-import numpy as np
 import torch
 
 from moe_kernels.base.backend import has_tma
@@ -46,27 +46,40 @@ def check_kind(name: str, value: Any, kind: type | tuple[type, ...]) -> None:
         raise ValueError(f"{name} is a {type(value).__name__}: must be a {' or '.join(one.__name__ for one in kinds)}")
 
 
-def check_integer(name: str, value: Any) -> None:
-    """`value` is an integer; what range it must be in is the caller's."""
+def is_integer(value: Any) -> bool:
+    """Whether `value` is an integer; NumPy's and a tracer's are, bools are not."""
+    return isinstance(value, (numbers.Integral, torch.SymInt)) and not isinstance(value, bool)
+
+
+def check_integer(name: str, value: Any) -> int:
+    """`value` is an integer; what range it must be in is the caller's. Returns it as an int, as kernels take no other."""
     if type(value) is int:  # as nearly always, and eager forwards check many
-        return
-    if not isinstance(value, (int, torch.SymInt, np.integer)) or isinstance(value, bool):
+        return value
+    if not is_integer(value):
         raise ValueError(f"{name}={value!r}: must be an integer")
+    return int(value) if isinstance(value, numbers.Integral) else value
 
 
 def check_batch(
     sizes: tuple[tuple[str, int], ...], dtype: torch.dtype, num_tokens: int, top_k: int, num_experts: int
-) -> None:
-    """Raises ValueError unless these are a layer and a batch; `sizes`: names and numbers of the matrices' rows and columns."""
+) -> list[int]:
+    """Raises ValueError unless these are a layer and a batch; `sizes`: names and numbers of the matrices' rows and columns.
+
+    Returns:
+        The sizes, `num_tokens`, `top_k` and `num_experts` as ints.
+    """
+    checked = []
     for name, value in (*sizes, ("num_tokens", num_tokens), ("top_k", top_k), ("num_experts", num_experts)):
-        check_integer(name, value)
+        value = check_integer(name, value)
         least = 0 if name == "num_tokens" else 1
         if value < least:
             raise ValueError(f"{name}={value}: must be at least {least}")
+        checked.append(value)
     if num_experts < top_k:
         raise ValueError(f"num_experts={num_experts}: must be at least top_k={top_k}")
     if dtype not in FLOATS:
         raise ValueError(f"dtype={dtype}: must be torch.float32, torch.float16 or torch.bfloat16")
+    return checked
 
 
 def check_rows(name: str, rows: torch.Tensor) -> None:

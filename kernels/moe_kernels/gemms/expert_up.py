@@ -136,7 +136,7 @@ def expert_up(
     check_kind("matrices", matrices, ExpertMatrices)
     check_kind("schedule", schedule, TileSchedule)
     check_kind("config", config, GemmConfig)
-    check_integer("fanout", fanout)
+    fanout = check_integer("fanout", fanout)
     values = check_values("x_RH", x_RH)
     device, num_rows = values.device, values.shape[0]
     if isinstance(x_RH, QuantisedRows) and matrices.scheme != "fp8_block":

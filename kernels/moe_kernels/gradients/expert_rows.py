@@ -296,7 +296,7 @@ def expert_rows(
     check_kind("schedule", schedule, TileSchedule)
     check_kind("configs", configs, tuple)
     check_kind("gradient_configs", gradient_configs, GradientConfigs)
-    check_integer("fanout", fanout)
+    fanout = check_integer("fanout", fanout)
     device, num_rows = x_RH.device, schedule.order_N.shape[0]
     up, down = configs
     matrices.check(x_RH.shape[1], x_RH.dtype, device)

@@ -108,7 +108,9 @@ def gradient_configs(
         ValueError: a size that is not positive (`num_tokens` may be 0), or a dtype that is not supported.
     """
     sizes = (("hidden_size", hidden_size), ("intermediate_size", intermediate_size))
-    check_batch(sizes, dtype, num_tokens, top_k, num_experts)
+    hidden_size, intermediate_size, num_tokens, top_k, num_experts = check_batch(
+        sizes, dtype, num_tokens, top_k, num_experts
+    )
     rows_per_expert = next_power_of_2(num_tokens) * top_k // num_experts
     smaller = min(hidden_size, intermediate_size)
     fits_tma = hidden_size % 8 == intermediate_size % 8 == 0 and smaller >= _LEAST_TMA

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import bisect
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, fields, replace
 
 import torch
 
@@ -77,17 +77,18 @@ class GemmConfig:
         return self.tma and self.programs_per_sm == 1 and not self.quantised and not self.keep
 
     def __post_init__(self) -> None:
+        for name in _INTEGERS:
+            if type(getattr(self, name)) is not int:
+                object.__setattr__(self, name, check_integer(name, getattr(self, name)))
         is_few_fp8 = self.swap and (self.block_n, self.num_warps) == (256, 4)
         is_ring = self.quantised and self.tma and self.swap and not is_few_fp8  # of 4-bit weights
         for name, least in (("block_m", 8 if is_ring else 16), ("block_n", 32), ("block_k", 16), ("num_warps", 1)):
             value = getattr(self, name)
-            check_integer(name, value)
             if value < least or (value & (value - 1) and not (is_ring and name in ("block_n", "num_warps"))):
                 raise ValueError(f"{name}={value}: must be a power of two and at least {least}")
         for name, least in (("num_stages", 1), ("group_m", 1), ("programs_per_sm", 0), ("pairs", 0)):
-            check_integer(name, getattr(self, name))
-            if getattr(self, name) < least:
-                raise ValueError(f"{name}={getattr(self, name)}: must be at least {least}")
+            if (value := getattr(self, name)) < least:
+                raise ValueError(f"{name}={value}: must be at least {least}")
         if self.by_lane and (self.quantised or not self.tma):
             raise ValueError(f"{self}: by_lane needs tma=True and quantised=False")
         if self.pairs and (self.quantised or not self.tma or self.swap or self.programs_per_sm > 1):
@@ -104,8 +105,7 @@ class GemmConfig:
                 raise ValueError(f"{self}: quantised with tma has no tail_m, programs_per_sm, extra_m or keep")
         if not self.tma and (others or (self.swap and not self.quantised)):
             raise ValueError(f"{self}: tail_m, programs_per_sm, extra_m, keep and (not quantised) swap need tma=True")
-        for name in ("tail_m", "extra_m"):
-            value = getattr(self, name)
+        for name, value in (("tail_m", self.tail_m), ("extra_m", self.extra_m)):
             # Fewer rows would be multiplied by mma.sync, whose bits are not those of wgmma.
             if value and (value < 64 or value & (value - 1)):
                 raise ValueError(f"{name}={value}: must be 0, or a power of two and at least 64")
@@ -134,6 +134,7 @@ class GemmConfig:
                 raise ValueError(f"{name}={value}: must be 0, or a power of two from 16 to {most}")
 
 
+_INTEGERS = tuple(field.name for field in fields(GemmConfig) if field.type == "int")
 _ANY = 1 << 62  # more than there can be
 # (most rows per expert, config). Shared memory of a tile: (block_m + block_n) * block_k * itemsize * num_stages bytes (the
 # epilogue reuses it), which fit the 99 KiB that a block may use on Ada and consumer Ampere, the least of what is supported
@@ -297,7 +298,7 @@ def gemm_config(
     Raises:
         ValueError: a size that is not positive (`num_tokens` may be 0), or a dtype that is not supported.
     """
-    check_batch((("n", n), ("k", k)), dtype, num_tokens, top_k, num_experts)
+    n, k, num_tokens, top_k, num_experts = check_batch((("n", n), ("k", k)), dtype, num_tokens, top_k, num_experts)
     check_scheme(scheme)
     bucket = next_power_of_2(num_tokens)
     rows_per_expert = bucket * top_k // num_experts

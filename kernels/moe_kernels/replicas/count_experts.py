@@ -122,7 +122,7 @@ def count_experts(expert_ids_TK: torch.Tensor, num_experts: int, *, backend: str
         ValueError: an argument breaks one of these rules.
     """
     check_tensor("expert_ids_TK", expert_ids_TK, (None, None), torch.int32)
-    check_integer("num_experts", num_experts)
+    num_experts = check_integer("num_experts", num_experts)
     if num_experts < 1:
         raise ValueError(f"num_experts={num_experts}: must be at least 1")
     return _count_experts(expert_ids_TK, num_experts, resolve_backend(backend, expert_ids_TK.device))

@@ -134,22 +134,23 @@ def select_replicas(
     Raises:
         ValueError: an argument breaks one of these rules.
     """
-    check_selection(expert_ids_TK, table, load, num_lanes)
-    check_integer("rank_start", rank_start)
+    num_lanes = check_selection(expert_ids_TK, table, load, num_lanes)
+    rank_start = check_integer("rank_start", rank_start)
     if not 0 <= rank_start < SHARE_ONE:
         raise ValueError(f"rank_start={rank_start}: must be in [0, 2**{SHARE_BITS})")
     kernels = resolve_backend(backend, expert_ids_TK.device)
     return _select_replicas(expert_ids_TK, table, load, rank_start, num_lanes, kernels)
 
 
-def check_selection(expert_ids_TK: torch.Tensor, table: ReplicaTable, load: LoadCounter, num_lanes: int) -> None:
-    """Raises ValueError if what every choice of replicas takes breaks its rules."""
+def check_selection(expert_ids_TK: torch.Tensor, table: ReplicaTable, load: LoadCounter, num_lanes: int) -> int:
+    """Raises ValueError if what every choice of replicas takes breaks its rules. Returns `num_lanes` as an int."""
     check_tensor("expert_ids_TK", expert_ids_TK, (None, None), torch.int32)
     check_kind("table", table, ReplicaTable)
     check_kind("load", load, LoadCounter)
-    check_integer("num_lanes", num_lanes)
+    num_lanes = check_integer("num_lanes", num_lanes)
     device = expert_ids_TK.device
     load.check(device)
     table.check(load.load_E.shape[0], device)
     if num_lanes < 1:
         raise ValueError(f"num_lanes={num_lanes}: must be at least 1")
+    return num_lanes

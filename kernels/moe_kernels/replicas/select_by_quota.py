@@ -104,7 +104,7 @@ def select_by_quota(
     Raises:
         ValueError: an argument breaks one of these rules.
     """
-    check_selection(expert_ids_TK, table, load, num_lanes)
+    num_lanes = check_selection(expert_ids_TK, table, load, num_lanes)
     device = expert_ids_TK.device
     check_tensor("quotas_P", quotas_P, (table.lanes_P.shape[0],), torch.int32, device)
     check_tensor("before_E", before_E, load.load_E.shape, torch.int32, device)

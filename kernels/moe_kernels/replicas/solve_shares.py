@@ -175,8 +175,8 @@ def solve_shares(
         )
     check_kind("table", table, ReplicaTable)
     table.check(num_experts, counts_WE.device)
-    for name, value in (("lanes_per_rank", lanes_per_rank), ("rank", rank), ("expert_cost", expert_cost)):
-        check_integer(name, value)
+    lanes_per_rank, rank = check_integer("lanes_per_rank", lanes_per_rank), check_integer("rank", rank)
+    expert_cost = check_integer("expert_cost", expert_cost)
     if lanes_per_rank < 1:
         raise ValueError(f"lanes_per_rank={lanes_per_rank}: must be at least 1")
     if not 0 <= rank < num_ranks:

@@ -69,9 +69,9 @@ def check_routing(
     bias_E: torch.Tensor | None,
     token_mask_T: torch.Tensor | None,
     device: torch.device,
-) -> None:
-    """Raises ValueError if an argument of a routing, beside the logits, is wrong."""
-    check_integer("top_k", top_k)
+) -> int:
+    """Raises ValueError if an argument of a routing, beside the logits, is wrong. Returns `top_k` as an int."""
+    top_k = check_integer("top_k", top_k)
     if not 1 <= top_k <= num_experts:
         raise ValueError(f"top_k={top_k}: must be in [1, {num_experts}], the number of experts")
     check_kind("rule", rule, RoutingRule)
@@ -81,6 +81,7 @@ def check_routing(
         check_tensor("bias_E", bias_E, (num_experts,), torch.float32, device)
     if token_mask_T is not None:
         check_tensor("token_mask_T", token_mask_T, (num_tokens,), torch.bool, device)
+    return top_k
 
 
 @registered_op("moe_kernels::topk_routing", has_gradient=True)
@@ -194,5 +195,5 @@ def topk_routing(
     """
     check_tensor("logits_TE", logits_TE, (None, None), FLOATS)
     num_tokens, num_experts = logits_TE.shape
-    check_routing(top_k, rule, num_tokens, num_experts, bias_E, token_mask_T, logits_TE.device)
+    top_k = check_routing(top_k, rule, num_tokens, num_experts, bias_E, token_mask_T, logits_TE.device)
     return _topk_routing(logits_TE, top_k, rule, bias_E, token_mask_T, resolve_backend(backend, logits_TE.device))

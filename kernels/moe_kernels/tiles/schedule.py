@@ -81,8 +81,7 @@ def build_schedule(
     check_tensor("counts_L", counts_L, (None,), torch.int32, lanes_N.device)
     if counts_L.shape[0] < 1:
         raise ValueError(f"counts_L has shape {tuple(counts_L.shape)}: there must be at least 1 lane")
-    check_integer("block_m", block_m)
-    check_integer("extra_m", extra_m)
+    block_m, extra_m = check_integer("block_m", block_m), check_integer("extra_m", extra_m)
     if block_m < 8 or block_m & (block_m - 1):
         raise ValueError(f"block_m={block_m}: must be a power of two and at least 8")
     if not 0 <= extra_m <= block_m:
