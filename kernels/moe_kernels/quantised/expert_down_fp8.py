@@ -169,7 +169,7 @@ def _expert_down_fp8_kernel(
     if PDL:
         gdc_wait()
         gdc_launch_dependents()
-    ring = new_ring(STAGES)
+    ring = new_ring(2, ROWS, 2 * SIDE, 2, STAGES)
     tiles = (tile_lane_ptr, tile_start_ptr, tile_end_ptr, gl.load(num_tiles_ptr))
     outputs = (rows_ptr, homes_ptr, rows_per_home)
     sizes = (hidden_size, intermediate)

@@ -27,10 +27,11 @@ from moe_kernels.base.numerics import widen
 from moe_kernels.operands.config import GemmConfig
 from moe_kernels.operands.matrices import ExpertMatrices
 from moe_kernels.quantised.fp8_ring import (
+    COPY_LAYOUT,
     FILL_REGISTERS,
-    ROW_LAYOUT,
+    SCALE_LAYOUT,
     SIDE,
-    WEIGHT_LAYOUT,
+    new_ring,
     num_programs,
     weights_descriptor,
 )
@@ -39,28 +40,10 @@ from moe_kernels.tiles.homes import RowHomes, row_at
 from moe_kernels.tiles.tile_order import tile_and_column_block
 from moe_kernels.tiles.tiles import TileSchedule
 
-_COPY = gl.constexpr(gl.BlockedLayout([1, 16], [4, 8], [4, 1], [1, 0]))
-_SCALES = gl.constexpr(gl.BlockedLayout([1], [32], [4], [0]))
-_FILLERS = gl.constexpr(128)  # threads that copy rows and scales
-
 
 @gluon.constexpr_function
 def _mma_layout(m):
     return gl.NVMMADistributedLayout([3, 0], [4, 1], [16, m, 32])
-
-
-@gluon.jit
-def _new_ring(M: gl.constexpr, STAGES: gl.constexpr):
-    """(rows [STAGES, M, 128], weights [2 * STAGES, 1, 128, 128], scales [STAGES, 4 * M], filled, emptied)."""
-    rows = gl.allocate_shared_memory(gl.float8e4nv, [STAGES, M, SIDE], ROW_LAYOUT)
-    weights = gl.allocate_shared_memory(gl.float8e4nv, [2 * STAGES, 1, SIDE, SIDE], WEIGHT_LAYOUT)
-    scales = gl.allocate_shared_memory(gl.float32, [STAGES, 4 * M], gl.SwizzledSharedLayout(1, 1, 1, [0]))
-    filled = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
-    emptied = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
-    for stage in gl.static_range(STAGES):
-        mbarrier.init(filled.index(stage), count=_FILLERS + 1)  # each that copies, and the one that calls TMA
-        mbarrier.init(emptied.index(stage), count=1)
-    return rows, weights, scales, filled, emptied
 
 
 @gluon.jit
@@ -116,9 +99,9 @@ def _fill(
     if PDL:
         gdc_wait()
         gdc_launch_dependents()
-    row = gl.arange(0, M, gl.SliceLayout(1, _COPY))
-    k = gl.arange(0, SIDE, gl.SliceLayout(0, _COPY))
-    place = gl.arange(0, 4 * M, _SCALES)
+    row = gl.arange(0, M, gl.SliceLayout(1, COPY_LAYOUT))
+    k = gl.arange(0, SIDE, gl.SliceLayout(0, COPY_LAYOUT))
+    place = gl.arange(0, 4 * M, SCALE_LAYOUT)
     count = 0
     for program in range(first_program, num_tiles, num_programs):
         next_slot = _load_slot(lane_to_slot_ptr, next_lane)
@@ -257,7 +240,7 @@ def _expert_down_fp8_few_kernel(
     """Every num_programs-th of: a tile of rows, 256 columns of the output. Waits where its warps part: see `_fill`."""
     if PDL and not BEHIND_UP:
         gdc_wait()  # the schedule may be what the kernel before makes
-    ring = _new_ring(M, STAGES)
+    ring = new_ring(1, M, 4 * M, 1, STAGES)
     tiles = (tile_lane_ptr, tile_start_ptr, tile_end_ptr, gl.load(num_tiles_ptr, cache_modifier=".cg"))
     outputs = (rows_ptr, homes_ptr, rows_per_home)
     gl.warp_specialize(

@@ -193,7 +193,7 @@ def _expert_up_fp8_kernel(
     if PDL:
         gdc_wait()
         gdc_launch_dependents()
-    ring = new_ring(STAGES)
+    ring = new_ring(2, ROWS, 2 * SIDE, 2, STAGES)
     tiles = (tile_lane_ptr, tile_start_ptr, tile_end_ptr, gl.load(num_tiles_ptr))
     outputs = (hidden_ptr, hidden_scale_ptr)
     sizes = (hidden_size, intermediate, fanout)

@@ -32,8 +32,8 @@ SIDE = gl.constexpr(128)  # of a block of weights, and channels of a row that sh
 MMA = gl.constexpr(gl.NVMMADistributedLayout([3, 0], [4, 1], [16, 128, 32]))
 MMA_ROWS = gl.constexpr(gl.SliceLayout(1, MMA.value))
 MMA_COLUMNS = gl.constexpr(gl.SliceLayout(0, MMA.value))
-_COPY = gl.constexpr(gl.BlockedLayout([1, 16], [4, 8], [4, 1], [1, 0]))
-_SCALES = gl.constexpr(gl.BlockedLayout([1], [32], [4], [0]))
+COPY_LAYOUT = gl.constexpr(gl.BlockedLayout([1, 16], [4, 8], [4, 1], [1, 0]))
+SCALE_LAYOUT = gl.constexpr(gl.BlockedLayout([1], [32], [4], [0]))
 ROW_LAYOUT = gl.constexpr(gl.NVMMASharedLayout(128, 8, rank=2))
 WEIGHT_LAYOUT = gl.constexpr(gl.NVMMASharedLayout(128, 8, rank=3))
 # Of the 504 registers that three threads share: of one that multiplies (two of these), and of one that fills the ring.
@@ -60,23 +60,26 @@ def load_slot(lane_to_slot_ptr, lane):
 
 
 @gluon.jit
-def new_ring(STAGES: gl.constexpr):
-    """(rows [2 * STAGES, 64, 128], weights [2 * STAGES, 1, 128, 128], scales [STAGES, 256], filled, emptied)."""
-    rows = gl.allocate_shared_memory(gl.float8e4nv, [2 * STAGES, ROWS, SIDE], ROW_LAYOUT)
+def new_ring(PARTS: gl.constexpr, M: gl.constexpr, SCALES: gl.constexpr, GROUPS: gl.constexpr, STAGES: gl.constexpr):
+    """(rows [PARTS * STAGES, M, 128], weights [2 * STAGES, 1, 128, 128], scales [STAGES, SCALES], filled, emptied).
+
+    GROUPS: of four warps that multiply.
+    """
+    rows = gl.allocate_shared_memory(gl.float8e4nv, [PARTS * STAGES, M, SIDE], ROW_LAYOUT)
     weights = gl.allocate_shared_memory(gl.float8e4nv, [2 * STAGES, 1, SIDE, SIDE], WEIGHT_LAYOUT)
-    scales = gl.allocate_shared_memory(gl.float32, [STAGES, 2 * SIDE], gl.SwizzledSharedLayout(1, 1, 1, [0]))
+    scales = gl.allocate_shared_memory(gl.float32, [STAGES, SCALES], gl.SwizzledSharedLayout(1, 1, 1, [0]))
     filled = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
     emptied = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
     for stage in gl.static_range(STAGES):
         mbarrier.init(filled.index(stage), count=_FILLERS + 1)  # each that copies, and the one that calls TMA
-        mbarrier.init(emptied.index(stage), count=2)
+        mbarrier.init(emptied.index(stage), count=GROUPS)
     return rows, weights, scales, filled, emptied
 
 
 @gluon.jit
 def _copy_rows(into, rows_ptr, source, inside, first, size):
     """64 rows, 128 of K from `first` on; zeros for what does not exist."""
-    k = first + gl.arange(0, SIDE, gl.SliceLayout(0, _COPY))
+    k = first + gl.arange(0, SIDE, gl.SliceLayout(0, COPY_LAYOUT))
     at = rows_ptr + source[:, None] + k[None, :]
     async_copy.async_copy_global_to_shared(into, at, mask=inside[:, None] & (k < size)[None, :])
 
@@ -87,8 +90,8 @@ def load_flat(order_ptr, start, end):
 
     Nothing is computed with them here: so a caller can go on before they are there.
     """
-    half = start + gl.arange(0, ROWS, gl.SliceLayout(1, _COPY))
-    scaled = start + gl.arange(0, 2 * SIDE, _SCALES) % SIDE
+    half = start + gl.arange(0, ROWS, gl.SliceLayout(1, COPY_LAYOUT))
+    scaled = start + gl.arange(0, 2 * SIDE, SCALE_LAYOUT) % SIDE
     if order_ptr is None:
         return half, half, scaled
     else:
@@ -122,10 +125,10 @@ def fill_tile(
     rows, weights, scales, filled, emptied = ring
     num_steps = gl.cdiv(size, SIDE)
     flat, other_flat, scaled_flat = flat
-    half = start + gl.arange(0, ROWS, gl.SliceLayout(1, _COPY))
+    half = start + gl.arange(0, ROWS, gl.SliceLayout(1, COPY_LAYOUT))
     other = half + ROWS
     source, other_source = (flat // fanout).to(gl.int64) * stride_row, (other_flat // fanout).to(gl.int64) * stride_row
-    place = gl.arange(0, 2 * SIDE, _SCALES)
+    place = gl.arange(0, 2 * SIDE, SCALE_LAYOUT)
     # Behind the rows' scales, those of the weights, once for each row of a group of warps.
     weight_scale = gl.where(place < SIDE + ROWS, first_scale_ptr, second_scale_ptr)
     scale_at = gl.where(place < SIDE, row_scale_ptr + scaled_flat // fanout * num_steps, weight_scale)
