@@ -11,6 +11,7 @@ import torch
 import torch.distributed as dist
 
 from moe_kernels import TileSchedule, build_schedule, combine
+from moe_kernels.base.once import differentiable_once
 from moe_layer.arguments import check_choice, check_integer
 from moe_layer.collectives import all_gather_rows, backend_of
 from moe_layer.dispatch.base import Dispatched
@@ -204,6 +205,7 @@ class _Arrive(torch.autograd.Function):
         return tokens.rows_RH[source_N], tokens.weights_RK.reshape(-1)[rows_N]
 
     @staticmethod
+    @differentiable_once
     def backward(ctx: Any, grad_rows: torch.Tensor, grad_weights: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
         (num_tokens, hidden_size), top_k = ctx.shape, ctx.lanes_TK.shape[1]
         came = ctx.way.back(pack_rows(grad_rows, grad_weights))

@@ -10,6 +10,7 @@ import torch.distributed as dist
 import torch.nn.functional as F
 
 from moe_kernels import TileSchedule, build_schedule, combine
+from moe_kernels.base.once import differentiable_once
 from moe_layer.arguments import check_integer
 from moe_layer.collectives import all_gather_rows, all_to_all_rows, backend_of
 from moe_layer.dispatch.base import Dispatched, Incoming
@@ -119,6 +120,7 @@ class _Exchange(torch.autograd.Function):
         return unpack_rows(came, rows_NH.shape[1], rows_NH.dtype)
 
     @staticmethod
+    @differentiable_once
     def backward(ctx: Any, grad_rows: torch.Tensor, grad_weights: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
         way = ctx.way
         came = all_to_all_rows(pack_rows(grad_rows, grad_weights), way.receive_splits, way.send_splits, way.group)

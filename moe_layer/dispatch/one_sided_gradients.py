@@ -12,6 +12,7 @@ import torch
 from torch.autograd import Variable
 
 from moe_kernels import TileSchedule, build_schedule
+from moe_kernels.base.once import differentiable_once
 from moe_kernels.peers.combine_home import combine_home
 from moe_kernels.peers.meet_peers import meet_peers
 from moe_kernels.peers.peers import (
@@ -195,7 +196,7 @@ class _Forth(torch.autograd.Function):
         return came
 
     @staticmethod
-    @torch.autograd.function.once_differentiable
+    @differentiable_once
     def backward(ctx: Any, grad_rows_RH: torch.Tensor, grad_weights_R: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
         # Both, also where only one is wanted: another rank may want the other.
         grads = ctx.exchanges.send_home(grad_rows_RH, grad_weights_R, ctx.route)
@@ -212,6 +213,6 @@ class _Home(torch.autograd.Function):
         return exchanges.send_home(rows_RH, None, route)[0]
 
     @staticmethod
-    @torch.autograd.function.once_differentiable
+    @differentiable_once
     def backward(ctx: Any, grad_TH: torch.Tensor) -> tuple[torch.Tensor, None, None]:
         return ctx.exchanges.send_gradients(grad_TH, ctx.route), None, None

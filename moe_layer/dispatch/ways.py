@@ -10,6 +10,7 @@ from typing import Any, Protocol
 import torch
 import torch.distributed as dist
 
+from moe_kernels.base.once import differentiable_once
 from moe_layer.collectives import all_gather_rows, all_to_all_rows
 
 
@@ -119,5 +120,6 @@ class Return(torch.autograd.Function):
         return way.back(rows_RH)
 
     @staticmethod
+    @differentiable_once
     def backward(ctx: Any, grad: torch.Tensor) -> tuple[torch.Tensor, None]:
         return ctx.way.forth(grad), None

@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 
+from moe_kernels.base.once import refuse_second
 from moe_layer.weights.versions import Pin, end_backward
 
 Compute = Callable[[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor], torch.Tensor]
@@ -37,13 +38,15 @@ class Recomputed(torch.autograd.Function):
         return compute(x_TH, weights_TK, lanes_TK, counts_L)
 
     @staticmethod
-    @torch.autograd.function.once_differentiable
     def backward(ctx: Any, grad_TH: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
         # Both gradients, also where only one is wanted: they travel between ranks, and each rank takes part in as many
         # collectives as the others.
-        inputs = tuple(saved.detach().requires_grad_() for saved in ctx.saved_tensors)
+        saved = ctx.saved_tensors
+        inputs = tuple(one.detach().requires_grad_() for one in saved)
         with torch.enable_grad():
             y_TH = ctx.compute(*inputs, ctx.lanes_TK, ctx.counts_L)
         grads = torch.autograd.grad(y_TH, inputs, grad_TH)
         end_backward(ctx.pin)
+        if torch.is_grad_enabled():  # the gradients are to have gradients themselves
+            grads = refuse_second("a MoELayer of several ranks", grads, (grad_TH, *saved))
         return None, None, None, None, *grads

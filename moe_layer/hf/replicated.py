@@ -8,6 +8,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
+from moe_kernels.base.once import differentiable_once
 from moe_layer.collectives import all_gather_rows, backend_of
 
 
@@ -50,6 +51,7 @@ class TakePart(torch.autograd.Function):
         return parts.mine(rows).contiguous()
 
     @staticmethod
+    @differentiable_once
     def backward(ctx: Any, grad: torch.Tensor) -> tuple[torch.Tensor, None]:
         return ctx.parts.whole(grad), None
 
@@ -63,5 +65,6 @@ class GatherParts(torch.autograd.Function):
         return parts.whole(rows)
 
     @staticmethod
+    @differentiable_once
     def backward(ctx: Any, grad: torch.Tensor) -> tuple[torch.Tensor, None]:
         return ctx.parts.mine(grad).contiguous(), None

@@ -14,6 +14,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
+from moe_kernels.base.once import differentiable_once
 from moe_layer.trainable.publish import Route
 from moe_layer.weights.owned import OwnedExperts
 
@@ -166,6 +167,6 @@ class _Publish(torch.autograd.Function):
         return tuple(copy.detach() for copy in lanes)
 
     @staticmethod
-    @torch.autograd.function.once_differentiable
+    @differentiable_once
     def backward(ctx: Any, *grads: torch.Tensor | None) -> tuple[torch.Tensor | None, ...]:
         return None, *ctx.copies._returned(grads, ctx.needs_input_grad[1:], ctx.route)

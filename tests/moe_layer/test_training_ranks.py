@@ -31,6 +31,8 @@ def test_two_ranks(rank, num_ranks, group, device):
     check_correction_bias(rank, group, device)
     check_norms_that_are_not_finite(rank, group, device)
     for options in DISPATCHERS:
+        for trainable in (False, True):
+            check_that_second_gradients_are_refused(group, device, trainable=trainable, **options)
         check_training(rank, group, device, wrap_in_ddp, options)
     check_training(rank, group, device, wrap_in_ddp, DISPATCHERS[0], micro_batches=2)
     check_training(rank, group, device, wrap_in_ddp, DISPATCHERS[0], main_grads=True)
@@ -55,6 +57,16 @@ def test_two_gpus(rank, num_ranks, group, device):
         for options in (*DISPATCHERS, ONE_SIDED):
             check_training(rank, group, device, wrap, options)
     check_training(rank, group, device, wrap_in_ddp, DISPATCHERS[0], main_grads=True)
+
+
+def check_that_second_gradients_are_refused(group, device, **options):
+    """Before anything is sent; the first ones are those without `create_graph=True`."""
+    layer = make_layer(group, device, **options)
+    x = torch.randn(TOKENS, HIDDEN, generator=torch.Generator().manual_seed(1)).to(device).requires_grad_()
+    found = [torch.autograd.grad(layer(x.tanh()).sum(), x, create_graph=more)[0] for more in (False, True)]
+    assert torch.equal(*found)
+    with pytest.raises(RuntimeError, match="is differentiable once"):
+        torch.autograd.grad(found[1].square().sum(), x)
 
 
 class Model(nn.Module):

@@ -13,6 +13,7 @@ import torch
 
 from moe_kernels.base.backend import resolve_backend
 from moe_kernels.base.checks import FLOATS, check_integer, check_kind, check_rows, check_tensor, check_tma
+from moe_kernels.base.once import refuse_second
 from moe_kernels.base.registered import registered_op
 from moe_kernels.gemms.expert_up import expert_up_torch
 from moe_kernels.gemms.expert_up_triton import pre_activation_triton
@@ -238,7 +239,11 @@ def _backward(ctx, needs, grad_GH, _grad_pre):
             grads = with_dummies(grads, main)
     else:
         grads = _expert_rows_backward(*saved, *ctx.grad_configs, list(wanted), ctx.backend)
-    return {name: grad for name, grad, is_wanted in zip(_TENSORS, grads, wanted, strict=True) if is_wanted}
+    found = {name: grad for name, grad, is_wanted in zip(_TENSORS, grads, wanted, strict=True) if is_wanted}
+    if torch.is_grad_enabled():  # the gradients are to have gradients themselves
+        inputs = (grad_GH, x_RH, gate_up, down, up_bias, down_bias, row_weights_N)
+        return dict(zip(found, refuse_second("expert_rows", found.values(), inputs), strict=True))
+    return found
 
 
 _expert_rows.register_autograd(_backward, setup_context=_setup_context)
