@@ -7,6 +7,8 @@ import numpy as np
 import torch
 import torch.distributed as dist
 from torch import nn
+from torch._subclasses.fake_tensor import FakeTensor
+from torch._subclasses.functional_tensor import FunctionalTensor
 
 from eplb.planning.placement import Placement
 from eplb.relocation.resident import ResidentExperts
@@ -18,6 +20,8 @@ from moe_layer.trainable.ddp import refuse_sharding
 from moe_layer.weights.expert_format import ExpertFormat
 from moe_layer.weights.experts import Experts, NewWeights
 from moe_layer.weights.owned import OwnedExperts
+
+_PLAIN = (torch.Tensor, nn.Parameter, FakeTensor, FunctionalTensor)  # the last two are of `torch.export`
 
 
 class TrainableExperts(Experts):
@@ -71,7 +75,7 @@ class TrainableExperts(Experts):
             self.check_loaded()
         weights = {tensor.name: getattr(self, tensor.name) for tensor in self.format.tensors}
         for name, weight in weights.items():
-            if type(weight) not in (torch.Tensor, nn.Parameter):
+            if type(weight) not in _PLAIN:
                 raise ValueError(
                     f"experts.{name} must be a plain tensor in the forward, got a {type(weight).__name__}: shard the "
                     "layer or a module around it, not its experts alone, as they are not called"

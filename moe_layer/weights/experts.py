@@ -213,6 +213,6 @@ class Experts(nn.Module):
 
 def refuse_pickling() -> NoReturn:
     raise RuntimeError(
-        "a MoELayer cannot be pickled, as its slots, streams and process group are this process's own: save its "
-        "state_dict(), and load that into a new layer"
+        "a MoELayer cannot be pickled, nor copied by copy.copy(), as its slots, streams and process group are this process's "
+        "own: save its state_dict(), and load that into a new layer"
     )

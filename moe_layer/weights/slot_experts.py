@@ -185,6 +185,14 @@ class SlotExperts(Experts):
         pool = SlotPool(self.format.specs, self.pool.num_slots, device)
         return self.resident.copied_to(pool, streams_of(home_of(device)), convert)
 
+    def __getattr__(self, name: str) -> Any:
+        if "format" in self.__dict__ and name in {tensor.name for tensor in self.format.tensors}:
+            raise AttributeError(
+                f"{name} cannot be read here: the weights of a serving layer live in slots, not in the module. Read them by "
+                "state_dict()"
+            )
+        return super().__getattr__(name)
+
     def __setattr__(self, name: str, value: Any) -> None:
         if "format" in self.__dict__ and name in {tensor.name for tensor in self.format.tensors}:
             raise RuntimeError(

@@ -7,7 +7,7 @@ import torch
 import torch.distributed as dist
 from torch import nn
 from torch.distributed.fsdp import fully_shard
-from torch.nn.utils import parameters_to_vector, parametrize
+from torch.nn.utils import parameters_to_vector, parametrize, prune
 
 from moe_layer import MoELayer, make_pool
 from tests.moe_layer.reference import give_unit_scale
@@ -44,6 +44,9 @@ def test_what_is_put_in_the_place_of_weights_is_refused_and_not_ignored(device):
     ):
         with pytest.raises(RuntimeError, match="down_proj cannot be set: the weights of a serving layer live in slots"):
             replace()
+    assert not hasattr(layer.experts, "down_proj")
+    with pytest.raises(AttributeError, match=r"down_proj cannot be read here: .* live in slots.*state_dict\(\)"):
+        prune.l1_unstructured(layer.experts, "down_proj", 0.5)
     with pytest.raises(ValueError, match="does not have a parameter"):
         parametrize.register_parametrization(layer.experts, "down_proj", nn.Identity())
     assert torch.equal(layer(x), y)
