@@ -679,7 +679,7 @@ LAYER = (
     # The backward goes by the lanes of the newest table.
     Mutant(
         "moe_layer/forward/recomputed.py",
-        "end_backward(ctx.pin)",
+        "ctx.held.end_backward()",
         "pass",
         (f"{L}expert_parallel.py",),
     ),

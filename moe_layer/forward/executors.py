@@ -30,7 +30,7 @@ from moe_layer.forward.divided import with_gradients_over, with_gradients_times
 from moe_layer.forward.recomputed import Recomputed
 from moe_layer.router import Router
 from moe_layer.weights.experts import Experts
-from moe_layer.weights.versions import KeepVersion, hold_version
+from moe_layer.weights.versions import Held, KeepVersion, hold_version
 
 
 class LocalExecutor:
@@ -111,7 +111,7 @@ class LocalExecutor:
         else:
             with resident.choice() as pin:
                 lanes_TK, counts_L = choose_replicas(experts, ids_TK)
-            x_TH, weights_TK = KeepVersion.apply(x_TH, weights_TK, pin)
+            x_TH, weights_TK = KeepVersion.apply(x_TH, weights_TK, Held(experts, pin))
         num_tokens, top_k = ids_TK.shape
 
         def schedule(block_m: int, extra_m: int) -> TileSchedule:
@@ -174,7 +174,7 @@ class ExpertParallelExecutor:
             return self._computed(experts, x_TH, weights_TK, lanes_TK, counts_L, max_tokens, incoming)
 
         if needs_grad(experts, x_TH, weights_TK) and not experts.trainable:
-            return Recomputed.apply(compute, pin, lanes_TK, counts_L, x_TH, weights_TK)
+            return Recomputed.apply(compute, Held(experts, pin), lanes_TK, counts_L, x_TH, weights_TK)
         if not torch.is_grad_enabled() and (x_TH.requires_grad or weights_TK.requires_grad):
             x_TH, weights_TK = x_TH.detach(), weights_TK.detach()  # no backward comes, which the dispatcher asks
         asks = getattr(self.dispatcher, "asks_for_gradients", False)

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 
 from moe_kernels.base.once import refuse_second
-from moe_layer.weights.versions import Pin, end_backward
+from moe_layer.weights.versions import Held
 
 Compute = Callable[[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor], torch.Tensor]
 """Dispatch, experts and combine, of (x_TH, weights_TK, lanes_TK, counts_L)."""
@@ -27,13 +27,13 @@ class Recomputed(torch.autograd.Function):
     def forward(
         ctx: Any,
         compute: Compute,
-        pin: Pin,
+        held: Held,
         lanes_TK: torch.Tensor,
         counts_L: torch.Tensor,
         x_TH: torch.Tensor,
         weights_TK: torch.Tensor,
     ) -> torch.Tensor:
-        ctx.compute, ctx.pin, ctx.lanes_TK, ctx.counts_L = compute, pin, lanes_TK, counts_L
+        ctx.compute, ctx.held, ctx.lanes_TK, ctx.counts_L = compute, held, lanes_TK, counts_L
         ctx.save_for_backward(x_TH, weights_TK)
         return compute(x_TH, weights_TK, lanes_TK, counts_L)
 
@@ -46,7 +46,7 @@ class Recomputed(torch.autograd.Function):
         with torch.enable_grad():
             y_TH = ctx.compute(*inputs, ctx.lanes_TK, ctx.counts_L)
         grads = torch.autograd.grad(y_TH, inputs, grad_TH)
-        end_backward(ctx.pin)
+        ctx.held.end_backward()
         if torch.is_grad_enabled():  # the gradients are to have gradients themselves
             grads = refuse_second("a MoELayer of several ranks", grads, (grad_TH, *saved))
         return None, None, None, None, *grads

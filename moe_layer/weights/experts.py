@@ -79,6 +79,11 @@ class Experts(nn.Module):
         """The weights as the kernels take them."""
         raise NotImplementedError
 
+    @property
+    def num_writes(self) -> int:
+        """Grows when weights are written."""
+        return self.matrices().down_SHI._version
+
     def ranges(self) -> list[range]:
         """The logical experts of each rank in state dicts: equal parts in order, the last ones smaller if need be."""
         count, ranks = self.resident.num_experts, self.resident.num_ranks

@@ -1,10 +1,11 @@
 """`SlotExperts`: the experts of a serving layer. Their weights are in the slots of a pool, and are no parameters."""
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
 import torch.distributed as dist
+from torch.autograd.graph import increment_version
 
 from eplb.relocation.pool import SlotPool, SlotState
 from eplb.relocation.resident import ResidentExperts
@@ -142,8 +143,17 @@ class SlotExperts(Experts):
             logical = self.logical()
             with self.resident.quiesced(), torch.no_grad():
                 logical.write({spec.name: value for spec, value in given.items()})
+                self._count_write()
             if len(given) == len(specs):
                 self.is_loaded = True
+
+    def _write(self, tensors: Mapping[str, torch.Tensor], slots: Sequence[int]) -> None:
+        super()._write(tensors, slots)
+        self._count_write()
+
+    def _count_write(self) -> None:
+        """Backwards of earlier forwards are errors now, as they are where a parameter was written in place."""
+        increment_version((self._matrices.gate_up_SNH, self._matrices.down_SHI))
 
     # ---- what would break the pool, or miss the slots
 

@@ -22,10 +22,29 @@ class Pin(Protocol):
         ...
 
 
-def end_backward(pin: Pin) -> None:
-    """This backward has enqueued its last read of the pinned version. No other comes, unless the graph is retained."""
-    if not is_graph_retained():
-        pin.release()
+class Weights(Protocol):
+    """`Experts`."""
+
+    @property
+    def num_writes(self) -> int: ...
+
+
+class Held:
+    """What a forward keeps until its backward: the pinned version; and how often its weights had been written by loading."""
+
+    def __init__(self, experts: Weights, pin: Pin) -> None:
+        self.experts, self.pin, self.num_writes = experts, pin, experts.num_writes
+
+    def end_backward(self) -> None:
+        """This backward has enqueued its last read of the version. No other comes, unless the graph is retained.
+
+        Raises:
+            RuntimeError: it has read other weights than the forward.
+        """
+        if not is_graph_retained():
+            self.pin.release()
+        if self.experts.num_writes != self.num_writes:
+            raise RuntimeError("the experts were given other weights between a forward and its backward")
 
 
 def is_graph_retained() -> bool:
@@ -36,12 +55,14 @@ def is_graph_retained() -> bool:
 class KeepVersion(torch.autograd.Function):
     """Hidden states and weights as they are. What is computed from them has its backward before this one's.
 
-    The pin is an attribute, as checkpoints and offloading replace saved tensors. A pin whose graph is freed is freed too.
+    What is held is an attribute, as checkpoints and offloading replace saved tensors. A pin whose graph is freed is freed too.
     """
 
     @staticmethod
-    def forward(ctx: Any, x_TH: torch.Tensor, weights_TK: torch.Tensor, pin: Pin) -> tuple[torch.Tensor, torch.Tensor]:
-        ctx.pin = pin
+    def forward(
+        ctx: Any, x_TH: torch.Tensor, weights_TK: torch.Tensor, held: Held
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        ctx.held = held
         outputs = x_TH.view_as(x_TH), weights_TK.view_as(weights_TK)
         unwanted = [out for out, wanted in zip(outputs, ctx.needs_input_grad, strict=False) if not wanted]
         ctx.mark_non_differentiable(*unwanted)
@@ -49,7 +70,7 @@ class KeepVersion(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, grad_x: torch.Tensor, grad_weights: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
-        end_backward(ctx.pin)
+        ctx.held.end_backward()
         return grad_x, grad_weights, None
 
 
@@ -57,7 +78,7 @@ class KeepVersion(torch.autograd.Function):
 
 _numbers = itertools.count(1)
 _homes: weakref.WeakValueDictionary[int, Any] = weakref.WeakValueDictionary()
-_pins: dict[int, Pin] = {}
+_pins: dict[int, Held] = {}
 
 
 def home_number(home: Any) -> int:
@@ -71,9 +92,9 @@ class _Token(np.ndarray):
     """Memory of a token tensor: dies with the last tensor that shares it, however those were aliased."""
 
 
-def _token_of(pin: Pin) -> torch.Tensor:
+def _token_of(held: Held) -> torch.Tensor:
     number = next(_numbers)
-    _pins[number] = pin
+    _pins[number] = held
     memory = np.array([number], dtype=np.int64).view(_Token)
     if not _is_saved_elsewhere():
         # A graph that is freed without a backward must not hold up relocations for ever.
@@ -96,7 +117,7 @@ def hold_version(
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
     """Copies of the three, so that what reads the table comes after this op and its backward before this op's; a token."""
     with _homes[home].resident.choice() as pin:
-        token = _token_of(pin)
+        token = _token_of(Held(_homes[home], pin))
     return x_TH.clone(), weights_TK.clone(), expert_ids_TK.clone(), token
 
 
@@ -113,7 +134,7 @@ def release_version(
     """Copies of the gradients, so that this op is not left out. Ends the backward of the token's version.
 
     Raises:
-        RuntimeError: the version was given up before this backward, whose gradients may then be wrong.
+        RuntimeError: the version was given up before this backward, whose gradients may then be wrong; see also `Held`.
     """
     number = int(token)
     if number not in _pins:
@@ -121,7 +142,8 @@ def release_version(
             "the table's version was given up before the backward of a compiled forward: its saved tensors were replaced "
             "(by hooks), or this is a second backward without retain_graph=True"
         )
-    end_backward(_pins[number] if is_graph_retained() else _pins.pop(number))
+    held = _pins[number] if is_graph_retained() else _pins.pop(number)
+    held.end_backward()
     return grad_x.clone(), grad_weights.clone()
 
 

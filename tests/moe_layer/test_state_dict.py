@@ -304,3 +304,24 @@ def test_the_owner_of_an_expert_between_two_ranks_flips(monkeypatch, device):
     monkeypatch.setattr("moe_layer.weights.logical.all_gather_flags", gather)
     logical = LogicalWeights(make_layer(device).resident, [range(2), range(2, 4)], object(), 1.0)
     assert logical._owners(said["live"][0], said["retiring"][0]) == [0, 0, 0, 1]
+
+
+@pytest.mark.parametrize("write", ["load_experts", "load_state_dict", "reset_parameters"])
+@pytest.mark.parametrize("run", ["eager", "compiled"])
+def test_a_backward_refuses_weights_that_its_forward_did_not_have(run, write, device):
+    """As PyTorch does where a parameter is written in place, and in compiled code here too."""
+    layer = make_layer(device)
+    experts = layer.experts
+    forward = torch.compile(layer, backend="aot_eager", fullgraph=True) if run == "compiled" else layer
+    x = torch.randn(5, layer.hidden_size, device=device, requires_grad=True)
+    y = forward(x)
+    {
+        "load_experts": lambda: layer.load_experts({2: {"down_proj": experts.state_dict()["down_proj"][1]}}),
+        "load_state_dict": lambda: experts.load_state_dict(experts.state_dict()),
+        "reset_parameters": lambda: experts.reset_parameters(7),
+    }[write]()
+    message = "modified by an inplace" if run == "compiled" else "other weights between a forward and its backward"
+    with pytest.raises(RuntimeError, match=message):
+        y.sum().backward()
+    for _ in range(2):
+        forward(x).sum().backward()

@@ -33,6 +33,7 @@ def test_two_ranks(rank, num_ranks, group, device):
     for options in DISPATCHERS:
         for trainable in (False, True):
             check_that_second_gradients_are_refused(group, device, trainable=trainable, **options)
+        check_that_other_weights_are_refused(group, device, **options)
         check_training(rank, group, device, wrap_in_ddp, options)
     check_training(rank, group, device, wrap_in_ddp, DISPATCHERS[0], micro_batches=2)
     check_training(rank, group, device, wrap_in_ddp, DISPATCHERS[0], main_grads=True)
@@ -67,6 +68,17 @@ def check_that_second_gradients_are_refused(group, device, **options):
     assert torch.equal(*found)
     with pytest.raises(RuntimeError, match="is differentiable once"):
         torch.autograd.grad(found[1].square().sum(), x)
+
+
+def check_that_other_weights_are_refused(group, device, **options):
+    """Once the backward has sent all that it sends."""
+    layer = make_layer(group, device, **options)
+    x = torch.randn(TOKENS, HIDDEN, generator=torch.Generator().manual_seed(1)).to(device).requires_grad_()
+    y = layer(x)
+    layer.load_experts({0: {"down_proj": torch.zeros(HIDDEN, layer.intermediate_size, device=device)}})
+    with pytest.raises(RuntimeError, match="other weights between a forward and its backward"):
+        y.sum().backward()
+    layer(x).sum().backward()
 
 
 class Model(nn.Module):
