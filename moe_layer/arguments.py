@@ -110,6 +110,10 @@ def resolve_dtype(dtype: Any, name: str = "dtype") -> torch.dtype:
 
 def resolve_device(device: Any) -> torch.device:
     """`device`, or the default, with an index, so that devices compare equal; ValueError if there is none such."""
+    if torch._C._get_dispatch_mode(torch._C._TorchDispatchModeKey.FAKE) is not None:
+        raise ValueError(
+            "device must hold values, not those of FakeTensorMode: build the layer, or move it, outside of it"
+        )
     try:
         resolved = torch.get_default_device() if device is None else torch.device(device)
     except (RuntimeError, TypeError) as error:

@@ -159,6 +159,10 @@ class ExpertParallelExecutor:
         Args:
             max_tokens: no rank has more tokens; equal on all ranks. None: the dispatcher's own bound.
         """
+        if torch.compiler.is_exporting():
+            raise RuntimeError(
+                "torch.export needs all experts on one rank: how many rows are sent is known by running only"
+            )
         incoming = None
         if self.batch_shares is not None:
             assert self.dispatcher is not None

@@ -1,4 +1,4 @@
-"""Trainable experts that are spread over ranks, under DDP and FSDP2, which take parameters for copies.
+"""Trainable experts that are spread over ranks, under DDP and FSDP, which take parameters for copies.
 
 They are to leave these experts alone: each rank has others, whose gradients are whole already, summed over the rows of all
 ranks. What DDP and FSDP2 average elsewhere over D ranks, a layer divides by D here (`Experts.gradient_divisor`), so that
@@ -131,6 +131,7 @@ def check_ddp(experts: Experts, process_group: dist.ProcessGroup) -> None:
         RuntimeError: it manages experts over ranks that hold different ones; or it leaves them alone, over ranks that hold
             copies.
     """
+    _check_fsdp1(experts)
     around = DistributedDataParallel._get_active_ddp_module()
     if around is None:
         return
@@ -151,6 +152,21 @@ def check_ddp(experts: Experts, process_group: dist.ProcessGroup) -> None:
             )
         # Remembered: a checkpoint's recomputation runs outside of DDP's forward.
         experts.gradient_divisor = _divisor(experts, ranks)
+
+
+def _check_fsdp1(experts: Experts) -> None:
+    """Raises RuntimeError if `FullyShardedDataParallel` manages experts that are spread over all ranks, whoever they are.
+
+    Over other ranks than the experts' group it may be right; which ranks they are it does not say.
+    """
+    if not 1 < experts.resident.num_ranks == dist.get_world_size():
+        return
+    for tensor in experts.format.tensors:
+        if getattr(getattr(experts, tensor.name)._base, "_is_flat_param", False):
+            raise RuntimeError(
+                f"FullyShardedDataParallel has mixed experts.{tensor.name} of this rank with another rank's, although each "
+                "rank has experts of its own. Give it ignored_states=moe_layer.ignore_in_fsdp(model)"
+            )
 
 
 def refuse_sharding(name: str, ranks: list[int], process_group: dist.ProcessGroup) -> None:

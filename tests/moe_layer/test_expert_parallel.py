@@ -4,7 +4,7 @@ import pytest
 import torch
 import torch.distributed as dist
 from torch import nn
-from torch.distributed.fsdp import fully_shard
+from torch.distributed.fsdp import FullyShardedDataParallel, fully_shard
 from torch.nn.parallel import DistributedDataParallel
 from torch.utils.checkpoint import checkpoint
 
@@ -48,6 +48,8 @@ def test_two_ranks(rank, num_ranks, group, device):
     check_kept_loss(group, device)
     check_ranks_that_differ_in_gradients(rank, group, device)
     check_ddp(rank, group, device)
+    check_export(rank, group, device)
+    check_fsdp1(rank, group, device)
     check_fsdp2(rank, group, device)
 
 
@@ -501,6 +503,38 @@ def assert_replicas_are_equal(layer, state):
             for name in ("gate_up_proj", "down_proj"):
                 weight = layer.resident.pool.tensors[name][slot]
                 assert torch.equal(weight, state[f"experts.{name}"][expert]), f"expert {expert} in slot {slot}"
+
+
+def check_export(rank, group, device):
+    with torch.no_grad(), pytest.raises(RuntimeError, match=r"torch\.export needs all experts on one rank"):
+        torch.export.export(make_layer(group, device), (torch.randn(6, HIDDEN, device=device),), strict=False)
+
+
+def check_fsdp1(rank, group, device):
+    """`FullyShardedDataParallel` does not ask either, and says nothing: the experts look at what they are given."""
+    if device.type != "cpu":  # gloo does not gather a GPU's parameters
+        return
+    x = torch.randn(6, HIDDEN, generator=torch.Generator().manual_seed(rank)).to(device)
+    for trainable, use_orig_params in ((False, True), (True, False), (True, True)):
+        options = {"device_id": device, "use_orig_params": use_orig_params}
+
+        def model(trainable=trainable):
+            torch.manual_seed(0)
+            layer = make_layer(group, device, trainable=trainable)
+            return nn.Sequential(nn.Linear(HIDDEN, HIDDEN, device=device), layer)
+
+        whole = model()
+        y = whole(x).detach()
+        ignored = ignore_in_fsdp(whole)
+        z = FullyShardedDataParallel(whole, ignored_states=list(ignored), **options)(x)
+        assert torch.equal(z, y)
+        z.square().sum().backward()
+        assert all(parameter.grad is not None for parameter in ignored) and len(ignored) == 2 * trainable
+        if trainable:
+            with pytest.raises(
+                RuntimeError, match=r"FullyShardedDataParallel has mixed experts\.gate_up_proj.*ignored_states"
+            ):
+                FullyShardedDataParallel(model(), **options)(x)
 
 
 def check_fsdp2(rank, group, device):

@@ -8,6 +8,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 from torch import nn
+from torch._subclasses.fake_tensor import FakeTensorMode
 
 from eplb import EplbConfig, EplbController
 from moe_layer import AllToAllDispatcher, MoELayer
@@ -211,3 +212,14 @@ def test_pins_do_not_pile_up_where_nothing_is_relocated(device):
             torch.cuda.synchronize()
     pins = layer.resident.pins
     assert len(pins.held) + len(pins.dropped) + len(pins._running) < 6
+
+
+@pytest.mark.parametrize("trainable", [False, True])
+def test_a_layer_is_not_made_of_fake_tensors(trainable, device):
+    """Its tables have values. A layer that is there computes with fakes, as shapes are all that counts."""
+    layer = MoELayer(16, 8, 4, 2, trainable=trainable, device=device)
+    x = torch.randn(5, 16, device=device)
+    with FakeTensorMode(allow_non_fake_inputs=True) as mode:
+        with pytest.raises(ValueError, match="device must hold values, not those of FakeTensorMode"):
+            MoELayer(16, 8, 4, 2, trainable=trainable, device=device)
+        assert layer(mode.from_tensor(x)).shape == (5, 16)
