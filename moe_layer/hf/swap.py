@@ -227,11 +227,13 @@ def unswap_experts(model: nn.Module) -> int:
         How many modules were put back.
 
     Raises:
-        ValueError: `model` is no module.
+        ValueError: `model` is no module, or itself what was swapped.
         RuntimeError: a module is registered with a controller: close that first; or it has no weights yet.
         TimeoutError: other ranks did not call it.
     """
     check_kind("model", model, nn.Module)
+    if isinstance(model, Swapped):
+        raise ValueError("model is a block's experts: must be a module around them, in which they can be replaced")
     swapped = [module for module in model.modules() if isinstance(module, Swapped)]
     for module in swapped:
         module.check_loaded()
@@ -269,12 +271,14 @@ def _understand_all(
         try:
             if isinstance(module, Swapped):
                 raise NotUnderstoodError("it is swapped already")
+            if module is model:
+                raise NotUnderstoodError("it is the whole model: give a module around it, in which it can be replaced")
             if any(uses[id(parameter)] > 1 for parameter in module.parameters(recurse=False)):
                 raise NotUnderstoodError("its parameters are also those of another module")
             one = understand(module, _home(model, name, module), _dtype_of(model))
             understood[name] = one if quantisation is None else one.stored_as(quantisation)
         except NotUnderstoodError as error:
-            left[name] = str(error)
+            left[name or "model"] = str(error)
     return understood, left
 
 

@@ -173,9 +173,15 @@ def test_other_refusals(device):
     with pytest.raises(ValueError, match="it has no experts"):
         swap_experts(nn.Linear(2, 2))
     assert str(swap_experts(nn.Linear(2, 2), strict=False)) == "swapped 0 of 0 blocks of experts"
+    whole = experts_of(model)
+    with pytest.raises(ValueError, match="model: it is the whole model: give a module around it"):
+        swap_experts(whole)
+    assert whole.down_proj.numel() > 0
     swap_experts(model)
     with pytest.raises(ValueError, match="it is swapped already"):
         swap_experts(model)
+    with pytest.raises(ValueError, match="model is a block's experts: must be a module around them"):
+        unswap_experts(experts_of(model))
     with pytest.raises(ValueError, match=r"hidden_states must be \[..., 32\]"):
         experts_of(model)(torch.zeros(3, 31, device=device), *[torch.zeros(3, 2, device=device)] * 2)
     with pytest.raises(ValueError, match="top_k_index must"):
