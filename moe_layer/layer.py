@@ -200,7 +200,7 @@ class MoELayer(Relocatable, nn.Module):
             )
             self.experts = SlotExperts(format, resident, process_group, backend)
         self.experts.recompute = recompute and (trainable or num_ranks == 1)  # else the whole forward is repeated
-        if device.type != "meta":
+        if self.experts.device.type != "meta":  # where `accelerate.init_empty_weights()` puts parameters, too
             self.reset_parameters()
 
     @property

@@ -223,3 +223,16 @@ def test_a_layer_is_not_made_of_fake_tensors(trainable, device):
         with pytest.raises(ValueError, match="device must hold values, not those of FakeTensorMode"):
             MoELayer(16, 8, 4, 2, trainable=trainable, device=device)
         assert layer(mode.from_tensor(x)).shape == (5, 16)
+
+
+@pytest.mark.parametrize("trainable", [False, True])
+def test_a_layer_made_under_init_empty_weights(trainable, device):
+    """It puts parameters on the meta device as they are registered; slots are none."""
+    accelerate = pytest.importorskip("accelerate")
+    layer = MoELayer(16, 8, 4, 2, trainable=trainable, device=device)
+    with accelerate.init_empty_weights():
+        empty = MoELayer(16, 8, 4, 2, trainable=trainable, device=device)
+    assert {parameter.device.type for parameter in empty.parameters()} == {"meta"}
+    empty.to_empty(device=device).load_state_dict(layer.state_dict())
+    x = torch.randn(5, 16, device=device)
+    assert torch.equal(empty(x), layer(x))
