@@ -98,6 +98,15 @@ class EplbConfig(BaseModel):
     backoff: PositiveSeconds = 1.0
     max_backoff: PositiveSeconds = 60.0
 
+    @model_validator(mode="before")
+    @classmethod
+    def _refuse_bools(cls, given: Any) -> Any:
+        """As numbers: pydantic takes True for 1."""
+        for name, field in cls.model_fields.items():
+            if isinstance(given, dict) and isinstance(given.get(name), bool) and field.annotation is not bool:
+                raise ValueError(f"{name}={given[name]} must not be a bool")
+        return given
+
     @model_validator(mode="after")
     def _derive(self) -> "EplbConfig":
         """Move knobs that were not given to where those that were allow them. Runs before the check."""

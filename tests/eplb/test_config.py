@@ -124,6 +124,11 @@ REFUSED = {
     "max_bytes_in_flight=0": ({"max_bytes_in_flight": 0}, "(?s)max_bytes_in_flight.*greater than 0"),
     "min_gain=nan": ({"min_gain": math.nan}, "(?s)min_gain.*finite"),
     "step_interval=1.5": ({"step_interval": 1.5}, "(?s)step_interval.*integer"),
+    **{
+        f"{name}={value}": ({name: value}, f"{name}={value} must not be a bool")
+        for name in ("step_interval", "num_redundant_experts", "max_bytes_per_second", "min_gain", "peer_timeout")
+        for value in (False, True)
+    },
     "use_async='perhaps'": ({"use_async": "perhaps"}, "(?s)use_async.*boolean"),
 }
 
