@@ -21,6 +21,7 @@ from moe_kernels import (
     local_forward,
     select_replicas,
 )
+from moe_kernels.base.once import refuse_tangents
 from moe_kernels.gemms.expert_down import expert_down_home
 from moe_kernels.gradients.main_grads import has_main_grads
 from moe_layer.dispatch import Dispatched, Dispatcher
@@ -163,6 +164,7 @@ class ExpertParallelExecutor:
             raise RuntimeError(
                 "torch.export needs all experts on one rank: how many rows are sent is known by running only"
             )
+        refuse_tangents("a MoELayer of several ranks", (x_TH, weights_TK))
         incoming = None
         if self.batch_shares is not None:
             assert self.dispatcher is not None

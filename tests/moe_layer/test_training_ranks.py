@@ -32,7 +32,7 @@ def test_two_ranks(rank, num_ranks, group, device):
     check_norms_that_are_not_finite(rank, group, device)
     for options in DISPATCHERS:
         for trainable in (False, True):
-            check_that_second_gradients_are_refused(group, device, trainable=trainable, **options)
+            check_that_other_derivatives_are_refused(group, device, trainable=trainable, **options)
         check_that_other_weights_are_refused(group, device, **options)
         check_training(rank, group, device, wrap_in_ddp, options)
     check_training(rank, group, device, wrap_in_ddp, DISPATCHERS[0], micro_batches=2)
@@ -60,7 +60,7 @@ def test_two_gpus(rank, num_ranks, group, device):
     check_training(rank, group, device, wrap_in_ddp, DISPATCHERS[0], main_grads=True)
 
 
-def check_that_second_gradients_are_refused(group, device, **options):
+def check_that_other_derivatives_are_refused(group, device, **options):
     """Before anything is sent; the first ones are those without `create_graph=True`."""
     layer = make_layer(group, device, **options)
     x = torch.randn(TOKENS, HIDDEN, generator=torch.Generator().manual_seed(1)).to(device).requires_grad_()
@@ -68,6 +68,12 @@ def check_that_second_gradients_are_refused(group, device, **options):
     assert torch.equal(*found)
     with pytest.raises(RuntimeError, match="is differentiable once"):
         torch.autograd.grad(found[1].square().sum(), x)
+    ids, weights = (
+        torch.zeros(TOKENS, TOP_K, dtype=torch.int32, device=device),
+        torch.ones(TOKENS, TOP_K, device=device),
+    )
+    with pytest.raises(RuntimeError, match="several ranks has no derivative in forward mode"):
+        torch.func.jvp(lambda x: layer(x, expert_ids=ids, expert_weights=weights), (x.detach(),), (x.detach(),))
 
 
 def check_that_other_weights_are_refused(group, device, **options):

@@ -1,4 +1,4 @@
-"""Training: what is differentiable once says so when it is differentiated twice."""
+"""Training: what is differentiable once, and in reverse mode, says so when other derivatives are asked for."""
 
 from __future__ import annotations
 
@@ -7,6 +7,16 @@ from collections.abc import Callable, Iterable
 from typing import Any
 
 import torch
+from torch.autograd import forward_ad
+
+
+def refuse_tangents(what: str, tensors: Iterable[torch.Tensor | None]) -> None:
+    """Raises RuntimeError if a tensor has a tangent, which would be dropped without a word."""
+    if forward_ad._current_level < 0:
+        return
+    for tensor in tensors:
+        if tensor is not None and forward_ad.unpack_dual(tensor).tangent is not None:
+            raise RuntimeError(f"{what} has no derivative in forward mode (torch.func.jvp, forward_ad)")
 
 
 def differentiable_once(backward: Callable[..., Any]) -> Callable[..., Any]:

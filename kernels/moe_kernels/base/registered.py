@@ -15,6 +15,7 @@ from typing import Any
 import torch
 from torch.autograd import forward_ad
 
+from moe_kernels.base.once import refuse_tangents
 from moe_kernels.base.structures import TENSORS, Structure
 
 _PLAIN = {torch.Tensor, torch.nn.Parameter, type(None)}
@@ -138,14 +139,6 @@ class RegisteredOp:
 
         self._node = Node
 
-    def _refuse_tangents(self, tensors: tuple[torch.Tensor | None, ...]) -> None:
-        """Raises RuntimeError if a tensor has a tangent, which the dispatcher would drop without a word."""
-        if forward_ad._current_level < 0:
-            return
-        for tensor in tensors:
-            if tensor is not None and forward_ad.unpack_dual(tensor).tangent is not None:
-                raise RuntimeError(f"{self._name} has no derivative in forward mode (torch.func.jvp, forward_ad)")
-
     def __call__(self, *arguments: Any) -> Any:
         if torch.compiler.is_compiling():
             return self.registered(*self.flatten(*arguments))
@@ -158,7 +151,7 @@ class RegisteredOp:
             or tensors[0].is_meta
             or forward_ad._current_level >= 0
         ):
-            self._refuse_tangents(tensors)
+            refuse_tangents(self._name, tensors)
             return self.registered(*self.flatten(*arguments))
         if torch.is_grad_enabled():
             for tensor in tensors:
