@@ -152,10 +152,19 @@ class TrainableExperts(Experts):
         self.publish()
         return written
 
-    def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *rest: Any) -> None:
+    def _save_to_state_dict(self, destination: dict[str, Any], prefix: str, keep_vars: bool) -> None:
+        super()._save_to_state_dict(destination, prefix, keep_vars)
+        self._note_range(destination, prefix, self.ranges()[self.resident.rank])
+
+    def _load_from_state_dict(
+        self, state_dict: dict[str, Any], prefix: str, local_metadata: dict[str, Any], *rest: Any
+    ) -> None:
         errors: list[str] = rest[-1]
         before = len(errors)
-        super()._load_from_state_dict(state_dict, prefix, *rest)
+        self._check_range(state_dict, prefix, local_metadata, errors)
+        if len(errors) > before:
+            return
+        super()._load_from_state_dict(state_dict, prefix, local_metadata, *rest)
         if len(errors) == before and all(prefix + tensor.name in state_dict for tensor in self.format.tensors):
             self.is_loaded = True
         self.publish()

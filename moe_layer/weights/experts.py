@@ -90,6 +90,24 @@ class Experts(nn.Module):
         size = -(-count // ranks)
         return [range(min(count, rank * size), min(count, (rank + 1) * size)) for rank in range(ranks)]
 
+    def _note_range(self, state_dict: dict[str, Any], prefix: str, saved: range) -> None:
+        """In the state dict's metadata, where PyTorch keeps a module's version: whose experts they are."""
+        metadata = getattr(state_dict, "_metadata", {}).get(prefix[:-1])
+        if metadata is not None:
+            metadata["experts"] = (saved.start, saved.stop)
+
+    def _check_range(
+        self, state_dict: Mapping[str, Any], prefix: str, metadata: Mapping[str, Any], errors: list[str]
+    ) -> None:
+        """Adds an error if the state dict has as many experts as this rank, but another rank's."""
+        own, first = self.ranges()[self.resident.rank], state_dict.get(prefix + self.format.tensors[0].name)
+        start, stop = metadata.get("experts", (own.start, own.stop))
+        if isinstance(first, torch.Tensor) and len(first) == len(own) < self.num_experts and start != own.start:
+            errors.append(
+                f"{prefix[:-1]}: the state dict is of another rank, with the experts {start} to {stop - 1}, and this rank's "
+                f"are {own.start} to {own.stop - 1}"
+            )
+
     @torch.no_grad()
     def reset_parameters(self, seed: int) -> None:
         """Fill every logical expert from `seed` and its id: equal in all replicas, whatever the placement or rank count."""

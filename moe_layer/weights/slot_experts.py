@@ -87,8 +87,10 @@ class SlotExperts(Experts):
         del keep_vars  # logical tensors are copies: no graph leads to them
         self.check_loaded()
         device = torch.device("cpu") if self.state_dict_on_host else self.device
-        for name, tensor in self.logical().read(self.state_dict_scope == "all", device).items():
+        is_all = self.state_dict_scope == "all"
+        for name, tensor in self.logical().read(is_all, device).items():
             destination[prefix + name] = tensor
+        self._note_range(destination, prefix, range(self.num_experts) if is_all else self.ranges()[self.resident.rank])
 
     def _load_from_state_dict(
         self,
@@ -138,6 +140,7 @@ class SlotExperts(Experts):
             wrong.append(f"{prefix[:-1]}: some tensors are of all experts, others of this rank's range")
         if local_metadata.get("assign_to_params_buffers", False):
             wrong.append(f"assign=True cannot be had for {prefix[:-1]}: its weights live in the slots of a pool")
+        self._check_range(state_dict, prefix, local_metadata, wrong)
         error_msgs += wrong
         if given and not wrong:
             logical = self.logical()

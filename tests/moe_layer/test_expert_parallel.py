@@ -1,5 +1,7 @@
 """Experts spread over ranks that do not move: outputs, gradients, states. Each test has several checks, as starting is slow."""
 
+import io
+
 import pytest
 import torch
 import torch.distributed as dist
@@ -40,6 +42,7 @@ def test_two_ranks(rank, num_ranks, group, device):
     check_gradients_of_x_on_some_ranks(rank, group, device)
     check_shared_pool(group, device)
     check_range_scope(rank, num_ranks, group, device)
+    check_another_ranks_range(rank, group, device)
     check_saving_alone(rank, group, device)
     check_load_experts(rank, group, device)
     check_given_ids(rank, group, device)
@@ -315,6 +318,28 @@ def check_range_scope(rank, num_ranks, group, device):
         for name, tensor in other.state_dict().items():
             assert torch.equal(tensor, full[name]), name
         assert_replicas_are_equal(other, full)
+
+
+def check_another_ranks_range(rank, group, device):
+    """A file that rank 0 has saved has the right shapes for all ranks."""
+    for trainable in (False, True):
+        layer = make_layer(group, device, trainable=trainable, seed=3)
+        layer.experts.state_dict_scope = "range"
+        file = io.BytesIO()
+        torch.save(layer.state_dict(), file)
+        files = [file.getvalue()]
+        dist.broadcast_object_list(files, src=0, group=group)
+        state = torch.load(io.BytesIO(files[0]), map_location=device)
+        other = make_layer(group, device, trainable=trainable, seed=4)
+        other.experts.state_dict_scope = "range"
+        before = other.experts.state_dict()
+        if rank == 0:  # loading is collective
+            continue
+        half = EXPERTS // 2
+        message = f"experts: the state dict is of another rank, with the experts 0 to {half - 1}, and this rank's are {half} to"
+        with pytest.raises(RuntimeError, match=message):
+            other.load_state_dict(state)
+        assert all(torch.equal(tensor, before[name]) for name, tensor in other.experts.state_dict().items())
 
 
 def check_saving_alone(rank, group, device):

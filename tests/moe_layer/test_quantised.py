@@ -129,7 +129,7 @@ def test_state_dicts_bit_for_bit(scheme, device):
 def test_a_state_dict_of_another_order_of_codes_is_refused(scheme):
     layer, other = make_quantised(scheme, "cpu"), make_quantised(scheme, "cpu", seed=1)
     saved, before = layer.state_dict(), other.state_dict()
-    assert saved._metadata["experts"] == {"version": 2}
+    assert saved._metadata["experts"]["version"] == 2
     saved._metadata["experts"]["version"] = 1
     if scheme == "mxfp4":
         with pytest.raises(RuntimeError, match="experts was saved with another order of mxfp4's codes"):
