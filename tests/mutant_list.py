@@ -309,7 +309,7 @@ WORKER = (
     # Nothing tells the worker of a flip.
     Mutant(
         "eplb/relocation/handoff.py",
-        "self._notify()",
+        "self.notify()",
         "pass",
         (f"{E}ticks.py", f"{E}handoff.py"),
     ),
@@ -440,8 +440,8 @@ CONTROLLER = (
     # A flip that could not be enqueued is lost.
     Mutant(
         "eplb/relocation/handoff.py",
-        "streams.run_here(self._copy)",
-        "self.flipped = self._event; streams.run_here(self._copy)",
+        "self._copy()",
+        "self.flipped = self._event; self._copy()",
         (f"{E}handoff.py",),
     ),
     # Loading weights does not wait for relocations under way.
