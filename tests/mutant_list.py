@@ -679,7 +679,7 @@ LAYER = (
     # The backward goes by the lanes of the newest table.
     Mutant(
         "moe_layer/forward/recomputed.py",
-        "ctx.held.end_backward()",
+        "ctx.held.end_backward(read_again=True)",
         "pass",
         (f"{L}expert_parallel.py",),
     ),

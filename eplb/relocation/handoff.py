@@ -46,24 +46,26 @@ class Handoff:
             Whether this call has done it.
 
         Raises:
-            RuntimeError, TimeoutError: of `Gate.wait_until_empty()`.
+            RuntimeError, TimeoutError: of `Gate.wait_until_empty()`, unless there is `note_failure`.
         """
-        # One function, and nothing that need not be called: behind a forward each takes three microseconds.
+        # One function, and nothing that need not be called: behind a forward each takes some microseconds.
         gate = streams.gate
         try:
             with gate.lock:
                 if gate.inside or gate.dropped:
                     gate.wait_until_empty()
-                if self.flipped is not None:
-                    return False
                 handle = gate.current_handle()
                 stream = gate.ordered.get(handle) or gate.note(handle)
+                if self.flipped is not None:
+                    return False
                 assert stream is not None, "no flip while the stream is captured"
                 others = len(gate.seen) > 1
                 captured = gate.order_before(handle, stream) if others else ()
-                self._copy()
-                self._record(stream)
                 gate.last_flip = self._event
+                try:
+                    self._copy()
+                finally:  # what is enqueued must be behind the event, also if nothing more comes of it
+                    self._record(stream)
                 if others:
                     gate.order_after(self._event)
                 if captured:
@@ -72,13 +74,13 @@ class Handoff:
                 for versions, version in self._versions:
                     versions.current = version
                 self.flipped = self._event  # last: it is what grace asks for
+            if self.notify is not None:
+                self.notify()
         except Exception as error:
             if self.note_failure is None:
                 raise
             self.note_failure("a flip could not be enqueued", error)
             return False
-        if self.notify is not None:
-            self.notify()
         return True
 
 

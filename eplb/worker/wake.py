@@ -17,8 +17,11 @@ class Wake:
         self.set = functools.partial(self._queue.put, None)
 
     def clear(self) -> None:
-        while not self._queue.empty():
-            self._queue.get()
+        try:
+            while True:
+                self._queue.get_nowait()
+        except queue.Empty:
+            pass
 
     def wait(self, seconds: float) -> bool:
         """Whether it is set, at the latest after `seconds`. It stays set."""

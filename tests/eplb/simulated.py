@@ -30,11 +30,13 @@ class SimulatedFaultError(RuntimeError):
 
 
 class SimEvent:
+    """As CUDA's: it may be recorded again, and a wait is for what was recorded last when it was asked for."""
+
     def __init__(self) -> None:
-        self.happened = False
+        self.num_recorded = self.num_happened = 0
 
     def query(self) -> bool:
-        return self.happened
+        return self.num_happened == self.num_recorded
 
 
 class SimStream:
@@ -45,11 +47,13 @@ class SimStream:
 
     def record_event(self, event: SimEvent | None = None) -> SimEvent:
         event = event or SimEvent()
-        self.enqueue(lambda: setattr(event, "happened", True))
+        number = event.num_recorded = event.num_recorded + 1
+        self.enqueue(lambda: setattr(event, "num_happened", max(number, event.num_happened)))
         return event
 
     def wait_event(self, event: SimEvent) -> None:
-        self.items.append(event.query)
+        number = event.num_recorded
+        self.items.append(lambda: event.num_happened >= number)
 
     def enqueue(self, work: Callable[[], object]) -> None:
         self.items.append(lambda: work() is None or True)

@@ -1,5 +1,7 @@
 """How often a worker looks after its work, what wakes it, and that no look holds the interpreter for long."""
 
+import threading
+
 import numpy as np
 import pytest
 
@@ -11,6 +13,7 @@ from eplb.rounds.protocol import Agreed, Phase, Record, is_through
 from eplb.streams import HostStreams
 from eplb.worker import Worker, thread
 from eplb.worker.looks import Looks
+from eplb.worker.wake import Wake
 from tests.eplb.by_hand import filled, make_layer, published, sim_streams
 from tests.eplb.stub import QUICK, StubLayer
 from tests.eplb.test_worker_pieces import Clock, ready
@@ -159,6 +162,23 @@ def test_a_step_that_flips_wakes_the_worker(by_hand):
     worker.inbox.post(handoff)
     controller.step()
     assert handoff.flipped is not None and controller._wake.wait(0)
+
+
+def test_a_wake_that_two_threads_wait_for_blocks_neither():
+    """``use_async=False``: a `close()` beside a step."""
+    wake = Wake()
+    threads = [threading.Thread(target=lambda: [wake.clear() for _ in range(20000)], daemon=True) for _ in range(2)]
+    for one in threads:
+        one.start()
+    while any(one.is_alive() for one in threads):
+        wake.set()
+    wake.clear()
+    assert not wake.wait(0)
+    wake.set()
+    wake.set()
+    assert wake.wait(0) and wake.wait(0)
+    wake.clear()
+    assert not wake.wait(0)
 
 
 # ---- what they say
