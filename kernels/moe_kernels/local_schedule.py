@@ -14,7 +14,6 @@ from moe_kernels.base import scan
 from moe_kernels.base.integers import cdiv, next_power_of_2
 from moe_kernels.base.launch import Launcher, gdc_launch_dependents, gdc_wait
 from moe_kernels.base.scan import (
-    MOST_SORTED_BINS,
     chunk_options,
     count_hits,
     first_index,
@@ -35,6 +34,7 @@ from moe_kernels.tiles.tiles import TileSchedule, new_schedule
 FEW_ROWS = 512
 """N, at most: every program counts the rows of all experts, in one step. With 2,048 it took 0.8 µs more than two launches."""
 MANY_ROWS = 8192
+MOST_LANES = 8191  # with many rows: where they start is looked up in 32 KiB of shared memory
 """N, at least: three launches take less time than two, as measured on an H200 (docs/log.md)."""
 
 
@@ -272,6 +272,11 @@ def _schedule_many_kernel(
         tl.store(places_ptr + row, position, mask=inside)
 
 
+def add_up_options() -> dict[str, int]:
+    """Launch options. A step are as many chunks as 131,072 rows have."""
+    return {"BLOCK": min(scan.BLOCK_C, 512), "num_warps": 2}
+
+
 def local_schedule_triton(
     expert_ids_TK: torch.Tensor,
     table: ReplicaTable,
@@ -284,7 +289,7 @@ def local_schedule_triton(
 ) -> tuple[torch.Tensor, TileSchedule]:
     """lanes_TK and the schedule, as `select_replicas` and `build_schedule` make them. `table`: one replica an expert."""
     num_rows, num_experts = expert_ids_TK.numel(), load.load_E.numel()
-    is_many = num_rows >= min(MANY_ROWS, scan.MANY_KEYS) and num_lanes <= MOST_SORTED_BINS
+    is_many = num_rows >= min(MANY_ROWS, scan.MANY_KEYS) and num_lanes <= MOST_LANES
     if not is_many and num_rows > FEW_ROWS:  # each of the two scans the rows with a program for each expert
         lanes_TK, counts_L = select_replicas_triton(expert_ids_TK, table, load, 0, num_lanes=num_lanes)
         return lanes_TK, build_schedule_triton(
@@ -316,8 +321,7 @@ def local_schedule_triton(
         BLOCK_B=min(block, scan.LARGEST_BLOCK_B),
         **options,
     )
-    block_c = min(scan.BLOCK_C, 512)  # so many chunks have 131,072 rows
-    _add_up_chunks_kernel[(num_lanes + 1,)](chunks_BC, counts_B, num_chunks, BLOCK=block_c, num_warps=2)
+    _add_up_chunks_kernel[(num_lanes + 1,)](chunks_BC, counts_B, num_chunks, **add_up_options())
     _schedule_many_kernel[(num_lanes + 1 + num_chunks,)](
         *(lanes_TK, table.lanes_P, load.increment_1, counts_B, chunks_BC, load.load_E),
         *written,

@@ -5,9 +5,9 @@ from dataclasses import replace
 import pytest
 import torch
 
-from moe_kernels import LoadCounter, ReplicaTable
+from moe_kernels import LoadCounter, ReplicaTable, local_schedule
 from moe_kernels.base import scan
-from moe_kernels.local_schedule import FEW_ROWS, MANY_ROWS, local_schedule_triton
+from moe_kernels.local_schedule import FEW_ROWS, MANY_ROWS, MOST_LANES, local_schedule_triton
 from moe_kernels.replicas.replicas import select_replicas_torch
 from moe_kernels.tiles.schedule import build_schedule_torch
 
@@ -110,3 +110,16 @@ def test_example(device):
 
 def test_the_few_are_one_step():
     assert scan.scan_options(FEW_ROWS)["BLOCK"] == FEW_ROWS < MANY_ROWS
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("lanes", [MOST_LANES, MOST_LANES + 1])
+def test_very_many_lanes(lanes):
+    test_it_is_the_two_ops(torch.device("cuda"), MANY_ROWS // 8, 8, 300, lanes, 0)
+
+
+def test_more_lanes_than_a_program_can_look_up_are_two_ops(small_chunks, device, monkeypatch):
+    monkeypatch.setattr(local_schedule, "MOST_LANES", 40)
+    monkeypatch.setattr(local_schedule, "FEW_ROWS", 16)
+    for lanes in (40, 41):
+        test_it_is_the_two_ops(device, 60, 2, 33, lanes, 4)

@@ -49,7 +49,7 @@ class Launcher:
     With PDL, the GPU sets a kernel up early. The kernel then waits in `gdc_wait()` until its predecessor has ended and the
     predecessor's writes are visible. *Every* program begins with that wait, even one that reads nothing new. A wait covers
     one predecessor only, so the writes of an older kernel are visible only if the predecessor itself has waited.
-    (`one_token.py` and `send_rows.py` have an exception each, and its reason.) After the wait, `gdc_launch_dependents()` lets
+    (`one_token_*.py` and `send_rows.py` have exceptions, and their reasons.) After the wait, `gdc_launch_dependents()` lets
     the GPU set up the next kernel. A launch with the constant PDL=False is not set up early.
     """
 

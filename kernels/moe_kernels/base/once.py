@@ -19,20 +19,26 @@ def refuse_tangents(what: str, tensors: Iterable[torch.Tensor | None]) -> None:
             raise RuntimeError(f"{what} has no derivative in forward mode (torch.func.jvp, forward_ad)")
 
 
-def differentiable_once(backward: Callable[..., Any]) -> Callable[..., Any]:
-    """Decorator of the backward of a `torch.autograd.Function` that is linear in its inputs; else there is `refuse_second`."""
-    name = backward.__qualname__.split(".")[0].lstrip("_")
+def differentiable_once(what: str) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
+    """Decorator of the backward of a `torch.autograd.Function` that is linear in its inputs; else there is `refuse_second`.
 
-    @functools.wraps(backward)
-    def checked(ctx: Any, *grads: Any) -> Any:
-        if not torch.is_grad_enabled():
-            return backward(ctx, *grads)
-        with torch.no_grad():
-            found = backward(ctx, *grads)
-        known = any(isinstance(grad, torch.Tensor) and grad.requires_grad for grad in grads)
-        return refuse_second(name, found, grads) if known else found
+    Args:
+        what: what the user has differentiated.
+    """
 
-    return checked
+    def decorate(backward: Callable[..., Any]) -> Callable[..., Any]:
+        @functools.wraps(backward)
+        def checked(ctx: Any, *grads: Any) -> Any:
+            if not torch.is_grad_enabled():
+                return backward(ctx, *grads)
+            with torch.no_grad():
+                found = backward(ctx, *grads)
+            known = any(isinstance(grad, torch.Tensor) and grad.requires_grad for grad in grads)
+            return refuse_second(what, found, grads) if known else found
+
+        return checked
+
+    return decorate
 
 
 def refuse_second(what: str, found: Iterable[Any], inputs: Iterable[Any]) -> tuple[Any, ...]:

@@ -28,7 +28,6 @@ MANY_KEYS = 65536  # from here on three launches take less time than one (H200, 
 # Keys are compared with all of their chunk, so smaller chunks are placed faster; but there are more of them to count.
 CHUNK = 64
 SORTED_CHUNK = 256  # at most 32,768: keys are sorted by bin and place, and counted in a bin, in 32 bits
-MOST_SORTED_BINS = 0xFFFF  # beside the last one, of what is in none
 LARGEST_BLOCK_B = 512  # of bins that a program counts
 BLOCK_C = 2048  # of chunks that a program adds up in a step
 

@@ -292,7 +292,7 @@ _MOST_UP_MMA_COLUMNS, _MOST_DOWN_MMA_COLUMNS = 768, 720
 # one of those programs is done, one of `down` has room. More programs have more loads under way, and take longer (docs/log.md).
 _FP8_MMA_WARPS, _UP_FP8_MMA_PROGRAMS = 8, 2
 _UP_FP8_MMA_REGISTERS, _DOWN_FP8_MMA_REGISTERS = 128, 152
-_MOST_FP8_MMA_HIDDEN, _MOST_FP8_MMA_INTERMEDIATE = 4096, 6144  # of all experts together: a thread has them in registers
+_MOST_FP8_MMA_HIDDEN, _MOST_FP8_MMA_INTERMEDIATE = 3072, 6144  # of all experts together: a thread has them in registers
 
 
 def _can_use_fp8_mma(x_1H: torch.Tensor, matrices: ExpertMatrices, block_k: int) -> bool:

@@ -48,3 +48,8 @@ class ReplicaTable:
             )
         self.check(num_experts, device)
         check_tensor("table.lane_to_slot_L", self.lane_to_slot_L, (None,), torch.int32, device)
+        if self.lane_to_slot_L.shape[0] < num_experts:
+            raise ValueError(
+                f"table.lane_to_slot_L has {self.lane_to_slot_L.shape[0]} lanes: must have at least num_experts={num_experts}, "
+                "as each expert has a lane of its own"
+            )

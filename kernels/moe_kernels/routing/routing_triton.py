@@ -216,7 +216,7 @@ def _topk_routing_kernel(
     TOKENS: tl.constexpr,
     BLOCK_E: tl.constexpr,
 ):
-    """TOKENS tokens, each within a warp. As wide as the logits, the results need no exchange between threads.
+    """TOKENS tokens, each within a warp.
 
     Example: logits [1, 3, 3, 2], K = 2, softmax, renormalized → ids [1, 2], weights [0.5, 0.5].
     """

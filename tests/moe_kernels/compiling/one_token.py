@@ -107,6 +107,7 @@ def compile_one_fp8_token_mma(types: dict[str, str], sizes: dict[str, object]) -
     warps = one_token._FP8_MMA_WARPS
     for name, registers, constants in (
         ("_up_fp8_mma_kernel", one_token._UP_FP8_MMA_REGISTERS, {"ACTIVATION": "silu", "G": 2}),
+        ("_up_fp8_mma_kernel", one_token._UP_FP8_MMA_REGISTERS, {"ACTIVATION": "silu", "G": 3, "HIDDEN_SIZE": 3072}),
         ("_down_fp8_mma_kernel", one_token._DOWN_FP8_MMA_REGISTERS, {"SHARE": 1, "G": 6}),
     ):
         constants = sizes | constants | {"P": warps}

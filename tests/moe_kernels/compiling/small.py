@@ -8,7 +8,7 @@ import triton
 
 from moe_kernels import RoutingRule
 from moe_kernels.base.scan import MANY_KEYS, chunk_options, scan_options
-from moe_kernels.local_schedule import FEW_ROWS
+from moe_kernels.local_schedule import FEW_ROWS, MOST_LANES, add_up_options
 from moe_kernels.routing import routing_triton
 from tests.moe_kernels.compiling.kernel import DTYPES, compile_small_one
 
@@ -106,10 +106,14 @@ def compile_small(arch: int) -> None:
         compile_small_one("local_schedule", "_schedule_many_kernel", types, many, arch, options["num_warps"])
         count = {"CHUNK": options["CHUNK"], "BLOCK_B": experts}
         compile_small_one("local_schedule", "_count_lanes_kernel", {}, count, arch, options["num_warps"])
-    options = scan_options(MANY_KEYS)
+    options = add_up_options()
     compile_small_one(
         "local_schedule", "_add_up_chunks_kernel", {}, {"BLOCK": options["BLOCK"]}, arch, options["num_warps"]
     )
+    options = chunk_options(is_sorted=True)
+    many = {"BLOCK_M": 128, "EXTRA_M": 0, "CHUNK": options["CHUNK"], "BLOCK": 512, "BLOCK_L": MOST_LANES + 1}
+    compiled = compile_small_one("local_schedule", "_schedule_many_kernel", types, many, arch, options["num_warps"])
+    assert compiled.metadata.shared <= 48 << 10  # which every GPU has
     options = chunk_options()
     for block in (2, 128, 512):
         count = {"CHUNK": options["CHUNK"], "BLOCK_B": block}
