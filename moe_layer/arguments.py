@@ -11,9 +11,11 @@ from moe_kernels.base.checks import FLOATS, check_kind, is_integer
 
 def check_integer(name: str, value: Any, least: int) -> int:
     """`value` as an int; raises ValueError unless it is an integer, NumPy's are, of at least `least`."""
+    if type(value) is int and value >= least:  # as nearly always, and forwards check their bound
+        return value
     if not is_integer(value) or value < least:
         raise ValueError(f"{name} must be an integer of at least {least}, got {value!r}")
-    return value if type(value) is int else int(value)
+    return int(value)
 
 
 def check_choice(name: str, value: Any, choices: tuple[str, ...], otherwise: str = "") -> None:

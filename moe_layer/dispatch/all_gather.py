@@ -205,7 +205,7 @@ class _Arrive(torch.autograd.Function):
         return tokens.rows_RH[source_N], tokens.weights_RK.reshape(-1)[rows_N]
 
     @staticmethod
-    @differentiable_once
+    @differentiable_once("a MoELayer of several ranks")
     def backward(ctx: Any, grad_rows: torch.Tensor, grad_weights: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
         (num_tokens, hidden_size), top_k = ctx.shape, ctx.lanes_TK.shape[1]
         came = ctx.way.back(pack_rows(grad_rows, grad_weights))

@@ -120,7 +120,7 @@ class _Exchange(torch.autograd.Function):
         return unpack_rows(came, rows_NH.shape[1], rows_NH.dtype)
 
     @staticmethod
-    @differentiable_once
+    @differentiable_once("a MoELayer of several ranks")
     def backward(ctx: Any, grad_rows: torch.Tensor, grad_weights: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
         way = ctx.way
         came = all_to_all_rows(pack_rows(grad_rows, grad_weights), way.receive_splits, way.send_splits, way.group)

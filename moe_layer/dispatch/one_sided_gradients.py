@@ -196,7 +196,7 @@ class _Forth(torch.autograd.Function):
         return came
 
     @staticmethod
-    @differentiable_once
+    @differentiable_once("a MoELayer of several ranks")
     def backward(ctx: Any, grad_rows_RH: torch.Tensor, grad_weights_R: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
         # Both, also where only one is wanted: another rank may want the other.
         grads = ctx.exchanges.send_home(grad_rows_RH, grad_weights_R, ctx.route)
@@ -213,6 +213,6 @@ class _Home(torch.autograd.Function):
         return exchanges.send_home(rows_RH, None, route)[0]
 
     @staticmethod
-    @differentiable_once
+    @differentiable_once("a MoELayer of several ranks")
     def backward(ctx: Any, grad_TH: torch.Tensor) -> tuple[torch.Tensor, None, None]:
         return ctx.exchanges.send_gradients(grad_TH, ctx.route), None, None

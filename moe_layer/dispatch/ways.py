@@ -120,6 +120,6 @@ class Return(torch.autograd.Function):
         return way.back(rows_RH)
 
     @staticmethod
-    @differentiable_once
+    @differentiable_once("a MoELayer of several ranks")
     def backward(ctx: Any, grad: torch.Tensor) -> tuple[torch.Tensor, None]:
         return ctx.way.forth(grad), None

@@ -46,7 +46,7 @@ class Recomputed(torch.autograd.Function):
         with torch.enable_grad():
             y_TH = ctx.compute(*inputs, ctx.lanes_TK, ctx.counts_L)
         grads = torch.autograd.grad(y_TH, inputs, grad_TH)
-        ctx.held.end_backward()
+        ctx.held.end_backward(read_again=True)
         if torch.is_grad_enabled():  # the gradients are to have gradients themselves
             grads = refuse_second("a MoELayer of several ranks", grads, (grad_TH, *saved))
         return None, None, None, None, *grads

@@ -51,7 +51,7 @@ class TakePart(torch.autograd.Function):
         return parts.mine(rows).contiguous()
 
     @staticmethod
-    @differentiable_once
+    @differentiable_once("a MoELayer of several ranks")
     def backward(ctx: Any, grad: torch.Tensor) -> tuple[torch.Tensor, None]:
         return ctx.parts.whole(grad), None
 
@@ -65,6 +65,6 @@ class GatherParts(torch.autograd.Function):
         return parts.whole(rows)
 
     @staticmethod
-    @differentiable_once
+    @differentiable_once("a MoELayer of several ranks")
     def backward(ctx: Any, grad: torch.Tensor) -> tuple[torch.Tensor, None]:
         return ctx.parts.mine(grad).contiguous(), None

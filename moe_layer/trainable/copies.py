@@ -167,6 +167,6 @@ class _Publish(torch.autograd.Function):
         return tuple(copy.detach() for copy in lanes)
 
     @staticmethod
-    @differentiable_once
+    @differentiable_once("a trainable MoELayer")
     def backward(ctx: Any, *grads: torch.Tensor | None) -> tuple[torch.Tensor | None, ...]:
         return None, *ctx.copies._returned(grads, ctx.needs_input_grad[1:], ctx.route)

@@ -80,9 +80,9 @@ class Experts(nn.Module):
         raise NotImplementedError
 
     @property
-    def num_writes(self) -> int:
-        """Grows when weights are written."""
-        return self.matrices().down_SHI._version
+    def written(self) -> torch.Tensor:
+        """A tensor whose version grows when weights are written; another one if they got other memory."""
+        return self.matrices().down_SHI
 
     def ranges(self) -> list[range]:
         """The logical experts of each rank in state dicts: equal parts in order, the last ones smaller if need be."""
@@ -102,10 +102,13 @@ class Experts(nn.Module):
         """Adds an error if the state dict has as many experts as this rank, but another rank's."""
         own, first = self.ranges()[self.resident.rank], state_dict.get(prefix + self.format.tensors[0].name)
         start, stop = metadata.get("experts", (own.start, own.stop))
-        if isinstance(first, torch.Tensor) and len(first) == len(own) < self.num_experts and start != own.start:
+        if not isinstance(first, torch.Tensor) or not first.dim():
+            return
+        # As many as are noted: who cuts a state dict of all experts into ranges may leave the note as it was.
+        if len(first) == len(own) == stop - start < self.num_experts and start != own.start:
             errors.append(
-                f"{prefix[:-1]}: the state dict is of another rank, with the experts {start} to {stop - 1}, and this rank's "
-                f"are {own.start} to {own.stop - 1}"
+                f"{prefix[:-1] or 'experts'}: the state dict is of another rank, with the experts {start} to {stop - 1}, "
+                f"and this rank's are {own.start} to {own.stop - 1}"
             )
 
     @torch.no_grad()

@@ -152,7 +152,8 @@ class SlotExperts(Experts):
 
     def _write(self, tensors: Mapping[str, torch.Tensor], slots: Sequence[int]) -> None:
         super()._write(tensors, slots)
-        self._count_write()
+        if tensors:
+            self._count_write()
 
     def _count_write(self) -> None:
         """Backwards of earlier forwards are errors now, as they are where a parameter was written in place."""

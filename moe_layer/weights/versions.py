@@ -26,24 +26,36 @@ class Weights(Protocol):
     """`Experts`."""
 
     @property
-    def num_writes(self) -> int: ...
+    def written(self) -> torch.Tensor:
+        """A tensor of all weights whose version grows with each write; another one if the weights got other memory."""
+        ...
 
 
 class Held:
-    """What a forward keeps until its backward: the pinned version; and how often its weights had been written by loading."""
+    """What a forward keeps until its backward: the pinned version; and which weights it read, and how often they were written.
+
+    It keeps no weights alive.
+    """
 
     def __init__(self, experts: Weights, pin: Pin) -> None:
-        self.experts, self.pin, self.num_writes = experts, pin, experts.num_writes
+        self.pin = pin
+        written = experts.written
+        self._experts, self._written, self._num_writes = weakref.ref(experts), weakref.ref(written), written._version
 
-    def end_backward(self) -> None:
+    def end_backward(self, *, read_again: bool = False) -> None:
         """This backward has enqueued its last read of the version. No other comes, unless the graph is retained.
+
+        Args:
+            read_again: the backward has read the weights that the experts have now, not those that the forward saved.
 
         Raises:
             RuntimeError: it has read other weights than the forward.
         """
         if not is_graph_retained():
             self.pin.release()
-        if self.experts.num_writes != self.num_writes:
+        written, experts = self._written(), self._experts()
+        is_written = written is not None and written._version != self._num_writes
+        if is_written or (read_again and (experts is None or experts.written is not written)):
             raise RuntimeError("the experts were given other weights between a forward and its backward")
 
 

@@ -1,5 +1,7 @@
 """Saving and loading in logical order, on one rank; `test_expert_parallel.py` has the rest."""
 
+import gc
+import weakref
 from contextlib import contextmanager
 
 import pytest
@@ -8,6 +10,7 @@ import torch
 from eplb import EplbConfig, EplbController
 from moe_layer import MoELayer
 from moe_layer.weights.logical import LogicalWeights
+from moe_layer.weights.versions import Held
 from tests.moe_layer.reference import give_unit_scale
 from tests.moe_layer.relocation import Relocator
 
@@ -325,3 +328,38 @@ def test_a_backward_refuses_weights_that_its_forward_did_not_have(run, write, de
         y.sum().backward()
     for _ in range(2):
         forward(x).sum().backward()
+
+
+def test_a_layer_that_is_cast_before_a_backward_leaves_the_gradient_as_it_was(device):
+    """The graph keeps the weights that it has read."""
+    layer = make_layer(device)
+    x = torch.randn(5, layer.hidden_size, device=device, requires_grad=True)
+    (expected,) = torch.autograd.grad(layer(x).sum(), x)
+    y = layer(x)
+    layer.to(torch.bfloat16)
+    y.sum().backward()
+    assert torch.equal(x.grad, expected)
+
+
+def test_loading_nothing_leaves_backwards_as_they_are(device):
+    layer = make_layer(device)
+    x = torch.randn(5, layer.hidden_size, device=device, requires_grad=True)
+    y = layer(x)
+    layer.load_experts({})
+    layer.load_experts({0: {}})
+    y.sum().backward()
+    assert x.grad is not None
+
+
+def test_what_a_forward_holds_keeps_no_layer_alive(device):
+    layer = make_layer(device)
+    x = torch.randn(5, layer.hidden_size, device=device, requires_grad=True)
+    with layer.resident.choice() as pin:
+        held = Held(layer.experts, pin)
+    experts = weakref.ref(layer.experts)
+    del layer, x
+    gc.collect()
+    assert experts() is None
+    held.end_backward()
+    with pytest.raises(RuntimeError, match="other weights between a forward and its backward"):
+        held.end_backward(read_again=True)
