@@ -65,7 +65,7 @@ def check_that_other_derivatives_are_refused(group, device, **options):
     layer = make_layer(group, device, **options)
     x = torch.randn(TOKENS, HIDDEN, generator=torch.Generator().manual_seed(1)).to(device).requires_grad_()
     found = [torch.autograd.grad(layer(x.tanh()).sum(), x, create_graph=more)[0] for more in (False, True)]
-    assert torch.equal(*found)
+    torch.testing.assert_close(*found)  # routing has another backward where it may be differentiated again
     with pytest.raises(RuntimeError, match="is differentiable once"):
         torch.autograd.grad(found[1].square().sum(), x)
     ids, weights = (

@@ -229,10 +229,9 @@ _PERSISTENT = GemmConfig(block_m=128, block_n=256, block_k=64, num_warps=8, num_
 # Pairs of many tiles of one expert keep in step even where the inner dimension is short; of unequal tiles one waits in vain.
 _PAIRS = replace(_WIDE, pairs=4096)
 _PAIRS_LONG = replace(_WIDE, pairs=2048)
-_MERGED_PAIRS = replace(_MERGED, pairs=4096)
 _BY_LANE = replace(_PAIRS, group_m=12, by_lane=True)
 _BY_LANE_LONG = replace(_PAIRS, group_m=20, by_lane=True)  # 4,096 rows are 32 or 33 tiles: two groups
-_MERGED_BY_LANE = replace(_MERGED_PAIRS, group_m=12, by_lane=True)
+_MERGED_BY_LANE = replace(_MERGED, group_m=12, by_lane=True, pairs=4096)
 _PERSISTENT_PAIRS = replace(_PERSISTENT, pairs=1)
 _PERSISTENT_BY_LANE = replace(_PERSISTENT_PAIRS, group_m=12, by_lane=True)
 # Where the inner dimension is short, loads and stores of a tile weigh more: two persistent programs take turns.
@@ -248,7 +247,7 @@ _TABLE_TMA: tuple[tuple[int, int, tuple[_Pair, _Pair, _Pair]], ...] = (
     (32, _ANY, ((_MIDDLE, _MIDDLE_SHORT), (_MIDDLE, _MIDDLE), (_MIDDLE, _MIDDLE))),
     (64, _ANY, ((_WIDE, _WIDE_SHORT), (_WIDE, _WIDE_DOWN), (_WIDE, _WIDE_DOWN))),
     (128, _ANY, 3 * ((_MERGED, _MERGED),)),
-    (256, _ANY, ((_PAIRS, _PERSISTENT), (_MERGED_PAIRS, _MERGED_PAIRS), (_MERGED_PAIRS, _MERGED_PAIRS))),
+    (256, _ANY, ((_PAIRS, _PERSISTENT), (_MERGED, _MERGED), (_MERGED, _MERGED))),
     (512, _ANY, ((_PAIRS, _PERSISTENT), (_MERGED_BY_LANE, _MERGED_BY_LANE), (_PAIRS, _PAIRS))),
     (1024, _ANY, ((_PAIRS, _PERSISTENT_PAIRS), (_BY_LANE, _PERSISTENT_BY_LANE), (_BY_LANE, _BY_LANE))),
     (_ANY, _ANY, ((_PAIRS_LONG, _PERSISTENT_PAIRS), (_BY_LANE_LONG, _PERSISTENT_PAIRS), (_BY_LANE_LONG, _PAIRS))),
