@@ -487,6 +487,21 @@ CONTROLLER = (
         "if False:",
         (f"{E}controller.py",),
     ),
+    # What another stream runs next is not behind the flip.
+    Mutant(
+        "eplb/relocation/handoff.py",
+        "gate.last_flip = self._event",
+        "pass",
+        (f"{E}gate.py", f"{E}handoff.py"),
+    ),
+    # A wake-up is lost on whoever looks twice.
+    Mutant(
+        "eplb/worker/wake.py",
+        "self.set()",
+        "pass",
+        (f"{E}ticks.py",),
+        inside="def wait(",
+    ),
 )
 
 PLANNING = (
@@ -732,6 +747,34 @@ LAYER = (
         "self.rank_start = 0",
         (f"{L}expert_parallel.py",),
     ),
+    # A backward takes weights that its forward did not have.
+    Mutant(
+        "moe_layer/weights/versions.py",
+        "is_written = written is not None and written._version != self._num_writes",
+        "is_written = False",
+        (f"{L}state_dict.py",),
+    ),
+    # A backward that reads the weights again takes those of another place.
+    Mutant(
+        "moe_layer/weights/versions.py",
+        "if is_written or (read_again and (experts is None or experts.written is not written)):",
+        "if is_written:",
+        (f"{L}state_dict.py",),
+    ),
+    # A rank takes another rank's experts from a state dict.
+    Mutant(
+        "moe_layer/weights/experts.py",
+        "if len(first) == len(own) == stop - start < self.num_experts and start != own.start:",
+        "if False:",
+        (f"{L}expert_parallel.py",),
+    ),
+    # A state dict of all experts that was cut to a rank's is refused.
+    Mutant(
+        "moe_layer/weights/experts.py",
+        "if len(first) == len(own) == stop - start < self.num_experts and start != own.start:",
+        "if len(first) == len(own) < self.num_experts and (start, stop) != (own.start, own.stop):",
+        (f"{L}expert_parallel.py",),
+    ),
 )
 
 BATCH_SHARES = (
@@ -865,6 +908,41 @@ KERNELS = (
         "if value != own:",
         "if value > own:",
         (f"{K}schedule.py",),
+    ),
+    # A chunk's rows of a lane begin where the lane does.
+    Mutant(
+        "kernels/moe_kernels/local_schedule.py",
+        "position = tl.gather(tl.cumsum(counts, axis=0) - counts, bins, axis=0) + start + rank",
+        "position = tl.gather(tl.cumsum(counts, axis=0) - counts, bins, axis=0) + rank",
+        (f"{K}local_schedule.py",),
+    ),
+    # The load of an expert is that of the lane with its number.
+    Mutant(
+        "kernels/moe_kernels/local_schedule.py",
+        "_record(load_ptr, increment_ptr, expert, num_experts, tl.load(counts_ptr + own))",
+        "_record(load_ptr, increment_ptr, expert, num_experts, tl.load(counts_ptr + expert))",
+        (f"{K}local_schedule.py",),
+    ),
+    # Of equal bfloat16 logits the last is chosen.
+    Mutant(
+        "kernels/moe_kernels/routing/routing_triton.py",
+        "key = ((key ^ _TAKEN).to(tl.uint32, bitcast=True) >> 1) & 0x7FFF8000 | (0x7FFF - expert).to(tl.uint32)",
+        "key = ((key ^ _TAKEN).to(tl.uint32, bitcast=True) >> 1) & 0x7FFF8000 | expert.to(tl.uint32)",
+        (f"{K}routing.py",),
+    ),
+    # Second derivatives leave terms out where what comes in has one itself.
+    Mutant(
+        "kernels/moe_kernels/base/once.py",
+        "return refuse_second(what, found, grads) if known else found",
+        "return found",
+        (f"{L}training_ranks.py", f"{L}trainable.py"),
+    ),
+    # A table may have fewer lanes than experts.
+    Mutant(
+        "kernels/moe_kernels/operands/table.py",
+        "if self.lane_to_slot_L.shape[0] < num_experts:",
+        "if False:",
+        (f"{K}arguments.py",),
     ),
 )
 

@@ -300,3 +300,9 @@ FP8_PARTS = {"weight": FP8, "scale": FP8_SCALE, "scheme": "fp8_block"}
 )
 def test_bytes_that_mean_nothing_are_refused(name, change, message):
     assert_refused(name, change, message)
+
+
+@pytest.mark.parametrize("name", ["local_forward", "local_experts"])
+def test_a_table_has_a_lane_for_each_expert(name):
+    few = ReplicaTable(OPS[name][1]["table"].lanes_P, LANES[: E - 1])
+    assert_refused(name, {"table": few}, f"table.lane_to_slot_L has {E - 1} lanes: must have at least num_experts={E}")
