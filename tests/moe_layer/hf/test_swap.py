@@ -397,7 +397,7 @@ def test_two_ranks_with_relocation(rank, num_ranks, group, device):
 
 
 @pytest.mark.parametrize("pool", ["shared", "own"])
-@distributed(num_ranks=2, on_cpu=False)
+@distributed(num_ranks=2)
 def test_blocks_start_from_a_file(rank, num_ranks, group, device, pool):
     tokens = make_tokens(str(device), (2, 5 + 3 * rank))
     twin, model = make_model("qwen3_moe", device=str(device)), make_model("qwen3_moe", device=str(device))
