@@ -24,6 +24,7 @@ from moe_kernels import (
     quantise_weights,
 )
 from moe_kernels.gemms.expert_down import expert_down_home
+from moe_kernels.one_token import one_token
 from moe_kernels.tiles.homes import RowHomes
 from tests.moe_kernels.conftest import Experts, in_slots
 from tests.moe_kernels.test_formats import GPT_OSS, exact
@@ -241,6 +242,27 @@ def run_whole(arguments, logits, backend, top_k=2, token_mask_T=None):
     return local_forward(
         **arguments, logits_TE=logits, top_k=top_k, rule=RoutingRule(), backend=backend, token_mask_T=token_mask_T
     )
+
+
+def check_both_kernels_of_one_token(monkeypatch, asks, arguments, logits, top_k):
+    """With the kernels that `one_token.<asks>` allows and without: as exact, and of a token that does not count zeros.
+
+    Returns:
+        What it has answered.
+    """
+    expected, found = expected_whole(arguments, logits, top_k), []
+    can_use, answers = getattr(one_token, asks), []
+    with monkeypatch.context() as patch:
+        for is_used in (True, False):
+            patch.setattr(one_token, asks, lambda *of, wanted=is_used: answers.append(can_use(*of)) or wanted)
+            patch.setattr(one_token, "_plans", {})
+            found.append(run_whole(arguments, logits, "triton", top_k))
+            assert error(found[-1], expected) <= 4e-3
+            nobody = torch.zeros(1, dtype=torch.bool, device="cuda")
+            assert not run_whole(arguments, logits, "triton", top_k, nobody).any()
+    assert error(found[0], found[1].double()) <= 4e-3
+    assert answers
+    return answers
 
 
 def expected_whole(arguments, logits, top_k=2):

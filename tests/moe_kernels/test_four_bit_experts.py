@@ -18,17 +18,14 @@ from moe_kernels import (
     pack_words,
     quantise_weights,
 )
-from moe_kernels.one_token import one_token
 from tests.moe_kernels.quantised import (
     FOUR_BIT_PLAIN,
     KINDS,
     Case,
     check,
-    error,
-    expected_whole,
+    check_both_kernels_of_one_token,
     make_case,
     quantised,
-    run_whole,
     runnable,
     whole,
 )
@@ -224,16 +221,4 @@ def test_one_token_by_tensor_cores(make_experts, monkeypatch, kind, form, sizes,
     if not has_tma(torch.device("cuda")):
         pytest.skip("needs Hopper")
     arguments, logits = whole(make_experts, kind, 1, form, num_experts=9, sizes=sizes)
-    expected, found = expected_whole(arguments, logits, top_k), []
-    can_use_mma, answers = one_token._can_use_mma, []
-    for is_used in (True, False):
-        monkeypatch.setattr(
-            one_token, "_can_use_mma", lambda *of, wanted=is_used: answers.append(can_use_mma(*of)) or wanted
-        )
-        monkeypatch.setattr(one_token, "_plans", {})
-        found.append(run_whole(arguments, logits, "triton", top_k))
-        assert error(found[-1], expected) <= 4e-3
-        nobody = torch.zeros(1, dtype=torch.bool, device="cuda")
-        assert not run_whole(arguments, logits, "triton", top_k, nobody).any()
-    assert error(found[0], found[1].double()) <= 4e-3
-    assert answers and all(answers)
+    assert all(check_both_kernels_of_one_token(monkeypatch, "_can_use_mma", arguments, logits, top_k))

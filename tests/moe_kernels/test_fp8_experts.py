@@ -16,6 +16,7 @@ from moe_kernels import (
 from moe_kernels.one_token import one_token
 from tests.moe_kernels.quantised import (
     Case,
+    check_both_kernels_of_one_token,
     error,
     expected_whole,
     make_case,
@@ -203,24 +204,11 @@ def test_one_token_by_tensor_cores(make_experts, monkeypatch, sizes, form, top_k
     if not has_tma(torch.device("cuda")):
         pytest.skip("needs Hopper")
     arguments, logits = whole(make_experts, "fp8_block", 1, form, num_experts=9, sizes=sizes)
-    can_use_mma, answers = one_token._can_use_fp8_mma, []
     x = arguments["x_TH"]
     for factor in (1.0, 2.0**40, 2.0**-40):
         arguments["x_TH"] = x * factor
         arguments["x_TH"][0, 1] = 300 * factor
-        expected, found = expected_whole(arguments, logits, top_k), []
-        for is_used in (True, False):
-            monkeypatch.setattr(
-                one_token, "_can_use_fp8_mma", lambda *of, wanted=is_used: answers.append(can_use_mma(*of)) or wanted
-            )
-            monkeypatch.setattr(one_token, "_plans", {})
-            found.append(run_whole(arguments, logits, "triton", top_k))
-            assert error(found[-1], expected) <= 4e-3
-            nobody = torch.zeros(1, dtype=torch.bool, device="cuda")
-            assert not run_whole(arguments, logits, "triton", top_k, nobody).any()
-        assert error(found[0], found[1].double()) <= 4e-3
-    assert answers and all(answers)
-    monkeypatch.setattr(one_token, "_can_use_fp8_mma", can_use_mma)
+        assert all(check_both_kernels_of_one_token(monkeypatch, "_can_use_fp8_mma", arguments, logits, top_k))
     monkeypatch.setattr(one_token, "_plans", {})
     before, matrices, table = run_whole(arguments, logits, "triton", top_k), arguments["matrices"], arguments["table"]
     order = torch.randperm(matrices.down_SHI.shape[0], generator=torch.Generator().manual_seed(5)).to("cuda")

@@ -14,16 +14,17 @@ from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia.ampere import mma_v2
 
 from moe_kernels.base.launch import Launcher, gdc_launch_dependents, gdc_wait
-from moe_kernels.base.numerics import activated, is_gated, narrow, widen
+from moe_kernels.base.numerics import is_gated, narrow, widen
 from moe_kernels.one_token.one_token_operands import (
     along_3,
     along_4,
+    hidden_of,
+    load_biases,
     load_groups,
     load_step,
     mma_layout,
     out_layout,
     slot_of,
-    sums_layout,
     weights_operand,
     words_layout,
     x_layout,
@@ -112,12 +113,7 @@ def _up_mma_kernel(
         later_slot = slot_of(choice_ptr, (next_tile + num_programs) // NUM_BLOCKS, TOP_K)
         column = first + gl.arange(0, 8, out_layout(P))
         exists = slot >= 0
-        gate_bias = 0.0
-        up_bias = 0.0
-        if bias_ptr is not None:
-            bias_at = bias_ptr + slot * stride_bias + column
-            gate_bias = widen(gl.load(bias_at, mask=exists))
-            up_bias = widen(gl.load(bias_at + INTERMEDIATE, mask=exists))
+        gate_bias, up_bias = load_biases(bias_ptr, slot, stride_bias, column, exists, INTERMEDIATE)
         total = gl.zeros((P, 16, 8), gl.float32, MMA)
         new_words = ()
         new_scales = ()
@@ -137,10 +133,7 @@ def _up_mma_kernel(
                 weights = weights_operand(words[2 * step + half], zero, SCHEME, MMA)
                 sums += (mma_v2(weights, columns[step], gl.zeros((P, 16, 8), gl.float32, MMA)),)
             total += scaled(gl.where(sum_n < 4, sums[0], sums[1]), scales[step], SCHEME)
-        both = gl.convert_layout(gl.sum(gl.sum(total, axis=2), axis=0), sums_layout(P))
-        gate, up = both.reshape(2, 8).permute(1, 0).split()
-        gate, up = gl.convert_layout(gate, out_layout(P)), gl.convert_layout(up, out_layout(P))
-        hidden = activated(gate + gate_bias, up + up_bias, ACTIVATION)
+        hidden = hidden_of(total, gate_bias, up_bias, ACTIVATION, P)
         hidden_at = scratch_ptr + tile // NUM_BLOCKS * INTERMEDIATE + column
         gl.store(hidden_at, narrow(hidden, scratch_ptr.dtype.element_ty), mask=exists)
         words, scales, slot, next_slot = new_words, new_scales, next_slot, later_slot

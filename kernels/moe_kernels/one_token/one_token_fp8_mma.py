@@ -18,14 +18,15 @@ from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia.ampere import mma_v2
 
 from moe_kernels.base.launch import Launcher, gdc_launch_dependents, gdc_wait
-from moe_kernels.base.numerics import activated, is_gated, narrow, widen
+from moe_kernels.base.numerics import is_gated, narrow, widen
 from moe_kernels.one_token.one_token_operands import (
     along_3,
     along_4,
+    hidden_of,
+    load_biases,
     mma_layout,
     out_layout,
     slot_of,
-    sums_layout,
     warp_bases,
 )
 from moe_kernels.one_token.one_token_triton import choice_in
@@ -192,16 +193,8 @@ def _up_fp8_mma_kernel(
         scales = gl.load(scale_at, mask=has_sum & will, other=0.0)
         exists = slot >= 0
         out = first + gl.arange(0, 8, out_layout(P))
-        gate_bias = 0.0
-        up_bias = 0.0
-        if bias_ptr is not None:
-            bias_at = bias_ptr + slot * stride_bias + out
-            gate_bias = widen(gl.load(bias_at, mask=exists))
-            up_bias = widen(gl.load(bias_at + INTERMEDIATE, mask=exists))
-        both = gl.convert_layout(gl.sum(gl.sum(total, axis=2), axis=0), sums_layout(P))
-        gate, up = both.reshape(2, 8).permute(1, 0).split()
-        gate, up = gl.convert_layout(gate, out_layout(P)), gl.convert_layout(up, out_layout(P))
-        hidden = activated(gate + gate_bias, up + up_bias, ACTIVATION)
+        gate_bias, up_bias = load_biases(bias_ptr, slot, stride_bias, out, exists, INTERMEDIATE)
+        hidden = hidden_of(total, gate_bias, up_bias, ACTIVATION, P)
         hidden_at = scratch_ptr + tile // NUM_BLOCKS * INTERMEDIATE + out
         gl.store(hidden_at, narrow(hidden, scratch_ptr.dtype.element_ty), mask=exists)
         words, slot, next_slot = new_words, next_slot, later_slot

@@ -16,6 +16,7 @@ from __future__ import annotations
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
 
+from moe_kernels.base.numerics import activated, widen
 from moe_kernels.quantised.four_bit import RAW_INT4, RAW_MXFP4, SUMS_FACTOR
 
 _OUTPUTS = gl.constexpr("=r,=r,=r,=r,=r,=r,=r,=r,r,r,r,r")
@@ -146,3 +147,22 @@ def load_step(
         words += (_load_words(words_at, group + step + half * 4, exists, SIZE, EVICTION, LAYOUT),)
     scales += (load_groups(scale_at, sum_group + step, needed, ROWS, SIZE, GROUP),)
     return words, scales
+
+
+@gluon.jit
+def hidden_of(total, gate_bias, up_bias, ACTIVATION: gl.constexpr, P: gl.constexpr):
+    """Eight elements of hidden, of the sums [P, 16, 8] of eight rows of the gate and eight of up."""
+    both = gl.convert_layout(gl.sum(gl.sum(total, axis=2), axis=0), sums_layout(P))
+    gate, up = both.reshape(2, 8).permute(1, 0).split()
+    gate, up = gl.convert_layout(gate, out_layout(P)), gl.convert_layout(up, out_layout(P))
+    return activated(gate + gate_bias, up + up_bias, ACTIVATION)
+
+
+@gluon.jit
+def load_biases(bias_ptr, slot, stride_bias, column, exists, INTERMEDIATE: gl.constexpr):
+    """Of the gate's and up's columns; zeros if there are none."""
+    if bias_ptr is None:
+        return 0.0, 0.0
+    else:
+        bias_at = bias_ptr + slot * stride_bias + column
+        return widen(gl.load(bias_at, mask=exists)), widen(gl.load(bias_at + INTERMEDIATE, mask=exists))
