@@ -22,8 +22,8 @@ class EventLike(Protocol):
 
 
 class StreamLike(Protocol):
-    def record_event(self, event: Any = None) -> Any:
-        """Records `event`, a new one if None, and returns it."""
+    def record_event(self) -> Any:
+        """A new event, recorded."""
         ...
 
     def wait_event(self, event: Any) -> None: ...

@@ -399,8 +399,7 @@ class LoggedStream:
         self.recorded: list[LoggedEvent] = []
         self.waited: list[LoggedEvent] = []
 
-    def record_event(self, event: LoggedEvent | None = None) -> LoggedEvent:
-        del event
+    def record_event(self) -> LoggedEvent:
         self.recorded.append(LoggedEvent(self.num_writes))
         return self.recorded[-1]
 
