@@ -7,6 +7,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
 from dataclasses import replace
 from pathlib import Path
+from time import perf_counter
 from typing import Any
 
 import torch.distributed as dist
@@ -24,7 +25,7 @@ from eplb.relocation.resident import ResidentExperts
 from eplb.rounds.protocol import Work
 from eplb.saving import write_load_trace, write_placements
 from eplb.streams import DeviceStreams
-from eplb.worker import Clock, InsideStep, Wake, Worker, WorkerThread
+from eplb.worker import Clock, InsideStep, Rhythm, Wake, Worker, WorkerThread
 
 
 class EplbController:
@@ -60,7 +61,8 @@ class EplbController:
             max(1, len(self._transport.ranks)), self.config.ranks_per_node, self.config.num_groups
         )
         self._layers: list[RelocatableLayer] = []
-        self._steps = self._next_due = 0
+        self._rhythm = Rhythm()
+        self._next_due = 0
         self._worker: Worker | None = None
         self._thread: WorkerThread | None = None
         self._inside_step: InsideStep | None = None
@@ -130,7 +132,7 @@ class EplbController:
         return worker
 
     def _run_in_background(self, worker: Worker, streams: DeviceStreams) -> None:
-        self._thread = WorkerThread(worker, streams, self._wake, self.config)
+        self._thread = WorkerThread(worker, streams, self._wake, self.config, self._rhythm)
         self._thread.start()
 
     # ---- serving
@@ -156,8 +158,10 @@ class EplbController:
         posted = worker.inbox.posted if worker is not None else None
         waits = posted is not None and posted.flipped is None
         is_known = streams.current_handle() in streams.gate.ordered
-        if is_known and not waits and self._steps + 1 < self._next_due and self._inside_step is None:
-            self._steps += 1
+        rhythm = self._rhythm
+        if is_known and not waits and rhythm.steps + 1 < self._next_due and self._inside_step is None:
+            rhythm.stepped_at = perf_counter()
+            rhythm.steps += 1
             return
         if streams.is_capturing():
             return
@@ -166,22 +170,23 @@ class EplbController:
             posted.flip(streams)
         elif not is_known:
             worker.inbox.adopt()
-        self._steps += 1
-        if self._steps >= self._next_due:
+        rhythm.stepped_at = perf_counter()
+        rhythm.steps += 1
+        if rhythm.steps >= self._next_due:
             self._record_load(worker)
         if self._inside_step is not None:
             try:
-                self._inside_step.run(self._steps)
+                self._inside_step.run(rhythm.steps)
             except Exception as error:  # not even what was met on the way could be reported
                 worker.note_failure("the step's relocation was given up", error)
 
     def _record_load(self, worker: Worker) -> None:
         for recorder in self._windows.values():
             try:
-                recorder.step(self._steps)
+                recorder.step(self._rhythm.steps)
             except Exception as error:
                 worker.note_failure("the load could not be recorded; its window is lost", error)
-        self._next_due = min(recorder.next_due(self._steps) for recorder in self._windows.values())
+        self._next_due = min(recorder.next_due(self._rhythm.steps) for recorder in self._windows.values())
 
     @contextmanager
     def quiesced(self) -> Iterator[None]:

@@ -5,6 +5,7 @@ import time
 
 from eplb.config import EplbConfig
 from eplb.streams import DeviceStreams
+from eplb.worker.rhythm import Rhythm
 from eplb.worker.wake import Wake
 from eplb.worker.worker import Worker
 
@@ -13,9 +14,12 @@ _BREATH = 1e-4  # seconds that others have it for then: longer than a main threa
 
 
 class WorkerThread(threading.Thread):
-    """Calls `tick()` until it is closed, whatever a tick raises."""
+    """Calls `tick()` until it is closed, whatever a tick raises.
 
-    def __init__(self, worker: Worker, streams: DeviceStreams, wake: Wake, config: EplbConfig) -> None:
+    With a bound of bytes per second nobody is to notice a relocation: then it keeps to the rhythm of the steps, too.
+    """
+
+    def __init__(self, worker: Worker, streams: DeviceStreams, wake: Wake, config: EplbConfig, rhythm: Rhythm) -> None:
         super().__init__(name="eplb-worker", daemon=True)
         self._worker = worker
         self._streams = streams
@@ -29,6 +33,7 @@ class WorkerThread(threading.Thread):
         self._num_failures = 0
         self._ended_by: str | None = None
         self._breathed_at = 0.0
+        self._rhythm = rhythm if config.bytes_per_second is not None else None
         worker.relocation.breathe = self._breathe
 
     def run(self) -> None:
@@ -47,6 +52,7 @@ class WorkerThread(threading.Thread):
         try:
             if not self._adopted and time.monotonic() >= self._adopt_at:
                 self._adopt()
+            self._keep_out()
             self._worker.tick()
             self._num_failures = 0
             return self._worker.seconds_to_next_tick()
@@ -72,7 +78,12 @@ class WorkerThread(threading.Thread):
         now = time.perf_counter()
         if now - self._breathed_at > _LONGEST:
             time.sleep(_BREATH)
+            self._keep_out()
             self._breathed_at = time.perf_counter()
+
+    def _keep_out(self) -> None:
+        if self._rhythm is not None:
+            self._rhythm.wait()
 
     def _adopt(self) -> None:
         """Prepare this thread for the device; without that it ticks all the same, as the other ranks wait for it."""

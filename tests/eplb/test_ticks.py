@@ -1,6 +1,7 @@
 """How often a worker looks after its work, what wakes it, and that no look holds the interpreter for long."""
 
 import threading
+import time
 
 import numpy as np
 import pytest
@@ -11,7 +12,7 @@ from eplb.relocation.communicator import LocalCommunicator
 from eplb.relocation.communicator.base import Awaited
 from eplb.rounds.protocol import Agreed, Phase, Record, is_through
 from eplb.streams import HostStreams
-from eplb.worker import Worker, thread
+from eplb.worker import Rhythm, Worker, thread
 from eplb.worker.looks import Looks
 from eplb.worker.wake import Wake
 from tests.eplb.by_hand import filled, make_layer, published, sim_streams
@@ -239,7 +240,7 @@ def test_health_is_made_anew_when_something_has_changed_or_some_time_has_passed(
 def test_a_thread_breathes_only_after_it_has_held_the_interpreter_for_some_time(by_hand, monkeypatch):
     controller, worker, _ = by_hand
     slept, now = [], [0.0]
-    worker_thread = thread.WorkerThread(worker, HostStreams(), controller._wake, controller.config)
+    worker_thread = thread.WorkerThread(worker, HostStreams(), controller._wake, controller.config, controller._rhythm)
     assert worker.relocation.breathe == worker_thread._breathe
     monkeypatch.setattr(thread.time, "sleep", slept.append)
     monkeypatch.setattr(thread.time, "perf_counter", lambda: now[0])
@@ -250,6 +251,31 @@ def test_a_thread_breathes_only_after_it_has_held_the_interpreter_for_some_time(
     worker_thread._breathe()
     worker_thread._breathe()
     assert slept == [thread._BREATH] and 0 < thread._BREATH < 1e-3
+
+
+@pytest.mark.parametrize(("bound", "waits"), [("auto", 1), (10**9, 1), (None, 0)])
+def test_a_thread_keeps_to_the_rhythm_of_the_steps_where_relocations_have_a_bound(by_hand, bound, waits):
+    controller, worker, _ = by_hand
+    rhythm, seen, stages = Rhythm(), [], []
+    rhythm.wait = lambda: seen.append(len(stages))
+    worker.relocation.bury = lambda: stages.append("bury")
+    config = EplbConfig(max_bytes_per_second=bound)
+    worker_thread = thread.WorkerThread(worker, HostStreams(), controller._wake, config, rhythm)
+    worker_thread._tick()
+    assert seen[:1] == waits * [0] and stages == ["bury"], "before it ticks"
+    seen.clear()
+    worker_thread._breathed_at -= 1.0
+    worker_thread._breathe()
+    assert len(seen) == waits
+
+
+def test_steps_are_counted_with_their_time(by_hand):
+    controller, _, _ = by_hand
+    rhythm, began = controller._rhythm, time.perf_counter()
+    steps = rhythm.steps
+    for number in range(1, 4):
+        controller.step()
+        assert rhythm.steps == steps + number and began <= rhythm.stepped_at <= time.perf_counter()
 
 
 def test_a_wave_is_prepared_in_pieces():
