@@ -141,7 +141,7 @@ def measure(options: argparse.Namespace) -> dict[str, Timing]:
     with EplbController(config) as eplb:
         eplb.register(nn.ModuleList([Layer(layer) for layer in layers]))
         for number in range(-100, options.repeats):
-            kind = "snapshot" if eplb._rhythm.steps % 10 in (7, 8, 9) else "quiet"
+            kind = "snapshot" if eplb._steps % 10 in (7, 8, 9) else "quiet"
             elapsed = _timed(eplb.step)
             if number >= 0:
                 samples[kind].append(elapsed)

@@ -25,7 +25,7 @@ from eplb.relocation.resident import ResidentExperts
 from eplb.rounds.protocol import Work
 from eplb.saving import write_load_trace, write_placements
 from eplb.streams import DeviceStreams
-from eplb.worker import Clock, InsideStep, Rhythm, Wake, Worker, WorkerThread
+from eplb.worker import Clock, InsideStep, Wake, Worker, WorkerThread
 
 
 class EplbController:
@@ -61,8 +61,7 @@ class EplbController:
             max(1, len(self._transport.ranks)), self.config.ranks_per_node, self.config.num_groups
         )
         self._layers: list[RelocatableLayer] = []
-        self._rhythm = Rhythm()
-        self._next_due = 0
+        self._steps = self._next_due = 0
         self._worker: Worker | None = None
         self._thread: WorkerThread | None = None
         self._inside_step: InsideStep | None = None
@@ -132,7 +131,7 @@ class EplbController:
         return worker
 
     def _run_in_background(self, worker: Worker, streams: DeviceStreams) -> None:
-        self._thread = WorkerThread(worker, streams, self._wake, self.config, self._rhythm)
+        self._thread = WorkerThread(worker, streams, self._wake, self.config)
         self._thread.start()
 
     # ---- serving
@@ -155,13 +154,14 @@ class EplbController:
         if streams is None:
             raise RuntimeError("step() without any MoE layer: register() a model that has one first")
         # Few objects and calls: behind a forward nothing is in the interpreter's caches.
-        posted = worker.inbox.posted if worker is not None else None
+        inbox = worker.inbox if worker is not None else None
+        posted, rhythm = (inbox.posted, inbox.rhythm) if inbox is not None else (None, None)
         waits = posted is not None and posted.flipped is None
         is_known = streams.current_handle() in streams.gate.ordered
-        rhythm = self._rhythm
-        if is_known and not waits and rhythm.steps + 1 < self._next_due and self._inside_step is None:
-            rhythm.stepped_at = perf_counter()
-            rhythm.steps += 1
+        if is_known and not waits and self._steps + 1 < self._next_due and self._inside_step is None:
+            self._steps += 1
+            if rhythm is not None:
+                rhythm.last = self._steps, perf_counter()
             return
         if streams.is_capturing():
             return
@@ -170,23 +170,24 @@ class EplbController:
             posted.flip(streams)
         elif not is_known:
             worker.inbox.adopt()
-        rhythm.stepped_at = perf_counter()
-        rhythm.steps += 1
-        if rhythm.steps >= self._next_due:
+        self._steps += 1
+        if rhythm is not None:
+            rhythm.last = self._steps, perf_counter()
+        if self._steps >= self._next_due:
             self._record_load(worker)
         if self._inside_step is not None:
             try:
-                self._inside_step.run(rhythm.steps)
+                self._inside_step.run(self._steps)
             except Exception as error:  # not even what was met on the way could be reported
                 worker.note_failure("the step's relocation was given up", error)
 
     def _record_load(self, worker: Worker) -> None:
         for recorder in self._windows.values():
             try:
-                recorder.step(self._rhythm.steps)
+                recorder.step(self._steps)
             except Exception as error:
                 worker.note_failure("the load could not be recorded; its window is lost", error)
-        self._next_due = min(recorder.next_due(self._rhythm.steps) for recorder in self._windows.values())
+        self._next_due = min(recorder.next_due(self._steps) for recorder in self._windows.values())
 
     @contextmanager
     def quiesced(self) -> Iterator[None]:

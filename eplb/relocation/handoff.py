@@ -6,6 +6,7 @@ from eplb.gate import EventLike
 from eplb.relocation.resident import ResidentExperts
 from eplb.relocation.table import prepared_flip
 from eplb.relocation.versions import Version
+from eplb.rhythm import Rhythm
 from eplb.streams import DeviceStreams
 
 
@@ -92,12 +93,14 @@ class Inbox:
 
     Attributes:
         posted: the last one; it waits while `flipped` is None.
+        rhythm: where a thread that steps says so, while somebody asks.
     """
 
     def __init__(
         self, streams: DeviceStreams, notify: Callable[[], object], note_failure: Callable[[str, Exception], object]
     ) -> None:
         self.posted: Handoff | None = None
+        self.rhythm: Rhythm | None = None
         self._streams = streams
         self._notify = notify
         self._note_failure = note_failure

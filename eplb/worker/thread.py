@@ -4,8 +4,8 @@ import threading
 import time
 
 from eplb.config import EplbConfig
+from eplb.rhythm import Rhythm
 from eplb.streams import DeviceStreams
-from eplb.worker.rhythm import Rhythm
 from eplb.worker.wake import Wake
 from eplb.worker.worker import Worker
 
@@ -19,7 +19,7 @@ class WorkerThread(threading.Thread):
     With a bound of bytes per second nobody is to notice a relocation: then it keeps to the rhythm of the steps, too.
     """
 
-    def __init__(self, worker: Worker, streams: DeviceStreams, wake: Wake, config: EplbConfig, rhythm: Rhythm) -> None:
+    def __init__(self, worker: Worker, streams: DeviceStreams, wake: Wake, config: EplbConfig) -> None:
         super().__init__(name="eplb-worker", daemon=True)
         self._worker = worker
         self._streams = streams
@@ -33,7 +33,7 @@ class WorkerThread(threading.Thread):
         self._num_failures = 0
         self._ended_by: str | None = None
         self._breathed_at = 0.0
-        self._rhythm = rhythm if config.bytes_per_second is not None else None
+        self._rhythm = Rhythm() if config.bytes_per_second is not None else None
         worker.relocation.breathe = self._breathe
 
     def run(self) -> None:
@@ -54,6 +54,8 @@ class WorkerThread(threading.Thread):
                 self._adopt()
             self._keep_out()
             self._worker.tick()
+            # Nobody is asked at rest: to say when it steps takes a main thread a microsecond or two.
+            self._worker.inbox.rhythm = None if self._worker.is_at_rest else self._rhythm
             self._num_failures = 0
             return self._worker.seconds_to_next_tick()
         except BaseException as error:  # SystemExit and KeyboardInterrupt too: on this thread they are nobody's wish
@@ -82,8 +84,8 @@ class WorkerThread(threading.Thread):
             self._breathed_at = time.perf_counter()
 
     def _keep_out(self) -> None:
-        if self._rhythm is not None:
-            self._rhythm.wait()
+        if self._worker.inbox.rhythm is not None:
+            self._worker.inbox.rhythm.wait()
 
     def _adopt(self) -> None:
         """Prepare this thread for the device; without that it ticks all the same, as the other ranks wait for it."""

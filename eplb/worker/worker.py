@@ -126,6 +126,11 @@ class Worker:
         return self.is_over or self.rounds.agreed.phase is Phase.IDLE
 
     @property
+    def is_at_rest(self) -> bool:
+        """Whether nothing is under way here, as far as this rank knows."""
+        return self.relocation.is_at_rest and (self.is_idle or not self.rounds.is_connected)
+
+    @property
     def num_proposals_heard(self) -> int:
         return self.rounds.agreed.proposal
 
@@ -176,8 +181,7 @@ class Worker:
 
     def seconds_to_next_tick(self) -> float:
         """How long a thread may sleep if nobody notifies it. Rounds, the main thread and the policy do."""
-        at_rest = self.relocation.is_at_rest and (self.is_idle or not self.rounds.is_connected)
-        interval = self._config.heartbeat_interval if at_rest else self._config.round_interval
+        interval = self._config.heartbeat_interval if self.is_at_rest else self._config.round_interval
         return self._looks.seconds(self._clock(), interval)
 
     def close(self) -> None:

@@ -215,12 +215,12 @@ def test_a_captured_step_counts_but_what_is_due_waits_for_the_next_one():
         layer.resident.streams.is_capturing = lambda: True
         for _ in range(5):
             controller.step()
-        assert controller._rhythm.steps == 1, "a window begins with the second step"
+        assert controller._steps == 1, "a window begins with the second step"
         layer.resident.streams.is_capturing = lambda: False
         controller.step()
         layer.resident.streams.is_capturing = lambda: True
         controller.step()
-        assert controller._rhythm.steps == 3, "nothing is due"
+        assert controller._steps == 3, "nothing is due"
         layer.resident.streams.is_capturing = lambda: False
         controller.step()
         eventually(lambda: controller.metrics().windows == 1, "the window is complete")

@@ -2,7 +2,8 @@
 
 import pytest
 
-from eplb.worker import Rhythm, rhythm
+from eplb import rhythm
+from eplb.rhythm import Rhythm
 
 
 class Loop:
@@ -21,8 +22,7 @@ class Loop:
         self.slept.clear()
 
     def step(self) -> None:
-        self.rhythm.stepped_at = self.now
-        self.rhythm.steps += 1
+        self.rhythm.last = self.rhythm.last[0] + 1, self.now
         self.next = self.now + 0.004
 
     def sleep(self, seconds: float) -> None:
@@ -45,10 +45,10 @@ def test_nobody_waits_who_has_time_before_the_next_step():
 def test_shortly_before_the_next_step_a_worker_waits_until_it_is_over(since):
     loop = Loop()
     loop.now += since
-    steps = loop.rhythm.steps
+    steps, _ = loop.rhythm.last
     loop.rhythm.wait()
-    assert loop.rhythm.steps == steps + 1 and loop.slept
-    assert loop.now - loop.rhythm.stepped_at <= rhythm._POLL
+    assert loop.rhythm.last[0] == steps + 1 and loop.slept
+    assert loop.now - loop.rhythm.last[1] <= rhythm._POLL
 
 
 def test_a_step_that_is_late_is_waited_for_in_small_pieces_and_not_for_long():
@@ -57,7 +57,7 @@ def test_a_step_that_is_late_is_waited_for_in_small_pieces_and_not_for_long():
     loop.now += 0.0035
     loop.rhythm.wait()
     assert len(loop.slept) > 10 and max(loop.slept[1:]) <= rhythm._POLL * 1.001
-    assert loop.now - loop.rhythm.stepped_at == pytest.approx(0.006, abs=2 * rhythm._POLL)
+    assert loop.now - loop.rhythm.last[1] == pytest.approx(0.006, abs=2 * rhythm._POLL)
     slept = len(loop.slept)
     loop.rhythm.wait()
     assert len(loop.slept) == slept, "nobody steps any more"
@@ -76,8 +76,8 @@ def test_long_steps_and_a_loop_that_has_not_begun_are_no_reason_to_wait():
     seen: list[float] = []
     one = Rhythm(lambda: 5.0, seen.append)
     one.wait()
-    one.stepped_at, one.steps = 4.92, 1
+    one.last = 1, 4.92
     one.wait()
-    one.stepped_at, one.steps = 4.98, 2  # 60 ms a step
+    one.last = 2, 4.98  # 60 ms a step
     one.wait()
     assert seen == []

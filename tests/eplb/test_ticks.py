@@ -10,9 +10,10 @@ from eplb import EplbConfig, EplbController
 from eplb.planning.plan import Wave
 from eplb.relocation.communicator import LocalCommunicator
 from eplb.relocation.communicator.base import Awaited
+from eplb.rhythm import Rhythm
 from eplb.rounds.protocol import Agreed, Phase, Record, is_through
 from eplb.streams import HostStreams
-from eplb.worker import Rhythm, Worker, thread
+from eplb.worker import Worker, thread
 from eplb.worker.looks import Looks
 from eplb.worker.wake import Wake
 from tests.eplb.by_hand import filled, make_layer, published, sim_streams
@@ -240,7 +241,7 @@ def test_health_is_made_anew_when_something_has_changed_or_some_time_has_passed(
 def test_a_thread_breathes_only_after_it_has_held_the_interpreter_for_some_time(by_hand, monkeypatch):
     controller, worker, _ = by_hand
     slept, now = [], [0.0]
-    worker_thread = thread.WorkerThread(worker, HostStreams(), controller._wake, controller.config, controller._rhythm)
+    worker_thread = thread.WorkerThread(worker, HostStreams(), controller._wake, controller.config)
     assert worker.relocation.breathe == worker_thread._breathe
     monkeypatch.setattr(thread.time, "sleep", slept.append)
     monkeypatch.setattr(thread.time, "perf_counter", lambda: now[0])
@@ -256,26 +257,35 @@ def test_a_thread_breathes_only_after_it_has_held_the_interpreter_for_some_time(
 @pytest.mark.parametrize(("bound", "waits"), [("auto", 1), (10**9, 1), (None, 0)])
 def test_a_thread_keeps_to_the_rhythm_of_the_steps_where_relocations_have_a_bound(by_hand, bound, waits):
     controller, worker, _ = by_hand
-    rhythm, seen, stages = Rhythm(), [], []
-    rhythm.wait = lambda: seen.append(len(stages))
-    worker.relocation.bury = lambda: stages.append("bury")
-    config = EplbConfig(max_bytes_per_second=bound)
-    worker_thread = thread.WorkerThread(worker, HostStreams(), controller._wake, config, rhythm)
+    config, seen, stages = EplbConfig(max_bytes_per_second=bound), [], []
+    worker_thread = thread.WorkerThread(worker, HostStreams(), controller._wake, config)
+    assert worker_thread._tick() and worker.inbox.rhythm is None, "at rest nobody asks"
+    worker.relocation.zombies = [Unending()]
     worker_thread._tick()
-    assert seen[:1] == waits * [0] and stages == ["bury"], "before it ticks"
+    assert (worker.inbox.rhythm is not None) == waits
+    if worker.inbox.rhythm is not None:
+        worker.inbox.rhythm.wait = lambda: seen.append(len(stages))
+    worker.rounds.connect = lambda: stages.append("connect")
+    worker_thread._tick()
+    assert seen[:1] == waits * [0] and stages == ["connect"], "before it ticks"
     seen.clear()
     worker_thread._breathed_at -= 1.0
     worker_thread._breathe()
     assert len(seen) == waits
 
 
-def test_steps_are_counted_with_their_time(by_hand):
-    controller, _, _ = by_hand
-    rhythm, began = controller._rhythm, time.perf_counter()
-    steps = rhythm.steps
-    for number in range(1, 4):
+def test_a_step_says_so_while_somebody_asks(by_hand):
+    controller, worker, _ = by_hand
+    controller.step()
+    rhythm = worker.inbox.rhythm = Rhythm()
+    began = time.perf_counter()
+    for number in range(1, 12):  # snapshots of the load too
         controller.step()
-        assert rhythm.steps == steps + number and began <= rhythm.stepped_at <= time.perf_counter()
+        steps, at = rhythm.last
+        assert steps == controller._steps and began <= at <= time.perf_counter(), number
+    worker.inbox.rhythm = None
+    controller.step()
+    assert rhythm.last == (steps, at)
 
 
 def test_a_wave_is_prepared_in_pieces():

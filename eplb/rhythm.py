@@ -1,4 +1,4 @@
-"""Rebalance, worker: `Rhythm`, when the thread that steps is about to want the interpreter."""
+"""All steps of a rebalance: `Rhythm`, when the thread that steps is about to want the interpreter."""
 
 import time
 from collections.abc import Callable
@@ -14,7 +14,7 @@ _POLL = 1e-4
 
 
 class Rhythm:
-    """How many steps there were, and how often they come.
+    """How often steps come, as long as somebody asks: `Inbox.rhythm` is where a thread that steps finds it.
 
     A thread that comes out of a wait for the device waits for Python's lock as long as another thread has it, and the device
     waits for its next forward. So a worker begins nothing shortly before the next step.
@@ -24,7 +24,7 @@ class Rhythm:
         sleep: for so many seconds.
 
     Attributes:
-        steps, stepped_at: the main thread sets them itself, as a function takes microseconds behind a forward; `steps` last.
+        last: how many steps there were, and when the last one ended. The thread that steps sets it.
     """
 
     def __init__(
@@ -32,9 +32,8 @@ class Rhythm:
     ) -> None:
         self._clock = clock
         self._sleep = sleep
-        self.steps = 0
-        self.stepped_at = 0.0
-        self._seen = 0, 0.0
+        self.last = 0, 0.0
+        self._seen = self.last
         self._period = 0.0
 
     def wait(self) -> None:
@@ -43,8 +42,7 @@ class Rhythm:
             self._sleep(seconds)
 
     def _seconds(self) -> float:
-        steps, stepped_at = self.steps, self.stepped_at
-        seen_steps, seen_at = self._seen
+        (steps, stepped_at), (seen_steps, seen_at) = self.last, self._seen
         if steps != seen_steps:
             self._period = (stepped_at - seen_at) / (steps - seen_steps)
             self._seen = steps, stepped_at
