@@ -324,6 +324,40 @@ WORKER = (
         "return min(longest, max(_SHORTEST, took * 7 / 8 - elapsed))",
         (f"{E}ticks.py",),
     ),
+    # A worker begins a piece right before the next step.
+    Mutant(
+        "eplb/rhythm.py",
+        "if period > _LONGEST or not _BUSY * period < since < _LATE * period:",
+        "if period > _LONGEST or not period < since < _LATE * period:",
+        (f"{E}rhythm.py",),
+    ),
+    # The time between two steps is that since the last look.
+    Mutant(
+        "eplb/rhythm.py",
+        "self._period = (stepped_at - seen_at) / (steps - seen_steps)",
+        "self._period = stepped_at - seen_at",
+        (f"{E}rhythm.py",),
+    ),
+    # A thread keeps to no rhythm.
+    Mutant(
+        "eplb/worker/thread.py",
+        "self._worker.inbox.rhythm.wait()",
+        "pass",
+        (f"{E}ticks.py",),
+    ),
+    # Nor is it asked for one at rest, nor where there is no bound.
+    Mutant(
+        "eplb/worker/thread.py",
+        "self._worker.inbox.rhythm = None if self._worker.is_at_rest else self._rhythm",
+        "self._worker.inbox.rhythm = self._rhythm",
+        (f"{E}ticks.py",),
+    ),
+    Mutant(
+        "eplb/worker/thread.py",
+        "self._rhythm = Rhythm() if config.bytes_per_second is not None else None",
+        "self._rhythm = Rhythm()",
+        (f"{E}ticks.py",),
+    ),
     # A wave is told the sums of another layer's table.
     Mutant(
         "eplb/rounds/messages.py",
