@@ -177,7 +177,7 @@ def test_one_token_of_large_fp8_experts(make_experts, monkeypatch, sizes, form):
     arguments, logits = whole(make_experts, "fp8_block", 1, form, sizes=sizes)
     found, plans, make_plan = [], [], one_token._make_plan
     monkeypatch.setattr(one_token, "_make_plan", lambda *sizes: plans.append(make_plan(*sizes)) or plans[-1])
-    monkeypatch.setattr(one_token, "_can_use_fp8_mma", lambda *_: False)
+    monkeypatch.setattr(one_token, "can_use_fp8_mma", lambda *_: False)
     for most in (1 << 62, 0):
         monkeypatch.setattr(one_token, "_MOST_TO_STREAM", most)
         monkeypatch.setattr(one_token, "_plans", {})
@@ -194,8 +194,11 @@ def test_one_token_of_large_fp8_experts(make_experts, monkeypatch, sizes, form):
     ("sizes", "form", "top_k"),
     [
         ((2048, 768), "silu", 8),
-        ((640, 384), "gpt-oss", 3),  # fewer groups of 128 columns than the warps have places for
+        ((640, 384), "gpt-oss", 3),  # less than the warps have places for
         ((2176, 128), "silu", 1),
+        ((7168, 256), "gpt-oss", 3),
+        ((512, 2048), "silu", 8),
+        ((256, 1152), "silu", 8),  # warps with pieces of two experts
         ((3072, 1536), "gpt-oss", 3),
     ],
 )
@@ -208,7 +211,7 @@ def test_one_token_by_tensor_cores(make_experts, monkeypatch, sizes, form, top_k
     for factor in (1.0, 2.0**40, 2.0**-40):
         arguments["x_TH"] = x * factor
         arguments["x_TH"][0, 1] = 300 * factor
-        assert all(check_both_kernels_of_one_token(monkeypatch, "_can_use_fp8_mma", arguments, logits, top_k))
+        assert all(check_both_kernels_of_one_token(monkeypatch, "can_use_fp8_mma", arguments, logits, top_k))
     monkeypatch.setattr(one_token, "_plans", {})
     before, matrices, table = run_whole(arguments, logits, "triton", top_k), arguments["matrices"], arguments["table"]
     order = torch.randperm(matrices.down_SHI.shape[0], generator=torch.Generator().manual_seed(5)).to("cuda")

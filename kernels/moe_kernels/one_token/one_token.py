@@ -21,7 +21,7 @@ from moe_kernels.one_token.one_token_four_bit import _down_kernel as _down_packe
 from moe_kernels.one_token.one_token_four_bit import _up_kernel as _up_packed_kernel
 from moe_kernels.one_token.one_token_four_bit_mma import _down_mma_kernel, _up_mma_kernel
 from moe_kernels.one_token.one_token_fp8 import _down_fp8_kernel, _up_fp8_kernel
-from moe_kernels.one_token.one_token_fp8_mma import _down_fp8_mma_kernel, _up_fp8_mma_kernel
+from moe_kernels.one_token.one_token_fp8_launches import can_use_fp8_mma, prepare_fp8
 from moe_kernels.one_token.one_token_triton import _choice_kernel, _down_kernel, _up_kernel
 from moe_kernels.operands.load import LoadCounter
 from moe_kernels.operands.matrices import ExpertMatrices
@@ -38,7 +38,7 @@ class _Plan:
 
     Attributes:
         up_grid, down_grid: their programs.
-        is_fp8: whether up and down are those of `one_token_fp8` or `one_token_fp8_mma`, which take no zero points.
+        is_fp8: whether up and down are those of fp8_block alone, which take no zero points.
         scratch: where the choice begins behind hidden, in elements.
     """
 
@@ -71,7 +71,12 @@ def _make_plan(
     is_fp8 = matrices.scheme == "fp8_block" and num_bytes > _MOST_TO_STREAM and top_k * cdiv(intermediate, 2048) <= 16
     of_up = {"SCHEME": matrices.scheme, "GROUP": _group(matrices.scheme, hidden_size, matrices.gate_up_scale)}
     of_down = {"SCHEME": matrices.scheme, "GROUP": _group(matrices.scheme, intermediate, matrices.down_scale)}
-    if is_fp8:
+    if matrices.scheme == "fp8_block" and can_use_fp8_mma(x_1H, matrices, top_k):
+        is_fp8 = True
+        up, down, up_grid, down_grid = prepare_fp8(
+            device_index, of_both, matrices.activation, top_k, num_multiprocessors(x_1H.device)
+        )
+    elif is_fp8:
         down_rows = min(hidden_size & -hidden_size, _MOST_ROWS)  # a power of two that divides it
         chunks, down_chunks = _chunks(hidden_size, 64), _chunks(intermediate, 64)
         up = _up_fp8_kernel.prepare(
@@ -80,26 +85,6 @@ def _make_plan(
         down = _down_fp8_kernel.prepare(
             device_index, **of_both, TOP_K=top_k, ROWS=down_rows, CHUNKS=down_chunks, num_warps=cdiv(down_chunks, 32)
         )
-    elif matrices.scheme == "fp8_block" and _can_use_fp8_mma(x_1H, matrices, block_k):
-        is_fp8, share = True, _FP8_MMA_WARPS // block_k
-        of_mma = of_both | {"TOP_K": top_k, "P": _FP8_MMA_WARPS, "num_warps": _FP8_MMA_WARPS}
-        up = _up_fp8_mma_kernel.prepare(
-            device_index,
-            **of_mma,
-            ACTIVATION=matrices.activation,
-            G=cdiv(hidden_size, BLOCK * _FP8_MMA_WARPS),
-            maxnreg=_UP_FP8_MMA_REGISTERS,
-        )
-        down = _down_fp8_mma_kernel.prepare(
-            device_index,
-            **of_mma,
-            SHARE=share,
-            G=cdiv(intermediate, BLOCK * share),
-            maxnreg=_DOWN_FP8_MMA_REGISTERS,
-        )
-        num_programs = num_multiprocessors(x_1H.device)
-        up_grid = min(top_k * intermediate // 8, _UP_FP8_MMA_PROGRAMS * num_programs), 1, 1
-        down_grid = hidden_size // 16, 1, 1
     elif matrices.scheme in ("mxfp4", "int4") and _can_use_mma(x_1H, matrices, block_k):
         pairs = cdiv(block_k, 2)
         up = _up_mma_kernel.prepare(
@@ -286,22 +271,6 @@ _MOST_STEPS = 16  # which are unrolled
 _UP_MMA_WARPS, _UP_MMA_PROGRAMS, _UP_MMA_REGISTERS = 4, 3, 168
 _DOWN_MMA_WARPS = 8
 _MOST_UP_MMA_COLUMNS, _MOST_DOWN_MMA_COLUMNS = 768, 720
-
-
-# Of fp8_block by tensor cores: warps of a program, programs of `up` on a multiprocessor, most registers of a thread. As soon as
-# one of those programs is done, one of `down` has room. More programs have more loads under way, and take longer (docs/log.md).
-_FP8_MMA_WARPS, _UP_FP8_MMA_PROGRAMS = 8, 2
-_UP_FP8_MMA_REGISTERS, _DOWN_FP8_MMA_REGISTERS = 128, 152
-_MOST_FP8_MMA_HIDDEN, _MOST_FP8_MMA_INTERMEDIATE = 3072, 6144  # of all experts together: a thread has them in registers
-
-
-def _can_use_fp8_mma(x_1H: torch.Tensor, matrices: ExpertMatrices, block_k: int) -> bool:
-    hidden_size, intermediate = matrices.hidden_size, matrices.intermediate_size
-    fits = hidden_size <= _MOST_FP8_MMA_HIDDEN and intermediate * block_k <= _MOST_FP8_MMA_INTERMEDIATE and block_k <= 8
-    fits = fits and hidden_size % BLOCK == 0 and intermediate % BLOCK == 0
-    for weights in (matrices.gate_up_SNH, matrices.down_SHI):
-        fits = fits and not (weights.data_ptr() | weights.stride(0)) % 16
-    return fits and matrices.is_gated and x_1H.dtype != torch.float32 and has_tma(x_1H.device)
 
 
 def _can_use_mma(x_1H: torch.Tensor, matrices: ExpertMatrices, block_k: int) -> bool:

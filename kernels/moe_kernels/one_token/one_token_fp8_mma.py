@@ -1,11 +1,8 @@
-"""Steps 4 to 6 of a forward of a single token with small fp8_block experts, on Hopper: by tensor cores.
+"""Steps 4 to 6 of a forward of a single token with fp8_block experts, on Hopper: by tensor cores.
 
-A product has 16 rows of weights and 8 columns, of which a token needs one. So each column has the x of another group of 128
-columns of the matrix, which share a scale; of a group's product only its own column counts. A thread widens the weights that it
-loads, 16 bytes of a row, to float16, which has all of e4m3's values; it sends no other thread anything.
-
-x (and hidden) of a group is divided by a power of two, so that its largest is below 2 ** 15: then what float16 can't hold is
-less than 2 ** -39 of the largest. P: warps, with G groups each. R: 16 rows. Written in Gluon, Triton's lower level.
+`one_token_fp8_operands` says how; the down projection of small experts is in `one_token_fp8_small`. Programs are persistent and
+few, as each reads all of x or of hidden from the same lines of L2. P: warps, with PIECES pieces of 64 columns each. Written in
+Gluon, Triton's lower level.
 """
 
 # In kernels a tuple grows in a loop that the compiler unrolls.
@@ -13,102 +10,60 @@ less than 2 ** -39 of the largest. P: warps, with G groups each. R: 16 rows. Wri
 
 from __future__ import annotations
 
+import math
+
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
-from triton.experimental.gluon.language.nvidia.ampere import mma_v2
 
 from moe_kernels.base.launch import Launcher, gdc_launch_dependents, gdc_wait
-from moe_kernels.base.numerics import is_gated, narrow, widen
-from moe_kernels.one_token.one_token_operands import (
-    along_3,
-    along_4,
-    hidden_of,
-    load_biases,
-    mma_layout,
-    out_layout,
-    slot_of,
-    warp_bases,
+from moe_kernels.base.numerics import activated, is_gated, narrow, widen
+from moe_kernels.one_token.one_token_fp8_operands import (
+    PIECE,
+    SIDE,
+    block_sums,
+    piece_sums_layout,
+    pieces_layout,
+    row_sums,
+    x_operands,
+    x_pieces_layout,
 )
+from moe_kernels.one_token.one_token_operands import along_3, load_biases, mma_layout, slot_of
 from moe_kernels.one_token.one_token_triton import choice_in
 
-SIDE = gl.constexpr(128)  # columns that share a scale
-_WIDEN = gl.constexpr(
-    "{ .reg .b16 l, h; mov.b32 {l, h}, $4; cvt.rn.f16x2.e4m3x2 $0, l; cvt.rn.f16x2.e4m3x2 $1, h;"
-    " mov.b32 {l, h}, $5; cvt.rn.f16x2.e4m3x2 $2, l; cvt.rn.f16x2.e4m3x2 $3, h; }"
-)
-
 
 @gluon.constexpr_function
-def _words_layout(warps):
-    """Words of four weights, [P, R, 2, 16] of a group: a thread has four neighbours of each half, of two rows."""
-    registers = [[0, 0, 0, 1], [0, 0, 0, 2], [0, 0, 1, 0], [0, 8, 0, 0]]
-    lanes = [[0, 0, 0, 4], [0, 0, 0, 8], [0, 1, 0, 0], [0, 2, 0, 0], [0, 4, 0, 0]]
-    return gl.DistributedLinearLayout(registers, lanes, warp_bases(warps, 4), [], [warps, 16, 2, 16])
-
-
-@gluon.constexpr_function
-def _x_layout(warps):
-    """x [P, 8, 2, 64], by column of the product: likewise."""
-    registers = [[0, 0, 0, 1], [0, 0, 0, 2], [0, 0, 0, 4], [0, 0, 0, 8], [0, 0, 1, 0]]
-    lanes = [[0, 0, 0, 16], [0, 0, 0, 32], [0, 1, 0, 0], [0, 2, 0, 0], [0, 4, 0, 0]]
-    return gl.DistributedLinearLayout(registers, lanes, warp_bases(warps, 4), [], [warps, 8, 2, 64])
+def _products_of_one_expert(pieces, pieces_of_expert, parts):
+    """So many products in a row of a warp's have weights of the same expert."""
+    common = math.gcd(pieces, pieces_of_expert)
+    return 1 if common % parts else common // parts
 
 
 @gluon.jit
-def _weights_operand(words, MMA: gl.constexpr):
-    """Words [P, R, 2, 16] → weights [P, R, 128] as the product's left operand."""
-    P: gl.constexpr = words.shape[0]
-    # A register of two weights of one word counts as one of each of two words.
-    a, b, c, d = gl.inline_asm_elementwise(
-        _WIDEN, "=r,=r,=r,=r,r,r", [words], dtype=(gl.float16,) * 4, is_pure=False, pack=2
-    )
-    # Half, thread, v, l, pair, w: of word 2v + w.
-    parts = gl.join(gl.join(a, b), gl.join(c, d)).reshape(P, 16, 2, 4, 2, 2, 2, 2)
-    parts = parts.permute(0, 1, 2, 4, 7, 6, 3, 5).reshape(P, 16, SIDE)
-    return gl.convert_layout(parts, gl.DotOperandLayout(0, MMA, 2), assert_trivial=True)
-
-
-@gluon.jit
-def _x_operand(x, MMA: gl.constexpr):
-    """x [P, 8, 2, 64] → the right operand [P, 128, 8], and the powers of two [P, 1, 8] by which it was divided."""
-    x = widen(x)
-    largest = gl.max(gl.max(gl.abs(x), axis=3), axis=2)
-    bits = largest.to(gl.int32, bitcast=True)
-    exponent = gl.minimum(gl.maximum((bits >> 23) - 14, 1), 253)  # biased by 127; magnitudes below 2 ** 15 then
-    inverse = ((254 - exponent) << 23).to(gl.float32, bitcast=True)
-    parts = (x * inverse[:, :, None, None]).to(gl.float16).reshape(x.shape[0], 8, 2, 4, 4, 2, 2)
-    parts = parts.permute(0, 2, 4, 5, 3, 6, 1).reshape(x.shape[0], SIDE, 8)
-    power = gl.convert_layout((exponent << 23).to(gl.float32, bitcast=True), gl.SliceLayout(1, MMA))
-    return gl.convert_layout(parts, gl.DotOperandLayout(1, MMA, 2), assert_trivial=True), power[:, None, :]
-
-
-@gluon.jit
-def _load_group(at, group, g: gl.constexpr, exists, SIZE: gl.constexpr, PARTS: gl.constexpr, EVICTION: gl.constexpr):
-    """Weights of a group of each warp, of rows that begin at `at`; of the last group for one past the end.
-
-    `group` is the first one's number; PARTS * SIDE columns of a row are loaded.
-    """
-    if SIZE == PARTS * SIDE:
-        return gl.load(at + group * (SIDE // 4) + g * (SIDE // 4), mask=exists, eviction_policy=EVICTION)
+def _inside(exists, place, END: gl.constexpr, MOST: gl.constexpr):
+    """`exists`, and the place, which is below MOST, is below END."""
+    if MOST <= END:
+        return exists
     else:
-        of_group = gl.minimum(group + g, SIZE // SIDE - 1)
-        return gl.load(at + of_group * (SIDE // 4), mask=exists, eviction_policy=EVICTION)
+        return exists & (place < END)
 
 
 @gluon.jit
-def _load_groups(at, group, exists, SIZE: gl.constexpr, PARTS: gl.constexpr, G: gl.constexpr, EVICTION: gl.constexpr):
-    """Likewise of G groups from `group` on."""
+def _load_rows(
+    at, scale_at, piece, first_piece, n, exists, SIZE: gl.constexpr, PARTS: gl.constexpr, PIECES: gl.constexpr,
+    P: gl.constexpr, EVICTION: gl.constexpr,
+):  # fmt: skip
+    """Words of each product and scales of each block, of rows that begin at `at` and `scale_at`."""
     words = ()
-    for g in gl.static_range(G):
-        words += (_load_group(at, group, g, exists, SIZE, PARTS, EVICTION),)
-    return words
-
-
-@gluon.jit
-def _with_sums(kept, words, x, is_column, MMA: gl.constexpr):
-    """`kept` [P, 16, 8], where `is_column` of each row the products with the words' weights."""
-    zeros = gl.zeros(kept.shape, gl.float32, MMA)
-    return gl.where(is_column, mma_v2(_weights_operand(words, MMA), x, zeros), kept)
+    scales = ()
+    MOST: gl.constexpr = P * PIECES
+    for first in gl.static_range(0, PIECES, PARTS):
+        inside = _inside(exists, piece + first, SIZE // PIECE, MOST)
+        words += (gl.load(at + first * (PIECE // 4), mask=inside, other=0, eviction_policy=EVICTION),)
+    for first in gl.static_range(0, PIECES, 8):
+        inside = _inside(exists, first_piece + n + first, SIZE // PIECE, MOST)
+        inside = _inside(inside, n + first, PIECES, first + 8)
+        scales += (gl.load(scale_at + first // 2, mask=inside, other=0.0),)
+    return words, scales
 
 
 @Launcher
@@ -135,69 +90,87 @@ def _up_fp8_mma_kernel(
     EVICTION: gl.constexpr,
     PDL: gl.constexpr,
     # tunables
-    G: gl.constexpr,
+    PARTS: gl.constexpr,
+    PIECES: gl.constexpr,
     P: gl.constexpr,
 ):
-    """Every num_programs-th eight elements of hidden of an expert, by eight rows of the gate and eight of up.
+    """Every num_programs-th 8 // PARTS elements of hidden, by as many rows of the gate and of up.
 
-    What the next eight need is loaded while these are computed.
+    What the next elements need is loaded while these are computed.
 
     With PDL x is read before the wait: it is older than the choice, whose every program has waited.
     """
     MMA: gl.constexpr = mma_layout(P)
-    LAYOUT: gl.constexpr = _words_layout(P)
-    X: gl.constexpr = _x_layout(P)
+    LAYOUT: gl.constexpr = pieces_layout(P)
+    X: gl.constexpr = x_pieces_layout(P)
+    SUMS: gl.constexpr = piece_sums_layout(P)
     gl.static_assert(is_gated(ACTIVATION))
+    gl.static_assert(PIECES % 2 == 0 and PIECES % PARTS == 0 and HIDDEN_SIZE <= P * PIECES * PIECE)
     GROUPS: gl.constexpr = HIDDEN_SIZE // SIDE
     BLOCKS: gl.constexpr = INTERMEDIATE // SIDE
-    NUM_BLOCKS: gl.constexpr = INTERMEDIATE // 8
+    COLUMNS: gl.constexpr = 8 // PARTS
+    TILES: gl.constexpr = INTERMEDIATE // COLUMNS  # of an expert
     choice_ptr = choice_in(scratch_ptr, SCRATCH)
     first_tile, num_programs = gl.program_id(0), gl.num_programs(0)
-    n = along_4(1, 8, X)
-    x_group = along_4(0, P, X) * G + n
-    x_at = x_ptr + x_group * SIDE + along_4(2, 2, X) * 64 + along_4(3, 64, X)
-    # From L2: before its own wait a program may have an older line of this memory in L1.
-    has_x = (n < G) & (x_group < GROUPS)
-    x, power = _x_operand(gl.load(x_at, mask=has_x, other=0.0, cache_modifier=".cg"), MMA)
-    r, sum_n = along_4(1, 16, LAYOUT), along_3(2, 8, MMA)
-    row = r % 8 + r // 8 * INTERMEDIATE
-    words_at = gate_up_ptr.to(gl.pointer_type(gl.int32), bitcast=True) + row * (HIDDEN_SIZE // 4)
-    words_at += along_4(2, 2, LAYOUT) * 16 + along_4(3, 16, LAYOUT)
-    group = along_4(0, P, LAYOUT) * G
-    sum_group = along_3(0, P, MMA) * G + sum_n
-    sum_at = along_3(1, 16, MMA) // 8 * (BLOCKS * GROUPS) + sum_group
-    has_sum = (sum_n < G) & (sum_group < GROUPS)
+    x = ()
+    for first in gl.static_range(0, PIECES, 8):
+        x_n = first + along_3(1, 8, X)
+        x_piece = along_3(0, P, X) * PIECES + x_n
+        has_x = _inside(x_n < PIECES, x_piece, HIDDEN_SIZE // PIECE, P * PIECES)
+        # From L2: before its own wait a program may have an older line of this memory in L1.
+        x += (gl.load(x_ptr + x_piece * PIECE + along_3(2, PIECE, X), mask=has_x, other=0.0, cache_modifier=".cg"),)
+    x, power = x_operands(x, MMA, SUMS)
+    p, r = along_3(0, P, LAYOUT), along_3(1, 16, LAYOUT)
+    piece = p * PIECES + r % PARTS
+    words_at = gate_up_ptr.to(gl.pointer_type(gl.int32), bitcast=True)
+    words_at += (r // 8 * INTERMEDIATE + r % 8 // PARTS) * (HIDDEN_SIZE // 4)
+    words_at += piece * (PIECE // 4) + along_3(2, 16, LAYOUT)
+    first_piece, n = along_3(0, P, SUMS) * PIECES, along_3(2, 4, SUMS) * 2
+    scales_at = scale_ptr + along_3(1, 16, SUMS) // 8 * (BLOCKS * GROUPS) + (first_piece + n) // 2
     if PDL:  # see `Launcher`
         gdc_wait()
         gdc_launch_dependents()
-    slot = slot_of(choice_ptr, first_tile // NUM_BLOCKS, TOP_K)
-    next_slot = slot_of(choice_ptr, (first_tile + num_programs) // NUM_BLOCKS, TOP_K)
-    first = first_tile % NUM_BLOCKS * 8
+    slot = slot_of(choice_ptr, first_tile // TILES, TOP_K)
+    next_slot = slot_of(choice_ptr, (first_tile + num_programs) // TILES, TOP_K)
+    first = first_tile % TILES * COLUMNS
     at = words_at + slot * (stride_slot // 4) + first * (HIDDEN_SIZE // 4)
-    words = _load_groups(at, group, slot >= 0, HIDDEN_SIZE, P * G, G, EVICTION)
-    scale_at = scale_ptr + slot * stride_scale + first // SIDE * GROUPS + sum_at
-    scales = gl.load(scale_at, mask=has_sum & (slot >= 0), other=0.0)
-    for tile in range(first_tile, TOP_K * NUM_BLOCKS, num_programs):
-        first, next_tile = tile % NUM_BLOCKS * 8, tile + num_programs
-        next_first = next_tile % NUM_BLOCKS * 8
-        will = (next_slot >= 0) & (next_tile < TOP_K * NUM_BLOCKS)
-        later_slot = slot_of(choice_ptr, (next_tile + num_programs) // NUM_BLOCKS, TOP_K)
-        next_at = words_at + next_slot * (stride_slot // 4) + next_first * (HIDDEN_SIZE // 4)
-        total = gl.zeros((P, 16, 8), gl.float32, MMA)
-        new_words = ()
-        for g in gl.static_range(G):
-            total = _with_sums(total, words[g], x, sum_n == g, MMA)
-            new_words += (_load_group(next_at, group, g, will, HIDDEN_SIZE, P * G, EVICTION),)
-        total *= scales * power
-        scale_at = scale_ptr + next_slot * stride_scale + next_first // SIDE * GROUPS + sum_at
-        scales = gl.load(scale_at, mask=has_sum & will, other=0.0)
+    scale_at = scales_at + slot * stride_scale + first // SIDE * GROUPS
+    words, scales = _load_rows(
+        at, scale_at, piece, first_piece, n, slot >= 0, HIDDEN_SIZE, PARTS, PIECES, P, EVICTION
+    )  # fmt: skip
+    for tile in range(first_tile, TOP_K * TILES, num_programs):
+        first, next_tile = tile % TILES * COLUMNS, tile + num_programs
+        next_first = next_tile % TILES * COLUMNS
+        will = (next_slot >= 0) & (next_tile < TOP_K * TILES)
+        later_slot = slot_of(choice_ptr, (next_tile + num_programs) // TILES, TOP_K)
+        at = words_at + next_slot * (stride_slot // 4) + next_first * (HIDDEN_SIZE // 4)
+        scale_at = scales_at + next_slot * stride_scale + next_first // SIDE * GROUPS
+        total = gl.zeros((P, 16, 4), gl.float32, SUMS)
+        for b in gl.static_range(len(x)):
+            total += block_sums(words, b, x[b], PARTS, PIECES, MMA, SUMS) * scales[b]
+        words, scales = _load_rows(
+            at, scale_at, piece, first_piece, n, will, HIDDEN_SIZE, PARTS, PIECES, P, EVICTION
+        )  # fmt: skip
+        gate, up = row_sums(total * power, PARTS)
         exists = slot >= 0
-        out = first + gl.arange(0, 8, out_layout(P))
+        out = first + gl.arange(0, COLUMNS, gate.type.layout)
         gate_bias, up_bias = load_biases(bias_ptr, slot, stride_bias, out, exists, INTERMEDIATE)
-        hidden = hidden_of(total, gate_bias, up_bias, ACTIVATION, P)
-        hidden_at = scratch_ptr + tile // NUM_BLOCKS * INTERMEDIATE + out
+        hidden = activated(gate + gate_bias, up + up_bias, ACTIVATION)
+        hidden_at = scratch_ptr + tile // TILES * INTERMEDIATE + out
         gl.store(hidden_at, narrow(hidden, scratch_ptr.dtype.element_ty), mask=exists)
-        words, slot, next_slot = new_words, next_slot, later_slot
+        slot, next_slot = next_slot, later_slot
+
+
+@gluon.jit
+def _bias(bias_ptr, row, choice_ptr, stride_bias, TOP_K: gl.constexpr):
+    """Of elements of y: the experts' biases, weighted; zero if there are none."""
+    total = 0.0
+    if bias_ptr is not None:
+        for k in gl.static_range(TOP_K):
+            slot = slot_of(choice_ptr, k, TOP_K)
+            weight = gl.load(choice_ptr + TOP_K + k, cache_modifier=".cg").to(gl.float32, bitcast=True)
+            total += widen(gl.load(bias_ptr + slot * stride_bias + row, mask=slot >= 0, other=0.0)) * weight
+    return total
 
 
 @Launcher
@@ -223,58 +196,88 @@ def _down_fp8_mma_kernel(
     EVICTION: gl.constexpr,
     PDL: gl.constexpr,
     # tunables
-    SHARE: gl.constexpr,
-    G: gl.constexpr,
+    PARTS: gl.constexpr,
+    PIECES: gl.constexpr,
     P: gl.constexpr,
 ):
-    """16 elements of y, each the sum over all experts in a fixed order, in float32. SHARE warps share an expert.
+    """Every num_programs-th 16 // PARTS elements of y, each the sum over all experts in a fixed order, in float32.
 
-    With PDL the choice and the weights are read before the wait: see `one_token_triton`.
+    The warps share the pieces of all experts. What the next elements need is loaded while these are computed.
+
+    With PDL the choice and the first weights are read before the wait: see `one_token_triton`.
     """
     MMA: gl.constexpr = mma_layout(P)
-    LAYOUT: gl.constexpr = _words_layout(P)
-    X: gl.constexpr = _x_layout(P)
-    GROUPS: gl.constexpr = INTERMEDIATE // SIDE
-    first = gl.program_id(0) * 16
+    LAYOUT: gl.constexpr = pieces_layout(P)
+    X: gl.constexpr = x_pieces_layout(P)
+    SUMS: gl.constexpr = piece_sums_layout(P)
+    OF_EXPERT: gl.constexpr = INTERMEDIATE // PIECE
+    UNIT: gl.constexpr = _products_of_one_expert(PIECES, OF_EXPERT, PARTS)
+    ROWS: gl.constexpr = 16 // PARTS
+    gl.static_assert(PIECES % 2 == 0 and PIECES % PARTS == 0 and TOP_K * OF_EXPERT <= P * PIECES)
+    first_tile, num_programs = gl.program_id(0), gl.num_programs(0)
     choice_ptr = choice_in(scratch_ptr, SCRATCH)
-    p = along_4(0, P, LAYOUT)
-    # From L2: before its own wait a program may have an older line of this memory in L1.
-    slot = gl.load(choice_ptr + p // SHARE, mask=p // SHARE < TOP_K, other=-1, cache_modifier=".cg").to(gl.int64)
-    words_at = down_ptr.to(gl.pointer_type(gl.int32), bitcast=True) + slot * (stride_slot // 4)
-    words_at += (first + along_4(1, 16, LAYOUT)) * (INTERMEDIATE // 4)
-    words_at += along_4(2, 2, LAYOUT) * 16 + along_4(3, 16, LAYOUT)
-    words = _load_groups(words_at, p % SHARE * G, slot >= 0, INTERMEDIATE, SHARE * G, G, EVICTION)
-    sum_p, sum_n = along_3(0, P, MMA), along_3(2, 8, MMA)
-    sum_k = sum_p // SHARE
-    sum_slot = gl.load(choice_ptr + sum_k, mask=sum_k < TOP_K, other=-1, cache_modifier=".cg").to(gl.int64)
-    sum_group = sum_p % SHARE * G + sum_n
-    needed = (sum_slot >= 0) & (sum_n < G) & (sum_group < GROUPS)
-    scale_at = scale_ptr + sum_slot * stride_scale + first // SIDE * GROUPS + sum_group
-    scales = gl.load(scale_at, mask=needed, other=0.0)
-    expert_weight = gl.load(choice_ptr + TOP_K + sum_k, mask=sum_k < TOP_K, other=0, cache_modifier=".cg")
-    scales *= expert_weight.to(gl.float32, bitcast=True)
-    OUT: gl.constexpr = gl.BlockedLayout([1, 1], [2, 16], [P, 1], [1, 0])
-    out = first + gl.arange(0, 16, gl.SliceLayout(0, OUT))
-    bias = 0.0
-    if bias_ptr is not None:
-        k = gl.arange(0, 2 * P, gl.SliceLayout(1, OUT))
-        bias_slot = gl.load(choice_ptr + k, mask=k < TOP_K, other=-1, cache_modifier=".cg").to(gl.int64)
-        bias_weight = gl.load(choice_ptr + TOP_K + k, mask=k < TOP_K, other=0, cache_modifier=".cg")
-        bias_at = bias_ptr + (bias_slot * stride_bias)[:, None] + out[None, :]
-        bias = widen(gl.load(bias_at, mask=(bias_slot >= 0)[:, None], other=0.0))
-        bias = gl.sum(bias * bias_weight.to(gl.float32, bitcast=True)[:, None], axis=0)
-    x_p, n = along_4(0, P, X), along_4(1, 8, X)
-    x_group = x_p % SHARE * G + n
-    x_at = scratch_ptr + x_p // SHARE * INTERMEDIATE + x_group * SIDE + along_4(2, 2, X) * 64 + along_4(3, 64, X)
-    x_slot = gl.load(choice_ptr + x_p // SHARE, mask=x_p // SHARE < TOP_K, other=-1, cache_modifier=".cg")
-    has_x = (x_slot >= 0) & (n < G) & (x_group < GROUPS)
+    r = along_3(1, 16, LAYOUT)
+    row_at = down_ptr.to(gl.pointer_type(gl.int32), bitcast=True)
+    row_at += r // PARTS * (INTERMEDIATE // 4) + along_3(2, 16, LAYOUT)
+    words_at = ()
+    chosen = ()
+    for first in gl.static_range(0, PIECES, UNIT * PARTS):
+        piece = along_3(0, P, LAYOUT) * PIECES + first + r % PARTS
+        k = piece // OF_EXPERT
+        # From L2: before its own wait a program may have an older line of this memory in L1.
+        slot = gl.load(choice_ptr + k, mask=k < TOP_K, other=-1, cache_modifier=".cg").to(gl.int64)
+        words_at += (row_at + slot * (stride_slot // 4) + piece % OF_EXPERT * (PIECE // 4),)
+        chosen += (slot >= 0,)
+    words = ()
+    for i in gl.static_range(PIECES // PARTS):
+        at = words_at[i // UNIT] + i % UNIT * (PARTS * PIECE // 4) + first_tile * (ROWS * INTERMEDIATE // 4)
+        words += (gl.load(at, mask=chosen[i // UNIT], other=0, eviction_policy=EVICTION),)
+    scales_at = ()
+    needed = ()
+    expert_weights = ()
+    scales = ()
+    for first in gl.static_range(0, PIECES, 8):
+        n = first + along_3(2, 4, SUMS) * 2
+        sum_piece = along_3(0, P, SUMS) * PIECES + n
+        sum_k = gl.where(n < PIECES, sum_piece // OF_EXPERT, TOP_K)
+        slot = gl.load(choice_ptr + sum_k, mask=sum_k < TOP_K, other=-1, cache_modifier=".cg").to(gl.int64)
+        scales_at += (scale_ptr + slot * stride_scale + sum_piece % OF_EXPERT // 2,)
+        needed += (slot >= 0,)
+        expert_weight = gl.load(choice_ptr + TOP_K + sum_k, mask=sum_k < TOP_K, other=0, cache_modifier=".cg")
+        expert_weights += (expert_weight.to(gl.float32, bitcast=True),)
+    for b in gl.static_range(len(scales_at)):
+        scale_at = scales_at[b] + first_tile * ROWS // SIDE * (INTERMEDIATE // SIDE)
+        scales += (gl.load(scale_at, mask=needed[b], other=0.0),)
     if PDL:  # see `Launcher`
         gdc_wait()
         gdc_launch_dependents()
-    x, power = _x_operand(gl.load(x_at, mask=has_x, other=0.0, cache_modifier=".cg"), MMA)
-    total = gl.zeros((P, 16, 8), gl.float32, MMA)
-    for g in gl.static_range(G):
-        total = _with_sums(total, words[g], x, sum_n == g, MMA)
-    total = gl.where(needed, total * (scales * power), 0.0)
-    y = gl.convert_layout(gl.sum(gl.sum(total, axis=2), axis=0), gl.SliceLayout(0, OUT)) + bias
-    gl.store(y_ptr + out, narrow(y, y_ptr.dtype.element_ty))
+    x = ()
+    for first in gl.static_range(0, PIECES, 8):
+        x_n = first + along_3(1, 8, X)
+        x_piece = along_3(0, P, X) * PIECES + x_n
+        x_k = gl.where(x_n < PIECES, x_piece // OF_EXPERT, TOP_K)
+        x_slot = gl.load(choice_ptr + x_k, mask=x_k < TOP_K, other=-1, cache_modifier=".cg")
+        x_at = scratch_ptr + x_piece * PIECE + along_3(2, PIECE, X)
+        x += (gl.load(x_at, mask=x_slot >= 0, other=0.0),)
+    x, power = x_operands(x, MMA, SUMS)
+    for tile in range(first_tile, HIDDEN_SIZE // ROWS, num_programs):
+        next_tile = tile + num_programs
+        will = next_tile < HIDDEN_SIZE // ROWS
+        total = gl.zeros((P, 16, 4), gl.float32, SUMS)
+        for b in gl.static_range(len(x)):
+            total += block_sums(words, b, x[b], PARTS, PIECES, MMA, SUMS) * (scales[b] * expert_weights[b])
+        new_words = ()
+        new_scales = ()
+        for i in gl.static_range(PIECES // PARTS):
+            at = words_at[i // UNIT] + i % UNIT * (PARTS * PIECE // 4) + next_tile * (ROWS * INTERMEDIATE // 4)
+            new_words += (gl.load(at, mask=chosen[i // UNIT] & will, other=0, eviction_policy=EVICTION),)
+        for b in gl.static_range(len(x)):
+            scale_at = scales_at[b] + next_tile * ROWS // SIDE * (INTERMEDIATE // SIDE)
+            new_scales += (gl.load(scale_at, mask=needed[b] & will, other=0.0),)
+        left, right = row_sums(total * power, PARTS)
+        out = tile * ROWS + gl.arange(0, ROWS // 2, left.type.layout)
+        left += _bias(bias_ptr, out, choice_ptr, stride_bias, TOP_K)
+        right += _bias(bias_ptr, out + ROWS // 2, choice_ptr, stride_bias, TOP_K)
+        gl.store(y_ptr + out, narrow(left, y_ptr.dtype.element_ty))
+        gl.store(y_ptr + out + ROWS // 2, narrow(right, y_ptr.dtype.element_ty))
+        words, scales = new_words, new_scales

@@ -7,7 +7,7 @@ import re
 import torch
 
 from moe_kernels import RoutingRule
-from moe_kernels.one_token import one_token
+from moe_kernels.one_token import one_token_fp8_launches
 from moe_kernels.routing import routing_triton
 from tests.moe_kernels.compiling.kernel import DTYPES, QUANTISED, check_recording, compile_kernel
 
@@ -104,14 +104,18 @@ def compile_one_token_mma(types: dict[str, str], sizes: dict[str, object]) -> No
 
 def compile_one_fp8_token_mma(types: dict[str, str], sizes: dict[str, object]) -> None:
     """fp8_block by tensor cores."""
-    warps = one_token._FP8_MMA_WARPS
-    for name, registers, constants in (
-        ("_up_fp8_mma_kernel", one_token._UP_FP8_MMA_REGISTERS, {"ACTIVATION": "silu", "G": 2}),
-        ("_up_fp8_mma_kernel", one_token._UP_FP8_MMA_REGISTERS, {"ACTIVATION": "silu", "G": 3, "HIDDEN_SIZE": 3072}),
-        ("_down_fp8_mma_kernel", one_token._DOWN_FP8_MMA_REGISTERS, {"SHARE": 1, "G": 6}),
-    ):
-        constants = sizes | constants | {"P": warps}
-        options = {"num_warps": warps, "launch_pdl": True, "maxnreg": registers}
-        ptx = compile_kernel("one_token_fp8_mma", name, types, constants, 90, **options).asm["ptx"]
-        assert "mma.sync" in ptx and re.search(r"ld\.global\.\S*evict_first\S*cache_hint\S*v4", ptx)
-        assert "cvt.rn.f16x2.e4m3x2" in ptx
+    for hidden_size, intermediate in ((2048, 768), (7168, 2048), (640, 384), (256, 1152)):
+        of_up, of_down = one_token_fp8_launches.fp8_constants(hidden_size, intermediate, 8)
+        kernels = [("mma", "_up_fp8_mma_kernel", of_up)]
+        if "SHARE" in of_down:
+            kernels.append(("small", "_down_small_fp8_mma_kernel", of_down))
+        else:
+            kernels.append(("mma", "_down_fp8_mma_kernel", of_down))
+        for module, name, constants in kernels:
+            sizes |= {"HIDDEN_SIZE": hidden_size, "INTERMEDIATE": intermediate}
+            options = {"launch_pdl": True} | {one: constants[one] for one in ("num_warps", "maxnreg")}
+            constants = sizes | {one: value for one, value in constants.items() if one not in options}
+            constants |= {"ACTIVATION": "silu"} if name.startswith("_up") else {}
+            ptx = compile_kernel(f"one_token_fp8_{module}", name, types, constants, 90, **options).asm["ptx"]
+            assert "mma.sync" in ptx and re.search(r"ld\.global\.\S*evict_first\S*cache_hint\S*v4", ptx)
+            assert "cvt.rn.f16x2.e4m3x2" in ptx
