@@ -97,10 +97,11 @@ def test_fp8_block_has_the_ring_on_hopper_where_tma_can_read_its_weights():
     assert not gemm_config(**(sizes | {"tma": False})).tma
     assert not gemm_config(**(sizes | {"k": 776})).tma and not gemm_config(**(sizes | {"n": 2056})).tma
     assert not gemm_config(**(sizes | {"n": 1552, "k": 2048}), gated=True).tma  # 776 columns of each
-    for num_tokens, rows in ((16, 16), (256, 32)):
+    for num_tokens, rows in ((16, 16), (64, 16), (256, 32)):
         few = gemm_config(**(sizes | {"num_tokens": num_tokens}))
         assert few.tma and few.swap and few.block_m == rows
-        assert not gemm_config(**(sizes | {"n": 1536, "k": 2048, "num_tokens": num_tokens}), gated=True).tma
+        up = gemm_config(**(sizes | {"n": 1536, "k": 2048, "num_tokens": num_tokens}), gated=True)
+        assert up.block_m == rows and up.swap and up.tma == (num_tokens > 16)
     with pytest.raises(ValueError, match="quantised with tma"):
         replace(few, block_m=64)
     for wrong in ({"block_m": 64}, {"num_warps": 8}, {"tail_m": 64}, {"keep": True}):

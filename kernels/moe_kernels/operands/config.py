@@ -38,9 +38,9 @@ class GemmConfig:
             4-bit weights by the ring.
         keep: write the output so that L2 rather lets other things go, weights that stream by above all.
         quantised: for experts of a scheme other than "plain", which may `swap`. With `tma`, on Hopper: of fp8_block the kernels
-            of `fp8_ring.py`, whose tiles are 128 x 256 x 128, with `num_stages` in the ring, or, if `expert_down` is to `swap`,
-            that of `expert_down_fp8_few.py`, with 16 or 32; of 4-bit weights, which always `swap`, those of `four_bit_ring.py`,
-            with `programs_per_sm`, four warps for each 64 of `block_n`, and `tail_m` and `extra_m` of 16 at least.
+            of `fp8_ring.py`, with `num_stages` in the ring, whose tiles are 128 x 256 x 128, or, if they `swap`, of 16 or 32
+            rows; of 4-bit weights, which always `swap`, those of `four_bit_ring.py`, with `programs_per_sm`, four warps for
+            each 64 of `block_n`, and `tail_m` and `extra_m` of 16 at least.
         by_lane: tiles share a column block with tiles of their own lane only, in groups of at most `group_m` and about equal
             size: so a lane's weights are read from memory once for each of its groups. Else most groups have tiles of two
             lanes, whose weights are read by two groups each.
@@ -98,7 +98,7 @@ class GemmConfig:
             self._check_four_bit_ring()
             return
         if self.quantised and self.tma:
-            rows = [16, 32] if is_few_fp8 else [128]
+            rows = [16, 32] if self.swap else [128]
             if self.block_m not in rows or (self.block_n, self.block_k, self.num_warps) != (256, 128, 4):
                 raise ValueError(f"{self}: quantised with tma needs tiles of {rows} x 256 x 128 and num_warps=4")
             if others:
@@ -169,7 +169,7 @@ _TABLE_4_BIT: _QuantisedTable = (
 _TABLE_4_BIT_OF_32: _QuantisedTable = (
     (_ANY, *2 * (GemmConfig(block_m=16, block_n=64, block_k=32, num_warps=4, num_stages=3, quantised=True),)),
 )
-# On Hopper, with weights on the M side for few rows; from more on by a ring (`fp8_ring.py`), if TMA can read the weights.
+# On Hopper, by a ring (`fp8_ring.py`) if TMA can read the weights; few rows are on the N side of products.
 _FP8_RING = GemmConfig(block_m=128, block_n=256, block_k=128, num_warps=4, num_stages=4, tma=True, quantised=True)
 _FEW_FP8: _QuantisedTable = (
     (8, replace(_FP8_UP, num_stages=3, swap=True), replace(_FP8_DOWN, swap=True)),
@@ -180,8 +180,9 @@ _FEW_FP8: _QuantisedTable = (
     ),
 )
 _FEW_RING: _QuantisedTable = (
-    (8, _FEW_FP8[0][1], replace(_FP8_RING, block_m=16, num_stages=6, swap=True)),
-    (16, _FEW_FP8[1][1], replace(_FP8_RING, block_m=32, num_stages=5, swap=True)),
+    (2, _FEW_FP8[0][1], replace(_FP8_RING, block_m=16, num_stages=6, swap=True)),
+    (8, *2 * (replace(_FP8_RING, block_m=16, num_stages=6, swap=True),)),
+    (16, *2 * (replace(_FP8_RING, block_m=32, num_stages=5, swap=True),)),
 )
 _TABLE_FP8_RING: _QuantisedTable = (*_FEW_RING, (_ANY, _FP8_RING, _FP8_RING))
 _TABLE_FP8_HOPPER: _QuantisedTable = (

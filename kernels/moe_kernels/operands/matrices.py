@@ -97,13 +97,8 @@ class ExpertMatrices:
             raise ValueError(
                 f"config.quantised={config.quantised}: must be {self.scheme != 'plain'} with matrices.scheme={self.scheme!r}"
             )
-        if self.scheme != "plain" and config.tma:
-            swaps = (True,) if self.scheme != "fp8_block" else (False,) if which == "up" else (False, True)
-            if config.swap not in swaps:
-                raise ValueError(
-                    f"config.swap={config.swap}: with config.tma it must be {not config.swap} in `expert_{which}` with "
-                    f"matrices.scheme={self.scheme!r}"
-                )
+        if self.scheme not in ("plain", "fp8_block") and config.tma and not config.swap:
+            raise ValueError(f"config.swap=False: with config.tma it must be True with matrices.scheme={self.scheme!r}")
         if self.scheme == "fp8_block":
             if config.block_k != BLOCK:
                 raise ValueError(f"config.block_k={config.block_k}: must be {BLOCK} with matrices.scheme='fp8_block'")

@@ -18,17 +18,16 @@ from moe_kernels.operands.config import GemmConfig
 from moe_kernels.operands.matrices import ExpertMatrices
 from moe_kernels.quantised.fp8_ring import (
     FILL_REGISTERS,
-    MMA,
-    MMA_COLUMNS,
-    MMA_ROWS,
+    HALF,
+    LINE_LAYOUT,
     REGISTERS,
     ROW_LAYOUT,
-    ROWS,
     SIDE,
     fill_tile,
-    load_flat,
     load_slot,
     load_tile_of,
+    load_weights,
+    mma_layout,
     multiply_tile,
     new_ring,
     num_programs,
@@ -42,96 +41,110 @@ from moe_kernels.tiles.tiles import TileSchedule
 @gluon.jit
 def _fill(
     ring, tiles, hidden, hidden_scale_ptr, down, scale_ptr, lane_to_slot_ptr, sizes, stride_scale,
-    STAGES: gl.constexpr, GROUP_M: gl.constexpr,
+    WAITS: gl.constexpr, M: gl.constexpr, STAGES: gl.constexpr, GROUP_M: gl.constexpr,
 ):  # fmt: skip
     """Four warps."""
     hidden_size, intermediate = sizes
-    num_column_blocks, num_groups = gl.cdiv(hidden_size, 2 * SIDE), gl.cdiv(intermediate, SIDE)
+    num_column_blocks, num_steps = gl.cdiv(hidden_size, 2 * SIDE), gl.cdiv(intermediate, SIDE)
     last = gl.cdiv(hidden_size, SIDE) - 1
-    count = 0
+    num_tiles = tiles[3] * num_column_blocks
     first_program, num_programs = gl.program_id(0), gl.num_programs(0)
-    column_block, lane, start, end = load_tile_of(first_program, tiles, num_column_blocks, GROUP_M)
-    slot = load_slot(lane_to_slot_ptr, lane)
-    # Of the next tile: what a tile needs is a chain of loads, which begins a tile or two before.
-    next_block, next_lane, next_start, next_end = load_tile_of(
-        first_program + num_programs, tiles, num_column_blocks, GROUP_M
-    )
-    for program in range(first_program, tiles[3] * num_column_blocks, num_programs):
-        next_slot = load_slot(lane_to_slot_ptr, next_lane)
-        later_block, later_lane, later_start, later_end = load_tile_of(
-            program + 2 * num_programs, tiles, num_column_blocks, GROUP_M
-        )
+    first_count = 0
+    if WAITS:
+        column_block, lane, start, end = load_tile_of(first_program, tiles, num_column_blocks, GROUP_M)
+        first_row, slot = 2 * column_block * SIDE, load_slot(lane_to_slot_ptr, lane)
+        for step in gl.static_range(STAGES):
+            exist = (first_program < num_tiles) & (step < num_steps)
+            load_weights(ring, down, slot, first_row, first_row + SIDE, step, step, exist)
+        first_count = gl.minimum(STAGES, num_steps)
+        gdc_wait()
+        gdc_launch_dependents()
+    count = 0
+    for program in range(first_program, num_tiles, num_programs):
+        column_block, lane, start, end = load_tile_of(program, tiles, num_column_blocks, GROUP_M)
+        slot = load_slot(lane_to_slot_ptr, lane)
         scale_at = scale_ptr + slot.to(gl.int64) * stride_scale
         first = 2 * column_block
         second = gl.minimum(first + 1, last)  # past the end there are no weights, and any scale does
         count = fill_tile(
-            ring, count, None, hidden, hidden_scale_ptr, load_flat(None, start, end), 1, down,
-            scale_at + first * num_groups, scale_at + second * num_groups, slot, first * SIDE, (first + 1) * SIDE,
-            start, end, 0, intermediate, STAGES,
+            ring, count, first_count, None, hidden, hidden_scale_ptr, None, 1, down,
+            scale_at + first * num_steps, scale_at + second * num_steps, slot, first * SIDE, (first + 1) * SIDE,
+            start, end, 0, intermediate, M, STAGES,
         )  # fmt: skip
-        column_block, start, end, slot = next_block, next_start, next_end, next_slot
-        next_block, next_lane, next_start, next_end = later_block, later_lane, later_start, later_end
 
 
 @gluon.jit
-def _store(product, first_column, bias_at, row_weight, rows_at, inside, hidden_size, LAYOUT: gl.constexpr):
-    """Add biases to 128 columns, multiply by the routing weights, round, and store."""
-    if bias_at is not None:
-        column = first_column + gl.arange(0, SIDE, MMA_COLUMNS)
-        product += widen(gl.load(bias_at + gl.minimum(column, hidden_size - 1)))[None, :]
-    rows = gl.convert_layout((product * row_weight[:, None]).to(rows_at.dtype.element_ty), LAYOUT)
-    column = first_column + gl.arange(0, SIDE, gl.SliceLayout(0, LAYOUT))
-    gl.store(rows_at[:, None] + column[None, :], rows, mask=inside[:, None] & (column < hidden_size)[None, :])
+def _store(
+    left, right, first_column, bias_at, row_weight, flat, outputs, num_rows, hidden_size, IS_FEW: gl.constexpr
+):  # fmt: skip
+    """Add biases to both halves, multiply by the routing weights, round, and store. IS_FEW: they are [columns, rows].
 
-
-@gluon.jit
-def _load_flat(order_ptr, start, end, HALF: gl.constexpr):
-    position = start + HALF * ROWS + gl.arange(0, ROWS, MMA_ROWS)
-    return gl.load(order_ptr + position, mask=position < end, other=0)
+    16-bit rows are stored 16 bytes at a time, through shared memory; there is no room for 32-bit ones, of which threads of the
+    tensor core's layout have whole sectors of 32 bytes.
+    """
+    rows_ptr, homes_ptr, rows_per_home = outputs
+    DTYPE: gl.constexpr = rows_ptr.dtype.element_ty
+    MMA: gl.constexpr = left.type.layout
+    AXIS: gl.constexpr = 0 if IS_FEW else 1  # of columns
+    COLUMNS: gl.constexpr = left.shape[AXIS]
+    IS_WIDE: gl.constexpr = DTYPE.primitive_bitwidth == 32
+    NARROW: gl.constexpr = gl.BlockedLayout([1, 8], [256 // COLUMNS, COLUMNS // 8], [4, 1], [1, 0])
+    LAYOUT: gl.constexpr = (left.permute((1, 0)).type.layout if IS_FEW else MMA) if IS_WIDE else NARROW
+    row_weight = gl.expand_dims(gl.convert_layout(row_weight, gl.SliceLayout(AXIS, MMA)), AXIS)
+    of_rows = gl.convert_layout(flat, gl.SliceLayout(1, LAYOUT))
+    rows_at = row_at(rows_ptr, of_rows, hidden_size, homes_ptr, rows_per_home)
+    inside = gl.arange(0, left.shape[1 - AXIS], gl.SliceLayout(1, LAYOUT)) < num_rows
+    for half in gl.static_range(2):
+        product = left if half == 0 else right
+        first = first_column + half * SIDE
+        if bias_at is not None:
+            column = first + gl.arange(0, COLUMNS, gl.SliceLayout(1 - AXIS, MMA))
+            product += gl.expand_dims(widen(gl.load(bias_at + gl.minimum(column, hidden_size - 1))), 1 - AXIS)
+        rows = (product * row_weight).to(DTYPE)
+        if IS_FEW:
+            rows = rows.permute((1, 0))
+        rows = gl.convert_layout(rows, LAYOUT)
+        column = first + gl.arange(0, COLUMNS, gl.SliceLayout(0, LAYOUT))
+        gl.store(rows_at[:, None] + column[None, :], rows, mask=inside[:, None] & (column < hidden_size)[None, :])
 
 
 @gluon.jit
 def _multiply(
     ring, tiles, lane_to_slot_ptr, bias_ptr, row_weights_ptr, order_ptr, outputs, sizes, stride_bias,
-    HALF: gl.constexpr, STAGES: gl.constexpr, GROUP_M: gl.constexpr,
+    GROUP: gl.constexpr, WAITS: gl.constexpr, M: gl.constexpr, STAGES: gl.constexpr, GROUP_M: gl.constexpr,
 ):  # fmt: skip
-    """Four warps, for the first or the second 64 rows of each tile; `outputs`: rows, their homes, and rows of a home."""
+    """Four warps, for the first or the second half of each tile's rows or, if they are few, of each block of columns.
+
+    `outputs`: rows, their homes, and rows of a home.
+    """
     hidden_size, intermediate = sizes
-    rows_ptr, homes_ptr, rows_per_home = outputs
-    # 16-bit rows are stored 16 bytes at a time, through shared memory; there is no room for 32-bit ones, whose 8 bytes of a
-    # thread of the tensor core's layout make whole sectors of 32 with those of its neighbours.
-    BITS: gl.constexpr = rows_ptr.dtype.element_ty.primitive_bitwidth
-    LAYOUT: gl.constexpr = MMA if BITS == 32 else gl.BlockedLayout([1, 8], [2, 16], [4, 1], [1, 0])
+    IS_FEW: gl.constexpr = M < SIDE
+    OF_ROWS: gl.constexpr = LINE_LAYOUT if IS_FEW else gl.SliceLayout(1, mma_layout(SIDE))
     num_column_blocks = gl.cdiv(hidden_size, 2 * SIDE)
+    if WAITS:
+        gdc_wait()
     count = 0
     first_program, num_programs = gl.program_id(0), gl.num_programs(0)
-    column_block, lane, start, end = load_tile_of(first_program, tiles, num_column_blocks, GROUP_M)
-    flat = _load_flat(order_ptr, start, end, HALF)
-    # Of the next tile: see `_fill`.
-    next_block, next_lane, next_start, next_end = load_tile_of(
-        first_program + num_programs, tiles, num_column_blocks, GROUP_M
-    )
+    next_block, next_lane, next_start, next_end = load_tile_of(first_program, tiles, num_column_blocks, GROUP_M)
     for program in range(first_program, tiles[3] * num_column_blocks, num_programs):
-        next_flat = _load_flat(order_ptr, next_start, next_end, HALF)
-        later_block, later_lane, later_start, later_end = load_tile_of(
-            program + 2 * num_programs, tiles, num_column_blocks, GROUP_M
+        column_block, lane, start, end = next_block, next_lane, next_start, next_end
+        first = 2 * column_block * SIDE
+        if IS_FEW:
+            first += GROUP * HALF
+        else:
+            start += GROUP * HALF
+        position = start + gl.arange(0, M if IS_FEW else HALF, OF_ROWS)
+        flat = gl.load(order_ptr + position, mask=position < end, other=0)
+        row_weight = gl.load(row_weights_ptr + flat, mask=position < end, other=0.0)
+        next_block, next_lane, next_start, next_end = load_tile_of(
+            program + num_programs, tiles, num_column_blocks, GROUP_M
         )
-        start += HALF * ROWS
-        row_weight = gl.load(row_weights_ptr + flat, mask=start + gl.arange(0, ROWS, MMA_ROWS) < end, other=0.0)
-        left, right, count = multiply_tile(ring, count, start < end, intermediate, False, HALF, STAGES)
+        left, right, count = multiply_tile(ring, count, start < end, intermediate, False, GROUP, M, STAGES)
         if start < end:
             bias_at = bias_ptr
             if bias_ptr is not None:
-                bias_at = bias_ptr + gl.load(lane_to_slot_ptr + lane).to(gl.int64) * stride_bias
-            position = start + gl.arange(0, ROWS, gl.SliceLayout(1, LAYOUT))
-            inside = position < end
-            of_rows = gl.convert_layout(flat, gl.SliceLayout(1, LAYOUT))
-            rows_at = row_at(rows_ptr, of_rows, hidden_size, homes_ptr, rows_per_home)
-            first = 2 * column_block * SIDE
-            _store(left, first, bias_at, row_weight, rows_at, inside, hidden_size, LAYOUT)
-            _store(right, first + SIDE, bias_at, row_weight, rows_at, inside, hidden_size, LAYOUT)
-        column_block, lane, start, end, flat = next_block, next_lane, next_start, next_end, next_flat
-        next_block, next_lane, next_start, next_end = later_block, later_lane, later_start, later_end
+                bias_at = bias_ptr + load_slot(lane_to_slot_ptr, lane).to(gl.int64) * stride_bias
+            _store(left, right, first, bias_at, row_weight, flat, outputs, end - start, hidden_size, IS_FEW)
 
 
 @Launcher
@@ -161,30 +174,38 @@ def _expert_down_fp8_kernel(
     stride_bias,
     # constants
     PDL: gl.constexpr,
+    BEHIND_UP: gl.constexpr,
     # tunables
+    M: gl.constexpr,
     STAGES: gl.constexpr,
     GROUP_M: gl.constexpr,
 ):
-    """Every num_programs-th of: a tile of rows, 256 columns of the output."""
-    if PDL:
-        gdc_wait()
+    """Every num_programs-th of: a tile of rows, 256 columns of the output.
+
+    BEHIND_UP: the kernel before is `expert_up`, all of whose programs have waited. So the tiles and slots are older, and they
+    and the first weights are read before the wait.
+    """
+    if PDL and not BEHIND_UP:
+        gdc_wait()  # the schedule may be what the kernel before makes
         gdc_launch_dependents()
-    ring = new_ring(2, ROWS, 2 * SIDE, 2, STAGES)
-    tiles = (tile_lane_ptr, tile_start_ptr, tile_end_ptr, gl.load(num_tiles_ptr))
+    WAITS: gl.constexpr = PDL and BEHIND_UP  # where warps part
+    ring = new_ring(M, STAGES, True)
+    tiles = (tile_lane_ptr, tile_start_ptr, tile_end_ptr, gl.load(num_tiles_ptr, cache_modifier=".cg"))
     outputs = (rows_ptr, homes_ptr, rows_per_home)
     sizes = (hidden_size, intermediate)
     gl.warp_specialize(
         [
             (_multiply, (
                 ring, tiles, lane_to_slot_ptr, bias_ptr, row_weights_ptr, order_ptr, outputs, sizes, stride_bias,
-                0, STAGES, GROUP_M,
+                0, WAITS, M, STAGES, GROUP_M,
             )),
             (_multiply, (
                 ring, tiles, lane_to_slot_ptr, bias_ptr, row_weights_ptr, order_ptr, outputs, sizes, stride_bias,
-                1, STAGES, GROUP_M,
+                1, WAITS, M, STAGES, GROUP_M,
             )),
             (_fill, (
-                ring, tiles, hidden, hidden_scale_ptr, down, scale_ptr, lane_to_slot_ptr, sizes, stride_scale, STAGES, GROUP_M,
+                ring, tiles, hidden, hidden_scale_ptr, down, scale_ptr, lane_to_slot_ptr, sizes, stride_scale,
+                WAITS, M, STAGES, GROUP_M,
             )),
         ],
         [4, 4],
@@ -201,8 +222,14 @@ def expert_down_fp8(
     config: GemmConfig,
     homes: RowHomes | None,
     rows_NH: torch.Tensor,
+    *,
+    behind_up: bool,
 ) -> None:
-    """Launches the kernel; arguments as `expert_down`'s and `expert_down_home`'s, and where to write without homes."""
+    """Launches the kernel; arguments as `expert_down`'s and `expert_down_home`'s, and where to write without homes.
+
+    With `behind_up`, `schedule` and `lane_to_slot_L` must be older than the kernel launched last, as they are if that is
+    `expert_up`: they, and weights, are read while it runs.
+    """
     down_SHI, scale, bias_SH = matrices.down_SHI, matrices.down_scale, matrices.down_bias_SH
     assert scale is not None
     values, num_tiles, hidden_size = hidden_NI.values_RH, schedule.tile_lane.shape[0], matrices.hidden_size
@@ -211,8 +238,9 @@ def expert_down_fp8(
     weights = weights_descriptor("matrices.down_SHI", down_SHI)
     check_tma_address("hidden_NI.values_RH", values)
     grid = (num_programs(values.device, num_tiles * cdiv(hidden_size, 2 * SIDE.value)),)
+    box = [min(config.block_m, HALF.value), SIDE.value]
     _expert_down_fp8_kernel[grid](
-        TensorDescriptor(values, list(values.shape), [values.shape[1], 1], [ROWS.value, SIDE.value], ROW_LAYOUT.value),
+        TensorDescriptor(values, list(values.shape), [values.shape[1], 1], box, ROW_LAYOUT.value),
         hidden_NI.scale_RG,
         weights,
         scale,
@@ -231,6 +259,8 @@ def expert_down_fp8(
         values.shape[1],
         scale.stride(0),
         0 if bias_SH is None else bias_SH.stride(0),
+        BEHIND_UP=behind_up,
+        M=config.block_m,
         STAGES=config.num_stages,
         GROUP_M=config.group_m,
         num_warps=4,

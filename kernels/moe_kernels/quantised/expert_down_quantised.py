@@ -15,7 +15,6 @@ from moe_kernels.operands.config import GemmConfig
 from moe_kernels.operands.matrices import ExpertMatrices
 from moe_kernels.operands.schemes import BLOCK
 from moe_kernels.quantised.expert_down_fp8 import expert_down_fp8
-from moe_kernels.quantised.expert_down_fp8_few import expert_down_fp8_few
 from moe_kernels.quantised.fp8 import e4m3_argument, operand
 from moe_kernels.quantised.quantise_rows import QuantisedRows, Rows, values_of
 from moe_kernels.quantised.weight_tiles import add_product, load_weights, new_accumulator
@@ -152,10 +151,7 @@ def expert_down_quantised(
     if config.tma:
         assert isinstance(hidden_NI, QuantisedRows)
         arguments = (hidden_NI, matrices, lane_to_slot_L, schedule, row_weights_N, config, homes, rows_NH)
-        if config.swap:
-            expert_down_fp8_few(*arguments, behind_up=behind_up)
-        else:
-            expert_down_fp8(*arguments)
+        expert_down_fp8(*arguments, behind_up=behind_up)
         return rows_NH
     grid = (schedule.tile_lane.shape[0] * cdiv(hidden_size, config.block_n),)
     if grid[0]:

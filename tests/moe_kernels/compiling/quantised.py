@@ -7,7 +7,7 @@ import torch
 from moe_kernels import GemmConfig
 from moe_kernels.operands.config import _FP8_RING, _TABLE_FP8_RING, _quantised_table
 from tests.moe_kernels.compiling.four_bit import compile_four_bit_ring
-from tests.moe_kernels.compiling.fp8 import compile_few, compile_ring
+from tests.moe_kernels.compiling.fp8 import compile_ring
 from tests.moe_kernels.compiling.kernel import GPT_OSS, QUANTISED, compile_kernel, compile_small_one
 from tests.moe_kernels.compiling.one_token import compile_one_quantised_token
 
@@ -57,13 +57,11 @@ def compile_all_quantised(arch: int, all_of_them: bool) -> None:
     tables = {scheme: _quantised_table(scheme, torch.bfloat16, arch == 90, can_use_tma=False) for scheme in QUANTISED}
     if arch == 90:
         compile_ring(_FP8_RING)
-        few = [down for _, _, down in _TABLE_FP8_RING[:2]]
-        compile_few(few[0])
+        few = [down for _, _, down in _TABLE_FP8_RING[1:3]]
+        compile_ring(few[1])
         for kind in (("bf16", GPT_OSS, True), ("fp16", "relu2 ungated", True), ("fp32", "gelu")) if all_of_them else ():
-            compile_ring(_FP8_RING, *kind)
-        for config in few if all_of_them else ():
-            compile_few(config, "fp16", (2032, 272), biased=True)
-            compile_few(config, "fp32")
+            for config in (_FP8_RING, *few):
+                compile_ring(config, *kind)
     if not all_of_them:
         (_, up, down), (_, wide_up, _) = tables["fp8_block"][0], tables["fp8_block"][-1]
         compile_quantised(arch, "fp8_block", up, True)
