@@ -72,7 +72,7 @@ def quantised_candidates(op: str, rows_per_expert: float, scheme: str) -> Iterat
     if scheme == "fp8_block":
         for num_stages, group_m in product((3, 4), (4, 8, 16)):
             yield GemmConfig(128, 256, 128, 4, num_stages, group_m, tma=True, quantised=True)
-        for block_m, num_stages in product((16, 32), (5, 6)) if op == "down" and rows_per_expert <= 64 else ():
+        for block_m, num_stages in product((16, 32), (5, 6)) if rows_per_expert <= 64 else ():
             yield GemmConfig(block_m, 256, 128, 4, num_stages, tma=True, swap=True, quantised=True)
         # `expert_up` has a whole group of 128 hidden channels.
         blocks: tuple[tuple[int, int, int], ...] = (

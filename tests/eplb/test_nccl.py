@@ -129,6 +129,7 @@ def check_nccl(
     communicator.watch()
     dist.barrier(by_host)
     communicator.close()
+    communicator._link.wait_for_end(15.0)  # where much else runs, it takes longer than `close()` waits
     assert communicator.is_ended
     with pytest.raises(RuntimeError, match="nothing is moved any more"):
         communicator.prepare([])
