@@ -112,7 +112,8 @@ class Report:
         if self._file is None:
             return
         if self._writer is None:
-            self._writer = csv.DictWriter(self._file, list(dict.fromkeys([*values, *self._environment])))
+            names = list(dict.fromkeys([*values, *self._environment]))
+            self._writer = csv.DictWriter(self._file, names, lineterminator="\n")
             self._writer.writeheader()
         self._writer.writerow(self._environment | {name: _cell(value) for name, value in values.items()})
         self._file.flush()
