@@ -38,7 +38,7 @@ class EplbConfig(BaseModel):
         max_bytes_per_second: that each rank copies to its slots at most, so that forwards keep the rest of the links and of the
             memory's bandwidth (docs/design.md says what a GB costs). A number is kept or refused: it needs "symm_mem", as a
             communicator or by "auto", or "nixl". "auto": `QUIET_BYTES_PER_SECOND` with these, no bound with the others. None
-            for no bound: as fast as the copy engines are. With one the worker keeps out of the main thread's next step, too.
+            for no bound: as fast as the copy engines are. Else the worker keeps out of the main thread's next step, too.
         ranks_per_node: for policies that prefer to stay inside a node; None if all ranks are on one.
         num_groups: groups of experts for node-limited routing; 1 if there are none.
         num_redundant_experts: asserts what the registered layers were built with; None asserts nothing.

@@ -140,10 +140,10 @@ class EplbController:
         """Call it after each forward, on the thread and stream that ran it.
 
         The first call begins to connect the ranks: every rank makes it, and until all have, `health()` is "connecting". A call
-        costs a counter and a poll: nothing is allocated, nobody is waited for. A new table that is ready is flipped in here.
-        While the stream is captured into a CUDA graph it does no more than count. With ``use_async=False`` a due rebalance runs
-        in here from end to end, and every call is collective: it waits for the other ranks, each time at most
-        `connect_timeout`, `peer_timeout` or `grace_timeout`.
+        costs a counter, a poll and, while experts move, a look at the clock: nobody is waited for. A new table that is ready
+        is flipped in here. While the stream is captured into a CUDA graph it does no more than count. With ``use_async=False``
+        a due rebalance runs in here from end to end, and every call is collective: it waits for the other ranks, each time at
+        most `connect_timeout`, `peer_timeout` or `grace_timeout`.
 
         Raises:
             RuntimeError: no registered model has an MoE layer.
@@ -171,8 +171,6 @@ class EplbController:
         elif not is_known:
             worker.inbox.adopt()
         self._steps += 1
-        if rhythm is not None:
-            rhythm.last = self._steps, perf_counter()
         if self._steps >= self._next_due:
             self._record_load(worker)
         if self._inside_step is not None:
@@ -180,6 +178,8 @@ class EplbController:
                 self._inside_step.run(self._steps)
             except Exception as error:  # not even what was met on the way could be reported
                 worker.note_failure("the step's relocation was given up", error)
+        if rhythm is not None:
+            rhythm.last = self._steps, perf_counter()
 
     def _record_load(self, worker: Worker) -> None:
         for recorder in self._windows.values():

@@ -3,21 +3,24 @@
 import time
 from collections.abc import Callable
 
+_LAUNCHED = 0.1
 _BUSY = 0.75
-"""Of the time between two steps: until then the main thread most likely waits for the device. What is begun before is over
-before the next forward is launched, as a piece of a worker's work takes at most some 0.5 ms."""
+"""Of the time between two steps: the main thread most likely waits for the device from the one to the other, in a loop that
+waits behind `step()` and in one that waits before it. What is begun until then is over before the next forward is launched, as
+a piece of a worker's work takes at most some 0.5 ms."""
 _LATE = 1.5
 """Of that time: a main thread that has not stepped for so long is in no loop, or in another one."""
 _LONGEST = 0.05
 """Seconds between two steps beside which a piece of work is nothing."""
 _POLL = 1e-4
+"""Seconds between two looks for the next step: an event would cost each `step()` a lock."""
 
 
 class Rhythm:
     """How often steps come, as long as somebody asks: `Inbox.rhythm` is where a thread that steps finds it.
 
     A thread that comes out of a wait for the device waits for Python's lock as long as another thread has it, and the device
-    waits for its next forward. So a worker begins nothing shortly before the next step.
+    waits for its next forward. So a worker begins nothing shortly before the next step, nor right behind it.
 
     Args:
         clock: seconds.
@@ -37,9 +40,15 @@ class Rhythm:
         self._period = 0.0
 
     def wait(self) -> None:
-        """On the worker's thread, without the lock: until the next step is over, if it is about to come."""
+        """On the worker's thread, without the lock: until the next step is over, if it is about to come.
+
+        Where steps follow each other at once that is no quiet moment, but there are none.
+        """
+        steps, _ = self.last
         while seconds := self._seconds():
             self._sleep(seconds)
+            if self.last[0] > steps + 1:
+                return
 
     def _seconds(self) -> float:
         (steps, stepped_at), (seen_steps, seen_at) = self.last, self._seen
@@ -47,6 +56,8 @@ class Rhythm:
             self._period = (stepped_at - seen_at) / (steps - seen_steps)
             self._seen = steps, stepped_at
         period, since = self._period, self._clock() - stepped_at
-        if period > _LONGEST or not _BUSY * period < since < _LATE * period:
+        if period > _LONGEST or since > _LATE * period:
             return 0.0
-        return max(_POLL, period - since)
+        if _LAUNCHED * period <= since <= _BUSY * period:
+            return 0.0
+        return max(_POLL, (_LAUNCHED * period if since < _LAUNCHED * period else period) - since)

@@ -327,8 +327,22 @@ WORKER = (
     # A worker begins a piece right before the next step.
     Mutant(
         "eplb/rhythm.py",
-        "if period > _LONGEST or not _BUSY * period < since < _LATE * period:",
-        "if period > _LONGEST or not period < since < _LATE * period:",
+        "if _LAUNCHED * period <= since <= _BUSY * period:",
+        "if _LAUNCHED * period <= since <= period:",
+        (f"{E}rhythm.py",),
+    ),
+    # It waits before long steps, too.
+    Mutant(
+        "eplb/rhythm.py",
+        "if period > _LONGEST or since > _LATE * period:",
+        "if since > _LATE * period:",
+        (f"{E}rhythm.py",),
+    ),
+    # It waits for ever for steps that follow each other at once.
+    Mutant(
+        "eplb/rhythm.py",
+        "if self.last[0] > steps + 1:",
+        "if False:",
         (f"{E}rhythm.py",),
     ),
     # The time between two steps is that since the last look.

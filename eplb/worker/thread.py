@@ -16,7 +16,7 @@ _BREATH = 1e-4  # seconds that others have it for then: longer than a main threa
 class WorkerThread(threading.Thread):
     """Calls `tick()` until it is closed, whatever a tick raises.
 
-    With a bound of bytes per second nobody is to notice a relocation: then it keeps to the rhythm of the steps, too.
+    Unless `max_bytes_per_second` is None, nobody is to notice a relocation: then it keeps to the rhythm of the steps, too.
     """
 
     def __init__(self, worker: Worker, streams: DeviceStreams, wake: Wake, config: EplbConfig) -> None:
@@ -81,11 +81,11 @@ class WorkerThread(threading.Thread):
         if now - self._breathed_at > _LONGEST:
             time.sleep(_BREATH)
             self._keep_out()
-            self._breathed_at = time.perf_counter()
 
     def _keep_out(self) -> None:
         if self._worker.inbox.rhythm is not None:
             self._worker.inbox.rhythm.wait()
+        self._breathed_at = time.perf_counter()
 
     def _adopt(self) -> None:
         """Prepare this thread for the device; without that it ticks all the same, as the other ranks wait for it."""

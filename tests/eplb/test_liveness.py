@@ -62,6 +62,7 @@ def check_a_rank_that_comes_late(rank: int) -> None:
         health = controller.health()
         assert (health.state, health.missing) == (HealthState.CONNECTING, (1,))
         eventually(lambda: controller.health().state is HealthState.PEER_UNREACHABLE, "the missing rank is shown")
+        eventually(lambda: controller.health().last_error is not None, "a tick later at the latest it is an error, too")
         health = controller.health()
         assert "ranks [1] have not come to their first step()" in health.reason
         assert "connect_timeout=0.3 s: ranks [1] have not come" in health.last_error

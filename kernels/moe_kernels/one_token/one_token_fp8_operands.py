@@ -93,6 +93,7 @@ def block_sums(
 
     The column of the sums is that of the piece, divided by two.
     """
+    gl.static_assert(PARTS % 2 == 0)  # else two pieces have the same column
     P: gl.constexpr = words[0].shape[0]
     part, column = along_3(1, 16, SUMS) % PARTS, along_3(2, 4, SUMS)
     kept = gl.zeros((P, 16, 4), gl.float32, SUMS)
@@ -103,8 +104,6 @@ def block_sums(
         even = gl.convert_layout(even, SUMS, assert_trivial=True)
         odd = gl.convert_layout(odd, SUMS, assert_trivial=True)
         own = gl.where((first + part) % 2 == 1, odd, even)
-        if first % 2 == 1:  # the piece before has the same column, if PARTS is 1
-            own += kept
         kept = gl.where((first + part) // 2 == column, own, kept)
     return kept
 

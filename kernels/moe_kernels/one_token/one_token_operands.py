@@ -3,7 +3,7 @@
 A product has 16 rows of weights and 8 columns, of which a token needs one. So each column takes the x of another group of 32
 columns of the matrix, and zeros elsewhere: it sums up that group alone, and the scales multiply sums instead of weights. A
 thread unpacks the words that it loads, 16 bytes of a row, and sends no other thread anything. (What does not depend on the
-format serves `one_token_fp8_mma`, too.)
+format serves fp8_block's kernels, too.)
 
 P: warps, each with groups of its own. R: 16 rows. T: groups whose words the four threads of a row load at once.
 """

@@ -40,12 +40,6 @@ def quantised(groups):
 
 
 @triton.jit
-def quantised_fast(groups):
-    """`quantised_by` of the largest value of each row of `groups`."""
-    return quantised_by(groups, tl.max(tl.abs(groups), axis=1), 1)
-
-
-@triton.jit
 def quantised_by(groups, largest, AXIS: tl.constexpr):
     """What `quantised` returns, in fewer instructions, for a conversion to e4m3 that saturates: it makes the same bits of it.
 

@@ -34,8 +34,10 @@ def compile_ring(config: GemmConfig, dtype: str = "bf16", activation: str = "sil
         ptx = compiled.asm["ptx"]
         check_hopper(compiled)
         weights, wait = ptx.find("cp.async.bulk.tensor"), ptx.find("griddepcontrol.wait")
-        assert weights != -1 and wait < ptx.find("st.global"), "must have waited when it stores"
-        if not more.get("BEHIND_UP"):
+        assert weights != -1 and -1 < wait < ptx.find("st.global"), "must have waited when it stores"
+        if more.get("BEHIND_UP"):
+            assert ptx.count("griddepcontrol.wait") == 3, "who fills, and each group that multiplies"
+        else:
             assert wait < min(weights, ptx.find("ld.global")), "the schedule may be what the kernel before makes"
         assert ptx.count("setmaxnreg.inc") >= 2, "who multiplies needs more registers than who copies"
         if module == "expert_up_fp8" or dtype != "fp32":

@@ -85,7 +85,7 @@ def compile_one_quantised_token(arch: int, scheme: str, dtype: str, zeros: bool 
             "weights must be loaded 16 bytes at a time, and not stay in L2"
         )
     if arch == 90 and scheme == "fp8_block":
-        compile_one_fp8_token_mma(types, sizes | {"TOP_K": 8})
+        compile_one_fp8_token_mma(types, sizes)
     elif arch == 90 and dtype == "bf16":
         compile_one_token_mma(types, sizes | {"TOP_K": 8})
 
@@ -104,17 +104,20 @@ def compile_one_token_mma(types: dict[str, str], sizes: dict[str, object]) -> No
 
 def compile_one_fp8_token_mma(types: dict[str, str], sizes: dict[str, object]) -> None:
     """fp8_block by tensor cores."""
-    for hidden_size, intermediate in ((2048, 768), (7168, 2048), (640, 384), (256, 1152)):
-        of_up, of_down = one_token_fp8_launches.fp8_constants(hidden_size, intermediate, 8)
+    for hidden_size, intermediate, top_k in (
+        *((2048, 768, 8), (7168, 2048, 8), (640, 384, 8), (256, 1152, 8)),
+        (128, 1024, 16),
+    ):
+        of_up, of_down = one_token_fp8_launches.fp8_constants(hidden_size, intermediate, top_k)
         kernels = [("mma", "_up_fp8_mma_kernel", of_up)]
         if "SHARE" in of_down:
             kernels.append(("small", "_down_small_fp8_mma_kernel", of_down))
         else:
             kernels.append(("mma", "_down_fp8_mma_kernel", of_down))
         for module, name, constants in kernels:
-            sizes |= {"HIDDEN_SIZE": hidden_size, "INTERMEDIATE": intermediate}
             options = {"launch_pdl": True} | {one: constants[one] for one in ("num_warps", "maxnreg")}
-            constants = sizes | {one: value for one, value in constants.items() if one not in options}
+            constants = {one: value for one, value in constants.items() if one not in options}
+            constants |= sizes | {"HIDDEN_SIZE": hidden_size, "INTERMEDIATE": intermediate, "TOP_K": top_k}
             constants |= {"ACTIVATION": "silu"} if name.startswith("_up") else {}
             ptx = compile_kernel(f"one_token_fp8_{module}", name, types, constants, 90, **options).asm["ptx"]
             assert "mma.sync" in ptx and re.search(r"ld\.global\.\S*evict_first\S*cache_hint\S*v4", ptx)
