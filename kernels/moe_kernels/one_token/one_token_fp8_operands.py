@@ -66,15 +66,22 @@ def _weights_operand(words, MMA: gl.constexpr):
 
 
 @gluon.jit
+def exponent_and_inverse(largest):
+    """Of the power of two by which magnitudes up to `largest` are divided to be below 2 ** 15: exponent, biased by 127."""
+    bits = largest.to(gl.int32, bitcast=True)
+    exponent = gl.minimum(gl.maximum((bits >> 23) - 14, 1), 253)
+    return exponent, ((254 - exponent) << 23).to(gl.float32, bitcast=True)
+
+
+@gluon.jit
 def x_operands(blocks, MMA: gl.constexpr, SUMS: gl.constexpr):
     """x of blocks, [P, 8, 64] each → right operands [P, 64, 8], and powers of two [P, 1, 1], that divided them."""
     P: gl.constexpr = blocks[0].shape[0]
     largest = gl.abs(widen(blocks[0]))
     for b in gl.static_range(1, len(blocks)):
         largest = gl.maximum(largest, gl.abs(widen(blocks[b])))
-    bits = gl.max(gl.max(largest, axis=2), axis=1).to(gl.int32, bitcast=True)
-    exponent = gl.minimum(gl.maximum((bits >> 23) - 14, 1), 253)  # biased by 127; magnitudes below 2 ** 15 then
-    inverse = ((254 - exponent) << 23).to(gl.float32, bitcast=True)[:, None, None]
+    exponent, inverse = exponent_and_inverse(gl.max(gl.max(largest, axis=2), axis=1))
+    inverse = inverse[:, None, None]
     operands = ()
     for b in gl.static_range(len(blocks)):
         parts = (widen(blocks[b]) * inverse).to(gl.float16).reshape(P, 8, 4, 4, 2, 2)

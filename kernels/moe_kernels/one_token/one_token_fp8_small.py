@@ -16,7 +16,7 @@ from triton.experimental.gluon.language.nvidia.ampere import mma_v2
 
 from moe_kernels.base.launch import Launcher, gdc_launch_dependents, gdc_wait
 from moe_kernels.base.numerics import narrow, widen
-from moe_kernels.one_token.one_token_fp8_operands import SIDE, WIDEN
+from moe_kernels.one_token.one_token_fp8_operands import SIDE, WIDEN, exponent_and_inverse
 from moe_kernels.one_token.one_token_operands import along_3, along_4, mma_layout, warp_bases
 from moe_kernels.one_token.one_token_triton import choice_in
 
@@ -55,10 +55,7 @@ def _weights_operand(words, MMA: gl.constexpr):
 def _x_operand(x, MMA: gl.constexpr):
     """x [P, 8, 2, 64] → the right operand [P, 128, 8], and the powers of two [P, 1, 8] by which it was divided."""
     x = widen(x)
-    largest = gl.max(gl.max(gl.abs(x), axis=3), axis=2)
-    bits = largest.to(gl.int32, bitcast=True)
-    exponent = gl.minimum(gl.maximum((bits >> 23) - 14, 1), 253)  # biased by 127; magnitudes below 2 ** 15 then
-    inverse = ((254 - exponent) << 23).to(gl.float32, bitcast=True)
+    exponent, inverse = exponent_and_inverse(gl.max(gl.max(gl.abs(x), axis=3), axis=2))
     parts = (x * inverse[:, :, None, None]).to(gl.float16).reshape(x.shape[0], 8, 2, 4, 4, 2, 2)
     parts = parts.permute(0, 2, 4, 5, 3, 6, 1).reshape(x.shape[0], SIDE, 8)
     power = gl.convert_layout((exponent << 23).to(gl.float32, bitcast=True), gl.SliceLayout(1, MMA))
