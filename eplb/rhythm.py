@@ -39,16 +39,21 @@ class Rhythm:
         self._seen = self.last
         self._period = 0.0
 
-    def wait(self) -> None:
-        """On the worker's thread, without the lock: until the next step is over, if it is about to come.
+    def wait(self) -> bool:
+        """On the worker's thread, without the lock: until the main thread waits for the device again, if it is about to step or
+        has just stepped.
 
         Where steps follow each other at once that is no quiet moment, but there are none.
+
+        Returns:
+            Whether it took any time.
         """
         steps, _ = self.last
-        while seconds := self._seconds():
+        has_slept = False
+        while self.last[0] <= steps + 1 and (seconds := self._seconds()):
             self._sleep(seconds)
-            if self.last[0] > steps + 1:
-                return
+            has_slept = True
+        return has_slept
 
     def _seconds(self) -> float:
         (steps, stepped_at), (seen_steps, seen_at) = self.last, self._seen
@@ -60,4 +65,5 @@ class Rhythm:
             return 0.0
         if _LAUNCHED * period <= since <= _BUSY * period:
             return 0.0
-        return max(_POLL, (_LAUNCHED * period if since < _LAUNCHED * period else period) - since)
+        until = _LAUNCHED if since < _LAUNCHED * period else 1.0
+        return max(_POLL, until * period - since)

@@ -341,8 +341,8 @@ WORKER = (
     # It waits for ever for steps that follow each other at once.
     Mutant(
         "eplb/rhythm.py",
-        "if self.last[0] > steps + 1:",
-        "if False:",
+        "while self.last[0] <= steps + 1 and (seconds := self._seconds()):",
+        "while seconds := self._seconds():",
         (f"{E}rhythm.py",),
     ),
     # The time between two steps is that since the last look.
@@ -352,11 +352,18 @@ WORKER = (
         "self._period = stepped_at - seen_at",
         (f"{E}rhythm.py",),
     ),
+    # What was held before a tick that waited for nothing counts no more.
+    Mutant(
+        "eplb/rhythm.py",
+        "has_slept = False",
+        "has_slept = True",
+        (f"{E}rhythm.py",),
+    ),
     # A thread keeps to no rhythm.
     Mutant(
         "eplb/worker/thread.py",
-        "self._worker.inbox.rhythm.wait()",
-        "pass",
+        "if rhythm is not None and rhythm.wait():",
+        "if False:",
         (f"{E}ticks.py",),
     ),
     # Nor is it asked for one at rest, nor where there is no bound.

@@ -80,12 +80,13 @@ class WorkerThread(threading.Thread):
         now = time.perf_counter()
         if now - self._breathed_at > _LONGEST:
             time.sleep(_BREATH)
+            self._breathed_at = time.perf_counter()
             self._keep_out()
 
     def _keep_out(self) -> None:
-        if self._worker.inbox.rhythm is not None:
-            self._worker.inbox.rhythm.wait()
-        self._breathed_at = time.perf_counter()
+        rhythm = self._worker.inbox.rhythm
+        if rhythm is not None and rhythm.wait():
+            self._breathed_at = time.perf_counter()
 
     def _adopt(self) -> None:
         """Prepare this thread for the device; without that it ticks all the same, as the other ranks wait for it."""

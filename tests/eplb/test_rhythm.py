@@ -1,4 +1,4 @@
-"""`Rhythm`: the worker keeps out of the way shortly before the next step, and at no other time."""
+"""`Rhythm`: the worker keeps out of the way shortly before the next step and right behind it, and at no other time."""
 
 import pytest
 
@@ -41,7 +41,7 @@ class Loop:
 def test_nobody_waits_who_has_time_before_the_next_step():
     loop = Loop()
     loop.now += 0.0029
-    loop.rhythm.wait()
+    assert not loop.rhythm.wait()
     assert loop.slept == []
 
 
@@ -97,7 +97,7 @@ def test_right_behind_a_step_the_next_forward_may_be_launched():
     """In a loop that waits for the device before it steps."""
     loop = Loop()
     loop.now += 0.0001
-    loop.rhythm.wait()
+    assert loop.rhythm.wait()
     assert 0.0004 - 1e-9 <= loop.now - loop.rhythm.last[1] <= 0.0004 + rhythm._POLL + 1e-9
 
 

@@ -274,6 +274,18 @@ def test_a_thread_keeps_to_the_rhythm_of_the_steps_where_relocations_have_a_boun
     assert len(seen) == waits
 
 
+def test_what_was_held_before_goes_on_to_count_if_a_tick_has_waited_for_nothing(by_hand):
+    controller, worker, _ = by_hand
+    worker_thread = thread.WorkerThread(worker, HostStreams(), controller._wake, controller.config)
+    rhythm = worker.inbox.rhythm = Rhythm()
+    worker_thread._breathed_at = began = -1.0
+    worker_thread._keep_out()
+    assert worker_thread._breathed_at == began
+    rhythm.wait = lambda: True
+    worker_thread._keep_out()
+    assert worker_thread._breathed_at > began
+
+
 def test_a_step_says_so_while_somebody_asks(by_hand):
     controller, worker, _ = by_hand
     controller.step()
