@@ -10,7 +10,8 @@ They know slots, lanes and rows; neither which expert a slot holds nor what a ra
   `select_by_quota`);
 - `tiles`: lanes → rows sorted by lane, in tiles (`schedule`), and how tiles are read and stored;
 - `quantised`: rows and experts in FP8 and 4 bits, and the kernels for them;
-- `gemms`: `expert_up`, rows → hidden; `expert_down`, hidden → rows; `combine`, rows → the output of each token;
+- `gemms`: `expert_up`, rows → hidden; `expert_down`, hidden → rows; `expert_mlp`, both; `combine`, rows → the output of each
+  token;
 - `gradients`: `expert_rows`, the last three as one op that has a gradient, and the kernels of its backward;
 - `one_token`: all of it for a single token;
 - `peers`: dispatch and combine over the memory of several GPUs.
@@ -24,6 +25,7 @@ from moe_kernels.base.backend import has_tma, resolve_backend
 from moe_kernels.experts import moe_experts
 from moe_kernels.gemms.combine import combine, combine_torch
 from moe_kernels.gemms.expert_down import expert_down, expert_down_torch
+from moe_kernels.gemms.expert_mlp import expert_mlp
 from moe_kernels.gemms.expert_up import expert_up, expert_up_torch
 from moe_kernels.gradients.expert_rows import expert_rows
 from moe_kernels.gradients.gradient_configs import GradientConfigs, gradient_configs
@@ -68,6 +70,7 @@ __all__ = [
     "dequantise",
     "expert_down",
     "expert_down_torch",
+    "expert_mlp",
     "expert_rows",
     "expert_up",
     "expert_up_torch",

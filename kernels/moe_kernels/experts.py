@@ -11,8 +11,7 @@ import torch
 from moe_kernels.base.backend import has_tma, resolve_backend
 from moe_kernels.base.checks import FLOATS, check_kind, check_tensor
 from moe_kernels.gemms.combine import combine
-from moe_kernels.gemms.expert_down import expert_down
-from moe_kernels.gemms.expert_up import expert_up
+from moe_kernels.gemms.expert_mlp import expert_mlp
 from moe_kernels.gradients.expert_rows import expert_rows
 from moe_kernels.gradients.gradient_configs import gradient_configs
 from moe_kernels.operands.config import gemm_configs
@@ -104,7 +103,5 @@ def moe_experts(
             recompute=recompute,
             backend=backend,
         )
-    hidden_NI = expert_up(*inputs, fanout=top_k, config=up, backend=backend)
-    rows_NH = expert_down(hidden_NI, matrices, slots_E, schedule, weights_N, config=down, backend=backend)
-    del hidden_NI
+    rows_NH = expert_mlp(*inputs, weights_N, fanout=top_k, configs=(up, down), backend=backend)
     return combine(rows_NH, ids_TK, backend=backend)

@@ -17,9 +17,8 @@ from moe_kernels.base.integers import next_power_of_2
 from moe_kernels.base.registered import registered_op
 from moe_kernels.gemms.combine import combine_torch, combine_triton
 from moe_kernels.gemms.expert_down import expert_down_torch
-from moe_kernels.gemms.expert_down_triton import expert_down_triton
+from moe_kernels.gemms.expert_mlp_triton import expert_mlp_triton
 from moe_kernels.gemms.expert_up import expert_up_torch
-from moe_kernels.gemms.expert_up_triton import expert_up_triton
 from moe_kernels.local_schedule import local_schedule_triton
 from moe_kernels.operands.config import gemm_configs
 from moe_kernels.operands.load import LoadCounter
@@ -71,9 +70,7 @@ def local_experts_triton(
         extra_m=up.schedule_extra_m,
         with_places=down.sorts_rows,
     )
-    hidden_NI = expert_up_triton(x_TH, matrices, slots, schedule, top_k, up)
-    rows_NH = expert_down_triton(hidden_NI, matrices, slots, schedule, expert_weights_TK.view(-1), down, behind_up=True)
-    del hidden_NI  # so much less memory at the peak
+    rows_NH = expert_mlp_triton(x_TH, matrices, slots, schedule, expert_weights_TK.view(-1), top_k, up, down)
     return combine_triton(rows_NH, lanes_TK, schedule.places_N)
 
 

@@ -12,9 +12,8 @@ from moe_kernels import (
     build_schedule,
     combine,
     count_experts,
-    expert_down,
+    expert_mlp,
     expert_rows,
-    expert_up,
     gemm_configs,
     gradient_configs,
     local_experts,
@@ -22,7 +21,7 @@ from moe_kernels import (
     select_replicas,
 )
 from moe_kernels.base.once import refuse_tangents
-from moe_kernels.gemms.expert_down import expert_down_home
+from moe_kernels.gemms.expert_mlp import expert_mlp_home
 from moe_kernels.gradients.main_grads import has_main_grads
 from moe_layer.dispatch import Dispatched, Dispatcher
 from moe_layer.dispatch.base import Incoming
@@ -309,10 +308,8 @@ def compute_rows(
             adds_to_main_grads=experts.trainable and has_main_grads(matrices),
             backend=backend,
         )
-    hidden_NI = expert_up(*inputs, fanout=rows.fanout, config=up, backend=backend)
-    arguments = (hidden_NI, matrices, lane_to_slot_S, schedule, rows.row_weights_N)
     if rows.homes is not None:
-        expert_down_home(*arguments, rows.homes, config=down)
+        expert_mlp_home(*inputs, rows.row_weights_N, rows.homes, fanout=rows.fanout, configs=(up, down))
         return None
-    rows_NH = expert_down(*arguments, config=down, backend=backend)
+    rows_NH = expert_mlp(*inputs, rows.row_weights_N, fanout=rows.fanout, configs=(up, down), backend=backend)
     return rows_NH if combine_into is None else combine(rows_NH, combine_into, backend=backend)

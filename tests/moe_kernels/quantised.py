@@ -17,6 +17,7 @@ from moe_kernels import (
     build_schedule,
     dequantise,
     expert_down,
+    expert_mlp,
     expert_up,
     gemm_configs,
     local_forward,
@@ -24,6 +25,7 @@ from moe_kernels import (
     quantise_weights,
 )
 from moe_kernels.gemms.expert_down import expert_down_home
+from moe_kernels.gemms.expert_mlp import expert_mlp_home
 from moe_kernels.one_token import one_token
 from moe_kernels.tiles.homes import RowHomes
 from tests.moe_kernels.conftest import Experts, in_slots
@@ -101,10 +103,21 @@ class Case:
 
     def down_home(self, hidden, homes):
         """Writes the rows to `homes` [ranks, rows of each, H], as between several GPUs; here all are on this device."""
-        addresses = torch.tensor([home.data_ptr() for home in homes], dtype=torch.int64, device=homes.device)
         expert_down_home(
             hidden, self.matrices, self.experts.lane_to_slot_L, self.schedule, self.experts.row_weights_N,
-            RowHomes(addresses, homes[0], homes.shape[1]), config=self.configs[1],
+            as_homes(homes), config=self.configs[1],
+        )  # fmt: skip
+
+    def mlp(self, backend):
+        return expert_mlp(
+            self.experts.x_RH, self.matrices, self.experts.lane_to_slot_L, self.schedule, self.experts.row_weights_N,
+            fanout=self.experts.fanout, configs=self.configs, backend=backend,
+        )  # fmt: skip
+
+    def mlp_home(self, homes):
+        expert_mlp_home(
+            self.experts.x_RH, self.matrices, self.experts.lane_to_slot_L, self.schedule, self.experts.row_weights_N,
+            as_homes(homes), fanout=self.experts.fanout, configs=self.configs,
         )  # fmt: skip
 
     @cached_property
@@ -117,6 +130,11 @@ class Case:
     @property
     def computed(self):
         return int(self.schedule.offsets_L1[-1])
+
+
+def as_homes(homes):
+    addresses = torch.tensor([home.data_ptr() for home in homes], dtype=torch.int64, device=homes.device)
+    return RowHomes(addresses, homes[0], homes.shape[1])
 
 
 FOUR_BIT_PLAIN = GemmConfig(16, 128, 128, 4, 3, swap=True, quantised=True)

@@ -14,6 +14,7 @@ from moe_kernels import (
     quantise_rows,
 )
 from moe_kernels.one_token import one_token
+from moe_kernels.quantised import experts_fp8
 from tests.moe_kernels.quantised import (
     Case,
     check_both_kernels_of_one_token,
@@ -80,11 +81,49 @@ def test_the_ring_has_the_bits_of_the_plain_kernels(
         rows = case.down("triton", hidden)
         homes = torch.zeros(2, num_rows // 2, hidden_size, dtype=dtype, device="cuda")
         case.down_home(hidden, homes)
-        assert torch.equal(homes.flatten(0, 1)[here], rows[here])
-        assert (homes.flatten(0, 1)[~here] == 0).all(), "rows of no expert are not written"
+        assert torch.equal(case.mlp("triton")[here], rows[here])
+        homes_of_both = torch.zeros_like(homes)
+        case.mlp_home(homes_of_both)
+        for found_homes in (homes, homes_of_both):
+            assert torch.equal(found_homes.flatten(0, 1)[here], rows[here])
+            assert (found_homes.flatten(0, 1)[~here] == 0).all(), "rows of no expert are not written"
         found.append((hidden.values_RH[: case.computed].float(), hidden.scale_RG[: case.computed], rows[here]))
     for one, other in zip(*found, strict=True):
         assert torch.equal(one, other)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("ring", [RING, FEW], ids=["many rows", "few rows"])
+@pytest.mark.parametrize("num_programs", [1, 2, 5])
+def test_one_kernel_for_both_products_ends_with_any_number_of_programs(make_experts, monkeypatch, ring, num_programs):
+    """As where other kernels hold most of the GPU: nobody waits for a program that has not begun."""
+    if not has_tma(torch.device("cuda")):
+        pytest.skip("needs Hopper")
+    experts = make_experts(150, 2, 5, 400, 272, torch.bfloat16)
+    case = Case(experts, quantised(experts, "fp8_block"), (ring, ring))
+    expected = case.down("triton", case.up("triton"))
+    monkeypatch.setattr(experts_fp8, "num_programs", lambda *_: num_programs)
+    here = experts.lanes_N >= 0
+    for _ in range(3):
+        assert torch.equal(case.mlp("triton")[here], expected[here])
+
+
+@pytest.mark.gpu
+def test_one_kernel_for_both_products_on_two_streams(make_experts):
+    """Each has a program for each multiprocessor, so either may hold what the other's programs wait for."""
+    if not has_tma(torch.device("cuda")):
+        pytest.skip("needs Hopper")
+    experts = make_experts(2000, 2, 16, 1024, 512, torch.bfloat16)
+    case = Case(experts, quantised(experts, "fp8_block"), (RING, RING))
+    here, expected = experts.lanes_N >= 0, case.mlp("triton")
+    streams, found = [torch.cuda.Stream() for _ in range(2)], []
+    torch.cuda.synchronize()
+    for _ in range(50):
+        for stream in streams:
+            with torch.cuda.stream(stream):
+                found.append(case.mlp("triton"))
+    torch.cuda.synchronize()
+    assert all(torch.equal(rows[here], expected[here]) for rows in found)
 
 
 @pytest.mark.gpu
@@ -123,6 +162,8 @@ def test_the_ring_is_for_a_gpu(make_experts):
         case.up("triton")
     with pytest.raises(ValueError, match=r"down_SHI is on cpu: with fp8_block config\.tma needs a GPU"):
         case.down("triton", hidden)
+    with pytest.raises(ValueError, match=r"gate_up_SNH is on cpu: with fp8_block config\.tma needs a GPU"):
+        case.mlp("triton")
     with pytest.raises(ValueError, match="columns divisible by 16"):
         small = make_experts(5, 2, 2, 200, 128, torch.bfloat16)
         Case(small, quantised(small, "fp8_block"), (RING, RING)).up("torch")

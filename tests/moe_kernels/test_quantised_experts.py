@@ -58,6 +58,20 @@ def test_scales_count(make_experts):
 
 
 @pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("backend", ["torch", "triton"])
+def test_both_products_in_one_call_have_the_same_bits(make_experts, kind, backend):
+    """To homes as well."""
+    case = make_case(make_experts, kind)
+    here = case.experts.lanes_N >= 0
+    rows = case.down(backend, case.up(backend))[here]
+    assert torch.equal(case.mlp(backend)[here], rows)
+    if backend == "triton":
+        homes = torch.zeros(1, here.numel(), case.matrices.hidden_size, dtype=rows.dtype, device=rows.device)
+        case.mlp_home(homes)
+        assert torch.equal(homes[0][here], rows) and not homes[0][~here].any()
+
+
+@pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("num_tokens", [1, 6])
 @pytest.mark.parametrize("backend", ["torch", "triton"])
 def test_the_whole_forward(make_experts, kind, num_tokens, backend):

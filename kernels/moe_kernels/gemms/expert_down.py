@@ -67,6 +67,28 @@ def _expert_down_fake(hidden_NI, hidden_scale_NG, dtype, matrices, *_):
     return hidden_NI.new_empty((hidden_NI.shape[0], matrices.hidden_size), dtype=dtype)
 
 
+def check_down(
+    num_columns: int,
+    dtype: torch.dtype,
+    device: torch.device,
+    matrices: ExpertMatrices,
+    lane_to_slot_L: torch.Tensor,
+    schedule: TileSchedule,
+    row_weights_N: torch.Tensor,
+    config: GemmConfig,
+) -> None:
+    """Raises ValueError unless the arguments are `expert_down`'s, with hidden rows of `num_columns` that mean `dtype`."""
+    check_kind("schedule", schedule, TileSchedule)
+    check_kind("config", config, GemmConfig)
+    matrices.check_down(num_columns, dtype, device)
+    check_tensor("lane_to_slot_L", lane_to_slot_L, (schedule.offsets_L1.shape[0] - 1,), torch.int32, device)
+    check_tensor("row_weights_N", row_weights_N, (schedule.order_N.shape[0],), torch.float32, device)
+    schedule.check_config(config)
+    matrices.check_config(config, "down")
+    if config.tma and matrices.scheme in ("plain", "fp8_block"):
+        check_tma("matrices.down_SHI", matrices.down_SHI)
+
+
 def _check(
     hidden_NI: Rows,
     matrices: ExpertMatrices,
@@ -76,23 +98,15 @@ def _check(
     config: GemmConfig,
 ) -> None:
     check_kind("matrices", matrices, ExpertMatrices)
-    check_kind("schedule", schedule, TileSchedule)
-    check_kind("config", config, GemmConfig)
     values = check_values("hidden_NI", hidden_NI)
-    device = values.device
     if isinstance(hidden_NI, QuantisedRows) != (matrices.scheme == "fp8_block"):
         raise ValueError(
             f"hidden_NI is a {type(hidden_NI).__name__}: must be QuantisedRows with matrices.scheme='fp8_block', a tensor "
             f"else, not with {matrices.scheme!r}"
         )
-    matrices.check_down(values.shape[1], hidden_NI.dtype, device)
-    check_tensor("lane_to_slot_L", lane_to_slot_L, (schedule.offsets_L1.shape[0] - 1,), torch.int32, device)
-    check_tensor("schedule.order_N", schedule.order_N, (values.shape[0],), torch.int32, device)
-    check_tensor("row_weights_N", row_weights_N, (values.shape[0],), torch.float32, device)
-    schedule.check_config(config)
-    matrices.check_config(config, "down")
-    if config.tma and matrices.scheme in ("plain", "fp8_block"):
-        check_tma("matrices.down_SHI", matrices.down_SHI)
+    rest = (matrices, lane_to_slot_L, schedule, row_weights_N, config)
+    check_down(values.shape[1], hidden_NI.dtype, values.device, *rest)
+    check_tensor("schedule.order_N", schedule.order_N, (values.shape[0],), torch.int32, values.device)
 
 
 def expert_down(

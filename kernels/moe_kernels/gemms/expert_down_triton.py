@@ -103,16 +103,12 @@ def expert_down_triton(
     row_weights_N: torch.Tensor,
     config: GemmConfig,
     homes: RowHomes | None = None,
-    *,
-    behind_up: bool = False,
 ) -> torch.Tensor:
-    """`behind_up`: the kernel launched last is `expert_up`, so the schedule is older. Some kernels begin earlier then."""
     if matrices.scheme not in ("plain", "fp8_block") and config.tma:
         assert isinstance(hidden_NI, torch.Tensor)
         return expert_down_four_bit_ring(hidden_NI, matrices, lane_to_slot_L, schedule, row_weights_N, config, homes)
     if matrices.scheme != "plain":
-        arguments = (hidden_NI, matrices, lane_to_slot_L, schedule, row_weights_N, config, homes)
-        return expert_down_quantised(*arguments, behind_up=behind_up)
+        return expert_down_quantised(hidden_NI, matrices, lane_to_slot_L, schedule, row_weights_N, config, homes)
     assert isinstance(hidden_NI, torch.Tensor)
     if config.tma:
         return expert_down_tma(hidden_NI, matrices, lane_to_slot_L, schedule, row_weights_N, config, homes)

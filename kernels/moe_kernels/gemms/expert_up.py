@@ -25,6 +25,7 @@ from moe_kernels.quantised.quantise_rows import (
     new_quantised_rows,
     quantise_rows,
     quantise_rows_torch,
+    values_of,
 )
 from moe_kernels.tiles.row_blocks import RowBlock, elementwise, padded_rows, row_blocks, without_autocast
 from moe_kernels.tiles.tiles import TileSchedule
@@ -102,6 +103,35 @@ def _expert_up_fake(x_RH, x_scale_RG, dtype, matrices, lane_to_slot_L, schedule,
     return [x_RH.new_empty((num_rows, intermediate))]
 
 
+def check_up(
+    x_RH: Rows,
+    matrices: ExpertMatrices,
+    lane_to_slot_L: torch.Tensor,
+    schedule: TileSchedule,
+    fanout: int,
+    config: GemmConfig,
+) -> int:
+    """`fanout`; raises ValueError unless the arguments are `expert_up`'s."""
+    check_kind("matrices", matrices, ExpertMatrices)
+    check_kind("schedule", schedule, TileSchedule)
+    check_kind("config", config, GemmConfig)
+    fanout = check_integer("fanout", fanout)
+    values = check_values("x_RH", x_RH)
+    device, num_rows = values.device, values.shape[0]
+    if isinstance(x_RH, QuantisedRows) and matrices.scheme != "fp8_block":
+        raise ValueError(f"x_RH is quantised: matrices.scheme must be 'fp8_block', not {matrices.scheme!r}")
+    matrices.check_up(values.shape[1], x_RH.dtype, device)
+    check_tensor("lane_to_slot_L", lane_to_slot_L, (schedule.offsets_L1.shape[0] - 1,), torch.int32, device)
+    if fanout < 1:
+        raise ValueError(f"fanout={fanout}: must be at least 1")
+    check_tensor("schedule.order_N", schedule.order_N, (num_rows * fanout,), torch.int32, device)
+    schedule.check_config(config)
+    matrices.check_config(config, "up")
+    if config.tma and matrices.scheme in ("plain", "fp8_block"):
+        check_tma("matrices.gate_up_SNH", matrices.gate_up_SNH, columns=matrices.intermediate_size)
+    return fanout
+
+
 def expert_up(
     x_RH: Rows,
     matrices: ExpertMatrices,
@@ -133,24 +163,8 @@ def expert_up(
     Raises:
         ValueError: an argument breaks one of these rules.
     """
-    check_kind("matrices", matrices, ExpertMatrices)
-    check_kind("schedule", schedule, TileSchedule)
-    check_kind("config", config, GemmConfig)
-    fanout = check_integer("fanout", fanout)
-    values = check_values("x_RH", x_RH)
-    device, num_rows = values.device, values.shape[0]
-    if isinstance(x_RH, QuantisedRows) and matrices.scheme != "fp8_block":
-        raise ValueError(f"x_RH is quantised: matrices.scheme must be 'fp8_block', not {matrices.scheme!r}")
-    matrices.check_up(values.shape[1], x_RH.dtype, device)
-    check_tensor("lane_to_slot_L", lane_to_slot_L, (schedule.offsets_L1.shape[0] - 1,), torch.int32, device)
-    if fanout < 1:
-        raise ValueError(f"fanout={fanout}: must be at least 1")
-    check_tensor("schedule.order_N", schedule.order_N, (num_rows * fanout,), torch.int32, device)
-    schedule.check_config(config)
-    matrices.check_config(config, "up")
-    if config.tma and matrices.scheme in ("plain", "fp8_block"):
-        check_tma("matrices.gate_up_SNH", matrices.gate_up_SNH, columns=matrices.intermediate_size)
-    backend = resolve_backend(backend, device)
+    fanout = check_up(x_RH, matrices, lane_to_slot_L, schedule, fanout, config)
+    backend = resolve_backend(backend, values_of(x_RH).device)
     if matrices.scheme == "fp8_block" and not isinstance(x_RH, QuantisedRows):
         x_RH = quantise_rows(x_RH, backend=backend)
     values, scale_RG = x_RH[:2] if isinstance(x_RH, QuantisedRows) else (x_RH, None)

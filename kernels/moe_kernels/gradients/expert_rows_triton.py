@@ -8,8 +8,7 @@ from __future__ import annotations
 import torch
 
 from moe_kernels.gemms.combine import combine_triton
-from moe_kernels.gemms.expert_down_triton import expert_down_triton
-from moe_kernels.gemms.expert_up_triton import expert_up_triton
+from moe_kernels.gemms.expert_mlp_triton import expert_mlp_triton
 from moe_kernels.gradients.expert_rows_torch import Gradients, Wanted
 from moe_kernels.gradients.experts_grad_hidden import experts_grad_hidden
 from moe_kernels.gradients.experts_grad_weights import experts_grad_bias, experts_grad_weights
@@ -33,10 +32,9 @@ def expert_rows_triton(
     down: GemmConfig,
     pre_NJ: torch.Tensor | None = None,
 ) -> torch.Tensor:
-    hidden_NI = expert_up_triton(x_RH, matrices, lane_to_slot_L, schedule, fanout, up, pre_NJ)
-    arguments = (hidden_NI, matrices, lane_to_slot_L, schedule, row_weights_N, down)
-    rows_NH = expert_down_triton(*arguments, behind_up=True)
-    del hidden_NI  # so much less memory at the peak
+    rows_NH = expert_mlp_triton(
+        x_RH, matrices, lane_to_slot_L, schedule, row_weights_N, fanout, up, down, pre_NJ=pre_NJ
+    )
     return rows_NH if lanes_TK is None else combine_triton(rows_NH, lanes_TK)
 
 

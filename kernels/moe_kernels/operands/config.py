@@ -179,12 +179,11 @@ _FEW_FP8: _QuantisedTable = (
         replace(_FP8_DOWN, block_m=32, num_stages=3, swap=True),
     ),
 )
-_FEW_RING: _QuantisedTable = (
-    (2, _FEW_FP8[0][1], replace(_FP8_RING, block_m=16, num_stages=6, swap=True)),
+_TABLE_FP8_RING: _QuantisedTable = (
     (8, *2 * (replace(_FP8_RING, block_m=16, num_stages=6, swap=True),)),
     (16, *2 * (replace(_FP8_RING, block_m=32, num_stages=5, swap=True),)),
+    (_ANY, *2 * (_FP8_RING,)),
 )
-_TABLE_FP8_RING: _QuantisedTable = (*_FEW_RING, (_ANY, _FP8_RING, _FP8_RING))
 _TABLE_FP8_HOPPER: _QuantisedTable = (
     *_FEW_FP8,
     (32, *_FEW_FP8[-1][1:]),

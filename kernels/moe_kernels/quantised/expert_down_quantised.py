@@ -14,7 +14,7 @@ from moe_kernels.base.launch import Launcher, gdc_launch_dependents, gdc_wait
 from moe_kernels.operands.config import GemmConfig
 from moe_kernels.operands.matrices import ExpertMatrices
 from moe_kernels.operands.schemes import BLOCK
-from moe_kernels.quantised.expert_down_fp8 import expert_down_fp8
+from moe_kernels.quantised.experts_fp8 import expert_down_fp8
 from moe_kernels.quantised.fp8 import e4m3_argument, operand
 from moe_kernels.quantised.quantise_rows import QuantisedRows, Rows, values_of
 from moe_kernels.quantised.weight_tiles import add_product, load_weights, new_accumulator
@@ -134,8 +134,6 @@ def expert_down_quantised(
     row_weights_N: torch.Tensor,
     config: GemmConfig,
     homes: RowHomes | None = None,
-    *,
-    behind_up: bool = False,
 ) -> torch.Tensor:
     bias_SH, scale, zero = matrices.down_bias_SH, matrices.down_scale, matrices.down_zero
     assert scale is not None
@@ -150,8 +148,7 @@ def expert_down_quantised(
     rows_NH = values.new_empty(shape, dtype=dtype) if homes is None else homes.own
     if config.tma:
         assert isinstance(hidden_NI, QuantisedRows)
-        arguments = (hidden_NI, matrices, lane_to_slot_L, schedule, row_weights_N, config, homes, rows_NH)
-        expert_down_fp8(*arguments, behind_up=behind_up)
+        expert_down_fp8(hidden_NI, matrices, lane_to_slot_L, schedule, row_weights_N, config, homes, rows_NH)
         return rows_NH
     grid = (schedule.tile_lane.shape[0] * cdiv(hidden_size, config.block_n),)
     if grid[0]:

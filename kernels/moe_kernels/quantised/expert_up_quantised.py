@@ -15,7 +15,7 @@ from moe_kernels.base.numerics import activated, is_gated, narrow, widen
 from moe_kernels.operands.config import GemmConfig
 from moe_kernels.operands.matrices import ExpertMatrices
 from moe_kernels.operands.schemes import BLOCK
-from moe_kernels.quantised.expert_up_fp8 import expert_up_fp8
+from moe_kernels.quantised.experts_fp8 import expert_up_fp8
 from moe_kernels.quantised.fp8 import as_e4m3, e4m3_argument, operand, quantised
 from moe_kernels.quantised.quantise_rows import QuantisedRows, Rows, new_quantised_rows, quantise_rows_triton
 from moe_kernels.quantised.weight_tiles import add_product, load_weights, new_accumulator

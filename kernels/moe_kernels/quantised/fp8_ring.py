@@ -9,6 +9,9 @@ would idle: so the groups are not in step, and one multiplies while the other ad
 K: the inner dimension, in steps of 128. Written in Gluon, Triton's lower level, as Triton itself waits for each product.
 """
 
+# In kernels a tuple grows in a loop that the compiler unrolls.
+# mypy: disable-error-code="assignment, misc, var-annotated"
+
 from __future__ import annotations
 
 import torch
@@ -32,6 +35,8 @@ HALF = gl.constexpr(64)  # what one instruction multiplies on the M side, and a 
 SIDE = gl.constexpr(128)  # of a block of weights, and channels of a row that share a scale
 COPY_LAYOUT = gl.constexpr(gl.BlockedLayout([1, 16], [4, 8], [4, 1], [1, 0]))
 LINE_LAYOUT = gl.constexpr(gl.BlockedLayout([1], [32], [4], [0]))
+_TOLD_LAYOUT = gl.constexpr(gl.BlockedLayout([8], [32], [4], [0]))
+_LINE_OF_SHARED = gl.constexpr(gl.SwizzledSharedLayout(1, 1, 1, [0]))
 ROW_LAYOUT = gl.constexpr(gl.NVMMASharedLayout(128, 8, rank=2))
 WEIGHT_LAYOUT = gl.constexpr(gl.NVMMASharedLayout(128, 8, rank=3))
 # Of the 504 registers that three threads share: of one that multiplies (two of these), and of one that fills the ring.
@@ -66,115 +71,141 @@ def load_slot(lane_to_slot_ptr, lane):
 
 
 @gluon.jit
-def new_ring(M: gl.constexpr, STAGES: gl.constexpr, ROWS_BY_TMA: gl.constexpr):
+def new_ring(M: gl.constexpr, STAGES: gl.constexpr):
     """(rows [STAGES, M, 128], weights [2 * STAGES, 1, 128, 128], scales of the rows [STAGES, M], of each half of the weights
-    [STAGES, 2], filled, emptied)."""
+    [STAGES, 2], what the tile is [STAGES, 8], filled, emptied)."""
     rows = gl.allocate_shared_memory(gl.float8e4nv, [STAGES, M, SIDE], ROW_LAYOUT)
     weights = gl.allocate_shared_memory(gl.float8e4nv, [2 * STAGES, 1, SIDE, SIDE], WEIGHT_LAYOUT)
-    row_scales = gl.allocate_shared_memory(gl.float32, [STAGES, M], gl.SwizzledSharedLayout(1, 1, 1, [0]))
-    weight_scales = gl.allocate_shared_memory(gl.float32, [STAGES, 2], gl.SwizzledSharedLayout(1, 1, 1, [0]))
+    row_scales = gl.allocate_shared_memory(gl.float32, [STAGES, M], _LINE_OF_SHARED)
+    weight_scales = gl.allocate_shared_memory(gl.float32, [STAGES, 2], _LINE_OF_SHARED)
+    told = gl.allocate_shared_memory(gl.int32, [STAGES, 8], _LINE_OF_SHARED)
     filled = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
     emptied = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
     for stage in gl.static_range(STAGES):
-        # Each that copies, and the one that calls TMA, for weights and maybe for rows.
-        mbarrier.init(filled.index(stage), count=_FILLERS + 1 + ROWS_BY_TMA)
+        mbarrier.init(filled.index(stage), count=_FILLERS + 1)  # each that copies, and the one that calls TMA
         mbarrier.init(emptied.index(stage), count=2)
-    return rows, weights, row_scales, weight_scales, filled, emptied
+    return rows, weights, row_scales, weight_scales, told, filled, emptied
 
 
 @gluon.jit
-def load_weights(ring, weights_desc, slot, first_row, second_row, step, stage, exist):
-    """128 rows of weights from each of two on, one step of K."""
-    _, weights, _, _, filled, _ = ring
-    k = step * SIDE
-    mbarrier.expect(filled.index(stage), 2 * SIDE * SIDE, pred=exist)
-    tma.async_copy_global_to_shared(
-        weights_desc, [slot, first_row, k], filled.index(stage), weights.index(2 * stage), pred=exist
-    )
-    tma.async_copy_global_to_shared(
-        weights_desc, [slot, second_row, k], filled.index(stage), weights.index(2 * stage + 1), pred=exist
-    )
+def _tell(ring, stage, tile):
+    """What is multiplied from this stage on. Each thread writes all of it, so also the one that then says it is there."""
+    field = gl.arange(0, 8, _TOLD_LAYOUT)
+    fields = gl.full((8,), -1, gl.int32, _TOLD_LAYOUT)
+    for i in gl.static_range(len(tile)):
+        fields = gl.where(field == i, tile[i], fields)
+    ring[4].index(stage).store(fields)
 
 
 @gluon.jit
-def _load_rows(ring, rows_desc, start, end, k, stage, M: gl.constexpr):
-    """By TMA: of 128 rows, the second half only if it exists."""
-    rows, _, _, _, filled, _ = ring
-    BOX: gl.constexpr = min(M, HALF)
-    if M == BOX:
-        mbarrier.expect(filled.index(stage), M * SIDE)
-    else:
-        mbarrier.expect(filled.index(stage), BOX * SIDE, pred=start + BOX >= end)
-        mbarrier.expect(filled.index(stage), M * SIDE, pred=start + BOX < end)
-        into = rows.index(stage).slice(BOX, BOX)
-        tma.async_copy_global_to_shared(rows_desc, [start + BOX, k], filled.index(stage), into, pred=start + BOX < end)
-    tma.async_copy_global_to_shared(rows_desc, [start, k], filled.index(stage), rows.index(stage).slice(0, BOX))
+def tell_end(ring, count, STAGES: gl.constexpr):
+    """There is no further tile."""
+    filled, emptied = ring[5], ring[6]
+    stage = count % STAGES
+    mbarrier.wait(emptied.index(stage), (count // STAGES & 1) ^ 1)
+    _tell(ring, stage, ())
+    async_copy.mbarrier_arrive(filled.index(stage), increment_count=False)
+    mbarrier.arrive(filled.index(stage), count=1)
+
+
+@gluon.jit
+def hear(ring, count, STAGES: gl.constexpr):
+    """Wait for the next tile: `fill_tile`'s, or -1 and any."""
+    stage = count % STAGES
+    mbarrier.wait(ring[5].index(stage), count // STAGES & 1)
+    fields = ring[4].index(stage).load(_TOLD_LAYOUT)
+    field = gl.arange(0, 8, _TOLD_LAYOUT)
+    tile = ()
+    for i in gl.static_range(5):
+        tile += (gl.sum(gl.where(field == i, fields, 0), axis=0),)
+    return tile
+
+
+@gluon.jit
+def fence_async():
+    """Between writes by threads and reads of them by TMA, in global memory."""
+    gl.inline_asm_elementwise("fence.proxy.async; // dummy $0", "=r", [], dtype=gl.int32, is_pure=False, pack=1)
 
 
 @gluon.jit
 def fill_tile(
     ring,
     count,  # steps before this tile
-    first_count,  # steps of the program's first tile whose weights it has loaded before its wait
+    tile,  # kind (0: of `expert_up`, 1: of `expert_down`), column block, lane, start, end: what `hear` returns
     rows_ptr,  # None: `rows_desc`, whose rows are sorted
     rows_desc,  # descriptor [N, K], or None
     row_scale_ptr,
     order_ptr,  # None: rows are sorted
-    fanout,
     weights_desc,
     first_scale_ptr,  # of each half of the weights, the scales of its first block
     second_scale_ptr,
     slot,
     first_row,  # of each half of the weights
     second_row,
-    start,
-    end,
     stride_row,
-    size,  # K
+    FANOUT: gl.constexpr,
+    SIZE: gl.constexpr,  # K
     M: gl.constexpr,
     STAGES: gl.constexpr,
 ):
     """Load all steps of a tile, each as soon as its stage is empty. Returns the next `count`."""
-    rows, _, row_scales, weight_scales, filled, emptied = ring
-    num_steps = gl.cdiv(size, SIDE)
+    rows, weights, row_scales, weight_scales, _, filled, emptied = ring
+    start, end = tile[3], tile[4]
+    BOX: gl.constexpr = min(M, HALF)
+    NUM_STEPS: gl.constexpr = (SIZE + SIDE - 1) // SIDE
     scaled = start + gl.arange(0, M, LINE_LAYOUT)
     has_scale = scaled < end
     row = scaled
     position = start + gl.arange(0, M, gl.SliceLayout(1, COPY_LAYOUT))
     if order_ptr is not None:
-        row = gl.load(order_ptr + row, mask=has_scale, other=0) // fanout
+        row = gl.load(order_ptr + row, mask=has_scale, other=0) // FANOUT
     if rows_ptr is not None:
-        source = gl.load(order_ptr + position, mask=position < end, other=0) // fanout
+        source = gl.load(order_ptr + position, mask=position < end, other=0) // FANOUT
         rows_at = rows_ptr + source.to(gl.int64)[:, None] * stride_row
-    row_scale_at = row_scale_ptr + row.to(gl.int64) * num_steps
+    row_scale_at = row_scale_ptr + row.to(gl.int64) * NUM_STEPS
     weight_scale_at = gl.where(gl.arange(0, 2, LINE_LAYOUT) == 0, first_scale_ptr, second_scale_ptr)
-    for step in range(num_steps):
+    is_whole = start + BOX < end
+    mbarrier.wait(emptied.index(count % STAGES), (count // STAGES & 1) ^ 1)
+    _tell(ring, count % STAGES, tile)
+    for step in range(NUM_STEPS):
         stage = count % STAGES
+        k = step * SIDE
         mbarrier.wait(emptied.index(stage), (count // STAGES & 1) ^ 1)
-        load_weights(ring, weights_desc, slot, first_row, second_row, step, stage, count >= first_count)
+        bar = filled.index(stage)
+        if rows_ptr is not None:
+            mbarrier.expect(bar, 2 * SIDE * SIDE)
+        elif M == BOX:
+            mbarrier.expect(bar, 2 * SIDE * SIDE + M * SIDE)
+        else:  # of 128 rows, the second half only if it exists
+            mbarrier.expect(bar, 2 * SIDE * SIDE + BOX * SIDE, pred=start + BOX >= end)
+            mbarrier.expect(bar, 2 * SIDE * SIDE + M * SIDE, pred=is_whole)
+        tma.async_copy_global_to_shared(weights_desc, [slot, first_row, k], bar, weights.index(2 * stage))
+        tma.async_copy_global_to_shared(weights_desc, [slot, second_row, k], bar, weights.index(2 * stage + 1))
         if rows_ptr is None:
-            _load_rows(ring, rows_desc, start, end, step * SIDE, stage, M)
+            if M > BOX:
+                into = rows.index(stage).slice(BOX, BOX)
+                tma.async_copy_global_to_shared(rows_desc, [start + BOX, k], bar, into, pred=is_whole)
+            tma.async_copy_global_to_shared(rows_desc, [start, k], bar, rows.index(stage).slice(0, BOX))
         else:  # zeros for what does not exist
-            k = step * SIDE + gl.arange(0, SIDE, gl.SliceLayout(0, COPY_LAYOUT))
-            exists = (position < end)[:, None] & (k < size)[None, :]
-            async_copy.async_copy_global_to_shared(rows.index(stage), rows_at + k[None, :], mask=exists)
+            column = k + gl.arange(0, SIDE, gl.SliceLayout(0, COPY_LAYOUT))
+            exists = (position < end)[:, None]
+            if SIZE % SIDE:
+                exists = exists & (column < SIZE)[None, :]
+            async_copy.async_copy_global_to_shared(rows.index(stage), rows_at + column[None, :], mask=exists)
         async_copy.async_copy_global_to_shared(row_scales.index(stage), row_scale_at + step, mask=has_scale)
         async_copy.async_copy_global_to_shared(weight_scales.index(stage), weight_scale_at + step)
-        async_copy.mbarrier_arrive(filled.index(stage), increment_count=False)
+        async_copy.mbarrier_arrive(bar, increment_count=False)
         count += 1
     return count
 
 
 @gluon.jit
-def multiply_tile(
-    ring, count, has_rows, size, ARE_COPIED: gl.constexpr, GROUP: gl.constexpr, M: gl.constexpr, STAGES: gl.constexpr
-):
+def multiply_tile(ring, count, has_rows, num_steps, GROUP: gl.constexpr, M: gl.constexpr, STAGES: gl.constexpr):
     """A group's sums of each half of the weights, float32, and the next `count`.
 
     [64, 128]: its half of the rows times 128 rows of weights; with few rows [64, M]: its half of those times the rows.
-    ARE_COPIED: the rows did not come by TMA.
     """
-    rows, weights, row_scales, weight_scales, filled, emptied = ring
+    rows, weights, row_scales, weight_scales, _, filled, emptied = ring
     IS_FEW: gl.constexpr = M < SIDE
     COLUMNS: gl.constexpr = M if IS_FEW else SIDE
     MMA: gl.constexpr = mma_layout(COLUMNS)
@@ -182,12 +213,11 @@ def multiply_tile(
     left = gl.zeros((HALF, COLUMNS), gl.float32, MMA)
     right = gl.zeros((HALF, COLUMNS), gl.float32, MMA)
     product = gl.zeros((HALF, COLUMNS), gl.float32, MMA)
-    for _ in range(gl.cdiv(size, SIDE)):
+    for _ in range(num_steps):
         stage = count % STAGES
         mbarrier.wait(filled.index(stage), count // STAGES & 1)
         if has_rows:
-            if ARE_COPIED:
-                fence_async_shared()  # what threads have written, tensor cores see only behind it
+            fence_async_shared()  # rows that threads have written, tensor cores see only behind it
             row_scale, weight_scale = row_scales.index(stage), weight_scales.index(stage)
             left_scale, right_scale = weight_scale.slice(0, 1).load(OF_ROWS), weight_scale.slice(1, 1).load(OF_ROWS)
             weight = weights.index(2 * stage).reshape((SIDE, SIDE))

@@ -85,16 +85,18 @@ def new_quantised_rows(like: torch.Tensor, num_rows: int, hidden_size: int, dtyp
 
 
 @Launcher
-@triton.jit(do_not_specialize=["stride_row"])
+@triton.jit(do_not_specialize=["stride_row", "num_zeroed"])
 def _quantise_rows_kernel(
     # inputs
     x_ptr,
     # outputs
     values_ptr,
     scale_ptr,
+    zeroed_ptr,  # None: nothing is zeroed
     # shapes and strides, in elements
     hidden_size,
     stride_row,
+    num_zeroed,
     # constants
     PDL: tl.constexpr,
     # tunables
@@ -114,12 +116,17 @@ def _quantise_rows_kernel(
     group = block * (BLOCK_H // GROUP) + tl.arange(0, BLOCK_H // GROUP)
     num_groups = tl.cdiv(hidden_size, GROUP)
     tl.store(scale_ptr + row * num_groups + group, scale, mask=group < num_groups)
+    if zeroed_ptr is not None and (row == 0) & (block == 0):
+        for first in range(0, num_zeroed, BLOCK_H):
+            i = first + tl.arange(0, BLOCK_H)
+            tl.store(zeroed_ptr + i, tl.zeros((BLOCK_H,), tl.int32), mask=i < num_zeroed)
 
 
 _MOST_COLUMNS = 1024  # that a program takes
 
 
-def quantise_rows_triton(x_RH: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+def quantise_rows_triton(x_RH: torch.Tensor, zeroed: torch.Tensor | None = None) -> tuple[torch.Tensor, torch.Tensor]:
+    """`zeroed`: int32, contiguous; becomes zero, if there are rows."""
     num_rows, hidden_size = x_RH.shape
     rows = new_quantised_rows(x_RH, num_rows, hidden_size, x_RH.dtype)
     block = min(max(next_power_of_2(hidden_size), BLOCK), _MOST_COLUMNS)
@@ -128,8 +135,10 @@ def quantise_rows_triton(x_RH: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor
             x_RH,
             e4m3_argument(rows.values_RH),
             rows.scale_RG,
+            zeroed,
             hidden_size,
             x_RH.stride(0),
+            0 if zeroed is None else zeroed.shape[0],
             BLOCK_H=block,
             GROUP=BLOCK,
             num_warps=block // 256 or 1,

@@ -1,8 +1,9 @@
-"""The two products of fp8_block experts on Hopper."""
+"""Both products with fp8_block experts on Hopper."""
 
 from __future__ import annotations
 
 import re
+from typing import Any
 
 from moe_kernels import GemmConfig
 from moe_kernels.quantised.fp8_ring import ROW_LAYOUT, WEIGHT_LAYOUT
@@ -10,35 +11,53 @@ from tests.moe_kernels.compiling.kernel import check_hopper, compile_kernel
 
 
 def compile_ring(config: GemmConfig, dtype: str = "bf16", activation: str = "silu", biased: bool = False) -> None:
-    """Both products with fp8_block experts on Hopper."""
+    """Both products in one kernel, and each in its own; the down projection also to homes."""
     fp8 = "*fp8e4nv"
-    types = dict.fromkeys(("x_ptr", "hidden_ptr"), fp8) | dict.fromkeys(("bias_ptr", "rows_ptr"), f"*{dtype}")
-    types |= dict.fromkeys(("x_scale_ptr", "hidden_scale_ptr", "scale_ptr", "row_weights_ptr"), "*fp32")
+    types = dict.fromkeys(("x_ptr", "hidden_ptr"), fp8) | {"homes_ptr": "*i64"}
+    types |= dict.fromkeys(("up_bias_ptr", "down_bias_ptr", "rows_ptr"), f"*{dtype}")
+    scales = ("x_scale_ptr", "hidden_scale_ptr", "gate_up_scale_ptr", "down_scale_ptr", "row_weights_ptr")
+    types |= dict.fromkeys(scales, "*fp32")
     for name, block, layout in (
         ("gate_up", (1, 128, 128), WEIGHT_LAYOUT),
         ("down", (1, 128, 128), WEIGHT_LAYOUT),
         ("hidden", (min(config.block_m, 64), 128), ROW_LAYOUT),
     ):
         types[name] = f"tensordesc<{fp8[1:]}{list(block)},{layout.value!r}>"
-    types["homes_ptr"] = "*i64"
-    constants = {"PDL": True, "M": config.block_m, "STAGES": config.num_stages, "GROUP_M": config.group_m}
-    absent = {} if biased else {"bias_ptr": None}
-    for module, more in (
-        ("expert_up_fp8", {"ACTIVATION": activation}),
-        ("expert_down_fp8", {"homes_ptr": None, "BEHIND_UP": True}),
-        ("expert_down_fp8", {"BEHIND_UP": False}),
+    constants: dict[str, Any] = {
+        "PDL": True,
+        "M": config.block_m,
+        "STAGES": config.num_stages,
+        "GROUP_M": config.group_m,
+    }
+    constants |= {"HIDDEN_SIZE": 2048, "INTERMEDIATE": 768, "FANOUT": 8, "ACTIVATION": activation}
+    if not biased:
+        constants |= {"up_bias_ptr": None, "down_bias_ptr": None}
+    no_up = {"x_ptr": None, "x_scale_ptr": None, "gate_up": None}
+    no_down = {"down": None, "row_weights_ptr": None, "rows_ptr": None}
+    alone = {"counters_ptr": None}
+    for more in (
+        {"UP": True, "DOWN": True, "homes_ptr": None},
+        {"UP": True, "DOWN": True},
+        {"UP": True, "DOWN": False, "homes_ptr": None, **no_down, **alone},
+        {"UP": False, "DOWN": True, **no_up, **alone},
     ):
         compiled = compile_kernel(
-            module, f"_{module}_kernel", types, constants | absent | more, 90, num_warps=4, launch_pdl=True
+            "experts_fp8_kernel", "experts_fp8_kernel", types, constants | more, 90, num_warps=4, launch_pdl=True
         )
         ptx = compiled.asm["ptx"]
         check_hopper(compiled)
-        weights, wait = ptx.find("cp.async.bulk.tensor"), ptx.find("griddepcontrol.wait")
-        assert weights != -1 and -1 < wait < ptx.find("st.global"), "must have waited when it stores"
-        if more.get("BEHIND_UP"):
-            assert ptx.count("griddepcontrol.wait") == 3, "who fills, and each group that multiplies"
-        else:
-            assert wait < min(weights, ptx.find("ld.global")), "the schedule may be what the kernel before makes"
+        wait = ptx.find("griddepcontrol.wait")
+        assert -1 < wait < min(ptx.find("cp.async.bulk.tensor"), ptx.find("ld.global"), ptx.find("st.global"))
         assert ptx.count("setmaxnreg.inc") >= 2, "who multiplies needs more registers than who copies"
-        if module == "expert_up_fp8" or dtype != "fp32":
+        if more["UP"] or dtype != "fp32":
             assert re.search(r"st\.global\S*v4\.b32", ptx), "rows must be stored 16 bytes at a time"
+        _check_order(ptx, more["UP"] and more["DOWN"])
+
+
+def _check_order(ptx: str, is_both: bool) -> None:
+    """Hidden rows are released by who stored them, acquired by who reads them, and by TMA only behind a fence."""
+    found = [
+        len(re.findall(rf"atom\.global\.gpu\.{kind}\.add\.u32", ptx)) for kind in ("release", "acquire", "relaxed")
+    ]
+    fences = ptx.count("fence.proxy.async;")
+    assert (all(found) and fences == 1) if is_both else (not any(found) and not fences), (found, fences)
