@@ -68,7 +68,7 @@ def local_experts_triton(
         num_lanes=slots.shape[0],
         block_m=up.block_m,
         extra_m=up.schedule_extra_m,
-        with_places=down.sorts_rows,
+        with_places=down.sorts_rows and x_TH.dtype.itemsize == 2,
     )
     rows_NH = expert_mlp_triton(x_TH, matrices, slots, schedule, expert_weights_TK.view(-1), top_k, up, down)
     return combine_triton(rows_NH, lanes_TK, schedule.places_N)

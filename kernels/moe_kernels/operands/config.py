@@ -72,9 +72,11 @@ class GemmConfig:
 
     @property
     def sorts_rows(self) -> bool:
-        """Whether `expert_down` should store rows where they are sorted (`TileSchedule.places_N`), by TMA, which keeps nothing:
-        measured with one program per multiprocessor only."""
-        return self.tma and self.programs_per_sm == 1 and not self.quantised and not self.keep
+        """Whether `expert_down` should store 16-bit rows where they are sorted (`TileSchedule.places_N`), by TMA, which keeps
+        nothing: measured with one program per multiprocessor only."""
+        if self.quantised:
+            return self.tma and not self.swap
+        return self.tma and self.programs_per_sm == 1 and not self.keep
 
     def __post_init__(self) -> None:
         for name in _INTEGERS:

@@ -7,13 +7,14 @@ from __future__ import annotations
 
 import torch
 from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
+from triton.tools.ragged_tma import create_ragged_descriptor
 
 from moe_kernels.base.checks import check_tma_address
 from moe_kernels.base.integers import cdiv
 from moe_kernels.operands.config import GemmConfig
 from moe_kernels.operands.matrices import ExpertMatrices
 from moe_kernels.quantised.experts_fp8_kernel import experts_fp8_kernel
-from moe_kernels.quantised.fp8_ring import HALF, ROW_LAYOUT, SIDE, num_programs, weights_descriptor
+from moe_kernels.quantised.fp8_ring import HALF, ROW_LAYOUT, SIDE, STAGED_LAYOUT, num_programs, weights_descriptor
 from moe_kernels.quantised.quantise_rows import QuantisedRows, new_quantised_rows, quantise_rows_triton
 from moe_kernels.tiles.homes import RowHomes
 from moe_kernels.tiles.tiles import TileSchedule
@@ -67,6 +68,7 @@ def _launch(
         schedule.tile_end,
         schedule.num_tiles,
         None if homes is None else homes.addresses_W,
+        None if schedule.places_N is None or rows_NH is None else _boxes(rows_NH),
         counters,
         values,
         hidden_scale,
@@ -88,6 +90,12 @@ def _launch(
         GROUP_M=config.group_m,
         num_warps=4,
     )
+
+
+def _boxes(rows_NH: torch.Tensor) -> TensorDescriptor:
+    """Of 64 rows or fewer, and 128 columns."""
+    ragged = create_ragged_descriptor(rows_NH, [HALF.value, SIDE.value])
+    return TensorDescriptor(rows_NH, ragged.shape, ragged.strides, ragged.block_shape, STAGED_LAYOUT.value)
 
 
 def expert_up_fp8(
@@ -127,7 +135,11 @@ def experts_fp8(
     config: GemmConfig,
     homes: RowHomes | None = None,
 ) -> torch.Tensor:
-    """rows_NH: of `expert_up` and then `expert_down`, by one kernel; x is quantised by one before it."""
+    """rows_NH: of `expert_up` and then `expert_down`, by one kernel; x is quantised by one before it.
+
+    With `schedule.places_N`, 16-bit rows are where they are sorted, as `expert_down_tma`'s.
+    """
+    assert schedule.places_N is None or (homes is None and config.sorts_rows and x_RH.dtype.itemsize == 2)
     num_rows, dtype = schedule.order_N.shape[0], x_RH.dtype
     counters = x_RH.new_empty(1 + schedule.tile_lane.shape[0], dtype=torch.int32)
     x = QuantisedRows(*quantise_rows_triton(x_RH, zeroed=counters), dtype)

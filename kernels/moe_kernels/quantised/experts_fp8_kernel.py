@@ -11,7 +11,7 @@ from __future__ import annotations
 
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
-from triton.experimental.gluon.language.nvidia.hopper import mbarrier
+from triton.experimental.gluon.language.nvidia.hopper import mbarrier, tma
 
 from moe_kernels.base.launch import Launcher, gdc_launch_dependents, gdc_wait
 from moe_kernels.base.numerics import is_gated
@@ -28,6 +28,7 @@ from moe_kernels.quantised.fp8_ring import (
     mma_layout,
     multiply_tile,
     new_ring,
+    new_staging,
     tell_end,
 )
 from moe_kernels.quantised.store_hidden_fp8 import new_meeting, store_hidden
@@ -129,7 +130,8 @@ def _next_work(counters_ptr, own_next):
 
 @gluon.jit
 def _multiply(
-    ring, stored, meeting, lane_to_slot_ptr, biases, hidden_outputs, order_ptr, row_weights_ptr, outputs, strides,
+    ring, stored, staging, meeting, lane_to_slot_ptr, biases, hidden_outputs, order_ptr, row_weights_ptr, outputs,
+    boxes, strides,
     GROUP: gl.constexpr, HIDDEN_SIZE: gl.constexpr, INTERMEDIATE: gl.constexpr, ACTIVATION: gl.constexpr,
     UP: gl.constexpr, DOWN: gl.constexpr, M: gl.constexpr, STAGES: gl.constexpr,
 ):  # fmt: skip
@@ -163,7 +165,7 @@ def _multiply(
                 if up_bias_ptr is not None:
                     bias_at = up_bias_ptr + load_slot(lane_to_slot_ptr, lane).to(gl.int64) * stride_up_bias
                 turn = store_hidden(
-                    left, right, meeting, turn, column_block, bias_at, hidden_outputs, start, end, INTERMEDIATE,
+                    left, right, staging, meeting, turn, column_block, bias_at, hidden_outputs, start, end, INTERMEDIATE,
                     GROUP, ACTIVATION, IS_FEW,
                 )  # fmt: skip
             if DOWN:
@@ -173,8 +175,12 @@ def _multiply(
             if down_bias_ptr is not None:
                 bias_at = down_bias_ptr + load_slot(lane_to_slot_ptr, lane).to(gl.int64) * stride_down_bias
             first = 2 * column_block * SIDE + (GROUP * HALF if IS_FEW else 0)
-            store_rows(left, right, first, bias_at, row_weight, flat, outputs, end - start, HIDDEN_SIZE, IS_FEW)
+            store_rows(
+                left, right, staging, boxes, bias_at, row_weight, flat, outputs, first, start, end, HIDDEN_SIZE, IS_FEW
+            )  # fmt: skip
         kind, column_block, lane, start, end = hear(ring, count, STAGES)
+    if boxes is not None:
+        tma.store_wait(0)
 
 
 @Launcher
@@ -198,6 +204,7 @@ def experts_fp8_kernel(
     tile_end_ptr,
     num_tiles_ptr,
     homes_ptr,  # None: all rows go to `rows_ptr`
+    boxes,  # descriptor of rows [N, H], ragged: there they go where they are sorted. Or None
     # inputs and outputs
     counters_ptr,  # zeros: tiles taken; of each tile of rows, the blocks of hidden that are stored. None: not UP and DOWN
     # outputs
@@ -234,6 +241,7 @@ def experts_fp8_kernel(
     ring = new_ring(M, STAGES)
     stored = gl.allocate_shared_memory(gl.int64, [1, 1], mbarrier.MBarrierLayout())
     mbarrier.init(stored.index(0), count=2)
+    staging = new_staging(M)
     meeting = new_meeting(min(M, 32))  # used with few rows only
     tiles = (tile_lane_ptr, tile_start_ptr, tile_end_ptr, gl.load(num_tiles_ptr))
     biases = (up_bias_ptr, down_bias_ptr)
@@ -244,12 +252,12 @@ def experts_fp8_kernel(
     gl.warp_specialize(
         [
             (_multiply, (
-                ring, stored, meeting, lane_to_slot_ptr, biases, hidden_outputs, order_ptr, row_weights_ptr, outputs,
-                bias_strides, 0, HIDDEN_SIZE, INTERMEDIATE, ACTIVATION, UP, DOWN, M, STAGES,
+                ring, stored, staging.index(0), meeting, lane_to_slot_ptr, biases, hidden_outputs, order_ptr,
+                row_weights_ptr, outputs, boxes, bias_strides, 0, HIDDEN_SIZE, INTERMEDIATE, ACTIVATION, UP, DOWN, M, STAGES,
             )),
             (_multiply, (
-                ring, stored, meeting, lane_to_slot_ptr, biases, hidden_outputs, order_ptr, row_weights_ptr, outputs,
-                bias_strides, 1, HIDDEN_SIZE, INTERMEDIATE, ACTIVATION, UP, DOWN, M, STAGES,
+                ring, stored, staging.index(1), meeting, lane_to_slot_ptr, biases, hidden_outputs, order_ptr,
+                row_weights_ptr, outputs, boxes, bias_strides, 1, HIDDEN_SIZE, INTERMEDIATE, ACTIVATION, UP, DOWN, M, STAGES,
             )),
             (_fill, (
                 ring, stored, tiles, (x_ptr, x_scale_ptr), (hidden, hidden_scale_ptr), (gate_up, gate_up_scale_ptr),

@@ -39,6 +39,8 @@ _TOLD_LAYOUT = gl.constexpr(gl.BlockedLayout([8], [32], [4], [0]))
 _LINE_OF_SHARED = gl.constexpr(gl.SwizzledSharedLayout(1, 1, 1, [0]))
 ROW_LAYOUT = gl.constexpr(gl.NVMMASharedLayout(128, 8, rank=2))
 WEIGHT_LAYOUT = gl.constexpr(gl.NVMMASharedLayout(128, 8, rank=3))
+# Rows on their way out.
+STAGED_LAYOUT = gl.constexpr(gl.NVMMASharedLayout(128, 16, rank=4))
 # Of the 504 registers that three threads share: of one that multiplies (two of these), and of one that fills the ring.
 REGISTERS = gl.constexpr(224)
 FILL_REGISTERS = gl.constexpr(56)
@@ -85,6 +87,13 @@ def new_ring(M: gl.constexpr, STAGES: gl.constexpr):
         mbarrier.init(filled.index(stage), count=_FILLERS + 1)  # each that copies, and the one that calls TMA
         mbarrier.init(emptied.index(stage), count=2)
     return rows, weights, row_scales, weight_scales, told, filled, emptied
+
+
+@gluon.jit
+def new_staging(M: gl.constexpr):
+    """[2, 1, 1, 64, 128] 16-bit: rows on their way out, of each group of warps; with few rows there is no room, and no need."""
+    ROWS: gl.constexpr = HALF if M == SIDE else 8
+    return gl.allocate_shared_memory(gl.int16, [2, 1, 1, ROWS, SIDE], STAGED_LAYOUT)
 
 
 @gluon.jit

@@ -11,7 +11,7 @@ from triton.experimental.gluon.language.nvidia.hopper import mbarrier
 
 from moe_kernels.base.numerics import activated, is_gated, widen
 from moe_kernels.quantised.fp8 import quantised_by
-from moe_kernels.quantised.fp8_ring import HALF, SIDE
+from moe_kernels.quantised.fp8_ring import HALF, ROW_LAYOUT, SIDE
 
 
 @gluon.jit
@@ -49,7 +49,7 @@ def _largest_of_both(own, meeting, turn, GROUP: gl.constexpr):
 
 @gluon.jit
 def _store_block(
-    hidden, meeting, turn, outputs, start, end, block, intermediate, GROUP: gl.constexpr, IS_FEW: gl.constexpr
+    hidden, staging, meeting, turn, outputs, start, end, block, intermediate, GROUP: gl.constexpr, IS_FEW: gl.constexpr
 ):  # fmt: skip
     """Round a group's part of a block of hidden channels, and store it with its scales. IS_FEW: it is [64 channels, rows]."""
     hidden_ptr, hidden_scale_ptr = outputs
@@ -69,10 +69,13 @@ def _store_block(
         position = (start + gl.arange(0, ROWS, gl.SliceLayout(AXIS, MMA))).to(gl.int64)
         gl.store(hidden_scale_ptr + position * gl.cdiv(intermediate, SIDE) + block, scale, mask=position < end)
     values = values.to(gl.float8e4nv)
-    if IS_FEW:
-        values = values.permute((1, 0))
     STORE: gl.constexpr = gl.BlockedLayout([1, 16], [512 // CHANNELS, CHANNELS // 16], [4, 1], [1, 0])
-    values = gl.convert_layout(values, STORE)
+    if IS_FEW:
+        values = gl.convert_layout(values.permute((1, 0)), STORE)
+    else:
+        staged = staging._reinterpret(gl.float8e4nv, [ROWS, CHANNELS], ROW_LAYOUT)
+        staged.store(values)
+        values = staged.load(STORE)
     position = (start + gl.arange(0, ROWS, gl.SliceLayout(1, STORE))).to(gl.int64)
     column = first + gl.arange(0, CHANNELS, gl.SliceLayout(0, STORE))
     at = hidden_ptr + position[:, None] * intermediate + column[None, :]
@@ -98,7 +101,7 @@ def new_meeting(M: gl.constexpr):
 
 @gluon.jit
 def store_hidden(
-    left, right, meeting, turn, column_block, bias_at, outputs, start, end, intermediate,
+    left, right, staging, meeting, turn, column_block, bias_at, outputs, start, end, intermediate,
     GROUP: gl.constexpr, ACTIVATION: gl.constexpr, IS_FEW: gl.constexpr,
 ):  # fmt: skip
     """A group's part of a tile: biases, the activation, rounding. Returns the next `turn`."""
@@ -113,12 +116,12 @@ def store_hidden(
             right = _with_bias(right, bias_at, first + SIDE, intermediate, IS_FEW)
     if GATED:
         hidden = _activated(left, right, ACTIVATION)
-        _store_block(hidden, meeting, turn, outputs, start, end, block, intermediate, GROUP, IS_FEW)
+        _store_block(hidden, staging, meeting, turn, outputs, start, end, block, intermediate, GROUP, IS_FEW)
     else:
         hidden = activated(left, left, ACTIVATION)
-        _store_block(hidden, meeting, turn, outputs, start, end, block, intermediate, GROUP, IS_FEW)
+        _store_block(hidden, staging, meeting, turn, outputs, start, end, block, intermediate, GROUP, IS_FEW)
         if (block + 1) * SIDE < intermediate:
             turn += 1
             hidden = activated(right, right, ACTIVATION)
-            _store_block(hidden, meeting, turn, outputs, start, end, block + 1, intermediate, GROUP, IS_FEW)
+            _store_block(hidden, staging, meeting, turn, outputs, start, end, block + 1, intermediate, GROUP, IS_FEW)
     return turn + 1

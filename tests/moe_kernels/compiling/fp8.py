@@ -6,7 +6,7 @@ import re
 from typing import Any
 
 from moe_kernels import GemmConfig
-from moe_kernels.quantised.fp8_ring import ROW_LAYOUT, WEIGHT_LAYOUT
+from moe_kernels.quantised.fp8_ring import ROW_LAYOUT, STAGED_LAYOUT, WEIGHT_LAYOUT
 from tests.moe_kernels.compiling.kernel import check_hopper, compile_kernel
 
 
@@ -23,6 +23,7 @@ def compile_ring(config: GemmConfig, dtype: str = "bf16", activation: str = "sil
         ("hidden", (min(config.block_m, 64), 128), ROW_LAYOUT),
     ):
         types[name] = f"tensordesc<{fp8[1:]}{list(block)},{layout.value!r}>"
+    types["boxes"] = f"tensordesc<{dtype}[1, 1, 64, 128],{STAGED_LAYOUT.value!r}>"
     constants: dict[str, Any] = {
         "PDL": True,
         "M": config.block_m,
@@ -36,10 +37,11 @@ def compile_ring(config: GemmConfig, dtype: str = "bf16", activation: str = "sil
     no_down = {"down": None, "row_weights_ptr": None, "rows_ptr": None}
     alone = {"counters_ptr": None}
     for more in (
-        {"UP": True, "DOWN": True, "homes_ptr": None},
-        {"UP": True, "DOWN": True},
-        {"UP": True, "DOWN": False, "homes_ptr": None, **no_down, **alone},
-        {"UP": False, "DOWN": True, **no_up, **alone},
+        *(({"UP": True, "DOWN": True, "homes_ptr": None},) if config.sorts_rows and dtype != "fp32" else ()),
+        {"UP": True, "DOWN": True, "homes_ptr": None, "boxes": None},
+        {"UP": True, "DOWN": True, "boxes": None},
+        {"UP": True, "DOWN": False, "homes_ptr": None, "boxes": None, **no_down, **alone},
+        {"UP": False, "DOWN": True, "boxes": None, **no_up, **alone},
     ):
         compiled = compile_kernel(
             "experts_fp8_kernel", "experts_fp8_kernel", types, constants | more, 90, num_warps=4, launch_pdl=True
@@ -52,12 +54,12 @@ def compile_ring(config: GemmConfig, dtype: str = "bf16", activation: str = "sil
         if more["UP"] or dtype != "fp32":
             assert re.search(r"st\.global\S*v4\.b32", ptx), "rows must be stored 16 bytes at a time"
         _check_order(ptx, more["UP"] and more["DOWN"])
+        assert ("bulk_group" in ptx) == ("boxes" not in more), "sorted rows must go by TMA"
 
 
 def _check_order(ptx: str, is_both: bool) -> None:
     """Hidden rows are released by who stored them, acquired by who reads them, and by TMA only behind a fence."""
-    found = [
-        len(re.findall(rf"atom\.global\.gpu\.{kind}\.add\.u32", ptx)) for kind in ("release", "acquire", "relaxed")
-    ]
+    kinds = (r"atom\.global\.gpu\.release\.add", r"ld\.global\.gpu\.acquire", r"atom\.global\.gpu\.relaxed\.add")
+    found = [len(re.findall(kind, ptx)) for kind in kinds]
     fences = ptx.count("fence.proxy.async;")
     assert (all(found) and fences == 1) if is_both else (not any(found) and not fences), (found, fences)
