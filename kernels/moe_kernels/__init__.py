@@ -12,7 +12,7 @@ They know slots, lanes and rows; neither which expert a slot holds nor what a ra
 - `quantised`: rows and experts in FP8 and 4 bits, and the kernels for them;
 - `gemms`: `expert_up`, rows → hidden; `expert_down`, hidden → rows; `expert_mlp`, both; `combine`, rows → the output of each
   token;
-- `gradients`: `expert_rows`, the last three as one op that has a gradient, and the kernels of its backward;
+- `gradients`: `expert_rows`, `expert_mlp` and `combine` as one op that has a gradient, and the kernels of its backward;
 - `one_token`: all of it for a single token;
 - `peers`: dispatch and combine over the memory of several GPUs.
 

@@ -9,8 +9,11 @@ import torch
 
 from moe_kernels import (
     GemmConfig,
+    LoadCounter,
     ReplicaTable,
+    combine,
     has_tma,
+    local_experts,
     quantise_rows,
 )
 from moe_kernels.one_token import one_token
@@ -124,6 +127,29 @@ def test_one_kernel_for_both_products_on_two_streams(make_experts):
                 found.append(case.mlp("triton"))
     torch.cuda.synchronize()
     assert all(torch.equal(rows[here], expected[here]) for rows in found)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+def test_a_forward_has_the_bits_of_its_ops(make_experts, dtype):
+    """Which may store rows where they are sorted (those of 16 bits); in a graph, too, whose replays count from zero again."""
+    if not has_tma(torch.device("cuda")):
+        pytest.skip("needs Hopper")
+    experts = make_experts(700, 2, 5, 400, 272, dtype)
+    case = Case(experts, quantised(experts, "fp8_block", "silu", dtype), (RING, RING))
+    lanes_TK = experts.lanes_N.view(-1, 2)
+    expected = combine(case.down("triton", case.up("triton")), lanes_TK, backend="triton")
+    table = ReplicaTable(torch.arange(5, dtype=torch.int32, device="cuda"), experts.lane_to_slot_L)
+    load = LoadCounter(torch.zeros(5, dtype=torch.int64, device="cuda"), None)
+    arguments = (experts.x_RH, lanes_TK, experts.row_weights_N.view(-1, 2), case.matrices, table, load)
+    found = [local_experts(*arguments, backend="triton")]
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        y_TH = local_experts(*arguments, backend="triton")
+    for _ in range(3):
+        graph.replay()
+        found.append(y_TH.clone())
+    assert all(torch.equal(y, expected) for y in found)
 
 
 @pytest.mark.gpu

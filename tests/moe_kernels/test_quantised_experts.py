@@ -19,6 +19,7 @@ from moe_kernels import (
     quantise_rows,
 )
 from moe_kernels.gemms.expert_down import _expert_down
+from moe_kernels.gemms.expert_mlp import _expert_mlp
 from moe_kernels.gemms.expert_up import _expert_up
 from tests.moe_kernels.quantised import (
     FORMS,
@@ -281,6 +282,9 @@ def test_opcheck(make_experts, kind, backend):
         _expert_down.flatten(*hidden, *slots, experts.row_weights_N, case.configs[1], backend),
         test_utils=checks,
     )
+    if backend == "triton":
+        both = (experts.x_RH, *slots[1:], experts.row_weights_N, 2, *case.configs)
+        torch.library.opcheck(_expert_mlp.registered, _expert_mlp.flatten(*both), test_utils=checks)
 
 
 @pytest.mark.parametrize("kind", ["fp8_block", "int4 zeros"])

@@ -73,10 +73,9 @@ class GemmConfig:
     @property
     def sorts_rows(self) -> bool:
         """Whether `expert_down` should store 16-bit rows where they are sorted (`TileSchedule.places_N`), by TMA, which keeps
-        nothing: measured with one program per multiprocessor only."""
-        if self.quantised:
-            return self.tma and not self.swap
-        return self.tma and self.programs_per_sm == 1 and not self.keep
+        nothing: measured with one program per multiprocessor only. Rows of other dtypes must not be."""
+        is_measured = not self.swap if self.quantised else self.programs_per_sm == 1 and not self.keep
+        return self.tma and is_measured
 
     def __post_init__(self) -> None:
         for name in _INTEGERS:
