@@ -919,6 +919,34 @@ KERNELS = (
         "table.check(load.load_E.shape[0], x_TH.device)",
         (f"{K}local_forward.py",),
     ),
+    # One reciprocal a group: it does not correct quotients of rows with a tiny scale.
+    Mutant(
+        "kernels/moe_kernels/quantised/fp8.py",
+        "power = tl.where(scale < 1.0 / _USUAL, _USUAL, tl.where(scale > _USUAL, 1.0 / _USUAL, 1.0))",
+        "power = tl.where(scale > _USUAL, 1.0 / _USUAL, 1.0)",
+        (f"{K}fp8_experts.py",),
+    ),
+    # … and makes negative zeros positive.
+    Mutant(
+        "kernels/moe_kernels/quantised/fp8.py",
+        "values = negated * inverse",
+        "values = tl.abs(negated * inverse)",
+        (f"{K}fp8_experts.py",),
+    ),
+    # Both products as one op: rows go home unweighted.
+    Mutant(
+        "kernels/moe_kernels/gemms/expert_mlp.py",
+        "expert_down_home(hidden_NI, matrices, lane_to_slot_L, schedule, row_weights_N, homes, config=down)",
+        "expert_down_home(hidden_NI, matrices, lane_to_slot_L, schedule, row_weights_N * 0 + 1, homes, config=down)",
+        (f"{K}quantised_experts.py",),
+    ),
+    # … and a wrong x is not refused by its name.
+    Mutant(
+        "kernels/moe_kernels/gemms/expert_mlp.py",
+        'check_kind("x_RH", x_RH, torch.Tensor)',
+        "pass",
+        (f"{K}arguments.py",),
+    ),
     # Shares by batch: a rank splits an expert though that saves nothing.
     Mutant(
         "kernels/moe_kernels/replicas/solve_shares_rows.py",

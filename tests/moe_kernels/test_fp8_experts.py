@@ -6,6 +6,8 @@ from dataclasses import replace
 
 import pytest
 import torch
+import triton
+import triton.language as tl
 
 from moe_kernels import (
     GemmConfig,
@@ -15,9 +17,12 @@ from moe_kernels import (
     has_tma,
     local_experts,
     quantise_rows,
+    quantise_rows_torch,
 )
 from moe_kernels.one_token import one_token
+from moe_kernels.operands.quantised_weights import to_e4m3
 from moe_kernels.quantised import experts_fp8
+from moe_kernels.quantised.fp8 import quantised_by
 from tests.moe_kernels.quantised import (
     Case,
     check_both_kernels_of_one_token,
@@ -38,6 +43,32 @@ def test_rows_quantised_before_give_the_same_bits(make_experts):
     after = case.up("torch", quantise_rows(case.experts.x_RH))
     assert torch.equal(before.values_RH.float(), after.values_RH.float())
     assert torch.equal(before.scale_RG, after.scale_RG)
+
+
+@triton.jit
+def _quantised_by_kernel(x_ptr, values_ptr, scale_ptr, ROWS: tl.constexpr):
+    row = tl.arange(0, ROWS)
+    at = row[:, None] * 128 + tl.arange(0, 128)[None, :]
+    x = tl.load(x_ptr + at)
+    values, scale = quantised_by(x, tl.max(tl.abs(x), axis=1), 1)
+    tl.store(values_ptr + at, values)
+    tl.store(scale_ptr + row, scale)
+
+
+def test_one_reciprocal_a_group_gives_the_bits_of_divisions(device):
+    """With rows whose scales are anywhere in float32's range, denormal, infinite or zero, and negative zeros."""
+    random = torch.Generator().manual_seed(0)
+    x = torch.randn(256, 128, generator=random) * 10.0 ** torch.empty(256, 1).uniform_(-44, 38, generator=random)
+    x[:64] *= 10.0 ** torch.empty(64, 128).uniform_(-12, 0, generator=random)
+    x[64:80, 5] = float("inf")
+    x[80:96] = 0.0
+    x[96:112, ::3] = -0.0
+    x = x.to(device)
+    values, scale = torch.empty_like(x), torch.empty(256, device=device)
+    _quantised_by_kernel[(1,)](x, values, scale, ROWS=256)
+    expected, expected_scale = quantise_rows_torch(x)
+    assert torch.equal(scale, expected_scale[:, 0])
+    assert torch.equal(to_e4m3(values).view(torch.uint8), expected.view(torch.uint8))
 
 
 RING = GemmConfig(128, 256, 128, 4, 4, tma=True, quantised=True)

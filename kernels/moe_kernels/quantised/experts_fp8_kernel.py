@@ -52,10 +52,14 @@ def _say_stored(stored, turn, stored_at):
 def _fill(
     ring, stored, tiles, x, hidden, gate_up, down, counters_ptr, lane_to_slot_ptr, order_ptr, strides,
     HIDDEN_SIZE: gl.constexpr, INTERMEDIATE: gl.constexpr, FANOUT: gl.constexpr, BLOCKS: gl.constexpr,
-    UP: gl.constexpr, DOWN: gl.constexpr, M: gl.constexpr, STAGES: gl.constexpr, GROUP_M: gl.constexpr,
+    UP: gl.constexpr, DOWN: gl.constexpr, M: gl.constexpr, STAGES: gl.constexpr, GROUP_M: gl.constexpr, PDL: gl.constexpr,
 ):  # fmt: skip
     """Four warps. `x`: rows, scales; `hidden`, `gate_up`, `down`: descriptor, scales. BLOCKS of `expert_up` in a tile."""
-    tile_lane_ptr, tile_start_ptr, tile_end_ptr, num_tiles = tiles
+    if PDL:  # see `Launcher`; the warps are set up before
+        gdc_wait()
+        gdc_launch_dependents()
+    tile_lane_ptr, tile_start_ptr, tile_end_ptr, num_tiles_ptr = tiles
+    num_tiles = gl.load(num_tiles_ptr)
     stride_row, stride_up_scale, stride_down_scale = strides
     BOTH: gl.constexpr = UP and DOWN
     NUM_BLOCKS: gl.constexpr = (INTERMEDIATE + SIDE - 1) // SIDE
@@ -133,12 +137,14 @@ def _multiply(
     ring, stored, staging, meeting, lane_to_slot_ptr, biases, hidden_outputs, order_ptr, row_weights_ptr, outputs,
     boxes, strides,
     GROUP: gl.constexpr, HIDDEN_SIZE: gl.constexpr, INTERMEDIATE: gl.constexpr, ACTIVATION: gl.constexpr,
-    UP: gl.constexpr, DOWN: gl.constexpr, M: gl.constexpr, STAGES: gl.constexpr,
+    UP: gl.constexpr, DOWN: gl.constexpr, M: gl.constexpr, STAGES: gl.constexpr, PDL: gl.constexpr,
 ):  # fmt: skip
     """Four warps, for the first or the second half of each tile's rows or, if they are few, of each block of columns.
 
     `biases` and `strides`: of `expert_up` and `expert_down`; `outputs`: rows, their homes, and rows of a home.
     """
+    if PDL:
+        gdc_wait()
     up_bias_ptr, down_bias_ptr = biases
     stride_up_bias, stride_down_bias = strides
     IS_FEW: gl.constexpr = M < SIDE
@@ -235,15 +241,12 @@ def experts_fp8_kernel(
 
     Those of only one of the two are shared out beforehand.
     """
-    if PDL:
-        gdc_wait()
-        gdc_launch_dependents()
     ring = new_ring(M, STAGES)
     stored = gl.allocate_shared_memory(gl.int64, [1, 1], mbarrier.MBarrierLayout())
     mbarrier.init(stored.index(0), count=2)
     staging = new_staging(M)
     meeting = new_meeting(min(M, 32))  # used with few rows only
-    tiles = (tile_lane_ptr, tile_start_ptr, tile_end_ptr, gl.load(num_tiles_ptr))
+    tiles = (tile_lane_ptr, tile_start_ptr, tile_end_ptr, num_tiles_ptr)
     biases = (up_bias_ptr, down_bias_ptr)
     bias_strides = (stride_up_bias, stride_down_bias)
     hidden_outputs = (hidden_ptr, hidden_scale_ptr)
@@ -253,17 +256,19 @@ def experts_fp8_kernel(
         [
             (_multiply, (
                 ring, stored, staging.index(0), meeting, lane_to_slot_ptr, biases, hidden_outputs, order_ptr,
-                row_weights_ptr, outputs, boxes, bias_strides, 0, HIDDEN_SIZE, INTERMEDIATE, ACTIVATION, UP, DOWN, M, STAGES,
+                row_weights_ptr, outputs, boxes, bias_strides, 0, HIDDEN_SIZE, INTERMEDIATE, ACTIVATION, UP, DOWN,
+                M, STAGES, PDL,
             )),
             (_multiply, (
                 ring, stored, staging.index(1), meeting, lane_to_slot_ptr, biases, hidden_outputs, order_ptr,
-                row_weights_ptr, outputs, boxes, bias_strides, 1, HIDDEN_SIZE, INTERMEDIATE, ACTIVATION, UP, DOWN, M, STAGES,
+                row_weights_ptr, outputs, boxes, bias_strides, 1, HIDDEN_SIZE, INTERMEDIATE, ACTIVATION, UP, DOWN,
+                M, STAGES, PDL,
             )),
             (_fill, (
                 ring, stored, tiles, (x_ptr, x_scale_ptr), (hidden, hidden_scale_ptr), (gate_up, gate_up_scale_ptr),
                 (down, down_scale_ptr), counters_ptr, lane_to_slot_ptr, order_ptr,
                 (stride_row, stride_up_scale, stride_down_scale), HIDDEN_SIZE, INTERMEDIATE, FANOUT, BLOCKS, UP, DOWN,
-                M, STAGES, GROUP_M,
+                M, STAGES, GROUP_M, PDL,
             )),
         ],
         [4, 4],

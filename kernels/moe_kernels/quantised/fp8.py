@@ -14,7 +14,7 @@ import triton.language as tl
 from moe_kernels.base.numerics import to_e4m3
 
 _E4M3_MAX = tl.constexpr(448.0)
-_LEAST_USUAL = tl.constexpr(2.0**-90)
+_USUAL = tl.constexpr(2.0**90)
 
 
 def e4m3_argument(tensor: torch.Tensor) -> torch.Tensor:
@@ -48,20 +48,22 @@ def quantised_by(groups, largest, AXIS: tl.constexpr):
     One reciprocal serves a group. A correction by the remainder, which is exact, makes a quotient the nearest one, or one
     beside it if the true quotient is almost halfway between (Markstein, IA-64 and Elementary Functions, chapter 8). It is
     never so near to a middle of two numbers of e4m3, whose significands have four bits, that this would change a bit. All of
-    that needs scales far from the ends of float32's range: else it divides.
+    that needs scales far from the ends of float32's range: a power of two brings those there. What is lost of small values then
+    is far below e4m3's smallest.
     """
     scale = tl.div_rn(largest, _E4M3_MAX)
     scale = tl.where(scale == 0, 1.0, scale)
-    is_usual = (scale > _LEAST_USUAL) & (scale < 1.0 / _LEAST_USUAL)
-    divisor = tl.broadcast_to(tl.expand_dims(scale, AXIS), groups.shape)
-    if tl.min(is_usual.to(tl.int32), axis=0) != 0:
-        inverse = tl.div_rn(is_usual.to(tl.float32), scale)
-        inverse = tl.broadcast_to(tl.expand_dims(inverse, AXIS), groups.shape)
-        values = groups * inverse
-        values = tl.fma(tl.fma(-values, divisor, groups), inverse, values)
-    else:
-        values = tl.div_rn(groups, divisor)
-    return values, scale
+    power = tl.where(scale < 1.0 / _USUAL, _USUAL, tl.where(scale > _USUAL, 1.0 / _USUAL, 1.0))
+    inverse = tl.div_rn(
+        (scale == scale).to(tl.float32) * -1.0, scale * power
+    )  # negated; of an infinite scale negative zero
+    divisor = tl.where(inverse == 0, 0.0, scale * power)
+    power = tl.broadcast_to(tl.expand_dims(power * -1.0, AXIS), groups.shape)
+    inverse = tl.broadcast_to(tl.expand_dims(inverse, AXIS), groups.shape)
+    divisor = tl.broadcast_to(tl.expand_dims(divisor, AXIS), groups.shape)
+    negated = groups * power  # so a negative zero stays one
+    values = negated * inverse
+    return tl.fma(tl.fma(values, divisor, negated), inverse, values), scale
 
 
 @triton.jit

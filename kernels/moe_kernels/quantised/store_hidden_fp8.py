@@ -49,7 +49,8 @@ def _largest_of_both(own, meeting, turn, GROUP: gl.constexpr):
 
 @gluon.jit
 def _store_block(
-    hidden, staging, meeting, turn, outputs, start, end, block, intermediate, GROUP: gl.constexpr, IS_FEW: gl.constexpr
+    hidden, staging, meeting, turn, outputs, start, end, block, INTERMEDIATE: gl.constexpr, GROUP: gl.constexpr,
+    IS_FEW: gl.constexpr,
 ):  # fmt: skip
     """Round a group's part of a block of hidden channels, and store it with its scales. IS_FEW: it is [64 channels, rows]."""
     hidden_ptr, hidden_scale_ptr = outputs
@@ -58,8 +59,8 @@ def _store_block(
     CHANNELS: gl.constexpr = hidden.shape[AXIS]
     ROWS: gl.constexpr = hidden.shape[1 - AXIS]
     first = block * SIDE + (GROUP * HALF if IS_FEW else 0)
-    if first + CHANNELS > intermediate:
-        exists = first + gl.arange(0, CHANNELS, gl.SliceLayout(1 - AXIS, MMA)) < intermediate
+    if INTERMEDIATE % SIDE != 0 and first + CHANNELS > INTERMEDIATE:
+        exists = first + gl.arange(0, CHANNELS, gl.SliceLayout(1 - AXIS, MMA)) < INTERMEDIATE
         hidden = gl.where(gl.expand_dims(exists, 1 - AXIS), hidden, 0.0)
     largest = gl.max(gl.abs(hidden), axis=AXIS)
     if IS_FEW:
@@ -67,7 +68,7 @@ def _store_block(
     values, scale = quantised_by(hidden, largest, AXIS)
     if GROUP == 0 or not IS_FEW:
         position = (start + gl.arange(0, ROWS, gl.SliceLayout(AXIS, MMA))).to(gl.int64)
-        gl.store(hidden_scale_ptr + position * gl.cdiv(intermediate, SIDE) + block, scale, mask=position < end)
+        gl.store(hidden_scale_ptr + position * gl.cdiv(INTERMEDIATE, SIDE) + block, scale, mask=position < end)
     values = values.to(gl.float8e4nv)
     STORE: gl.constexpr = gl.BlockedLayout([1, 16], [512 // CHANNELS, CHANNELS // 16], [4, 1], [1, 0])
     if IS_FEW:
@@ -78,8 +79,8 @@ def _store_block(
         values = staged.load(STORE)
     position = (start + gl.arange(0, ROWS, gl.SliceLayout(1, STORE))).to(gl.int64)
     column = first + gl.arange(0, CHANNELS, gl.SliceLayout(0, STORE))
-    at = hidden_ptr + position[:, None] * intermediate + column[None, :]
-    gl.store(at, values, mask=(position < end)[:, None] & (column < intermediate)[None, :])
+    at = hidden_ptr + position[:, None] * INTERMEDIATE + column[None, :]
+    gl.store(at, values, mask=(position < end)[:, None] & (column < INTERMEDIATE)[None, :])
 
 
 @gluon.jit
@@ -101,7 +102,7 @@ def new_meeting(M: gl.constexpr):
 
 @gluon.jit
 def store_hidden(
-    left, right, staging, meeting, turn, column_block, bias_at, outputs, start, end, intermediate,
+    left, right, staging, meeting, turn, column_block, bias_at, outputs, start, end, INTERMEDIATE: gl.constexpr,
     GROUP: gl.constexpr, ACTIVATION: gl.constexpr, IS_FEW: gl.constexpr,
 ):  # fmt: skip
     """A group's part of a tile: biases, the activation, rounding. Returns the next `turn`."""
@@ -109,19 +110,19 @@ def store_hidden(
     block = column_block if GATED else 2 * column_block
     if bias_at is not None:
         first = block * SIDE + (GROUP * HALF if IS_FEW else 0)
-        left = _with_bias(left, bias_at, first, intermediate, IS_FEW)
+        left = _with_bias(left, bias_at, first, INTERMEDIATE, IS_FEW)
         if GATED:
-            right = _with_bias(right, bias_at + intermediate, first, intermediate, IS_FEW)
+            right = _with_bias(right, bias_at + INTERMEDIATE, first, INTERMEDIATE, IS_FEW)
         else:
-            right = _with_bias(right, bias_at, first + SIDE, intermediate, IS_FEW)
+            right = _with_bias(right, bias_at, first + SIDE, INTERMEDIATE, IS_FEW)
     if GATED:
         hidden = _activated(left, right, ACTIVATION)
-        _store_block(hidden, staging, meeting, turn, outputs, start, end, block, intermediate, GROUP, IS_FEW)
+        _store_block(hidden, staging, meeting, turn, outputs, start, end, block, INTERMEDIATE, GROUP, IS_FEW)
     else:
         hidden = activated(left, left, ACTIVATION)
-        _store_block(hidden, staging, meeting, turn, outputs, start, end, block, intermediate, GROUP, IS_FEW)
-        if (block + 1) * SIDE < intermediate:
+        _store_block(hidden, staging, meeting, turn, outputs, start, end, block, INTERMEDIATE, GROUP, IS_FEW)
+        if (block + 1) * SIDE < INTERMEDIATE:
             turn += 1
             hidden = activated(right, right, ACTIVATION)
-            _store_block(hidden, staging, meeting, turn, outputs, start, end, block + 1, intermediate, GROUP, IS_FEW)
+            _store_block(hidden, staging, meeting, turn, outputs, start, end, block + 1, INTERMEDIATE, GROUP, IS_FEW)
     return turn + 1

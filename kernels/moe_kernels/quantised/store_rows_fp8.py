@@ -17,8 +17,8 @@ from moe_kernels.tiles.homes import row_at
 
 @gluon.jit
 def store_rows(
-    left, right, staging, boxes, bias_at, row_weight, flat, outputs, first_column, start, end, hidden_size,
-    IS_FEW: gl.constexpr,
+    left, right, staging, boxes, bias_at, row_weight, flat, outputs, first_column, start, end,
+    HIDDEN_SIZE: gl.constexpr, IS_FEW: gl.constexpr,
 ):  # fmt: skip
     """Add biases to both halves, multiply by the routing weights, round, and store. IS_FEW: they are [columns, rows].
 
@@ -37,14 +37,14 @@ def store_rows(
     row_weight = gl.expand_dims(gl.convert_layout(row_weight, gl.SliceLayout(AXIS, MMA)), AXIS)
     if boxes is None:
         of_rows = gl.convert_layout(flat, gl.SliceLayout(1, LAYOUT))
-        rows_at = row_at(rows_ptr, of_rows, hidden_size, homes_ptr, rows_per_home)
+        rows_at = row_at(rows_ptr, of_rows, HIDDEN_SIZE, homes_ptr, rows_per_home)
         inside = start + gl.arange(0, left.shape[1 - AXIS], gl.SliceLayout(1, LAYOUT)) < end
     for half in gl.static_range(2):
         product = left if half == 0 else right
         first = first_column + half * SIDE
         if bias_at is not None:
             column = first + gl.arange(0, COLUMNS, gl.SliceLayout(1 - AXIS, MMA))
-            product += gl.expand_dims(widen(gl.load(bias_at + gl.minimum(column, hidden_size - 1))), 1 - AXIS)
+            product += gl.expand_dims(widen(gl.load(bias_at + gl.minimum(column, HIDDEN_SIZE - 1))), 1 - AXIS)
         rows = (product * row_weight).to(DTYPE)
         if boxes is not None:
             staged = staging._reinterpret(DTYPE, [1, 1, HALF, SIDE], STAGED_LAYOUT)
@@ -62,4 +62,4 @@ def store_rows(
                 staged.store(rows.reshape(1, 1, HALF, SIDE))
                 rows = staged.reshape((HALF, SIDE)).load(LAYOUT)
             column = first + gl.arange(0, COLUMNS, gl.SliceLayout(0, LAYOUT))
-            gl.store(rows_at[:, None] + column[None, :], rows, mask=inside[:, None] & (column < hidden_size)[None, :])
+            gl.store(rows_at[:, None] + column[None, :], rows, mask=inside[:, None] & (column < HIDDEN_SIZE)[None, :])

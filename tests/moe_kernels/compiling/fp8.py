@@ -48,8 +48,9 @@ def compile_ring(config: GemmConfig, dtype: str = "bf16", activation: str = "sil
         )
         ptx = compiled.asm["ptx"]
         check_hopper(compiled)
-        wait = ptx.find("griddepcontrol.wait")
-        assert -1 < wait < min(ptx.find("cp.async.bulk.tensor"), ptx.find("ld.global"), ptx.find("st.global"))
+        assert ptx.count("griddepcontrol.wait") == 3, "who fills, and each group that multiplies"
+        before = ptx[: ptx.find("griddepcontrol.wait")]
+        assert not re.search(r"(ld|st|atom)\.global|cp\.async", before), "must have waited before all else"
         assert ptx.count("setmaxnreg.inc") >= 2, "who multiplies needs more registers than who copies"
         if more["UP"] or dtype != "fp32":
             assert re.search(r"st\.global\S*v4\.b32", ptx), "rows must be stored 16 bytes at a time"
