@@ -43,8 +43,11 @@ def _are_stored(stored_at, parts):
 
 @gluon.jit
 def _say_stored(stored, turn, stored_at):
-    """When both groups have stored their parts of the turn-th tile of `expert_up`, tell the other programs."""
-    mbarrier.wait(stored.index(0), turn & 1)
+    """When both groups have stored their parts of the program's turn-th tile of `expert_up`, tell the other programs.
+
+    Of two barriers in turn, groups that are a tile ahead of this can't pass one twice.
+    """
+    mbarrier.wait(stored.index(turn % 2), turn // 2 & 1)
     gl.atomic_add(stored_at, 1, sem="release", scope="gpu")
 
 
@@ -153,6 +156,7 @@ def _multiply(
     DOWN_STEPS: gl.constexpr = (INTERMEDIATE + SIDE - 1) // SIDE
     count = 0
     turn = 0
+    meetings = 0
     kind, column_block, lane, start, end = hear(ring, count, STAGES)
     while kind >= 0:
         is_down = kind == 1
@@ -170,12 +174,13 @@ def _multiply(
                 bias_at = up_bias_ptr
                 if up_bias_ptr is not None:
                     bias_at = up_bias_ptr + load_slot(lane_to_slot_ptr, lane).to(gl.int64) * stride_up_bias
-                turn = store_hidden(
-                    left, right, staging, meeting, turn, column_block, bias_at, hidden_outputs, start, end, INTERMEDIATE,
+                meetings = store_hidden(
+                    left, right, staging, meeting, meetings, column_block, bias_at, hidden_outputs, start, end, INTERMEDIATE,
                     GROUP, ACTIVATION, IS_FEW,
                 )  # fmt: skip
             if DOWN:
-                mbarrier.arrive(stored.index(0), count=1)
+                mbarrier.arrive(stored.index(turn % 2), count=1)
+                turn += 1
         if DOWN and is_down & (start < end):
             bias_at = down_bias_ptr
             if down_bias_ptr is not None:
@@ -242,8 +247,9 @@ def experts_fp8_kernel(
     Those of only one of the two are shared out beforehand.
     """
     ring = new_ring(M, STAGES)
-    stored = gl.allocate_shared_memory(gl.int64, [1, 1], mbarrier.MBarrierLayout())
-    mbarrier.init(stored.index(0), count=2)
+    stored = gl.allocate_shared_memory(gl.int64, [2, 1], mbarrier.MBarrierLayout())
+    for place in gl.static_range(2):
+        mbarrier.init(stored.index(place), count=2)
     staging = new_staging(M)
     meeting = new_meeting(min(M, 32))  # used with few rows only
     tiles = (tile_lane_ptr, tile_start_ptr, tile_end_ptr, num_tiles_ptr)
