@@ -258,6 +258,12 @@ def test_what_is_of_another_kind_is_refused(name, argument, kind):
     assert_refused(name, {argument: None}, f"{argument} is a NoneType: must be a {kind}")
 
 
+@pytest.mark.parametrize("name", ["expert_mlp", "expert_rows"])
+def test_configs_that_are_no_pair_are_refused(name):
+    assert_refused(name, {"configs": (UP,)}, "configs has 1 entries: must be a pair of GemmConfig")
+    assert_refused(name, {"configs": (UP, None)}, "configs[1] is a NoneType: must be a GemmConfig")
+
+
 @pytest.mark.parametrize(
     ("matrices", "message"),
     [

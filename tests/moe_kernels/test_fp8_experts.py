@@ -19,6 +19,7 @@ from moe_kernels import (
     quantise_rows,
     quantise_rows_torch,
 )
+from moe_kernels.gemms.expert_mlp import _expert_mlp
 from moe_kernels.one_token import one_token
 from moe_kernels.operands.quantised_weights import to_e4m3
 from moe_kernels.quantised import experts_fp8
@@ -162,13 +163,29 @@ def test_one_kernel_for_both_products_on_two_streams(make_experts):
 
 
 @pytest.mark.gpu
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
-def test_a_forward_has_the_bits_of_its_ops(make_experts, dtype):
+@pytest.mark.parametrize(
+    ("num_tokens", "hidden_size", "intermediate", "form", "dtype", "is_empty"),
+    [
+        (700, 400, 272, "silu", torch.bfloat16, False),
+        (700, 400, 272, "silu", torch.float32, False),  # stays in flat order
+        (600, 2032, 272, "gpt-oss", torch.float16, False),
+        (700, 512, 400, "relu2 ungated", torch.bfloat16, False),
+        (700, 128, 128, "gpt-oss", torch.bfloat16, False),  # no second half of columns, and a single step
+        (700, 400, 272, "silu", torch.bfloat16, True),  # nothing is computed
+        (20, 512, 256, "gpt-oss", torch.bfloat16, False),  # 32 rows in a tile
+        (5, 400, 144, "silu", torch.float16, False),  # 16
+    ],
+)
+def test_a_forward_has_the_bits_of_its_ops(make_experts, num_tokens, hidden_size, intermediate, form, dtype, is_empty):
     """Which may store rows where they are sorted (those of 16 bits); in a graph, too, whose replays count from zero again."""
     if not has_tma(torch.device("cuda")):
         pytest.skip("needs Hopper")
-    experts = make_experts(700, 2, 5, 400, 272, dtype)
-    case = Case(experts, quantised(experts, "fp8_block", "silu", dtype), (RING, RING))
+    experts = make_experts(num_tokens, 2, 5, hidden_size, intermediate, dtype)
+    if is_empty:
+        experts.lanes_N.fill_(-1)
+    case = Case(experts, quantised(experts, "fp8_block", form, dtype), (RING, RING))
+    rows = (experts.x_RH, case.matrices, experts.lane_to_slot_L, case.schedule, experts.row_weights_N, 2, RING, RING)
+    torch.library.opcheck(_expert_mlp.registered, _expert_mlp.flatten(*rows), test_utils=("test_faketensor",))
     lanes_TK = experts.lanes_N.view(-1, 2)
     expected = combine(case.down("triton", case.up("triton")), lanes_TK, backend="triton")
     table = ReplicaTable(torch.arange(5, dtype=torch.int32, device="cuda"), experts.lane_to_slot_L)

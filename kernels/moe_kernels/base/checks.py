@@ -46,6 +46,15 @@ def check_kind(name: str, value: Any, kind: type | tuple[type, ...]) -> None:
         raise ValueError(f"{name} is a {type(value).__name__}: must be a {' or '.join(one.__name__ for one in kinds)}")
 
 
+def check_pair(name: str, value: Any, kind: type) -> None:
+    """`value` is a tuple of two of one of our dataclasses."""
+    check_kind(name, value, tuple)
+    if len(value) != 2:
+        raise ValueError(f"{name} has {len(value)} entries: must be a pair of {kind.__name__}")
+    for place, one in enumerate(value):
+        check_kind(f"{name}[{place}]", one, kind)
+
+
 def is_integer(value: Any) -> bool:
     """Whether `value` is an integer; NumPy's and a tracer's are, bools are not."""
     return isinstance(value, (numbers.Integral, torch.SymInt)) and not isinstance(value, bool)

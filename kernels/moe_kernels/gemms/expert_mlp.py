@@ -8,7 +8,7 @@ from __future__ import annotations
 import torch
 
 from moe_kernels.base.backend import resolve_backend
-from moe_kernels.base.checks import check_kind
+from moe_kernels.base.checks import check_integer, check_kind, check_pair
 from moe_kernels.base.registered import registered_op
 from moe_kernels.gemms.expert_down import check_down, expert_down, expert_down_home
 from moe_kernels.gemms.expert_mlp_triton import expert_mlp_triton, is_one_kernel
@@ -51,10 +51,8 @@ def _is_one_kernel(
     """Whether one launch does all, which then takes the arguments unchecked: raises ValueError if it can't."""
     check_kind("x_RH", x_RH, torch.Tensor)
     check_kind("matrices", matrices, ExpertMatrices)
-    check_kind("configs", configs, tuple)
+    check_pair("configs", configs, GemmConfig)
     up, down = configs
-    check_kind("configs[0]", up, GemmConfig)
-    check_kind("configs[1]", down, GemmConfig)
     if resolve_backend(backend, x_RH.device) != "triton" or not is_one_kernel(matrices, up, down):
         return False
     check_up(x_RH, matrices, lane_to_slot_L, schedule, fanout, up)
@@ -88,7 +86,7 @@ def expert_mlp(
     Raises:
         ValueError: an argument breaks one of these rules.
     """
-    arguments = (x_RH, matrices, lane_to_slot_L, schedule, row_weights_N, fanout)
+    arguments = (x_RH, matrices, lane_to_slot_L, schedule, row_weights_N, check_integer("fanout", fanout))
     if _is_one_kernel(*arguments, configs, backend):
         return _expert_mlp(*arguments, *configs)
     up, down = configs
@@ -108,7 +106,7 @@ def expert_mlp_home(
     configs: tuple[GemmConfig, GemmConfig],
 ) -> None:
     """`expert_mlp` by Triton that writes each row where it is wanted: see `expert_down_home`."""
-    arguments = (x_RH, matrices, lane_to_slot_L, schedule, row_weights_N, fanout)
+    arguments = (x_RH, matrices, lane_to_slot_L, schedule, row_weights_N, check_integer("fanout", fanout))
     if _is_one_kernel(*arguments, configs, "triton"):
         expert_mlp_triton(*arguments, *configs, homes=homes)
         return

@@ -12,7 +12,7 @@ from typing import NamedTuple
 import torch
 
 from moe_kernels.base.backend import resolve_backend
-from moe_kernels.base.checks import FLOATS, check_integer, check_kind, check_rows, check_tensor, check_tma
+from moe_kernels.base.checks import FLOATS, check_integer, check_kind, check_pair, check_rows, check_tensor, check_tma
 from moe_kernels.base.once import refuse_second
 from moe_kernels.base.registered import registered_op
 from moe_kernels.gemms.expert_up import expert_up_torch
@@ -299,7 +299,7 @@ def expert_rows(
     check_rows("x_RH", x_RH)
     check_kind("matrices", matrices, ExpertMatrices)
     check_kind("schedule", schedule, TileSchedule)
-    check_kind("configs", configs, tuple)
+    check_pair("configs", configs, GemmConfig)
     check_kind("gradient_configs", gradient_configs, GradientConfigs)
     fanout = check_integer("fanout", fanout)
     device, num_rows = x_RH.device, schedule.order_N.shape[0]

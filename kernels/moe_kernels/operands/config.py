@@ -73,7 +73,7 @@ class GemmConfig:
     @property
     def sorts_rows(self) -> bool:
         """Whether `expert_down` should store 16-bit rows where they are sorted (`TileSchedule.places_N`), by TMA, which keeps
-        nothing: measured with one program per multiprocessor only. Rows of other dtypes must not be."""
+        nothing: measured with one program per multiprocessor only. Rows of other dtypes stay in flat order."""
         is_measured = not self.swap if self.quantised else self.programs_per_sm == 1 and not self.keep
         return self.tma and is_measured
 

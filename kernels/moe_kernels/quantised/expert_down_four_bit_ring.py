@@ -18,6 +18,7 @@ from moe_kernels.quantised.four_bit_products import multiply_tile, part_of
 from moe_kernels.quantised.four_bit_ring import (
     SIDE,
     fill_tile,
+    load_tile_of,
     mma_layout,
     new_ring,
     ring_constants,
@@ -25,7 +26,7 @@ from moe_kernels.quantised.four_bit_ring import (
     ring_programs,
     rows_descriptor,
 )
-from moe_kernels.quantised.fp8_ring import load_slot, load_tile_of
+from moe_kernels.quantised.fp8_ring import load_slot
 from moe_kernels.tiles.homes import RowHomes, row_at
 from moe_kernels.tiles.tiles import TileSchedule
 

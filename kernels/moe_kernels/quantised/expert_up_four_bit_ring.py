@@ -18,13 +18,14 @@ from moe_kernels.quantised.four_bit_products import multiply_tile, part_of
 from moe_kernels.quantised.four_bit_ring import (
     SIDE,
     fill_tile,
+    load_tile_of,
     new_ring,
     ring_constants,
     ring_descriptors,
     ring_programs,
     rows_descriptor,
 )
-from moe_kernels.quantised.fp8_ring import load_slot, load_tile_of
+from moe_kernels.quantised.fp8_ring import load_slot
 from moe_kernels.tiles.gather_sorted import gather_sorted
 from moe_kernels.tiles.tiles import TileSchedule
 

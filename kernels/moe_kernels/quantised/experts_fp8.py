@@ -48,6 +48,10 @@ def _launch(
         down = weights_descriptor("matrices.down_SHI", matrices.down_SHI)
         work += cdiv(hidden_size, 2 * SIDE.value)
     check_tma_address("hidden_NI.values_RH", values)
+    boxes = None
+    if schedule.places_N is not None and rows_NH is not None:
+        assert homes is None and config.sorts_rows and rows_NH.dtype.itemsize == 2
+        boxes = _boxes(rows_NH)
     box = [min(config.block_m, HALF.value), SIDE.value]
     x, x_scale = (None, None) if x_RH is None else x_RH[:2]
     experts_fp8_kernel[num_programs(values.device, num_tiles * work),](
@@ -68,7 +72,7 @@ def _launch(
         schedule.tile_end,
         schedule.num_tiles,
         None if homes is None else homes.addresses_W,
-        None if schedule.places_N is None or rows_NH is None else _boxes(rows_NH),
+        boxes,
         counters,
         values,
         hidden_scale,
@@ -139,7 +143,6 @@ def experts_fp8(
 
     With `schedule.places_N`, 16-bit rows are where they are sorted, as `expert_down_tma`'s.
     """
-    assert schedule.places_N is None or (homes is None and config.sorts_rows and x_RH.dtype.itemsize == 2)
     num_rows, dtype = schedule.order_N.shape[0], x_RH.dtype
     counters = x_RH.new_empty(1 + schedule.tile_lane.shape[0], dtype=torch.int32)
     x = QuantisedRows(*quantise_rows_triton(x_RH, zeroed=counters), dtype)

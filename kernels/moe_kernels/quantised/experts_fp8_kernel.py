@@ -128,7 +128,7 @@ def _fill(
 
 @gluon.jit
 def _next_work(counters_ptr, own_next):
-    """Which tile. None must wait for a program that has not begun, so that each is taken by one that runs."""
+    """By a counter: so every tile that is taken belongs to a program that runs, and one that has not begun has none."""
     if counters_ptr is None:
         return own_next
     else:

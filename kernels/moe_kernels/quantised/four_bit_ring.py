@@ -22,6 +22,7 @@ from moe_kernels.base.checks import check_tma_address, slot_stride
 from moe_kernels.base.launch import num_multiprocessors
 from moe_kernels.operands.config import GemmConfig
 from moe_kernels.operands.quantised_weights import group_of
+from moe_kernels.tiles.tile_order import tile_and_column_block
 
 SIDE = gl.constexpr(64)  # rows of weights of a group of warps, and columns that are unpacked at once
 
@@ -62,6 +63,21 @@ def hands_of_box(groups):
 def places_of_groups(elements, dtype):
     """Of boxes of scales or zeros, how many take 128 bytes: TMA writes to multiples of these only."""
     return max(128 * 8 // (elements * dtype.primitive_bitwidth), 1)
+
+
+@gluon.jit
+def load_tile_of(program, tiles, num_column_blocks, GROUP_M: gl.constexpr):
+    """`load_tile` of (tile_lane_ptr, tile_start_ptr, tile_end_ptr, num_tiles); for programs behind the last one, of that.
+
+    If there are no tiles, of one without rows. From L2: before its wait a program may have older lines of this memory in L1.
+    """
+    tile_lane_ptr, tile_start_ptr, tile_end_ptr, num_tiles = tiles
+    num_tiles = gl.maximum(num_tiles, 1)
+    program = gl.minimum(program, num_tiles * num_column_blocks - 1)
+    tile, column_block = tile_and_column_block(program, num_tiles, num_column_blocks, GROUP_M)
+    lane = gl.load(tile_lane_ptr + tile, cache_modifier=".cg")
+    start = gl.load(tile_start_ptr + tile, cache_modifier=".cg")
+    return column_block, lane, start, gl.load(tile_end_ptr + tile, cache_modifier=".cg")
 
 
 @gluon.jit

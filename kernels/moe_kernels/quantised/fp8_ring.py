@@ -29,7 +29,6 @@ from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 
 from moe_kernels.base.checks import check_tma_address, slot_stride
 from moe_kernels.base.launch import num_multiprocessors
-from moe_kernels.tiles.tile_order import tile_and_column_block
 
 HALF = gl.constexpr(64)  # what one instruction multiplies on the M side, and a group of warps has
 SIDE = gl.constexpr(128)  # of a block of weights, and channels of a row that share a scale
@@ -50,21 +49,6 @@ _FILLERS = gl.constexpr(128)  # threads that copy rows and scales
 @gluon.constexpr_function
 def mma_layout(columns):
     return gl.NVMMADistributedLayout([3, 0], [4, 1], [16, columns, 32])
-
-
-@gluon.jit
-def load_tile_of(program, tiles, num_column_blocks, GROUP_M: gl.constexpr):
-    """`load_tile` of (tile_lane_ptr, tile_start_ptr, tile_end_ptr, num_tiles); for programs behind the last one, of that.
-
-    If there are no tiles, of one without rows. From L2: before its wait a program may have older lines of this memory in L1.
-    """
-    tile_lane_ptr, tile_start_ptr, tile_end_ptr, num_tiles = tiles
-    num_tiles = gl.maximum(num_tiles, 1)
-    program = gl.minimum(program, num_tiles * num_column_blocks - 1)
-    tile, column_block = tile_and_column_block(program, num_tiles, num_column_blocks, GROUP_M)
-    lane = gl.load(tile_lane_ptr + tile, cache_modifier=".cg")
-    start = gl.load(tile_start_ptr + tile, cache_modifier=".cg")
-    return column_block, lane, start, gl.load(tile_end_ptr + tile, cache_modifier=".cg")
 
 
 @gluon.jit

@@ -29,7 +29,8 @@ class TileSchedule:
         block_m: M; a tile ends after M rows, or where its lane ends.
         extra_m: if after M rows at most so many are left of the lane, they belong to the tile too. Lanes with such a longer
             tile come first, as what begins last should be short.
-        places_N: None, or [N] int32, flat row → sorted position: `expert_down_tma` then stores rows where they are sorted.
+        places_N: None, or [N] int32, flat row → sorted position: `expert_down` then stores rows where they are
+            sorted (`GemmConfig.sorts_rows`).
     """
 
     order_N: torch.Tensor

@@ -48,14 +48,21 @@ def compile_ring(config: GemmConfig, dtype: str = "bf16", activation: str = "sil
         )
         ptx = compiled.asm["ptx"]
         check_hopper(compiled)
-        assert ptx.count("griddepcontrol.wait") == 3, "who fills, and each group that multiplies"
-        before = ptx[: ptx.find("griddepcontrol.wait")]
-        assert not re.search(r"(ld|st|atom)\.global|cp\.async", before), "must have waited before all else"
+        _check_waits(ptx)
         assert ptx.count("setmaxnreg.inc") >= 2, "who multiplies needs more registers than who copies"
         if more["UP"] or dtype != "fp32":
             assert re.search(r"st\.global\S*v4\.b32", ptx), "rows must be stored 16 bytes at a time"
         _check_order(ptx, more["UP"] and more["DOWN"])
         assert ("bulk_group" in ptx) == ("boxes" not in more), "sorted rows must go by TMA"
+
+
+def _check_waits(ptx: str) -> None:
+    """Each part of the warps waits for the kernel before, and before all else, as does nobody before the warps part."""
+    waits = [found.start() for found in re.finditer("griddepcontrol.wait", ptx)]
+    assert len(waits) == 3, "who fills, and each group that multiplies"
+    parts = [ptx[ptx.rfind("barrier.sync", 0, wait) : wait] for wait in waits]
+    for part in (ptx[: ptx.find("barrier.sync")], *parts):
+        assert not re.search(r"(ld|st|atom|red)\.global|cp\.async", part), part
 
 
 def _check_order(ptx: str, is_both: bool) -> None:
