@@ -936,8 +936,8 @@ KERNELS = (
     # Both products as one op: rows go home unweighted.
     Mutant(
         "kernels/moe_kernels/gemms/expert_mlp.py",
-        "expert_down_home(hidden_NI, matrices, lane_to_slot_L, schedule, row_weights_N, homes, config=down)",
-        "expert_down_home(hidden_NI, matrices, lane_to_slot_L, schedule, row_weights_N * 0 + 1, homes, config=down)",
+        "expert_mlp_triton(*inputs, fanout, *configs, homes=homes)",
+        "expert_mlp_triton(*inputs[:4], row_weights_N * 0 + 1, fanout, *configs, homes=homes)",
         (f"{K}quantised_experts.py",),
     ),
     # … and a wrong x is not refused by its name.

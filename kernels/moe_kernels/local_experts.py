@@ -16,9 +16,8 @@ from moe_kernels.base.checks import FLOATS, check_kind, check_tensor
 from moe_kernels.base.integers import next_power_of_2
 from moe_kernels.base.registered import registered_op
 from moe_kernels.gemms.combine import combine_torch, combine_triton
-from moe_kernels.gemms.expert_down import expert_down_torch
+from moe_kernels.gemms.expert_mlp import expert_mlp_torch
 from moe_kernels.gemms.expert_mlp_triton import expert_mlp_triton
-from moe_kernels.gemms.expert_up import expert_up_torch
 from moe_kernels.local_schedule import local_schedule_triton
 from moe_kernels.operands.config import gemm_configs
 from moe_kernels.operands.load import LoadCounter
@@ -40,8 +39,7 @@ def local_experts_torch(
     slots = table.lane_to_slot_L
     lanes_TK, counts_L = select_replicas_torch(expert_ids_TK, table, load, 0, num_lanes=slots.numel())
     schedule = build_schedule_torch(lanes_TK.view(-1), counts_L, block_m=16)
-    hidden_NI = expert_up_torch(x_TH, matrices, slots, schedule, fanout=expert_ids_TK.shape[1])
-    rows_NH = expert_down_torch(hidden_NI, matrices, slots, schedule, expert_weights_TK.view(-1))
+    rows_NH = expert_mlp_torch(x_TH, matrices, slots, schedule, expert_weights_TK.view(-1), expert_ids_TK.shape[1])
     return combine_torch(rows_NH, lanes_TK)
 
 

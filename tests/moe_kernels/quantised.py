@@ -24,7 +24,7 @@ from moe_kernels import (
     quantise_rows,
     quantise_weights,
 )
-from moe_kernels.gemms.expert_down import expert_down_home
+from moe_kernels.gemms.expert_down_triton import expert_down_triton
 from moe_kernels.gemms.expert_mlp import expert_mlp_home
 from moe_kernels.one_token import one_token
 from moe_kernels.tiles.homes import RowHomes
@@ -103,9 +103,9 @@ class Case:
 
     def down_home(self, hidden, homes):
         """Writes the rows to `homes` [ranks, rows of each, H], as between several GPUs; here all are on this device."""
-        expert_down_home(
+        expert_down_triton(
             hidden, self.matrices, self.experts.lane_to_slot_L, self.schedule, self.experts.row_weights_N,
-            as_homes(homes), config=self.configs[1],
+            self.configs[1], as_homes(homes),
         )  # fmt: skip
 
     def mlp(self, backend):

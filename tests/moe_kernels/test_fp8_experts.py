@@ -184,8 +184,9 @@ def test_a_forward_has_the_bits_of_its_ops(make_experts, num_tokens, hidden_size
     if is_empty:
         experts.lanes_N.fill_(-1)
     case = Case(experts, quantised(experts, "fp8_block", form, dtype), (RING, RING))
-    rows = (experts.x_RH, case.matrices, experts.lane_to_slot_L, case.schedule, experts.row_weights_N, 2, RING, RING)
-    torch.library.opcheck(_expert_mlp.registered, _expert_mlp.flatten(*rows), test_utils=("test_faketensor",))
+    both = (experts.x_RH, case.matrices, experts.lane_to_slot_L, case.schedule, experts.row_weights_N, 2, RING, RING)
+    flat = _expert_mlp.flatten(*both, "triton")
+    torch.library.opcheck(_expert_mlp.registered, flat, test_utils=("test_faketensor",))
     lanes_TK = experts.lanes_N.view(-1, 2)
     expected = combine(case.down("triton", case.up("triton")), lanes_TK, backend="triton")
     table = ReplicaTable(torch.arange(5, dtype=torch.int32, device="cuda"), experts.lane_to_slot_L)

@@ -282,9 +282,8 @@ def test_opcheck(make_experts, kind, backend):
         _expert_down.flatten(*hidden, *slots, experts.row_weights_N, case.configs[1], backend),
         test_utils=checks,
     )
-    if backend == "triton":
-        both = (experts.x_RH, *slots[1:], experts.row_weights_N, 2, *case.configs)
-        torch.library.opcheck(_expert_mlp.registered, _expert_mlp.flatten(*both), test_utils=checks)
+    both = (experts.x_RH, *slots[1:], experts.row_weights_N, 2, *case.configs, backend)
+    torch.library.opcheck(_expert_mlp.registered, _expert_mlp.flatten(*both), test_utils=checks)
 
 
 @pytest.mark.parametrize("kind", ["fp8_block", "int4 zeros"])

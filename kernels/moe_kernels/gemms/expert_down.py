@@ -16,8 +16,7 @@ from moe_kernels.base.registered import registered_op
 from moe_kernels.gemms.expert_down_triton import expert_down_triton
 from moe_kernels.operands.config import GemmConfig
 from moe_kernels.operands.matrices import ExpertMatrices
-from moe_kernels.quantised.quantise_rows import QuantisedRows, Rows, as_rows, check_values, values_of
-from moe_kernels.tiles.homes import RowHomes
+from moe_kernels.quantised.quantise_rows import QuantisedRows, Rows, as_rows, check_values
 from moe_kernels.tiles.row_blocks import padded_rows, row_blocks, without_autocast
 from moe_kernels.tiles.tiles import TileSchedule
 
@@ -89,26 +88,6 @@ def check_down(
         check_tma("matrices.down_SHI", matrices.down_SHI)
 
 
-def _check(
-    hidden_NI: Rows,
-    matrices: ExpertMatrices,
-    lane_to_slot_L: torch.Tensor,
-    schedule: TileSchedule,
-    row_weights_N: torch.Tensor,
-    config: GemmConfig,
-) -> None:
-    check_kind("matrices", matrices, ExpertMatrices)
-    values = check_values("hidden_NI", hidden_NI)
-    if isinstance(hidden_NI, QuantisedRows) != (matrices.scheme == "fp8_block"):
-        raise ValueError(
-            f"hidden_NI is a {type(hidden_NI).__name__}: must be QuantisedRows with matrices.scheme='fp8_block', a tensor "
-            f"else, not with {matrices.scheme!r}"
-        )
-    rest = (matrices, lane_to_slot_L, schedule, row_weights_N, config)
-    check_down(values.shape[1], hidden_NI.dtype, values.device, *rest)
-    check_tensor("schedule.order_N", schedule.order_N, (values.shape[0],), torch.int32, values.device)
-
-
 def expert_down(
     hidden_NI: Rows,
     matrices: ExpertMatrices,
@@ -139,31 +118,15 @@ def expert_down(
     Raises:
         ValueError: an argument breaks one of these rules.
     """
-    _check(hidden_NI, matrices, lane_to_slot_L, schedule, row_weights_N, config)
-    values = values_of(hidden_NI)
-    scale_NG = hidden_NI.scale_RG if isinstance(hidden_NI, QuantisedRows) else None
+    check_kind("matrices", matrices, ExpertMatrices)
+    values = check_values("hidden_NI", hidden_NI)
+    if isinstance(hidden_NI, QuantisedRows) != (matrices.scheme == "fp8_block"):
+        raise ValueError(
+            f"hidden_NI is a {type(hidden_NI).__name__}: must be QuantisedRows with matrices.scheme='fp8_block', a tensor "
+            f"else, not with {matrices.scheme!r}"
+        )
     arguments = (matrices, lane_to_slot_L, schedule, row_weights_N, config)
+    check_down(values.shape[1], hidden_NI.dtype, values.device, *arguments)
+    check_tensor("schedule.order_N", schedule.order_N, (values.shape[0],), torch.int32, values.device)
+    scale_NG = hidden_NI.scale_RG if isinstance(hidden_NI, QuantisedRows) else None
     return _expert_down(values, scale_NG, hidden_NI.dtype, *arguments, resolve_backend(backend, values.device))
-
-
-def expert_down_home(
-    hidden_NI: Rows,
-    matrices: ExpertMatrices,
-    lane_to_slot_L: torch.Tensor,
-    schedule: TileSchedule,
-    row_weights_N: torch.Tensor,
-    homes: RowHomes,
-    *,
-    config: GemmConfig,
-) -> None:
-    """`expert_down` by Triton that writes each row where it is wanted, on this device or a peer's. Not differentiable.
-
-    Args:
-        homes: flat row n goes to row ``n % homes.rows_per_home`` of rank ``n // homes.rows_per_home``.
-
-    Raises:
-        ValueError: as `expert_down`.
-    """
-    _check(hidden_NI, matrices, lane_to_slot_L, schedule, row_weights_N, config)
-    resolve_backend("triton", values_of(hidden_NI).device)
-    expert_down_triton(hidden_NI, matrices, lane_to_slot_L, schedule, row_weights_N, config, homes)

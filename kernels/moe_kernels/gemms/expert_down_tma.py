@@ -250,7 +250,7 @@ def expert_down_tma(
     config: GemmConfig,
     homes: RowHomes | None = None,
 ) -> torch.Tensor:
-    """Launches the kernel; arguments as `expert_down`'s and `expert_down_home`'s."""
+    """Launches the kernel; arguments as `expert_down`'s and `expert_mlp_home`'s."""
     down_SHI, bias_SH = matrices.down_SHI, matrices.down_bias_SH
     check_tma_address("hidden_NI", hidden_NI)
     check_tma_address("matrices.down_SHI", down_SHI)

@@ -8,15 +8,29 @@ from __future__ import annotations
 import torch
 
 from moe_kernels.base.backend import resolve_backend
-from moe_kernels.base.checks import check_integer, check_kind, check_pair
+from moe_kernels.base.checks import check_kind, check_pair
 from moe_kernels.base.registered import registered_op
-from moe_kernels.gemms.expert_down import check_down, expert_down, expert_down_home
-from moe_kernels.gemms.expert_mlp_triton import expert_mlp_triton, is_one_kernel
-from moe_kernels.gemms.expert_up import check_up, expert_up
+from moe_kernels.gemms.expert_down import check_down, expert_down_torch
+from moe_kernels.gemms.expert_mlp_triton import expert_mlp_triton
+from moe_kernels.gemms.expert_up import check_up, expert_up_torch
 from moe_kernels.operands.config import GemmConfig
 from moe_kernels.operands.matrices import ExpertMatrices
 from moe_kernels.tiles.homes import RowHomes
 from moe_kernels.tiles.tiles import TileSchedule
+
+
+def expert_mlp_torch(
+    x_RH: torch.Tensor,
+    matrices: ExpertMatrices,
+    lane_to_slot_L: torch.Tensor,
+    schedule: TileSchedule,
+    row_weights_N: torch.Tensor,
+    fanout: int,
+    pre_NJ: torch.Tensor | None = None,
+) -> torch.Tensor:
+    """Reference of `expert_mlp`: those of both. Writes the pre-activation into `pre_NJ`, if given."""
+    hidden_NI = expert_up_torch(x_RH, matrices, lane_to_slot_L, schedule, fanout=fanout, pre_NJ=pre_NJ)
+    return expert_down_torch(hidden_NI, matrices, lane_to_slot_L, schedule, row_weights_N)
 
 
 @registered_op("moe_kernels::expert_mlp")
@@ -29,8 +43,10 @@ def _expert_mlp(
     fanout: int,
     up: GemmConfig,
     down: GemmConfig,
+    backend: str,
 ) -> torch.Tensor:
-    return expert_mlp_triton(x_RH, matrices, lane_to_slot_L, schedule, row_weights_N, fanout, up, down)
+    arguments = (x_RH, matrices, lane_to_slot_L, schedule, row_weights_N, fanout)
+    return expert_mlp_triton(*arguments, up, down) if backend == "triton" else expert_mlp_torch(*arguments)
 
 
 @_expert_mlp.register_fake
@@ -38,7 +54,7 @@ def _expert_mlp_fake(x_RH, matrices, lane_to_slot_L, schedule, *_):
     return x_RH.new_empty((schedule.order_N.shape[0], matrices.hidden_size))
 
 
-def _is_one_kernel(
+def _check(
     x_RH: torch.Tensor,
     matrices: ExpertMatrices,
     lane_to_slot_L: torch.Tensor,
@@ -46,19 +62,15 @@ def _is_one_kernel(
     row_weights_N: torch.Tensor,
     fanout: int,
     configs: tuple[GemmConfig, GemmConfig],
-    backend: str,
-) -> bool:
-    """Whether one launch does all, which then takes the arguments unchecked: raises ValueError if it can't."""
+) -> int:
+    """`fanout`; raises ValueError unless the arguments are `expert_mlp`'s."""
     check_kind("x_RH", x_RH, torch.Tensor)
-    check_kind("matrices", matrices, ExpertMatrices)
     check_pair("configs", configs, GemmConfig)
     up, down = configs
-    if resolve_backend(backend, x_RH.device) != "triton" or not is_one_kernel(matrices, up, down):
-        return False
-    check_up(x_RH, matrices, lane_to_slot_L, schedule, fanout, up)
+    fanout = check_up(x_RH, matrices, lane_to_slot_L, schedule, fanout, up)
     of_down = (matrices, lane_to_slot_L, schedule, row_weights_N, down)
     check_down(matrices.intermediate_size, x_RH.dtype, x_RH.device, *of_down)
-    return True
+    return fanout
 
 
 def expert_mlp(
@@ -86,12 +98,9 @@ def expert_mlp(
     Raises:
         ValueError: an argument breaks one of these rules.
     """
-    arguments = (x_RH, matrices, lane_to_slot_L, schedule, row_weights_N, check_integer("fanout", fanout))
-    if _is_one_kernel(*arguments, configs, backend):
-        return _expert_mlp(*arguments, *configs)
-    up, down = configs
-    hidden_NI = expert_up(x_RH, matrices, lane_to_slot_L, schedule, fanout=fanout, config=up, backend=backend)
-    return expert_down(hidden_NI, matrices, lane_to_slot_L, schedule, row_weights_N, config=down, backend=backend)
+    inputs = (x_RH, matrices, lane_to_slot_L, schedule, row_weights_N)
+    fanout = _check(*inputs, fanout, configs)
+    return _expert_mlp(*inputs, fanout, *configs, resolve_backend(backend, x_RH.device))
 
 
 def expert_mlp_home(
@@ -105,11 +114,15 @@ def expert_mlp_home(
     fanout: int,
     configs: tuple[GemmConfig, GemmConfig],
 ) -> None:
-    """`expert_mlp` by Triton that writes each row where it is wanted: see `expert_down_home`."""
-    arguments = (x_RH, matrices, lane_to_slot_L, schedule, row_weights_N, check_integer("fanout", fanout))
-    if _is_one_kernel(*arguments, configs, "triton"):
-        expert_mlp_triton(*arguments, *configs, homes=homes)
-        return
-    up, down = configs
-    hidden_NI = expert_up(x_RH, matrices, lane_to_slot_L, schedule, fanout=fanout, config=up, backend="triton")
-    expert_down_home(hidden_NI, matrices, lane_to_slot_L, schedule, row_weights_N, homes, config=down)
+    """`expert_mlp` by Triton that writes each row where it is wanted, on this device or a peer's.
+
+    Args:
+        homes: flat row n goes to row ``n % homes.rows_per_home`` of rank ``n // homes.rows_per_home``.
+
+    Raises:
+        ValueError: as `expert_mlp`.
+    """
+    inputs = (x_RH, matrices, lane_to_slot_L, schedule, row_weights_N)
+    fanout = _check(*inputs, fanout, configs)
+    resolve_backend("triton", x_RH.device)
+    expert_mlp_triton(*inputs, fanout, *configs, homes=homes)

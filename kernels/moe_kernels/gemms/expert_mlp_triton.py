@@ -16,10 +16,6 @@ from moe_kernels.tiles.homes import RowHomes
 from moe_kernels.tiles.tiles import TileSchedule
 
 
-def is_one_kernel(matrices: ExpertMatrices, up: GemmConfig, down: GemmConfig) -> bool:
-    return matrices.scheme == "fp8_block" and up.tma and up == down
-
-
 def expert_mlp_triton(
     x_RH: torch.Tensor,
     matrices: ExpertMatrices,
@@ -34,7 +30,7 @@ def expert_mlp_triton(
     homes: RowHomes | None = None,
 ) -> torch.Tensor:
     """rows_NH of `expert_up` and then `expert_down`; into `pre_NJ`, if given, what `expert_up_triton` says."""
-    if is_one_kernel(matrices, up, down):
+    if matrices.scheme == "fp8_block" and up.tma and up == down:
         assert pre_NJ is None, "quantised experts have no gradient"
         return experts_fp8(x_RH, matrices, lane_to_slot_L, schedule, row_weights_N, fanout, up, homes)
     hidden_NI = expert_up_triton(x_RH, matrices, lane_to_slot_L, schedule, fanout, up, pre_NJ)

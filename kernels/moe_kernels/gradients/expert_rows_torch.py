@@ -11,8 +11,7 @@ import torch
 import torch.nn.functional as F
 
 from moe_kernels.gemms.combine import combine_torch
-from moe_kernels.gemms.expert_down import expert_down_torch
-from moe_kernels.gemms.expert_up import expert_up_torch
+from moe_kernels.gemms.expert_mlp import expert_mlp_torch
 from moe_kernels.operands.activation import (
     gated,
     gated_backward_gate,
@@ -58,8 +57,7 @@ def expert_rows_torch(
     pre_NJ: torch.Tensor | None = None,
 ) -> torch.Tensor:
     """Reference of `expert_rows`: those of the separate ops. Writes the pre-activation into `pre_NJ`, if given."""
-    hidden_NI = expert_up_torch(x_RH, matrices, lane_to_slot_L, schedule, fanout=fanout, pre_NJ=pre_NJ)
-    rows_NH = expert_down_torch(hidden_NI, matrices, lane_to_slot_L, schedule, row_weights_N)
+    rows_NH = expert_mlp_torch(x_RH, matrices, lane_to_slot_L, schedule, row_weights_N, fanout, pre_NJ)
     return rows_NH if lanes_TK is None else combine_torch(rows_NH, lanes_TK)
 
 

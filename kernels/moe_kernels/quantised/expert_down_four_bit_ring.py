@@ -298,7 +298,7 @@ def expert_down_four_bit_ring(
     config: GemmConfig,
     homes: RowHomes | None = None,
 ) -> torch.Tensor:
-    """Launches the kernel; arguments as `expert_down`'s and `expert_down_home`'s."""
+    """Launches the kernel; arguments as `expert_down`'s and `expert_mlp_home`'s."""
     bias_SH = matrices.down_bias_SH
     hidden_size, intermediate = matrices.hidden_size, hidden_NI.shape[1]
     rows_NH = hidden_NI.new_empty((schedule.order_N.shape[0], hidden_size)) if homes is None else homes.own

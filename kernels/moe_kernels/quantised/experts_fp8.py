@@ -28,11 +28,12 @@ def _launch(
     fanout: int,
     config: GemmConfig,
     hidden_NI: QuantisedRows,
-    row_weights_N: torch.Tensor | None,
-    homes: RowHomes | None,
-    rows_NH: torch.Tensor | None,
-    counters: torch.Tensor | None,
+    row_weights_N: torch.Tensor | None = None,
+    homes: RowHomes | None = None,
+    rows_NH: torch.Tensor | None = None,
+    counters: torch.Tensor | None = None,
 ) -> None:
+    """Of `expert_up` if there is `x_RH`, and of `expert_down` if there is `rows_NH`; for both, zeros in `counters`."""
     values, hidden_scale = hidden_NI.values_RH, hidden_NI.scale_RG
     num_tiles, hidden_size, intermediate = schedule.tile_lane.shape[0], matrices.hidden_size, values.shape[1]
     if not num_tiles:
@@ -112,7 +113,7 @@ def expert_up_fp8(
     hidden_NI: QuantisedRows,
 ) -> None:
     """Launches the kernel; arguments as `expert_up`'s, and where to write."""
-    _launch(x_RH, matrices, lane_to_slot_L, schedule, fanout, config, hidden_NI, None, None, None, None)
+    _launch(x_RH, matrices, lane_to_slot_L, schedule, fanout, config, hidden_NI)
 
 
 def expert_down_fp8(
@@ -125,8 +126,8 @@ def expert_down_fp8(
     homes: RowHomes | None,
     rows_NH: torch.Tensor,
 ) -> None:
-    """Launches the kernel; arguments as `expert_down`'s and `expert_down_home`'s, and where to write without homes."""
-    _launch(None, matrices, lane_to_slot_L, schedule, 1, config, hidden_NI, row_weights_N, homes, rows_NH, None)
+    """Launches the kernel; arguments as `expert_down`'s and `expert_mlp_home`'s, and where to write without homes."""
+    _launch(None, matrices, lane_to_slot_L, schedule, 1, config, hidden_NI, row_weights_N, homes, rows_NH)
 
 
 def experts_fp8(

@@ -1,4 +1,4 @@
-"""Step 5 of a forward between several GPUs: where the rows of `expert_down_home` go.
+"""Step 5 of a forward between several GPUs: where the rows of `expert_mlp_home` go.
 
 W ranks, H hidden. A flat row is (rank · B + token) · K + k, see `peers`.
 """
